@@ -1,0 +1,71 @@
+"""What can go wrong, by name. The same names travel on the wire (`CODES`), so that an error raised in
+the daemon is raised again, with the same class and the same words, in the client."""
+
+from __future__ import annotations
+
+
+class CprdError(Exception):
+    """The root of all errors of cprd. The message says what happened and what to do next."""
+
+
+class Unavailable(CprdError):
+    """Nobody answers at the daemon's socket, or the connection broke where a retry is not safe."""
+
+
+class NotHeld(CprdError):
+    """No record in any phase bears the name: a cold start is right."""
+
+
+class Busy(CprdError):
+    """Something is held, and may not be had now; the message says why (claimed, in doubt, ...)."""
+
+
+class Damaged(Busy):
+    """What is held is not whole any more (or what was offered never was); never served in part."""
+
+
+class AlreadyHeld(CprdError):
+    """The name is taken, and `if_exists` was "error"."""
+
+
+class Denied(CprdError):
+    """The peer's credentials do not allow it."""
+
+
+class Fenced(CprdError):
+    """The claim (or the prepared save) is over: somebody else may have the state by now."""
+
+
+class LimitExceeded(CprdError):
+    """A limit of the system or a quota of the daemon; the message names it and how to raise it."""
+
+
+class Timeout(CprdError):
+    """The daemon accepted the connection and then stayed mute past the deadline."""
+
+
+class ProtocolError(CprdError):
+    """A message that the other side does not understand."""
+
+
+class InvalidInput(CprdError, ValueError):
+    """An argument that is refused before anything happened; the message names the field."""
+
+
+CODES: dict[str, type[CprdError]] = {
+    cls.__name__: cls
+    for cls in (
+        CprdError,
+        Unavailable,
+        NotHeld,
+        Busy,
+        Damaged,
+        AlreadyHeld,
+        Denied,
+        Fenced,
+        LimitExceeded,
+        Timeout,
+        ProtocolError,
+        InvalidInput,
+    )
+}

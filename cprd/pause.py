@@ -1,0 +1,35 @@
+"""Points at which a test may stop a process and kill it there, instead of guessing with sleeps.
+
+`point("save:parked")` does nothing unless the environment arms it at start:
+
+- CPRD_PAUSE_LOG=FILE appends the name of each point as it is passed (one a line);
+- CPRD_PAUSE=NAME, NAME#K or #K raises SIGSTOP on the process at the first hit of NAME, its K-th hit,
+  or the K-th hit of any point. Whoever waits with WUNTRACED sees it stand there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+_where = os.environ.get("CPRD_PAUSE", "")
+_log = os.environ.get("CPRD_PAUSE_LOG", "")
+_hits: dict[str, int] = {}
+
+
+def point(name: str) -> None:
+    """Stop here when the environment says so; otherwise nothing."""
+    if not _where and not _log:
+        return
+    if _log:
+        fd = os.open(_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, name.encode() + b"\n")
+        finally:
+            os.close(fd)
+    wanted, _, number = _where.partition("#")
+    if not _where or (wanted and wanted != name):
+        return
+    _hits[wanted] = _hits.get(wanted, 0) + 1
+    if _hits[wanted] == int(number or 1):
+        os.kill(os.getpid(), signal.SIGSTOP)
