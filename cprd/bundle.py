@@ -1,0 +1,425 @@
+"""A whole state packed into ONE descriptor, and back.
+
+A bundle is the receiving end of an AF_UNIX SOCK_SEQPACKET pair whose sending end is closed and whose
+queue holds one message: a header and up to 253 descriptors. More descriptors make a tree: every
+node is such a socket, the root's descriptors are the sockets below it. The first descriptor of all is
+the manifest, a sealed memfd with the keys and the small sections; then come the sections that are
+memfds, then the descriptors in the order in which they were saved.
+
+Reading is a plain MSG_PEEK of the first message of each socket: nothing is consumed, there is no cursor,
+and any number of readers disturb nobody. docs/bundle.md has the layout; the numbers behind the choice
+are in benchmarks/.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+import sys
+from array import array
+from collections.abc import Sequence
+
+import msgpack
+
+from cprd.errors import Damaged, InvalidInput, LimitExceeded
+from cprd.pause import point
+from cprd.rights import SCM_MAX_FD, SO_PEEK_OFF, close_all, receive, send
+from cprd.state import (
+    SEALS,
+    InlineSection,
+    MemfdSection,
+    State,
+    check_seals,
+    encode_section,
+    sealed_memfd,
+)
+
+VERSION = 1
+MAGIC = b"CPRB"
+LEAF, NODE = 1, 2
+MAX_DEPTH = 3  # 253 ** 3 is 16 million: more than any table of descriptors
+INLINE = 16 * 1024  # a section above this gets a memfd of its own
+MAX_MANIFEST = 256 << 20
+HEADER = struct.Struct("<4sHBBIIQQ")
+"""magic, version, kind (LEAF: what it carries is the state's; NODE: sockets), depth (0 = leaf),
+descriptors in this message, descriptors in all below it (manifest and sections included), bytes of
+sections in all (root only), number among its siblings."""
+
+
+class Header:
+    """The header of one node. Errors of the layout raise Damaged."""
+
+    __slots__ = ("depth", "here", "index", "kind", "size", "total")
+
+    def __init__(self, data: bytes) -> None:
+        if len(data) != HEADER.size or data[:4] != MAGIC:
+            raise Damaged("not a bundle: what is queued does not begin with its header")
+        _, version, self.kind, self.depth, self.here, self.total, self.size, self.index = (
+            HEADER.unpack(data)
+        )
+        if version != VERSION:
+            raise Damaged(f"a bundle of version {version}; this cprd reads version {VERSION}")
+        leaf = self.kind == LEAF and self.depth == 0 and self.total == self.here
+        node = self.kind == NODE and 0 < self.depth < MAX_DEPTH and self.total >= self.here
+        if not (leaf or node) or not 0 < self.here <= SCM_MAX_FD:
+            raise Damaged("a bundle whose header contradicts itself")
+
+
+class Packed:
+    """A packed state. `fd` is owned by whoever holds this object until close()."""
+
+    __slots__ = ("fd", "fds", "size")
+
+    def __init__(self, fd: int, fds: int, size: int) -> None:
+        self.fd = fd
+        self.fds = fds  # descriptors under keys
+        self.size = size  # bytes of all sections
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def pack(state: State, forbidden: Sequence[int] = ()) -> Packed:
+    """Park everything in `state` in a new bundle; the caller owns the result, `state` is untouched.
+
+    `forbidden`: sockets (fds) that must not be in it, because the bundle would come to lie in their
+    own queues. Raises InvalidInput (naming key or section) and LimitExceeded (naming the limit)."""
+    names, ids, fds = state._as_columns()
+    if forbidden:
+        _refuse_cycles(state, forbidden)
+    made: list[int] = []
+    try:
+        manifest, sections, size = _manifest(state, names, ids)
+        made.append(manifest)
+        made += [fd for fd, temporary in sections if temporary]
+        carried = array("i", (manifest, *(fd for fd, _ in sections))) + fds
+        point("pack:manifest")
+        try:
+            root = _park(carried, size)
+        except OSError as error:
+            raise _explain(error, state) from None
+        point("pack:parked")
+        return Packed(root, len(fds), size)
+    finally:
+        close_all(made)
+
+
+def _park(carried: array[int], size: int) -> int:
+    """One socket that carries all of `carried`; the caller owns it, and still owns `carried`."""
+    count = len(carried)
+    if count <= SCM_MAX_FD:
+        return _socket_with(LEAF, 0, carried, count, size, 0)
+    # Whole leaves first, then nodes above them until one is enough.
+    level = array("i")
+    totals: list[int] = []
+    depth = 1
+    try:
+        for index, start in enumerate(range(0, count, SCM_MAX_FD)):
+            part = carried[start : start + SCM_MAX_FD]
+            level.append(_socket_with(LEAF, 0, part, len(part), 0, index))
+            totals.append(len(part))
+        while True:
+            if depth >= MAX_DEPTH:
+                raise LimitExceeded(f"{count} descriptors do not fit in one bundle")
+            if len(level) <= SCM_MAX_FD:
+                return _socket_with(NODE, depth, level, sum(totals), size, 0)
+            above = array("i")
+            above_totals: list[int] = []
+            try:
+                for index, start in enumerate(range(0, len(level), SCM_MAX_FD)):
+                    total = sum(totals[start : start + SCM_MAX_FD])
+                    part = level[start : start + SCM_MAX_FD]
+                    above.append(_socket_with(NODE, depth, part, total, 0, index))
+                    above_totals.append(total)
+            finally:
+                close_all(level)
+                level, totals = above, above_totals
+            depth += 1
+    finally:
+        close_all(level)
+
+
+def _socket_with(
+    kind: int, depth: int, fds: Sequence[int], total: int, size: int, index: int
+) -> int:
+    """A socket whose queue holds one message; the caller owns it, and still owns `fds`."""
+    inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with inlet, outlet:
+        header = HEADER.pack(MAGIC, VERSION, kind, depth, len(fds), total, size, index)
+        send(inlet, header, fds)
+        point("pack:sent")
+        return outlet.detach()
+
+
+def _manifest(
+    state: State, names: str, ids: array[int]
+) -> tuple[int, list[tuple[int, bool]], int]:
+    """The manifest's memfd (the caller owns it), the memfds of sections as (fd, made here for this
+    bundle), the bytes of all sections."""
+    described: list[tuple[str, int, int, bytes]] = []  # key, packed, memfd?, data
+    memfds: list[tuple[int, bool]] = []
+    size = 0
+    try:
+        for key, section in state._sections.items():
+            stored = getattr(section, "stored", None)
+            if isinstance(section, MemfdSection) or isinstance(stored, MemfdSection):
+                memfd = section if isinstance(section, MemfdSection) else stored
+                assert isinstance(memfd, MemfdSection)
+                check_seals(key, memfd.fd)
+                memfds.append((memfd.fd, False))
+                described.append((key, memfd.packed, 1, b""))
+                size += memfd.size()
+                continue
+            data, packed = encode_section(key, section)
+            size += len(data)
+            if len(data) <= INLINE:
+                described.append((key, packed, 0, bytes(data)))
+            else:
+                memfds.append((sealed_memfd(f"section.{key}", [data]), True))
+                described.append((key, packed, 1, b""))
+        if sys.byteorder == "big":
+            ids = ids[:]
+            ids.byteswap()
+        manifest = msgpack.packb(
+            {
+                "names": names.encode("utf-8", "surrogateescape"),
+                "ids": ids.tobytes(),
+                "sections": described,
+            },
+            use_bin_type=True,
+        )
+        if len(manifest) > MAX_MANIFEST:
+            raise LimitExceeded(
+                f"keys and small sections take {len(manifest)} bytes; the limit is {MAX_MANIFEST}"
+            )
+        return sealed_memfd("cprd-manifest", [manifest]), memfds, size
+    except BaseException:
+        close_all(fd for fd, temporary in memfds if temporary)
+        raise
+
+
+def _refuse_cycles(state: State, forbidden: Sequence[int]) -> None:
+    """A socket may not lie in a queue that it is the way to: the kernel would take the cycle for
+    garbage. readlink does not touch the file itself, so that a foreign one cannot block."""
+    bad = {os.readlink(f"/proc/self/fd/{fd}") for fd in forbidden}
+    for name, id, fd in state.fds():
+        try:
+            if os.readlink(f"/proc/self/fd/{fd}") in bad:
+                raise InvalidInput(
+                    f"({name!r}, {id}): fd {fd} is a connection to cprd itself (or a bundle being"
+                    " saved); a bundle may not come to hold itself"
+                )
+        except OSError:
+            continue  # not open: the kernel says so in a moment, and then it is explained
+
+
+def _explain(error: OSError, state: State) -> Exception:
+    """What the kernel's errno means for whoever saves."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return LimitExceeded(
+            f"no descriptor left to pack with ({error.strerror}): RLIMIT_NOFILE is {soft} (hard"
+            f" {hard}); raise it (ulimit -n, LimitNOFILE=)"
+        )
+    if error.errno == errno.EBADF:
+        for name, id, fd in state.fds():
+            try:
+                fcntl.fcntl(fd, fcntl.F_GETFD)
+            except OSError:
+                return InvalidInput(f"fd {fd} of ({name!r}, {id}) was closed before save")
+    if error.errno == errno.EINVAL:
+        for name, id, fd in state.fds():
+            try:
+                os.close(_socket_with(LEAF, 0, [fd], 1, 0, 0))
+            except OSError:
+                return InvalidInput(
+                    f"fd {fd} of ({name!r}, {id}) cannot be passed to another process (the kernel"
+                    " refuses some kinds, io_uring for one)"
+                )
+    return LimitExceeded(f"cannot park the descriptors: {error.strerror}")
+
+
+def check(sock: socket.socket, *, seal: bool) -> Header:
+    """Look at a bundle without taking a descriptor out of it: what cprd does with what is saved.
+
+    `sock` is borrowed. With `seal`, nothing can be appended afterwards. Raises Damaged when it
+    is not a whole bundle. O(1) in the number of descriptors below the root."""
+    kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    domain = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
+    if domain != socket.AF_UNIX or kind != socket.SOCK_SEQPACKET:
+        raise Damaged("not a bundle: not an AF_UNIX SOCK_SEQPACKET socket")
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise Damaged("not a bundle: a listening socket")
+    header = _peek_header(sock)
+    if seal:
+        try:
+            sock.shutdown(socket.SHUT_RD)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+        header = _peek_header(sock)
+    queued = int.from_bytes(fcntl.ioctl(sock.fileno(), 0x541B, b"\0" * 4), sys.byteorder)  # SIOCINQ
+    if queued != HEADER.size:
+        raise Damaged("not a whole bundle: more than one message is queued in it")
+    parked = scm_fds(sock.fileno())
+    if parked != header.here:
+        raise Damaged(f"not a whole bundle: it says {header.here} descriptors and holds {parked}")
+    return header
+
+
+def _peek_header(sock: socket.socket) -> Header:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+        for attempt in (1, 2):
+            try:
+                flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+                return Header(sock.recv(HEADER.size + 1, flags))
+            except ConnectionResetError:
+                if attempt == 2:  # once is usual: its sender left something unread
+                    raise
+    except BlockingIOError:
+        raise Damaged("not a bundle: nothing is queued in it") from None
+    except OSError as error:
+        raise Damaged(f"not a bundle: {error.strerror}") from None
+    raise AssertionError
+
+
+def scm_fds(fd: int) -> int:
+    """How many descriptors are queued in a socket (fdinfo, Linux 5.6), without reading it."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb", buffering=0) as file:
+        for line in file.read().splitlines():
+            if line.startswith(b"scm_fds:"):
+                return int(line[8:])
+    return -1
+
+
+def unpack(fd: int) -> State:
+    """Peek a whole state out of a bundle, which stays the caller's and as it was.
+
+    The returned state owns its descriptors. Raises Damaged when anything is missing or too much,
+    and LimitExceeded when they do not fit in this process; then none is left open."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+    carried = array("i")
+    try:
+        root = _peek_header(sock)
+        _room_for(root)
+        _peek(sock, root, carried)
+        point("load:peeked")
+        return _state_of(root, carried)
+    except BaseException:
+        close_all(carried)
+        raise
+    finally:
+        sock.detach()
+
+
+def _peek(sock: socket.socket, header: Header, carried: array[int]) -> None:
+    """Append all descriptors below one node to `carried`, whose owner closes them on an error."""
+    try:
+        data, fds, flags = receive(sock, HEADER.size + 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError as error:
+        raise Damaged(f"a part of the bundle cannot be read: {error.strerror}") from None
+    children = fds if header.kind == NODE else array("i")
+    try:
+        if header.kind == LEAF:
+            carried.extend(fds)
+        if flags & socket.MSG_CTRUNC or len(fds) != header.here:
+            if flags & socket.MSG_CTRUNC:
+                raise _cut_short(header)
+            raise Damaged(f"a part of the bundle says {header.here} descriptors, has {len(fds)}")
+        if flags & socket.MSG_TRUNC or len(data) != HEADER.size:
+            raise Damaged("a part of the bundle has a record of another length")
+        before = len(carried)
+        for index, child_fd in enumerate(children):
+            child = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=child_fd)
+            try:
+                below = _peek_header(child)
+                if below.depth != header.depth - 1 or below.index != index:
+                    raise Damaged("the parts of the bundle are not in their places")
+                _peek(child, below, carried)
+            finally:
+                child.detach()
+        if header.kind == NODE and len(carried) - before != header.total:
+            raise Damaged(
+                f"the bundle says {header.total} descriptors and holds {len(carried) - before}"
+            )
+    finally:
+        close_all(children)
+
+
+def _room_for(root: Header) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if root.total + 8 > soft:
+        raise LimitExceeded(
+            f"{root.total} descriptors do not fit in this process: its soft RLIMIT_NOFILE is {soft}"
+            f" (hard {hard}); raise it before loading (resource.setrlimit, ulimit -n,"
+            " LimitNOFILE=); what is held stays held"
+        )
+
+
+def _cut_short(header: Header) -> Exception:
+    """MSG_CTRUNC while peeking: nearly always EMFILE, which recvmsg does not say."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return LimitExceeded(
+        f"not all of {header.total} descriptors could be installed (MSG_CTRUNC): open descriptors"
+        f" reached RLIMIT_NOFILE, soft {soft} (hard {hard}), or a security module refused one; raise"
+        " the limit before loading (resource.setrlimit, ulimit -n, LimitNOFILE=); what is held"
+        " stays held"
+    )
+
+
+def _state_of(root: Header, carried: array[int]) -> State:
+    """Make the state of what a bundle carried; it owns `carried` when this returns."""
+    manifest = carried[0]
+    sections: dict[str, InlineSection | MemfdSection] = {}
+    memfds = 0
+    try:
+        _whole_memfd(manifest, "the manifest")
+        size = os.fstat(manifest).st_size
+        if size > MAX_MANIFEST:
+            raise Damaged(f"a manifest of {size} bytes; the limit is {MAX_MANIFEST}")
+        said = msgpack.unpackb(os.pread(manifest, size, 0), raw=False, strict_map_key=True)
+        for key, packed, memfd, data in said["sections"]:
+            if memfd:
+                memfds += 1
+                fd = carried[memfds]
+                _whole_memfd(fd, f"section {key!r}")
+                sections[key] = MemfdSection(fd, packed=bool(packed), owned=True)
+            else:
+                sections[key] = InlineSection(data, packed=bool(packed))
+        ids = array("i")
+        ids.frombytes(said["ids"])
+        if sys.byteorder == "big":
+            ids.byteswap()
+        fds = carried[1 + memfds :]
+        names = said["names"].decode("utf-8", "surrogateescape")
+        if len(ids) != len(fds) or (names.count("\0") + 1 if fds else len(names)) != len(fds):
+            raise Damaged(f"the manifest names {len(ids)} descriptors; there are {len(fds)}")
+    except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise Damaged(f"the manifest cannot be read: {error!r}") from None
+    state = State()
+    state._adopt(names, ids, fds, sections)
+    os.close(manifest)
+    return state
+
+
+def _whole_memfd(fd: int, what: str) -> None:
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    if seals & SEALS != SEALS:
+        raise Damaged(f"{what} of the bundle is not a sealed memfd")
