@@ -1,0 +1,434 @@
+"""QEMU's CPR state, byte for byte: the descriptors a process leaves to its successor, by name.
+
+The stream (magic "QCPR", version 1, then the vmstate `CprState`) has no length and no trailer, so
+that only three things together tell a whole one from what a dead sender left: it parses, it ends
+exactly there, and it had as many descriptors as elements. QEMU checks none of them fully; `parse`
+checks all.
+
+Three forms are in use. They differ in what follows the list of descriptors:
+
+- PLAIN: nothing (QEMU 10.0; later ones load it too);
+- VFIO: the subsection "CprState/vfio devices", even when it has none (QEMU 10.2 and later);
+- STUB: that subsection's header without a list (a QEMU built without iommufd).
+
+So a VFIO stream that is cut exactly before its subsection reads as PLAIN, and one cut exactly after
+the subsection's header as STUB. No receiver can tell; a QEMU writes all of that at once.
+
+The lower half of this file is QEMU's include/migration/cpr.h for the process's own state.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from cprd.errors import InvalidInput
+from cprd.vmstate.channel import Channel, Tape, as_channel, close_all, drain
+from cprd.vmstate.description import VMStateDescription, decode
+from cprd.vmstate.description import encode as encode_vmstate
+from cprd.vmstate.fields import fd as fd_field
+from cprd.vmstate.fields import int32, qlist, string, uint32
+from cprd.vmstate.stream import Stream, Truncated, VMStateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Literal, Protocol
+
+    Form = Literal["plain", "vfio", "stub"]
+
+    class HasFileno(Protocol):
+        def fileno(self) -> int: ...
+
+
+MAGIC = 0x51435052
+VERSION = 1
+_HEADER = Struct(">II")
+
+PLAIN: Form = "plain"
+VFIO: Form = "vfio"
+STUB: Form = "stub"
+
+MAX_NAME = 255
+"""Bytes of a name without its NUL: QEMU's own limit for a RAM block, and cprd's for a key."""
+MAX_ELEMENTS = 1 << 16
+
+
+class CprFd:
+    """One element: the key (name, id), and the descriptor, a number that somebody else owns."""
+
+    __slots__ = ("fd", "id", "name")
+
+    def __init__(self, name: str = "", id: int = 0, fd: int = -1) -> None:
+        self.name = name
+        self.id = id
+        self.fd = fd
+
+    def __repr__(self) -> str:
+        return f"CprFd({self.name!r}, {self.id}, fd={self.fd})"
+
+
+class CprVfioDevice:
+    """What a vfio device with an iommufd backend has beside its descriptors."""
+
+    __slots__ = ("devid", "hwpt_id", "ioas_id", "name")
+
+    def __init__(self, name: str = "", devid: int = 0, ioas_id: int = 0, hwpt_id: int = 0) -> None:
+        self.name = name
+        self.devid = devid
+        self.ioas_id = ioas_id
+        self.hwpt_id = hwpt_id
+
+    def __repr__(self) -> str:
+        return f"CprVfioDevice({self.name!r}, {self.devid}, {self.ioas_id}, {self.hwpt_id})"
+
+
+class CprState:
+    """What the stream holds, in its order. Owns no descriptor."""
+
+    __slots__ = ("fds", "form", "vfio_devices")
+
+    def __init__(
+        self,
+        fds: Sequence[CprFd] = (),
+        vfio_devices: Sequence[CprVfioDevice] = (),
+        form: Form = PLAIN,
+    ) -> None:
+        self.fds = list(fds)
+        self.vfio_devices = list(vfio_devices)
+        self.form: Form = form
+
+    def __repr__(self) -> str:
+        return f"CprState({self.fds!r}, {self.vfio_devices!r}, form={self.form!r})"
+
+
+# The description: QEMU's migration/cpr.c and hw/vfio/cpr-iommufd.c
+
+
+def _fd_loaded(element: CprFd, version: int) -> None:
+    if not element.name:
+        raise VMStateError("is empty", path=".name")
+
+
+def _state_loaded(state: CprState, version: int) -> None:
+    seen = set()
+    for at, element in enumerate(state.fds):
+        key = (element.name, element.id)
+        if key in seen:
+            raise VMStateError(
+                f"the key {element.name!r}, {element.id} was there before", path=f".fds[{at}]"
+            )
+        seen.add(key)
+
+
+def _set_form(form: Form) -> Callable[[CprState, int], None]:
+    def loaded(state: CprState, version: int) -> None:
+        state.form = form
+
+    return loaded
+
+
+def _check_state(state: CprState) -> None:
+    for at, element in enumerate(state.fds):
+        if not element.name:
+            raise VMStateError("is empty", path=f".fds[{at}].name")
+    _state_loaded(state, VERSION)
+    if state.vfio_devices and state.form != VFIO:
+        raise VMStateError(
+            f"has {len(state.vfio_devices)} devices, which the form {state.form!r} cannot carry: "
+            "the state can only be loaded by a QEMU that knows them (10.2 or later, with iommufd)",
+            path="/vfio devices.vfio_devices",
+        )
+
+
+VMSTATE_CPR_FD = VMStateDescription(
+    "cpr fd",
+    1,
+    1,
+    fields=[
+        uint32("namelen", length_of="name"),
+        string("name", length="namelen", limit=MAX_NAME + 1),
+        int32("id"),
+        fd_field("fd"),
+    ],
+    post_load=_fd_loaded,
+)
+
+VMSTATE_VFIO_DEVICE = VMStateDescription(
+    "cpr vfio device",
+    1,
+    1,
+    fields=[
+        uint32("namelen", length_of="name"),
+        string("name", length="namelen", limit=MAX_NAME + 1),
+        int32("devid"),
+        uint32("ioas_id"),
+        uint32("hwpt_id"),
+    ],
+)
+
+VMSTATE_VFIO_DEVICES = VMStateDescription(
+    "CprState/vfio devices",
+    1,
+    1,
+    fields=[
+        qlist("vfio_devices", VMSTATE_VFIO_DEVICE, CprVfioDevice, version_id=1, limit=MAX_ELEMENTS)
+    ],
+    needed=lambda state: state.form == VFIO,
+    post_load=_set_form(VFIO),
+)
+
+VMSTATE_VFIO_STUB = VMStateDescription(
+    "CprState/vfio devices",
+    1,
+    1,
+    needed=lambda state: state.form == STUB,
+    post_load=_set_form(STUB),
+)
+
+
+def _cpr_state(subsection: VMStateDescription) -> VMStateDescription:
+    return VMStateDescription(
+        "CprState",
+        1,
+        1,
+        fields=[qlist("fds", VMSTATE_CPR_FD, CprFd, version_id=1, limit=MAX_ELEMENTS)],
+        subsections=[subsection],
+        pre_save=_check_state,
+        post_load=_state_loaded,
+    )
+
+
+VMSTATE_CPR_STATE = _cpr_state(VMSTATE_VFIO_DEVICES)
+VMSTATE_CPR_STATE_STUB = _cpr_state(VMSTATE_VFIO_STUB)
+
+# A stub's stream ends in the subsection's version, 00000001; the other forms end in a list's 00.
+_STUB_TAIL = b"\x05\x15CprState/vfio devices" + Struct(">I").pack(1)
+
+
+def encode(state: CprState, form: Form | None = None) -> Stream:
+    """The stream of `state`, in its own form or another one. Descriptors stay borrowed. Pure.
+
+    VMStateError when the form cannot carry the state: vfio devices need VFIO.
+    """
+    chosen = state.form if form is None else form
+    if chosen not in (PLAIN, VFIO, STUB):
+        raise InvalidInput(f"form: {chosen!r} is none of {PLAIN!r}, {VFIO!r}, {STUB!r}")
+    shaped = CprState(state.fds, state.vfio_devices, chosen)
+    vmsd = VMSTATE_CPR_STATE_STUB if chosen == STUB else VMSTATE_CPR_STATE
+    body = encode_vmstate(vmsd, shaped)
+    return Stream(
+        _HEADER.pack(MAGIC, VERSION) + body.data,
+        [(offset + _HEADER.size, number) for offset, number in body.marks],
+    )
+
+
+def parse(
+    data: bytes | bytearray | memoryview,
+    fds: Sequence[int],
+    offsets: Sequence[int] | None = None,
+) -> CprState:
+    """The state in a whole stream, received up to its end with the descriptors `fds`. Pure.
+
+    They are only numbers here and stay their owner's; to check a stream by the number of its
+    descriptors pass `range(n)`. `offsets` (a tape has them) says where each arrived.
+    Errors: Truncated when the sender died on the way, VMStateError for everything else.
+    """
+    data = bytes(data)
+    header = data[: _HEADER.size]
+    if len(header) < _HEADER.size:
+        raise Truncated("ends before it is whole", path="the header", offset=len(header))
+    magic, version = _HEADER.unpack(header)
+    if magic != MAGIC:
+        raise VMStateError(f"0x{magic:08x} is not 0x{MAGIC:08x}", path="the magic", offset=0)
+    if version != VERSION:
+        raise VMStateError(f"{version}, and only {VERSION} is known", path="the version", offset=4)
+    vmsd = VMSTATE_CPR_STATE_STUB if data.endswith(_STUB_TAIL) else VMSTATE_CPR_STATE
+    state = CprState()
+    try:
+        decode(
+            vmsd,
+            data[_HEADER.size :],
+            fds,
+            offsets=None if offsets is None else [at - _HEADER.size for at in offsets],
+            into=state,
+        )
+    except VMStateError as exc:
+        if exc.offset >= 0:
+            exc.offset += _HEADER.size
+        raise
+    return state
+
+
+def receive(channel: Channel) -> tuple[Tape, CprState]:
+    """Read the channel to its end in any case, then parse. The tape has the bytes and owns the
+    descriptors that the state names; it is the caller's. After an error they are closed."""
+    tape = drain(channel)
+    try:
+        return tape, parse(tape.data, tape.fds, tape.offsets)
+    except BaseException:
+        tape.close()
+        raise
+
+
+def downgrade(state: CprState) -> CprState:
+    """The same state for a QEMU 10.0, which knows no subsection and refuses a stream with one.
+    VMStateError when it has vfio devices: they would be lost."""
+    plain = CprState(state.fds, state.vfio_devices, PLAIN)
+    try:
+        _check_state(plain)
+    except VMStateError as exc:
+        exc.inside("CprState")
+        raise
+    return plain
+
+
+# The process's own state: QEMU's include/migration/cpr.h
+
+
+class _Own:
+    """The one table of this process. Loaded descriptors are its own until somebody finds them."""
+
+    def __init__(self) -> None:
+        self.state = CprState()
+        self.index: dict[tuple[str, int], CprFd] = {}
+        self.alive: dict[tuple[str, int], object] = {}  # objects whose descriptor is borrowed
+        self.unfound: set[tuple[str, int]] = set()  # loaded, and nobody's but ours
+        self.channel: Channel | None = None
+
+    def forget(self) -> None:
+        close_all(e.fd for e in self.state.fds if (e.name, e.id) in self.unfound)
+        self.state = CprState()
+        self.index: dict[tuple[str, int], CprFd] = {}
+        self.alive.clear()
+        self.unfound.clear()
+
+
+_own = _Own()
+
+
+def save_fd(name: str, id: int, fd: int | HasFileno) -> None:
+    """Record a descriptor for the next state_save. It is borrowed: stays the caller's, who keeps it
+    open until then; of an object (anything with fileno()) a reference is kept.
+
+    InvalidInput: the key is recorded already (delete_fd first), a name that is empty, has a NUL or
+    more than 255 bytes, an id that is no i32, or no open descriptor.
+    """
+    number = fd if isinstance(fd, int) else fd.fileno()
+    raw = name.encode("utf-8", "surrogateescape")
+    if not 1 <= len(raw) <= MAX_NAME or b"\0" in raw:
+        raise InvalidInput(f"name: {name!r} is not 1 to {MAX_NAME} bytes without a NUL")
+    if not -(1 << 31) <= id < 1 << 31:
+        raise InvalidInput(f"id: {id} does not fit 32 bits")
+    if number < 0:
+        raise InvalidInput(f"fd: {number} is no open descriptor")
+    if (name, id) in _own.index:
+        raise InvalidInput(f"the key {name!r}, {id} is used already; delete_fd() it first")
+    element = _own.index[name, id] = CprFd(name, id, number)
+    _own.state.fds.append(element)
+    if not isinstance(fd, int):
+        _own.alive[name, id] = fd
+
+
+def delete_fd(name: str, id: int) -> None:
+    """Forget a key; an unknown one is no error. Closes nothing, except a descriptor that was loaded
+    and that nobody has found yet, for it has no other owner."""
+    element = _own.index.pop((name, id), None)
+    if element is None:
+        return
+    _own.state.fds.remove(element)
+    _own.alive.pop((name, id), None)
+    if (name, id) in _own.unfound:
+        _own.unfound.remove((name, id))
+        close_all([element.fd])
+
+
+def find_fd(name: str, id: int) -> int:
+    """The recorded descriptor, or -1. A loaded one is the caller's from the first find on; its
+    record stays, for the next state_save, until delete_fd (before closing it!)."""
+    element = _own.index.get((name, id))
+    if element is None:
+        return -1
+    _own.unfound.discard((name, id))
+    return element.fd
+
+
+def fds() -> Iterator[tuple[str, int, int]]:
+    """All records as (name, id, descriptor), in order. Changes no ownership."""
+    return iter([(e.name, e.id, e.fd) for e in _own.state.fds])
+
+
+def vfio_devices() -> list[CprVfioDevice]:
+    """The vfio devices of the process's own state, to read and to change in place."""
+    return _own.state.vfio_devices
+
+
+def state_form() -> Form:
+    """The form that state_load met; PLAIN before. The next state_save uses it."""
+    return _own.state.form
+
+
+def state_save(channel: Channel | socket.socket | int, form: Form | None = None) -> None:
+    """Send the process's state and half-close, as QEMU does: the receiver knows its end by that.
+
+    `channel`: a Channel, a connected UNIX stream socket, or its number. Kept for state_ioc() until
+    state_close(), which closes it (of a number, a duplicate); after an error it is the caller's.
+    A receiver that has everything hangs up, which state_ioc() shows as the end of the stream.
+    """
+    stream = encode(_own.state, form)
+    _talk(channel, lambda line: _send(line, stream))
+
+
+def state_load(channel: Channel | socket.socket | int) -> None:
+    """Receive a state up to its end and make it the process's own; what was recorded before is
+    forgotten. Nothing changes unless the whole state is good; then all that came has been closed.
+
+    The channel is kept as by state_save: closing it (state_close) tells the sender that the state
+    has been loaded. Errors: Truncated, VMStateError, LimitExceeded, Timeout, Unavailable.
+    """
+    _talk(channel, _load)
+
+
+def state_ioc() -> Channel | None:
+    """The channel of the last state_save or state_load, None when there is none (any more)."""
+    return _own.channel
+
+
+def state_close() -> None:
+    """Close that channel: for the other side, the sign that we are done with it. Harmless again."""
+    line, _own.channel = _own.channel, None
+    if line is not None:
+        line.close()
+
+
+def clear() -> None:
+    """Forget all records, and close what was loaded and never found. QEMU needs no such thing, for
+    it exits; a test does."""
+    _own.forget()
+
+
+def _send(line: Channel, stream: Stream) -> None:
+    line.send_stream(stream)
+    line.finish()
+
+
+def _load(line: Channel) -> None:
+    tape, state = receive(line)
+    _own.forget()
+    _own.state = state
+    _own.index = {(element.name, element.id): element for element in state.fds}
+    _own.unfound = set(_own.index)
+    tape.take_fds()
+
+
+def _talk(channel: Channel | socket.socket | int, do: Callable[[Channel], None]) -> None:
+    line = as_channel(channel)
+    try:
+        do(line)
+    except BaseException:
+        if isinstance(channel, int):
+            line.close()
+        raise
+    if _own.channel is not line:
+        state_close()
+    _own.channel = line

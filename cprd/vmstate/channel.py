@@ -1,0 +1,367 @@
+"""How a stream and its descriptors travel: a UNIX stream socket, or memory.
+
+Sending: the plain bytes so far, then each dummy byte in a message of its own with exactly one
+descriptor, as QEMU does. Receiving: any arrangement in which a descriptor is no later than its
+dummy byte. Lost control data (MSG_CTRUNC) is an error, never a shorter list.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import time
+from struct import Struct
+from types import SimpleNamespace
+
+from cprd.errors import InvalidInput, LimitExceeded, Timeout, Unavailable
+from cprd.vmstate.description import VMStateDescription, encode, get
+from cprd.vmstate.stream import Source, Stream, VMStateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from types import TracebackType
+    from typing import Any, Self
+
+SCM_MAX_FD = 253  # include/net/scm.h: what one message can carry
+_SCM_PIDFD = 4  # a descriptor too, when the socket has SO_PASSPIDFD (set by systemd's PassPIDFD=)
+_CONTROL = socket.CMSG_SPACE(SCM_MAX_FD * 4) + 1024  # beside them: credentials, label, pidfd
+_CHUNK = 1 << 16
+_C_INT = Struct("i")
+
+MAX_BYTES = 64 << 20
+"""Bytes that `drain` keeps. QEMU's CPR state has 17 to 265 bytes a descriptor."""
+MAX_FDS = 1 << 16
+"""Descriptors that `drain` keeps; RLIMIT_NOFILE is nearly always lower."""
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close each, whatever happens to the others."""
+    for number in fds:
+        try:
+            os.close(number)
+        except OSError:
+            pass
+
+
+class Channel:
+    """Carries bytes, and descriptors in order. Closing it closes what it still owns."""
+
+    def send(self, data: bytes, fd: int = -1) -> None:
+        """Send all of `data`; with `fd` (borrowed) `data` is its one dummy byte."""
+        raise NotImplementedError
+
+    def receive(self) -> tuple[bytes, list[int]]:
+        """Some bytes and the descriptors that came with them, which are the caller's from now on.
+        No bytes: the end. LimitExceeded when descriptors were lost on the way (those that came
+        along have been closed; one may go on receiving, to let the sender finish)."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Tell the receiver that nothing follows (half-close). QEMU's loader waits for it."""
+
+    def close(self) -> None:
+        """Let go of everything; again is harmless."""
+
+    def send_stream(self, stream: Stream) -> None:
+        """Send a whole stream, one descriptor a dummy byte. Its descriptors stay borrowed."""
+        for data, number in stream.pieces():
+            self.send(data, number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class SocketChannel(Channel):
+    """Over a connected AF_UNIX SOCK_STREAM socket, which becomes the channel's: close() closes it.
+
+    `timeout` is in seconds, for everything done from now on together, not for each step, so that a
+    peer who drips bytes cannot stretch it; `restart_clock` begins anew. None waits for ever. The
+    socket's own blocking mode is neither used nor changed.
+    """
+
+    def __init__(self, sock: socket.socket, timeout: float | None = None) -> None:
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            raise InvalidInput(
+                f"a channel needs a UNIX stream socket, this is {sock.family.name} {sock.type}"
+            )
+        self.sock = sock
+        self.restart_clock(timeout)
+
+    def restart_clock(self, timeout: float | None) -> None:
+        self._timeout = timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def _wait(self, event: int, what: str) -> None:
+        poll = select.poll()
+        poll.register(self.sock, event)
+        left = None if self._deadline is None else self._deadline - time.monotonic()
+        if (left is not None and left <= 0) or not poll.poll(
+            None if left is None else left * 1000 + 1
+        ):
+            raise Timeout(f"{what} within {self._timeout:g} s; the peer is stuck or slow")
+
+    def send(self, data: bytes, fd: int = -1) -> None:
+        rest = memoryview(data)
+        control: list[tuple[int, int, bytes]] = []
+        if fd >= 0:
+            if len(data) != 1:
+                raise InvalidInput(f"a descriptor goes with one byte, not with {len(data)}")
+            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _C_INT.pack(fd))]
+        while rest:
+            try:
+                sent = self.sock.sendmsg([rest], control, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._wait(select.POLLOUT, "the peer did not read the stream")
+            except OSError as exc:
+                raise _send_error(exc) from exc
+            else:
+                rest = rest[sent:]
+
+    def receive(self) -> tuple[bytes, list[int]]:
+        while True:
+            # Looked at on each round: a peer that always has a byte ready never makes us wait.
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                raise Timeout(f"the stream did not end within {self._timeout:g} s")
+            try:
+                data, control, flags, _ = self.sock.recvmsg(
+                    _CHUNK, _CONTROL, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                self._wait(select.POLLIN, "the stream did not end")
+            except OSError as exc:
+                raise Unavailable(f"the connection broke while receiving: {exc}") from exc
+            else:
+                break
+        fds = _descriptors(control)
+        if flags & socket.MSG_CTRUNC:
+            close_all(fds)
+            raise LimitExceeded(
+                f"descriptors were lost on receiving (MSG_CTRUNC, {len(fds)} arrived): this "
+                "process is at its RLIMIT_NOFILE; raise it (ulimit -n, LimitNOFILE=) and repeat"
+            )
+        return data, fds
+
+    def finish(self) -> None:
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError as exc:
+            raise Unavailable(f"the connection broke before the stream's end: {exc}") from exc
+
+    def wait_hangup(self) -> None:
+        """Wait until the peer has closed (or half-closed): QEMU's way to say that it has loaded
+        the CPR state. Anything it sends is a VMStateError."""
+        data, fds = self.receive()
+        close_all(fds)
+        if data:
+            raise VMStateError(f"the receiver answered {len(data)} bytes where it only hangs up")
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class Tape(Channel):
+    """A channel in memory: what is sent (or fed) is kept and can be received. For recording a
+    stream, and for replaying one.
+
+    Owns `fds`. `offsets[k]` is where in `data` descriptor k arrived. The constructor takes
+    ownership of `fds` unless it raises.
+    """
+
+    def __init__(
+        self, data: bytes = b"", fds: Sequence[int] = (), offsets: Sequence[int] | None = None
+    ) -> None:
+        places = [0] * len(fds) if offsets is None else list(offsets)
+        if len(places) != len(fds) or places != sorted(places):
+            raise InvalidInput("offsets: one for each descriptor, in rising order")
+        if places and not (places[0] >= 0 and places[-1] < len(data)):
+            raise InvalidInput("offsets: a descriptor must lie beside a byte of the stream")
+        self.data = bytearray(data)
+        self.fds = list(fds)
+        self.offsets = places
+        self._read = 0
+
+    def send(self, data: bytes, fd: int = -1) -> None:
+        """As a socket would: the descriptor is duplicated, the sender keeps its own."""
+        self.feed(data, [os.dup(fd)] if fd >= 0 else [])
+
+    def feed(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Append what was received together; `fds` become the tape's."""
+        self.offsets += [len(self.data)] * len(fds)
+        self.fds += fds
+        self.data += data
+
+    def receive(self) -> tuple[bytes, list[int]]:
+        count = sum(1 for place in self.offsets if place <= self._read)
+        end = self.offsets[count] if count < len(self.offsets) else len(self.data)
+        data = bytes(self.data[self._read : end])
+        fds = self.fds[:count]
+        del self.fds[:count], self.offsets[:count]
+        self._read = end
+        return data, fds
+
+    def take_fds(self) -> list[int]:
+        """All descriptors, in order: the caller's from now on."""
+        fds = self.fds
+        self.fds, self.offsets = [], []
+        return fds
+
+    def close(self) -> None:
+        close_all(self.take_fds())
+
+
+class Reader(Source):
+    """Reads from a channel while the stream is still arriving.
+
+    It reads ahead, so that one reader belongs to a channel for good. Received descriptors are the
+    reader's until they are handed out; close() closes the others (never the channel).
+    """
+
+    __slots__ = ("channel",)
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self.channel = channel
+
+    def _pull(self) -> bool:
+        data, fds = self.channel.receive()
+        self._arrive(data, fds)
+        return bool(data)
+
+    def close(self) -> None:
+        close_all(number for _, number in self._arrived)
+        self._arrived.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def drain(channel: Channel, max_bytes: int = MAX_BYTES, max_fds: int = MAX_FDS) -> Tape:
+    """Read a channel to its end, whatever comes, and only then judge.
+
+    A sender that is cut off in the middle may crash (QEMU 11.1 does), so that even a stream which
+    is already lost, by lost descriptors or a limit, is read on and thrown away. The tape owns its
+    descriptors and is the caller's; after an error there are none.
+    """
+    tape = Tape()
+    failure: LimitExceeded | None = None
+    thrown = 0
+    try:
+        while True:
+            try:
+                data, fds = channel.receive()
+            except LimitExceeded as exc:
+                failure = failure or exc
+                tape.close()
+                thrown += _CHUNK  # at most
+                if thrown > 4 * max_bytes:
+                    break
+                continue
+            tape.feed(data, fds)
+            if not data:
+                break
+            if failure is None and (len(tape.data) > max_bytes or len(tape.fds) > max_fds):
+                failure = LimitExceeded(
+                    f"the stream has more than {max_bytes} bytes or {max_fds} descriptors"
+                )
+            if failure is not None:
+                tape.close()
+                thrown += len(tape.data)
+                tape.data.clear()
+                if thrown > 4 * max_bytes:
+                    break
+        if failure is not None:
+            raise failure
+    except BaseException:
+        tape.close()
+        raise
+    return tape
+
+
+def as_channel(where: Channel | socket.socket | int, timeout: float | None = None) -> Channel:
+    """A channel over what one has: itself, a connected UNIX stream socket (becomes the channel's),
+    or its number (duplicated, stays the caller's)."""
+    if isinstance(where, Channel):
+        return where
+    if isinstance(where, int):
+        sock = socket.socket(fileno=os.dup(where))
+        try:
+            return SocketChannel(sock, timeout)
+        except BaseException:
+            sock.close()
+            raise
+    return SocketChannel(where, timeout)
+
+
+def save(channel: Channel, vmsd: VMStateDescription, obj: Any, version: int | None = None) -> None:
+    """Encode and send; an object that does not fit sends nothing. Descriptors stay the caller's.
+    Does not half-close: call `channel.finish()` when nothing follows."""
+    channel.send_stream(encode(vmsd, obj, version))
+
+
+def load(
+    reader: Reader, vmsd: VMStateDescription, obj: Any = None, version: int | None = None
+) -> Any:
+    """Load one state from a stream that goes on (`reader.finish()` says whether it ended).
+    Returns `obj`, or a new SimpleNamespace, which owns the descriptors from then on.
+
+    When it raises, every descriptor that this load took has been closed, and no attribute names
+    one any more.
+    """
+    obj = SimpleNamespace() if obj is None else obj
+    reader.taken, reader.assigned = [], []
+    try:
+        get(reader, vmsd, obj, vmsd.version_id if version is None else version)
+    except BaseException as exc:
+        close_all(reader.taken)
+        for owner, name, blank in reader.assigned:
+            setattr(owner, name, blank)
+        if isinstance(exc, VMStateError):
+            exc.inside(vmsd.name)
+        raise
+    finally:
+        reader.taken, reader.assigned = [], []
+    return obj
+
+
+def _send_error(exc: OSError) -> Exception:
+    if exc.errno == errno.ETOOMANYREFS:
+        return LimitExceeded(
+            "too many descriptors of this user are on their way (ETOOMANYREFS): the limit is the "
+            "sender's soft RLIMIT_NOFILE; raise it (ulimit -n, LimitNOFILE=) and repeat"
+        )
+    return Unavailable(f"the connection broke while sending: {exc}")
+
+
+def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
+    fds: list[int] = []
+    for level, kind, data in control:
+        if level != socket.SOL_SOCKET:
+            continue
+        numbers = [number for (number,) in _C_INT.iter_unpack(data[: len(data) // 4 * 4])]
+        if kind == socket.SCM_RIGHTS:
+            fds += numbers
+        elif kind == _SCM_PIDFD:
+            close_all(number for number in numbers if number >= 0)
+    return fds
