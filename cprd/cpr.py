@@ -41,6 +41,35 @@ if TYPE_CHECKING:
         def fileno(self) -> int: ...
 
 
+__all__ = [
+    "MAGIC",
+    "MAX_NAME",
+    "PLAIN",
+    "STUB",
+    "VERSION",
+    "VFIO",
+    "CprFd",
+    "CprState",
+    "CprVfioDevice",
+    "Truncated",
+    "VMStateError",
+    "clear",
+    "delete_fd",
+    "downgrade",
+    "encode",
+    "fds",
+    "find_fd",
+    "parse",
+    "receive",
+    "save_fd",
+    "state_close",
+    "state_form",
+    "state_ioc",
+    "state_load",
+    "state_save",
+    "vfio_devices",
+]
+
 MAGIC = 0x51435052
 VERSION = 1
 _HEADER = Struct(">II")
@@ -290,16 +319,18 @@ class _Own:
     """The one table of this process. Loaded descriptors are its own until somebody finds them."""
 
     def __init__(self) -> None:
-        self.state = CprState()
-        self.index: dict[tuple[str, int], CprFd] = {}
+        self.fds: dict[tuple[str, int], int] = {}
+        self.vfio_devices: list[CprVfioDevice] = []
+        self.form: Form = PLAIN
         self.alive: dict[tuple[str, int], object] = {}  # objects whose descriptor is borrowed
         self.unfound: set[tuple[str, int]] = set()  # loaded, and nobody's but ours
         self.channel: Channel | None = None
 
     def forget(self) -> None:
-        close_all(e.fd for e in self.state.fds if (e.name, e.id) in self.unfound)
-        self.state = CprState()
-        self.index: dict[tuple[str, int], CprFd] = {}
+        close_all(self.fds[key] for key in self.unfound)
+        self.fds = {}
+        self.vfio_devices = []
+        self.form = PLAIN
         self.alive.clear()
         self.unfound.clear()
 
@@ -322,10 +353,9 @@ def save_fd(name: str, id: int, fd: int | HasFileno) -> None:
         raise InvalidInput(f"id: {id} does not fit 32 bits")
     if number < 0:
         raise InvalidInput(f"fd: {number} is no open descriptor")
-    if (name, id) in _own.index:
+    if (name, id) in _own.fds:
         raise InvalidInput(f"the key {name!r}, {id} is used already; delete_fd() it first")
-    element = _own.index[name, id] = CprFd(name, id, number)
-    _own.state.fds.append(element)
+    _own.fds[name, id] = number
     if not isinstance(fd, int):
         _own.alive[name, id] = fd
 
@@ -333,39 +363,33 @@ def save_fd(name: str, id: int, fd: int | HasFileno) -> None:
 def delete_fd(name: str, id: int) -> None:
     """Forget a key; an unknown one is no error. Closes nothing, except a descriptor that was loaded
     and that nobody has found yet, for it has no other owner."""
-    element = _own.index.pop((name, id), None)
-    if element is None:
-        return
-    _own.state.fds.remove(element)
+    number = _own.fds.pop((name, id), None)
     _own.alive.pop((name, id), None)
-    if (name, id) in _own.unfound:
+    if number is not None and (name, id) in _own.unfound:
         _own.unfound.remove((name, id))
-        close_all([element.fd])
+        close_all([number])
 
 
 def find_fd(name: str, id: int) -> int:
     """The recorded descriptor, or -1. A loaded one is the caller's from the first find on; its
     record stays, for the next state_save, until delete_fd (before closing it!)."""
-    element = _own.index.get((name, id))
-    if element is None:
-        return -1
     _own.unfound.discard((name, id))
-    return element.fd
+    return _own.fds.get((name, id), -1)
 
 
 def fds() -> Iterator[tuple[str, int, int]]:
     """All records as (name, id, descriptor), in order. Changes no ownership."""
-    return iter([(e.name, e.id, e.fd) for e in _own.state.fds])
+    return iter([(name, id, number) for (name, id), number in _own.fds.items()])
 
 
 def vfio_devices() -> list[CprVfioDevice]:
     """The vfio devices of the process's own state, to read and to change in place."""
-    return _own.state.vfio_devices
+    return _own.vfio_devices
 
 
 def state_form() -> Form:
     """The form that state_load met; PLAIN before. The next state_save uses it."""
-    return _own.state.form
+    return _own.form
 
 
 def state_save(channel: Channel | socket.socket | int, form: Form | None = None) -> None:
@@ -375,7 +399,8 @@ def state_save(channel: Channel | socket.socket | int, form: Form | None = None)
     state_close(), which closes it (of a number, a duplicate); after an error it is the caller's.
     A receiver that has everything hangs up, which state_ioc() shows as the end of the stream.
     """
-    stream = encode(_own.state, form)
+    records = [CprFd(name, id, number) for (name, id), number in _own.fds.items()]
+    stream = encode(CprState(records, _own.vfio_devices, _own.form), form)
     _talk(channel, lambda line: _send(line, stream))
 
 
@@ -415,9 +440,10 @@ def _send(line: Channel, stream: Stream) -> None:
 def _load(line: Channel) -> None:
     tape, state = receive(line)
     _own.forget()
-    _own.state = state
-    _own.index = {(element.name, element.id): element for element in state.fds}
-    _own.unfound = set(_own.index)
+    _own.fds = {(element.name, element.id): element.fd for element in state.fds}
+    _own.vfio_devices = state.vfio_devices
+    _own.form = state.form
+    _own.unfound = set(_own.fds)
     tape.take_fds()
 
 

@@ -300,8 +300,8 @@ def drain(channel: Channel, max_bytes: int = MAX_BYTES, max_fds: int = MAX_FDS) 
 
 
 def as_channel(where: Channel | socket.socket | int, timeout: float | None = None) -> Channel:
-    """A channel over what one has: itself, a connected UNIX stream socket (becomes the channel's),
-    or its number (duplicated, stays the caller's)."""
+    """A channel over what one has: itself, a connected UNIX stream socket (becomes the channel's;
+    without `timeout` its own counts), or its number (duplicated, stays the caller's)."""
     if isinstance(where, Channel):
         return where
     if isinstance(where, int):
@@ -311,7 +311,7 @@ def as_channel(where: Channel | socket.socket | int, timeout: float | None = Non
         except BaseException:
             sock.close()
             raise
-    return SocketChannel(where, timeout)
+    return SocketChannel(where, timeout if timeout is not None else where.gettimeout() or None)
 
 
 def save(channel: Channel, vmsd: VMStateDescription, obj: Any, version: int | None = None) -> None:

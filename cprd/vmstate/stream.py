@@ -116,7 +116,7 @@ class Source:
         self._data = bytearray(data)
         self._at = 0
         self._base = 0
-        self._arrived = list(
+        self._arrived = deque(
             zip(offsets if offsets is not None else [0] * len(fds), fds, strict=True)
         )
         self._items = max_items
@@ -135,7 +135,7 @@ class Source:
             del self._data[: self._at]
             self._at = 0
         start = self._base + len(self._data)
-        self._arrived += [(start, number) for number in fds]
+        self._arrived.extend((start, number) for number in fds)
         self._data += data
 
     @property
