@@ -1,0 +1,1 @@
+"""The tests: a package, so that tests/systemd and tests/qemu are not taken for other packages."""
