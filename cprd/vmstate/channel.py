@@ -12,38 +12,26 @@ import os
 import select
 import socket
 import time
-from struct import Struct
 from types import SimpleNamespace
 
+from cprd import rights
 from cprd.errors import InvalidInput, LimitExceeded, Timeout, Unavailable
+from cprd.rights import close_all
 from cprd.vmstate.description import VMStateDescription, encode, get
 from cprd.vmstate.stream import Source, Stream, VMStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from types import TracebackType
     from typing import Any, Self
 
-SCM_MAX_FD = 253  # include/net/scm.h: what one message can carry
-_SCM_PIDFD = 4  # a descriptor too, when the socket has SO_PASSPIDFD (set by systemd's PassPIDFD=)
-_CONTROL = socket.CMSG_SPACE(SCM_MAX_FD * 4) + 1024  # beside them: credentials, label, pidfd
 _CHUNK = 1 << 16
-_C_INT = Struct("i")
 
 MAX_BYTES = 64 << 20
 """Bytes that `drain` keeps. QEMU's CPR state has 17 to 265 bytes a descriptor."""
 MAX_FDS = 1 << 16
 """Descriptors that `drain` keeps; RLIMIT_NOFILE is nearly always lower."""
-
-
-def close_all(fds: Iterable[int]) -> None:
-    """Close each, whatever happens to the others."""
-    for number in fds:
-        try:
-            os.close(number)
-        except OSError:
-            pass
 
 
 class Channel:
@@ -115,21 +103,21 @@ class SocketChannel(Channel):
             raise Timeout(f"{what} within {self._timeout:g} s; the peer is stuck or slow")
 
     def send(self, data: bytes, fd: int = -1) -> None:
+        if fd >= 0 and len(data) != 1:
+            raise InvalidInput(f"a descriptor goes with one byte, not with {len(data)}")
         rest = memoryview(data)
-        control: list[tuple[int, int, bytes]] = []
-        if fd >= 0:
-            if len(data) != 1:
-                raise InvalidInput(f"a descriptor goes with one byte, not with {len(data)}")
-            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _C_INT.pack(fd))]
         while rest:
             try:
-                sent = self.sock.sendmsg([rest], control, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                if fd >= 0:
+                    rights.send(self.sock, data, [fd])
+                    return
+                rest = rest[self.sock.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
             except BlockingIOError:
                 self._wait(select.POLLOUT, "the peer did not read the stream")
             except OSError as exc:
-                raise _send_error(exc) from exc
-            else:
-                rest = rest[sent:]
+                if exc.errno == errno.EBADF and self.sock.fileno() >= 0:
+                    raise InvalidInput(f"descriptor {fd} to send is not open") from exc
+                raise Unavailable(f"the connection broke while sending: {exc}") from exc
 
     def receive(self) -> tuple[bytes, list[int]]:
         while True:
@@ -137,23 +125,20 @@ class SocketChannel(Channel):
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 raise Timeout(f"the stream did not end within {self._timeout:g} s")
             try:
-                data, control, flags, _ = self.sock.recvmsg(
-                    _CHUNK, _CONTROL, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-                )
+                data, fds, flags = rights.receive(self.sock, _CHUNK, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 self._wait(select.POLLIN, "the stream did not end")
             except OSError as exc:
                 raise Unavailable(f"the connection broke while receiving: {exc}") from exc
             else:
                 break
-        fds = _descriptors(control)
         if flags & socket.MSG_CTRUNC:
             close_all(fds)
             raise LimitExceeded(
                 f"descriptors were lost on receiving (MSG_CTRUNC, {len(fds)} arrived): this "
                 "process is at its RLIMIT_NOFILE; raise it (ulimit -n, LimitNOFILE=) and repeat"
             )
-        return data, fds
+        return data, fds.tolist()
 
     def finish(self) -> None:
         try:
@@ -343,25 +328,3 @@ def load(
     finally:
         reader.taken, reader.assigned = [], []
     return obj
-
-
-def _send_error(exc: OSError) -> Exception:
-    if exc.errno == errno.ETOOMANYREFS:
-        return LimitExceeded(
-            "too many descriptors of this user are on their way (ETOOMANYREFS): the limit is the "
-            "sender's soft RLIMIT_NOFILE; raise it (ulimit -n, LimitNOFILE=) and repeat"
-        )
-    return Unavailable(f"the connection broke while sending: {exc}")
-
-
-def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
-    fds: list[int] = []
-    for level, kind, data in control:
-        if level != socket.SOL_SOCKET:
-            continue
-        numbers = [number for (number,) in _C_INT.iter_unpack(data[: len(data) // 4 * 4])]
-        if kind == socket.SCM_RIGHTS:
-            fds += numbers
-        elif kind == _SCM_PIDFD:
-            close_all(number for number in numbers if number >= 0)
-    return fds

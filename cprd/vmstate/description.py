@@ -22,7 +22,7 @@ from struct import Struct as Layout
 from types import SimpleNamespace
 
 from cprd.errors import InvalidInput
-from cprd.vmstate.stream import Sink, Source, Stream, VMStateError
+from cprd.vmstate.stream import Sink, Source, Stream, Truncated, VMStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ def decode(
     obj = SimpleNamespace() if into is None else into
     try:
         get(src, vmsd, obj, vmsd.version_id if version is None else version)
+        _refuse_half_a_subsection(src, vmsd)
         src.finish()
     except VMStateError as exc:
         exc.inside(vmsd.name)
@@ -213,8 +214,7 @@ def put(out: Sink, vmsd: VMStateDescription, obj: Any, version: int) -> None:
     for sub in vmsd.subsections:
         if sub.needed is not None and not sub.needed(obj):
             continue
-        name = sub.name.encode()
-        out.put(bytes((SUBSECTION, len(name))) + name + _U32.pack(sub.version_id))
+        out.put(_head(sub) + _U32.pack(sub.version_id))
         try:
             put(out, sub, obj, sub.version_id)
         except VMStateError as exc:
@@ -302,6 +302,23 @@ def _get_subsections(src: Source, vmsd: VMStateDescription, obj: Any) -> None:
         except VMStateError as exc:
             exc.inside(sub.name.removeprefix(vmsd.name))
             raise
+
+
+def _refuse_half_a_subsection(src: Source, vmsd: VMStateDescription) -> None:
+    """A subsection that the stream's end cuts is not one to the rule above. At the end of
+    everything it can be nothing else."""
+    rest = src.peek(2 + 255)
+    for sub in vmsd.subsections:
+        if rest and _head(sub).startswith(rest):
+            raise Truncated(
+                f"the stream ends in the name of subsection {sub.name!r}",
+                offset=src.offset + len(rest),
+            )
+
+
+def _head(sub: VMStateDescription) -> bytes:
+    name = sub.name.encode()
+    return bytes((SUBSECTION, len(name))) + name
 
 
 def _value(obj: Any, field: Field) -> Any:
