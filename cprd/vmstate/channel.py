@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from cprd import rights
 from cprd.errors import InvalidInput, LimitExceeded, Timeout, Unavailable
 from cprd.rights import close_all
-from cprd.vmstate.description import VMStateDescription, encode, get
+from cprd.vmstate.description import VMStateDescription, encode, get, place
 from cprd.vmstate.stream import Source, Stream, VMStateError
 
 TYPE_CHECKING = False
@@ -323,7 +323,7 @@ def load(
         for owner, name, blank in reader.assigned:
             setattr(owner, name, blank)
         if isinstance(exc, VMStateError):
-            exc.inside(vmsd.name)
+            place(exc, vmsd, reader)
         raise
     finally:
         reader.taken, reader.assigned = [], []

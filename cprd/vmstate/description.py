@@ -184,9 +184,16 @@ def decode(
         _refuse_half_a_subsection(src, vmsd)
         src.finish()
     except VMStateError as exc:
-        exc.inside(vmsd.name)
+        place(exc, vmsd, src)
         raise
     return obj
+
+
+def place(exc: VMStateError, vmsd: VMStateDescription, src: Source) -> None:
+    """Complete the path of an error, and its position: where reading has come to."""
+    exc.inside(vmsd.name)
+    if exc.offset < 0:
+        exc.offset = src.offset
 
 
 def put(out: Sink, vmsd: VMStateDescription, obj: Any, version: int) -> None:
@@ -247,12 +254,10 @@ def get(src: Source, vmsd: VMStateDescription, obj: Any, version: int) -> None:
     if vmsd.post_load is not None:
         try:
             vmsd.post_load(obj, version)
-        except VMStateError as exc:
-            if exc.offset < 0:
-                exc.offset = src.offset
+        except VMStateError:
             raise
         except ValueError as exc:
-            raise VMStateError(f"post_load refuses: {exc}", offset=src.offset) from exc
+            raise VMStateError(f"post_load refuses: {exc}") from exc
 
 
 def _get_field(src: Source, field: Field, obj: Any, lengths: dict[str, int]) -> None:
