@@ -53,8 +53,9 @@ def works(*command: str) -> bool:
 
 
 def run(*command: str) -> bool:
-    """Whether COMMAND exits with 0; all that it prints goes to stderr."""
-    return not subprocess.call(command, stdin=subprocess.DEVNULL, stdout=2)
+    """Whether COMMAND exits with 0; all that it prints goes to stderr. It inherits the lock: should
+    this process be killed, the next one waits for what COMMAND still does."""
+    return not subprocess.call(command, stdin=subprocess.DEVNULL, stdout=2, close_fds=False)
 
 
 def environment(extras: list[str]) -> str:
@@ -73,6 +74,7 @@ def environment(extras: list[str]) -> str:
         return python
     os.makedirs(os.path.dirname(where), exist_ok=True)
     lock = os.open(CLONE, os.O_RDONLY | os.O_DIRECTORY)
+    os.set_inheritable(lock, True)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not holds_all(where, contents):
@@ -151,7 +153,7 @@ def find_pip(python: str) -> list[str] | None:
 def make(where: str) -> None:
     """Make an empty environment, with pip in it if that can be. Raises CannotPrepare."""
     if os.path.exists(where):
-        if not os.path.exists(os.path.join(where, STAMP)):
+        if os.listdir(where) and not os.path.exists(os.path.join(where, STAMP)):
             raise CannotPrepare(f"{where} is not of this Python's making: move it out of the way")
         shutil.rmtree(where)
     if not works(sys.executable, "-c", "import ensurepip"):
@@ -206,7 +208,7 @@ def settle(where: str, scripts: dict[str, str]) -> None:
 def main() -> int:
     try:
         print(environment(sys.argv[1:]))
-    except CannotPrepare as error:
+    except (CannotPrepare, OSError) as error:
         say(str(error))
         return 1
     return 0
