@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from cprd.errors import AlreadyHeld, Busy, CprdError, Damaged, Fenced, LimitExceeded, NotHeld
+from cprd.errors import AlreadyHeld, Busy, Damaged, Fenced, LimitExceeded, NotHeld
 
 PREPARED = "prepared"
 HELD = "held"
@@ -51,6 +51,8 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     (IN_DOUBT, "confirm"): NOTHING,
     (IN_DOUBT, "confirm next"): NOTHING,
     (IN_DOUBT, "reject"): HELD,
+    (IN_DOUBT, "saved by the acting process"): NOTHING,
+    (IN_DOUBT, "replace"): NOTHING,
     (IN_DOUBT, "release by force"): HELD,
     (IN_DOUBT, "drop by force"): NOTHING,
     (IN_DOUBT, "found damaged"): DAMAGED,
@@ -58,7 +60,8 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     (UNREADABLE, "drop by force"): NOTHING,
 }
 """(phase, event) -> phase. What is not here is refused. "confirm next", "replace" and a save by the
-acting process end the old hold in the same step that puts the new one (held)."""
+acting process end the old hold in the same step that puts the new one (held). "replace" of what is
+in doubt: only what lies under a prepared save that its operator commits or releases."""
 
 PHASES = (PREPARED, HELD, CLAIMED, IN_DOUBT, DAMAGED, UNREADABLE)
 
@@ -110,7 +113,8 @@ class Hold:
             "age": max(0.0, now - self.created),
             "expires": left,
             "attempts": self.attempts,
-            "reason": why_not(self, now) or (f"rejected: {self.last_reject}" * bool(self.last_reject)),
+            "reason": why_not(self, now)
+            or (f"rejected: {self.last_reject}" * bool(self.last_reject)),
             "last_reject": self.last_reject,
             "claimant": self.claimant or None,
             "acting": self.acting or None,
@@ -293,7 +297,11 @@ class Registry:
     ) -> tuple[Hold, ...]:
         """What a new hold under this name would end. Raises AlreadyHeld or Busy."""
         for hold in self.of(key):
-            if hold.phase == IN_DOUBT and hold.acting > 0 and hold.acting in (peer.pid, predecessor):
+            if (
+                hold.phase == IN_DOUBT
+                and hold.acting > 0
+                and hold.acting in (peer.pid, predecessor)
+            ):
                 continue
             if if_exists != "replace":
                 raise AlreadyHeld(
@@ -394,7 +402,7 @@ class Registry:
         """Claim what is held. Raises NotHeld, Busy (with the reason), Fenced (another generation)."""
         hold = self.check_load(now, key, peer, nonce)
         if hold.phase == CLAIMED:
-            return Step(answer=_loaded(hold), remembered=True)
+            return Step(answer=_loaded(hold, hold.last_claimant), remembered=True)
         if generation is not None and hold.generation != generation:
             raise Fenced(
                 f"{key[1]!r} has generation {hold.generation} by now; {generation} was asked for"
@@ -404,6 +412,7 @@ class Registry:
             phase=TRANSITIONS[HELD, "load"],
             attempts=hold.attempts + 1,
             claimant=peer.pid,
+            last_claimant=0,
             token=token,
             lease=lease,
             deadline=now + lease,
@@ -411,9 +420,11 @@ class Registry:
             ttl_left=None if hold.expires is None else max(0.0, hold.expires - now),
             last=nonce,
         )
-        return Step(answer=_loaded(new), put=(new,))
+        return Step(answer=_loaded(new, hold.last_claimant), put=(new,))
 
-    def check_load(self, now: float, key: Key, peer: Peer | None = None, nonce: bytes = b"") -> Hold:
+    def check_load(
+        self, now: float, key: Key, peer: Peer | None = None, nonce: bytes = b""
+    ) -> Hold:
         """The hold that a load would get now (or, for a repeated load, already has).
 
         Raises what a load would raise: NotHeld, Busy, Damaged."""
@@ -537,7 +548,14 @@ class Registry:
         )
 
     def reject(
-        self, now: float, peer: Peer, key: Key, generation: int, token: bytes, nonce: bytes, why: str
+        self,
+        now: float,
+        peer: Peer,
+        key: Key,
+        generation: int,
+        token: bytes,
+        nonce: bytes,
+        why: str,
     ) -> Step:
         """The claimant gives it back, whole, for another to try. Raises Fenced."""
         hold = self._by_generation.get(generation)
@@ -559,10 +577,18 @@ class Registry:
         if hold.phase == CLAIMED:
             why = f"{_pid(hold.claimant)} did not confirm: {how}"
             return Step(put=(self._back(now, hold, "claimant gone", why, b""),))
+        if not hold.claimant and hold.last_claimant:
+            return Step()  # said already
         who = f"; {_pid(hold.acting)} acts on it" if hold.acting else ""
-        reason = f"{_pid(hold.claimant)} began to act on it, then {how}, unconfirmed{who}"
-        phase = TRANSITIONS[IN_DOUBT, "claimant gone"]
-        return Step(put=(replace(hold, phase=phase, reason=reason),))
+        reason = f"{_pid(hold.claimant)} began to act on it, and then {how}, unconfirmed{who}"
+        new = replace(
+            hold,
+            phase=TRANSITIONS[IN_DOUBT, "claimant gone"],
+            reason=reason,
+            claimant=0,
+            last_claimant=hold.claimant,
+        )
+        return Step(put=(new,))
 
     def _back(self, now: float, hold: Hold, event: str, why: str, nonce: bytes) -> Hold:
         return replace(
@@ -609,9 +635,7 @@ class Registry:
             )
         if event == "drop by force" and not force:
             raise Busy(f"{key[1]!r} is dropped only by force (--force): {why_not(hold, now)}")
-        return _end(
-            hold, event, nonce=nonce, uid=peer.uid, answer={"generation": hold.generation}
-        )
+        return _end(hold, event, nonce=nonce, uid=peer.uid, answer={"generation": hold.generation})
 
     def release(self, now: float, peer: Peer, key: Key, *, force: bool, nonce: bytes) -> Step:
         """in doubt -> held, for whoever knows that nothing acted. Raises NotHeld, Busy."""
@@ -639,7 +663,14 @@ class Registry:
             return Step()
         phase = TRANSITIONS[hold.phase, "found damaged"]
         new = replace(
-            hold, phase=phase, reason=why[:1024], token=b"", deadline=0.0, expires=None, claimant=0
+            hold,
+            phase=phase,
+            reason=why[:1024],
+            token=b"",
+            deadline=0.0,
+            expires=None,
+            claimant=0,
+            last_claimant=hold.claimant or hold.last_claimant,
         )
         return Step(put=(new,))
 
@@ -744,13 +775,13 @@ def _saved(hold: Hold) -> dict[str, Any]:
     return {"generation": hold.generation, "token": hold.token}
 
 
-def _loaded(hold: Hold) -> dict[str, Any]:
+def _loaded(hold: Hold, last_claimant: int) -> dict[str, Any]:
     return {
         "generation": hold.generation,
         "token": hold.token,
         "attempts": hold.attempts,
         "last_reject": hold.last_reject,
-        "last_claimant": hold.last_claimant,
+        "last_claimant": last_claimant,
         "lease": hold.lease,
         "fds": hold.fds,
     }
@@ -769,26 +800,13 @@ def _end(
 
 
 def _replacing(holds: tuple[Hold, ...]) -> tuple[Ended, ...]:
-    return tuple(Ended(hold, "replace") for hold in holds)
+    """The events by which a new hold of the same name ends these."""
+    return tuple(Ended(hold, _replaced_by(hold)) for hold in holds)
 
 
-__all__ = [
-    "CLAIMED",
-    "DAMAGED",
-    "HELD",
-    "IN_DOUBT",
-    "NOTHING",
-    "PHASES",
-    "PREPARED",
-    "TRANSITIONS",
-    "UNREADABLE",
-    "CprdError",
-    "Ended",
-    "Hold",
-    "Peer",
-    "Quota",
-    "Registry",
-    "Step",
-    "Usage",
-    "why_not",
-]
+def _replaced_by(hold: Hold) -> str:
+    if hold.phase == CLAIMED:
+        return "confirm next"  # only the claimant itself gets so far
+    if hold.phase == IN_DOUBT and hold.acting:
+        return "saved by the acting process"
+    return "replace"

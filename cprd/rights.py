@@ -60,9 +60,7 @@ def _send_with_hard_limit(
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def receive(
-    sock: socket.socket, size: int, flags: int = 0
-) -> tuple[bytes, array[int], int]:
+def receive(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, array[int], int]:
     """Receive (or, with MSG_PEEK, copy) one message: payload, descriptors, message flags.
 
     The caller owns the descriptors (close-on-exec is set), also when the flags say that some are

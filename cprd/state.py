@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     class HasFileno(Protocol):
         def fileno(self) -> int: ...
+else:
+    HasFileno = object
 
 
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -102,7 +104,11 @@ class State(MutableMapping[str, Any]):
     def __init__(self) -> None:
         # The keys twice: as columns, which is how they travel (10,000 names joined cost 0.1 ms,
         # 10,000 tuples taken apart 1 ms), and by key, made when a loaded state is first asked.
-        self._columns: tuple[list[str], array[int], array[int]] | None = ([], array("i"), array("i"))
+        self._columns: tuple[list[str], array[int], array[int]] | None = (
+            [],
+            array("i"),
+            array("i"),
+        )
         self._joined = ""
         self._fds: dict[tuple[str, int], int] | None = {}
         self._keep: dict[tuple[str, int], object] = {}

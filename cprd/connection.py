@@ -1,0 +1,110 @@
+"""One client's connection in the daemon: messages in, messages out, each bounded in time.
+
+Descriptors that come in are the daemon's to close, and closing a foreign file can block: whatever is not
+handed on goes to the closer, and so does the socket itself (closing it drops what is still queued).
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from array import array
+from collections.abc import Callable
+from typing import NamedTuple
+
+import trio
+
+from cprd import wire
+from cprd.closer import Closer
+from cprd.errors import LimitExceeded, ProtocolError
+from cprd.holds import Peer
+from cprd.rights import close_all, receive, send
+
+SLOW = 10.0  # s that a client may leave an answer unread before it is cut off
+
+
+class Request(NamedTuple):
+    message: wire.Message
+    fds: array[int]  # owned by whoever handles the request
+
+
+class Connection:
+    """Owns the socket and the peer's pidfd."""
+
+    def __init__(self, sock: socket.socket, peer: Peer, pidfd: int, closer: Closer) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.peer = peer
+        self.pidfd = pidfd
+        self.closer = closer
+        self.claims: set[tuple[int, bytes]] = set()  # (generation, token)
+        self.prepared: set[int] = set()
+
+    async def receive(self, parse: Callable[[bytes], wire.Message]) -> Request | None:
+        """The next request; None at the end of the connection. Raises ProtocolError."""
+        while True:
+            await trio.lowlevel.wait_readable(self.sock)
+            try:
+                data, fds, flags = receive(self.sock, wire.MAX_REQUEST + 1)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return None
+            break
+        try:
+            if flags & socket.MSG_CTRUNC:
+                raise LimitExceeded(
+                    "cprd had no descriptor left to receive with: raise LimitNOFILE= of"
+                    " cprd.service, or drop holds"
+                )
+            if not data:
+                if fds:
+                    raise ProtocolError("an empty message with descriptors")
+                return None
+            return Request(parse(data), fds)
+        except BaseException:
+            self.release(fds)
+            raise
+
+    def release(self, fds: array[int]) -> None:
+        """Close descriptors that came from the client, elsewhere."""
+        if fds:
+            self.closer.run(self.peer.uid, lambda: close_all(fds))
+
+    async def answer(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Send an answer; `fds` stay the caller's. Raises BrokenPipeError when the client has
+        gone, or leaves its answers unread."""
+        with trio.move_on_after(SLOW):
+            while True:
+                try:
+                    send(self.sock, data, fds)
+                    return
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self.sock)
+                except OSError as error:
+                    if error.errno in (errno.ENOBUFS, errno.ENOMEM):
+                        await trio.sleep(0.01)
+                        continue
+                    raise BrokenPipeError(str(error)) from None
+        raise BrokenPipeError("the client does not read its answers")
+
+    async def hung_up(self) -> str:
+        """Wait for the end of the connection, or for a message where none may come."""
+        await trio.lowlevel.wait_readable(self.sock)
+        try:
+            return "early" if self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) else "gone"
+        except BlockingIOError:
+            return "early"
+        except OSError:
+            return "gone"
+
+    def close(self) -> None:
+        """End it, now as far as the peer can see it, and let go of it in the peer's worker."""
+        trio.lowlevel.notify_closing(self.sock)
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        fd, pidfd, self.pidfd = self.sock.detach(), self.pidfd, -1
+        held = [number for number in (fd, pidfd) if number >= 0]
+        self.closer.run(self.peer.uid, lambda: close_all(held))

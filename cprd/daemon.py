@@ -1,0 +1,918 @@
+"""The daemon: connections in, steps of the life cycle out.
+
+Everything between reading a request and having written its step down happens without an await: requests
+are atomic towards each other. What may take time (closing foreign files, waiting for a hold, a slow
+reader) happens elsewhere: in the closer's threads, or in the task of the one connection concerned.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from array import array
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any
+
+import trio
+
+from cprd import bundle, log, peers, wire
+from cprd.closer import Closer
+from cprd.config import Config
+from cprd.connection import Connection, Request
+from cprd.errors import (
+    Busy,
+    CprdError,
+    Damaged,
+    Denied,
+    LimitExceeded,
+    NotHeld,
+    ProtocolError,
+)
+from cprd.holds import CLAIMED, DAMAGED, HELD, IN_DOUBT, PREPARED, Hold, Key, Peer, Registry, Step
+from cprd.keeper import Keeper
+from cprd.pause import point
+
+RESERVED_FOR_ROOT = 8  # connections
+MAX_PENDING = 1000  # closes of one uid that may wait before it is refused more
+
+
+def now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Waiter:
+    """A load (or wait) that waits for its turn. First come, first served."""
+
+    __slots__ = ("done", "result", "take")
+
+    def __init__(self, take: Callable[[], Step | Hold]) -> None:
+        self.take = take
+        self.done = trio.Event()
+        self.result: Step | Hold | CprdError | None = None
+
+
+class Daemon:
+    """All state of the daemon, and its verbs. `serve` runs it."""
+
+    def __init__(self, config: Config, keeper: Keeper, closer: Closer, registry: Registry) -> None:
+        self.config = config
+        self.keeper = keeper
+        self.closer = closer
+        self.registry = registry
+        self.started = now()
+        self.refused_accepts = 0
+        self.connections: set[Connection] = set()
+        self.watch = peers.Watch()
+        self.pidfds: dict[int, dict[str, int]] = {}  # by generation and role; owned here
+        self._waiters: dict[Key, deque[Waiter]] = {}
+        self._deadline_moved = trio.Event()
+        self._overflow_uid = peers.overflow_uid()
+        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        soft = _raise_nofile()
+        self.max_connections = max(12, min(config.all_connections, soft // 16))
+        # Each connection has two descriptors, each hold two and up to four pidfds; a message can
+        # bring 253 at once.
+        self.max_holds = max(4, (soft - 2 * self.max_connections - 253 - 32) // 6)
+
+    # Running
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Serve until cancelled. `listener` is borrowed."""
+        listener.setblocking(False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_processes)
+            nursery.start_soon(self._watch_deadlines)
+            nursery.start_soon(self._accept, listener, nursery)
+
+    async def _accept(self, listener: socket.socket, nursery: trio.Nursery) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self.refused_accepts += 1
+                log.event("accept-failed", level=log.ERROR, why=error.strerror)
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self._accept_and_close(listener)
+                await trio.sleep(0.05)  # never exits, never spins
+                continue
+            try:
+                uid, pid = peers.credentials(sock)
+                connection = Connection(
+                    sock, Peer(uid, pid), peers.pidfd_of(sock, pid), self.closer
+                )
+            except OSError as error:
+                log.event("accept-failed", level=log.ERROR, why=error.strerror)
+                sock.close()
+                continue
+            nursery.start_soon(self._serve_one, connection)
+
+    def _accept_and_close(self, listener: socket.socket) -> None:
+        """No descriptor left: give up the spare one for as long as it takes to turn one away, so
+        that the client sees an end and not silence."""
+        os.close(self._spare)
+        try:
+            sock, _ = listener.accept()
+            uid, _ = peers.credentials(sock)
+            self.closer.run(uid, sock.close)
+        except OSError:
+            pass
+        try:
+            self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._spare = os.dup(listener.fileno())
+
+    async def _serve_one(self, connection: Connection) -> None:
+        peer = connection.peer
+        try:
+            refused = self._why_refused(peer)
+            self.connections.add(connection)
+            if refused is not None:
+                log.event("refused", level=log.WARNING, uid=peer.uid, pid=peer.pid, why=refused)
+                await connection.answer(wire.refusal(refused))
+                return
+            with trio.move_on_after(wire.FIRST_BYTE) as greeting:
+                if not await self._greet(connection):
+                    return
+            if greeting.cancelled_caught:
+                log.event("mute", level=log.WARNING, uid=peer.uid, pid=peer.pid)
+                return
+            while await self._serve_request(connection):
+                pass
+        except BrokenPipeError:
+            pass
+        except trio.Cancelled:
+            raise
+        except Exception as error:
+            log.event("failed", level=log.ERROR, uid=peer.uid, pid=peer.pid, why=repr(error))
+        finally:
+            self.connections.discard(connection)
+            self._end_claims(connection)
+            connection.close()
+
+    def _why_refused(self, peer: Peer) -> CprdError | None:
+        if peer.uid == self._overflow_uid and peer.uid != os.geteuid():
+            return Denied(
+                f"uid {peer.uid} is what every unmapped uid of another user namespace looks like:"
+                " connect from a process whose uid is mapped here"
+            )
+        mine = sum(1 for other in self.connections if other.peer.uid == peer.uid)
+        if mine >= self.config.connections:
+            return LimitExceeded(
+                f"uid {peer.uid} has {mine} connections; the quota is {self.config.connections}:"
+                " close some, or raise limits.connections in cprd's configuration"
+            )
+        reserved = 0 if peer.uid == 0 else RESERVED_FOR_ROOT
+        if len(self.connections) >= self.max_connections - reserved:
+            return LimitExceeded(
+                f"cprd serves {len(self.connections)} connections, as many as it may: try again,"
+                " or raise LimitNOFILE= of cprd.service and limits.all_connections"
+            )
+        if self.closer.pending(peer.uid) > MAX_PENDING:
+            return LimitExceeded(
+                f"files of uid {peer.uid} block when they are closed: end that first"
+            )
+        return None
+
+    async def _greet(self, connection: Connection) -> bool:
+        try:
+            request = await connection.receive(wire.read_request)
+            if request is None:
+                return False
+            connection.release(request.fds)
+            if request.message["verb"] != "hello":
+                raise ProtocolError("the first message is hello")
+            if request.message["version"] != wire.VERSION:
+                raise ProtocolError(
+                    f"this cprd speaks version {wire.VERSION} of the protocol, the client version"
+                    f" {request.message['version']}: upgrade the older one"
+                )
+        except CprdError as error:
+            await self._refuse(connection, "hello", error)
+            return False
+        lease_by = ["connection", "process", "time"]
+        if connection.pidfd < 0:
+            lease_by.remove("process")
+        from cprd import __version__
+
+        await connection.answer(
+            wire.ok(
+                version=wire.VERSION,
+                server=f"cprd {__version__}",
+                uid=connection.peer.uid,
+                pid=connection.peer.pid,
+                lease_by=lease_by,
+                kept=self.keeper.kept,
+                limits={
+                    "request": wire.MAX_REQUEST,
+                    "answer": wire.MAX_ANSWER,
+                    "lease": self.config.lease,
+                    "holds": self.config.holds,
+                    "fds": self.config.fds,
+                },
+            )
+        )
+        return True
+
+    async def _serve_request(self, connection: Connection) -> bool:
+        """One request and its answer; False at the end of the connection."""
+        verb = "?"
+        busy = connection.claims or connection.prepared
+        try:
+            with trio.move_on_after(float("inf") if busy else wire.IDLE) as idle:
+                request = await connection.receive(wire.read_request)
+            if idle.cancelled_caught or request is None:
+                return False
+        except ProtocolError as error:
+            await self._refuse(connection, verb, error)
+            return False  # what follows noise is noise
+        except LimitExceeded as error:
+            await self._refuse(connection, verb, error)
+            return True
+        verb = request.message["verb"]
+        try:
+            await _VERBS[verb](self, connection, request)
+        except CprdError as error:
+            await self._refuse(connection, verb, error)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            why = "cprd has no descriptor left: raise LimitNOFILE= of cprd.service, or drop holds"
+            await self._refuse(connection, verb, LimitExceeded(why))
+        finally:
+            connection.release(request.fds)
+        return True
+
+    async def _refuse(self, connection: Connection, verb: str, error: CprdError) -> None:
+        peer = connection.peer
+        level = log.INFO if isinstance(error, NotHeld | Busy) else log.WARNING
+        log.event(
+            "refused",
+            level=level,
+            verb=verb,
+            uid=peer.uid,
+            pid=peer.pid,
+            error=type(error).__name__,
+            why=str(error),
+        )
+        await connection.answer(wire.refusal(error))
+
+    # Changing
+
+    def _perform(
+        self, step: Step, *, bundle_fd: int = -1, pidfds: dict[int, dict[str, int]] | None = None
+    ) -> None:
+        """Write a step down, then make it true. `bundle_fd` is borrowed; `pidfds` (by generation
+        and role; new ones only) are taken over, whatever comes of it. Raises LimitExceeded; then
+        nothing has changed."""
+        added = pidfds or {}
+        known = {
+            hold.generation: {
+                **self.pidfds.get(hold.generation, {}),
+                **added.get(hold.generation, {}),
+            }
+            for hold in step.put
+        }
+        wanted = {hold.generation: _roles(hold) for hold in step.put}
+        try:
+            self.keeper.write(
+                step,
+                bundle_fd,
+                {
+                    generation: {role: fd for role, fd in fds.items() if role in wanted[generation]}
+                    for generation, fds in known.items()
+                },
+            )
+        except BaseException:
+            for roles in added.values():
+                for fd in roles.values():
+                    os.close(fd)
+            raise
+        before = {hold.generation: self.registry.get(hold.generation) for hold in step.put}
+        at = now()
+        self.registry.apply(step, at)
+        point("daemon:applied")
+        for generation, fds in known.items():
+            self._keep_pidfds(generation, fds, wanted[generation])
+        for ended in step.ended:
+            self._keep_pidfds(ended.hold.generation, self.pidfds.get(ended.hold.generation, {}), ())
+            log.event(
+                "ended",
+                how=ended.how,
+                uid=ended.hold.uid,
+                name=ended.hold.name,
+                generation=ended.hold.generation,
+            )
+        self.keeper.let_go(ended.hold for ended in step.ended)
+        for hold in step.put:
+            old = before[hold.generation]
+            if old is None or old.phase != hold.phase:
+                log.event(
+                    hold.phase,
+                    uid=hold.uid,
+                    name=hold.name,
+                    generation=hold.generation,
+                    pid=hold.claimant or hold.saver,
+                    fds=hold.fds,
+                    attempts=hold.attempts or None,
+                    why=hold.reason or (hold.last_reject if hold.phase == HELD else "") or None,
+                )
+            if old is not None and hold.phase == HELD and old.phase in (CLAIMED, IN_DOUBT):
+                self._look_for_damage(hold)
+        self._deadline_moved.set()
+        for key in {hold.key for hold in (*step.put, *(ended.hold for ended in step.ended))}:
+            self._serve_waiters(key)
+
+    def _observe(self, step: Step) -> None:
+        """Perform what has happened anyway (a process ended, a lease is over): where it cannot be
+        written down it is true all the same, and found again from the pidfds at the next start."""
+        try:
+            self._perform(step)
+        except LimitExceeded as error:
+            log.event("not-written", level=log.ERROR, why=str(error))
+            self.registry.apply(step, now())
+            self._deadline_moved.set()
+
+    def _keep_pidfds(self, generation: int, fds: dict[str, int], roles: tuple[str, ...]) -> None:
+        """Of the pidfds of a hold keep those of `roles`, watched, and close the rest."""
+        old = self.pidfds.pop(generation, {})
+        kept: dict[str, int] = {}
+        for role in {*fds, *old}:
+            fd, former = fds.get(role, -1), old.get(role, -1)
+            if former >= 0 and (role not in roles or former != fd):
+                self.watch.remove(former)
+                os.close(former)
+            if role in roles and fd >= 0:
+                kept[role] = fd
+                if former != fd:
+                    self.watch.add(fd, partial(self._process_ended, generation, role))
+            elif fd >= 0 and fd != former:
+                os.close(fd)
+        if kept:
+            self.pidfds[generation] = kept
+
+    def _process_ended(self, generation: int, role: str) -> None:
+        hold = self.registry.get(generation)
+        if hold is None:
+            return
+        if role == "after_exit":
+            self._observe(self.registry.predecessor_gone(generation))
+        elif role == "saver":
+            self._observe(self.registry.saver_gone(generation))
+        elif role == "acting":
+            self._observe(self.registry.acting_gone(generation))
+        else:
+            self._observe(
+                self.registry.claimant_gone(now(), generation, hold.token, "its process ended")
+            )
+
+    def _look_for_damage(self, hold: Hold) -> None:
+        """A claimant that received instead of peeking has destroyed what it was given."""
+        try:
+            with self._bundle(hold.generation) as sock:
+                bundle.check(sock, seal=False)
+        except Damaged as error:
+            why = f"{error}; pid {hold.last_claimant} had claimed it last"
+            self._observe(self.registry.found_damaged(hold.generation, why))
+        except CprdError:
+            pass  # no descriptor to look with now; whoever loads it looks again
+
+    def _bundle(self, generation: int) -> socket.socket:
+        fd = self.keeper.bundle(generation)
+        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+
+    def _end_claims(self, connection: Connection) -> None:
+        for generation, token in connection.claims:
+            how = "its connection ended"
+            self._observe(self.registry.claimant_gone(now(), generation, token, how))
+        for generation in connection.prepared:
+            self._observe(self.registry.saver_gone(generation))
+        connection.claims.clear()
+        connection.prepared.clear()
+
+    async def _watch_processes(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self.watch.epoll.fileno())
+            self.watch.collect()
+
+    async def _watch_deadlines(self) -> None:
+        while True:
+            while (step := self.registry.expire(now())) is not None:
+                self._observe(step)
+            at = self.registry.next_deadline()
+            self._deadline_moved = trio.Event()
+            # Once a minute at least: the boot clock also counts while the machine sleeps.
+            with trio.move_on_after(60.0 if at is None else min(60.0, max(0.0, at - now()))):
+                await self._deadline_moved.wait()
+
+    # Verbs: saving
+
+    def _key(self, connection: Connection, name: str) -> Key:
+        uid, bare = wire.split_name(name, connection.peer.uid)
+        if uid != connection.peer.uid and connection.peer.uid != 0:
+            raise Denied(f"uid {connection.peer.uid} may not touch names of uid {uid}; root may")
+        return uid, bare
+
+    def _predecessor(
+        self, connection: Connection, how: str, fds: array[int], index: int
+    ) -> tuple[int, int]:
+        """(pid, pidfd) of who must end before a hold is served; (-1, -1) for nobody. The pidfd
+        is the caller's: a copy of the connection's, or taken out of `fds`."""
+        if how == "no":
+            return -1, -1
+        if how == "peer":
+            if connection.pidfd < 0:
+                raise LimitExceeded(
+                    "after_exit: cprd cannot see when this process ends (it is in another pid"
+                    " namespace, and the kernel has no SO_PEERPIDFD before Linux 6.5)"
+                )
+            return connection.peer.pid, os.dup(connection.pidfd)
+        pid = self._process(fds[index], "after_exit")
+        if pid < 0:
+            return -1, -1  # it has ended already
+        return pid, os.dup(fds[index])
+
+    def _process(self, fd: int, what: str) -> int:
+        try:
+            return peers.pid_of(fd)
+        except (ValueError, OSError):
+            raise ProtocolError(
+                f"{what}: the descriptor that came with it is not a pidfd"
+            ) from None
+
+    def _offered(self, request: Request, pidfds: int) -> bundle.Header:
+        """Check and seal the bundle that came with a request."""
+        message, fds = request
+        if len(fds) != 1 + pidfds:
+            raise ProtocolError(
+                f"{message['verb']}: wants {1 + pidfds} descriptors with it, has {len(fds)}"
+            )
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds[0])
+        try:
+            header = bundle.check(sock, seal=True)
+        except OSError as error:
+            raise Damaged(f"not a bundle: {error.strerror}") from None
+        finally:
+            sock.detach()
+        if header.total <= message["fds"] or header.size != message["bytes"]:
+            raise Damaged("not the bundle that the request describes: counts differ")
+        return header
+
+    async def save(self, connection: Connection, request: Request) -> None:
+        """save and prepare."""
+        message, fds = request
+        prepare = message["verb"] == "prepare"
+        key = self._key(connection, message["name"])
+        self._require(message["require"])
+        self._refresh(key)
+        self._offered(request, message["after_exit"] == "pidfd")
+        if len(self.registry) >= self.max_holds:
+            raise LimitExceeded(
+                f"cprd holds {len(self.registry)} states, as many as its RLIMIT_NOFILE allows:"
+                " raise LimitNOFILE= of cprd.service, or drop holds"
+            )
+        pid, pidfd = self._predecessor(connection, message["after_exit"], fds, 1)
+        roles = {"after_exit": pidfd} if pidfd >= 0 else {}
+        try:
+            if prepare and connection.pidfd >= 0:
+                roles["saver"] = os.dup(connection.pidfd)
+            step = self.registry.save(
+                now(),
+                connection.peer,
+                key,
+                nonce=message["nonce"],
+                fds=message["fds"],
+                size=message["bytes"],
+                if_exists=message["if_exists"],
+                ttl=message["ttl"],
+                after_exit=pid,
+                token=wire.nonce() if prepare else b"",
+                prepare=prepare,
+            )
+        except BaseException:
+            _close_roles(roles)
+            raise
+        if step.remembered:
+            _close_roles(roles)
+        else:
+            generation = step.put[0].generation
+            self._perform(step, bundle_fd=fds[0], pidfds={generation: roles})
+        if prepare:
+            connection.prepared.add(step.answer["generation"])
+        point("daemon:saved")
+        await connection.answer(wire.ok(**step.answer, kept=self.keeper.kept))
+
+    def _require(self, place: str | None) -> None:
+        if place == "store" and self.keeper.kept != "store":
+            raise LimitExceeded(
+                'require="store": this cprd keeps holds in memory only; run it as a systemd service'
+                " with FileDescriptorStoreMax= (see cprctl status)"
+            )
+
+    async def commit(self, connection: Connection, request: Request) -> None:
+        """commit and abort."""
+        message = request.message
+        key = self._key(connection, message["name"])
+        verb = self.registry.commit if message["verb"] == "commit" else self.registry.abort
+        step = verb(
+            now(),
+            connection.peer,
+            key,
+            message["generation"],
+            message["token"],
+            message["nonce"],
+        )
+        if not step.remembered:
+            self._perform(step)
+        connection.prepared.discard(message["generation"])
+        await connection.answer(wire.ok(**step.answer, kept=self.keeper.kept))
+
+    # Verbs: loading
+
+    def _refresh(self, key: Key) -> None:
+        """Learn of processes that ended, before the event loop comes to tell."""
+        for hold in self.registry.of(key):
+            for role, fd in list(self.pidfds.get(hold.generation, {}).items()):
+                if peers.has_ended(fd):
+                    self.watch.remove(fd)
+                    self._process_ended(hold.generation, role)
+
+    def _claim(self, connection: Connection, message: wire.Message, key: Key) -> Step:
+        step = self.registry.load(
+            now(),
+            connection.peer,
+            key,
+            token=wire.nonce(),
+            nonce=message["nonce"],
+            lease=min(message["lease"], self.config.lease),
+            generation=message["generation"],
+        )
+        if not step.remembered:
+            hold = step.put[0]
+            if hold.attempts > 1:
+                before = self.registry.get(hold.generation)
+                assert before is not None
+                self._look_for_damage(before)
+                self.registry.check_load(now(), key)
+            roles = {"claimant": os.dup(connection.pidfd)} if connection.pidfd >= 0 else {}
+            self._perform(step, pidfds={hold.generation: roles})
+        connection.claims.add((step.answer["generation"], step.answer["token"]))
+        return step
+
+    async def load(self, connection: Connection, request: Request) -> None:
+        message = request.message
+        key = self._key(connection, message["name"])
+        self._refresh(key)
+        try:
+            step = self._claim(connection, message, key)
+        except (NotHeld, Busy) as error:
+            if not message["wait"] or isinstance(error, Damaged):
+                raise
+            waiter = Waiter(partial(self._claim, connection, message, key))
+            found = await self._wait(connection, key, waiter, message["wait"])
+            if found is None:  # the answer is the one that a load would get now
+                self._refresh(key)
+                found = self._claim(connection, message, key)
+            assert isinstance(found, Step)
+            step = found
+        generation = step.answer["generation"]
+        point("daemon:claimed")
+        fd = self.keeper.bundle(generation)
+        try:
+            await connection.answer(wire.ok(**step.answer, kept=self.keeper.kept), (fd,))
+        finally:
+            os.close(fd)  # the slot has another: never the last one
+
+    async def _wait(
+        self, connection: Connection, key: Key, waiter: Waiter, seconds: float
+    ) -> Step | Hold | None:
+        """Wait for the waiter's turn: what it took then, or None when the time is over."""
+        queue = self._waiters.setdefault(key, deque())
+        queue.append(waiter)
+        gone = ""
+
+        async def watch_connection(scope: trio.CancelScope) -> None:
+            nonlocal gone
+            gone = await connection.hung_up()
+            scope.cancel()
+
+        try:
+            with trio.move_on_after(seconds):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(watch_connection, nursery.cancel_scope)
+                    self._serve_waiters(key)
+                    await waiter.done.wait()
+                    nursery.cancel_scope.cancel()
+        finally:
+            if waiter in queue:
+                queue.remove(waiter)
+            if not queue and self._waiters.get(key) is queue:
+                del self._waiters[key]
+        if gone == "gone" and not waiter.done.is_set():
+            raise BrokenPipeError("the client has gone")
+        if gone == "early":
+            raise ProtocolError("a request came before the answer to the one before")
+        if isinstance(waiter.result, CprdError):
+            raise waiter.result
+        return waiter.result
+
+    def _serve_waiters(self, key: Key) -> None:
+        """Serve those who wait for a name, in the order in which they came."""
+        queue = self._waiters.get(key)
+        while queue:
+            waiter = queue[0]
+            try:
+                waiter.result = waiter.take()
+            except (NotHeld, Busy):
+                return
+            except CprdError as error:
+                waiter.result = error
+            if queue and queue[0] is waiter:
+                queue.popleft()
+            waiter.done.set()
+
+    async def wait(self, connection: Connection, request: Request) -> None:
+        """Until a load would get it; nothing is claimed."""
+        key = self._key(connection, request.message["name"])
+        self._refresh(key)
+        look = partial(self._look, key)
+        try:
+            hold = look()
+        except (NotHeld, Busy):
+            found = await self._wait(connection, key, Waiter(look), request.message["timeout"])
+            if found is None:
+                self._refresh(key)
+                found = look()
+            assert isinstance(found, Hold)
+            hold = found
+        await connection.answer(wire.ok(generation=hold.generation))
+
+    def _look(self, key: Key) -> Hold:
+        return self.registry.check_load(now(), key)
+
+    async def renew(self, connection: Connection, request: Request) -> None:
+        message = request.message
+        key = self._key(connection, message["name"])
+        lease = message["lease"]
+        step = self.registry.renew(
+            now(),
+            key,
+            message["generation"],
+            message["token"],
+            None if lease is None else min(lease, self.config.lease),
+        )
+        self._perform(step)
+        self._adopt_claim(connection, message)
+        await connection.answer(wire.ok(**step.answer))
+
+    def _adopt_claim(self, connection: Connection, message: wire.Message) -> None:
+        """A claim lives with the connection that last spoke for it (a client that reconnected)."""
+        hold = self.registry.get(message["generation"])
+        if hold is not None and hold.token == message["token"]:
+            connection.claims.add((hold.generation, hold.token))
+
+    async def begin(self, connection: Connection, request: Request) -> None:
+        message, fds = request
+        key = self._key(connection, message["name"])
+        if len(fds) != int(message["process"]):
+            raise ProtocolError("begin: wants a pidfd with process=true, and none without")
+        acting = self._process(fds[0], "process") if message["process"] else 0
+        if acting < 0:
+            raise ProtocolError("begin: the process that is to act has ended")
+        step = self.registry.begin(
+            now(),
+            connection.peer,
+            key,
+            message["generation"],
+            message["token"],
+            message["nonce"],
+            acting,
+        )
+        if not step.remembered:
+            roles = {"acting": os.dup(fds[0])} if message["process"] else {}
+            self._perform(step, pidfds={message["generation"]: roles})
+        self._adopt_claim(connection, message)
+        await connection.answer(wire.ok(kept=self.keeper.kept))
+
+    async def confirm(self, connection: Connection, request: Request) -> None:
+        message = request.message
+        key = self._key(connection, message["name"])
+        step = self.registry.confirm(
+            now(),
+            connection.peer,
+            key,
+            message["generation"],
+            message["token"],
+            message["nonce"],
+        )
+        if not step.remembered:
+            self._perform(step)
+        connection.claims.discard((message["generation"], message["token"]))
+        point("daemon:confirmed")
+        await connection.answer(wire.ok(kept=self.keeper.kept))
+
+    async def confirm_next(self, connection: Connection, request: Request) -> None:
+        message, fds = request
+        key = self._key(connection, message["name"])
+        self._offered(request, message["after_exit"] == "pidfd")
+        pid, pidfd = self._predecessor(connection, message["after_exit"], fds, 1)
+        roles = {"after_exit": pidfd} if pidfd >= 0 else {}
+        try:
+            step = self.registry.confirm_next(
+                now(),
+                connection.peer,
+                key,
+                message["generation"],
+                message["token"],
+                message["nonce"],
+                fds=message["fds"],
+                size=message["bytes"],
+                ttl=message["ttl"],
+                after_exit=pid,
+            )
+        except BaseException:
+            _close_roles(roles)
+            raise
+        if step.remembered:
+            _close_roles(roles)
+        else:
+            self._perform(step, bundle_fd=fds[0], pidfds={step.put[0].generation: roles})
+        connection.claims.discard((message["generation"], message["token"]))
+        point("daemon:confirmed")
+        await connection.answer(wire.ok(**step.answer, kept=self.keeper.kept))
+
+    async def reject(self, connection: Connection, request: Request) -> None:
+        message = request.message
+        key = self._key(connection, message["name"])
+        generation = message["generation"]
+        step = self.registry.reject(
+            now(),
+            connection.peer,
+            key,
+            generation,
+            message["token"],
+            message["nonce"],
+            message["why"],
+        )
+        if not step.remembered:
+            if message["damaged"]:
+                # One step after the other, with nobody served in between.
+                self._perform(self.registry.found_damaged(generation, message["why"]))
+            else:
+                self._perform(step)
+        connection.claims.discard((generation, message["token"]))
+        await connection.answer(wire.ok(kept=self.keeper.kept))
+
+    # Verbs: by hand, and looking
+
+    async def drop(self, connection: Connection, request: Request) -> None:
+        """drop and release."""
+        message = request.message
+        key = self._key(connection, message["name"])
+        self._refresh(key)
+        verb = self.registry.drop if message["verb"] == "drop" else self.registry.release
+        step = verb(now(), connection.peer, key, force=message["force"], nonce=message["nonce"])
+        if not step.remembered:
+            self._perform(step)
+        await connection.answer(wire.ok(**step.answer, kept=self.keeper.kept))
+
+    def _visible(self, peer: Peer) -> Iterator[Hold]:
+        for hold in self.registry:
+            if peer.uid in (0, hold.uid):
+                yield hold
+
+    async def list(self, connection: Connection, request: Request) -> None:
+        """A page of rows by generation, beginning after the one named; `more` says where to go on."""
+        self.watch.collect()
+        after = request.message["after"] or 0
+        rows: list[dict[str, Any]] = []
+        size = 0
+        more = None
+        at = now()
+        visible = [hold for hold in self._visible(connection.peer) if hold.generation > after]
+        for hold in sorted(visible, key=lambda hold: hold.generation):
+            row = hold.row(at)
+            size += len(wire.encode(row))
+            if size > wire.PAGE and rows:
+                more = rows[-1]["generation"]
+                break
+            rows.append(row)
+        await connection.answer(wire.ok(holds=rows, more=more))
+
+    async def show(self, connection: Connection, request: Request) -> None:
+        """Everything about one hold, and a copy of its bundle to peek into."""
+        key = self._key(connection, request.message["name"])
+        self._refresh(key)
+        hold = self.registry.top(key)
+        row = hold.row(now())
+        if hold.generation not in self.keeper.slots or hold.phase == DAMAGED:
+            await connection.answer(wire.ok(hold=row))
+            return
+        fd = self.keeper.bundle(hold.generation)
+        try:
+            await connection.answer(wire.ok(hold=row), (fd,))
+        finally:
+            os.close(fd)
+
+    async def status(self, connection: Connection, request: Request) -> None:
+        del request
+        from cprd import __version__
+
+        peer = connection.peer
+        phases: dict[str, int] = {}
+        for hold in self._visible(peer):
+            phases[hold.phase] = phases.get(hold.phase, 0) + 1
+        uids = {
+            str(uid): {"holds": usage.holds, "fds": usage.fds}
+            for uid, usage in self.registry.usages().items()
+            if peer.uid in (0, uid)
+        }
+        if len(uids) > 200:
+            most = sorted(uids, key=lambda uid: -uids[uid]["fds"])[:200]
+            uids = {uid: uids[uid] for uid in most}
+        await connection.answer(
+            wire.ok(
+                server=f"cprd {__version__}",
+                pid=os.getpid(),
+                uptime=now() - self.started,
+                kept=self.keeper.kept,
+                phases=phases,
+                uids=uids,
+                connections=len(self.connections),
+                refused_accepts=self.refused_accepts,
+                closing={
+                    str(uid): count
+                    for uid, count in self.closer.blocked().items()
+                    if peer.uid in (0, uid)
+                },
+                limits={
+                    "holds": self.config.holds,
+                    "all_holds": self.max_holds,
+                    "fds": self.config.fds,
+                    "connections": self.config.connections,
+                    "all_connections": self.max_connections,
+                    "lease": self.config.lease,
+                },
+            )
+        )
+
+
+Handler = Callable[[Daemon, Connection, Request], Awaitable[None]]
+
+
+async def _hello_again(daemon: Daemon, connection: Connection, request: Request) -> None:
+    raise ProtocolError("hello was said already")
+
+
+_VERBS: dict[str, Handler] = {
+    "hello": _hello_again,
+    "save": Daemon.save,
+    "prepare": Daemon.save,
+    "commit": Daemon.commit,
+    "abort": Daemon.commit,
+    "load": Daemon.load,
+    "renew": Daemon.renew,
+    "begin": Daemon.begin,
+    "confirm": Daemon.confirm,
+    "confirm_next": Daemon.confirm_next,
+    "reject": Daemon.reject,
+    "release": Daemon.drop,
+    "drop": Daemon.drop,
+    "wait": Daemon.wait,
+    "list": Daemon.list,
+    "show": Daemon.show,
+    "status": Daemon.status,
+}
+assert _VERBS.keys() == wire.REQUESTS.keys()
+
+
+def _roles(hold: Hold) -> tuple[str, ...]:
+    """Whose pidfds matter for a hold as it is now."""
+    roles = ("after_exit",) if hold.after_exit >= 0 else ()
+    if hold.phase == PREPARED:
+        roles += ("saver",)
+    if hold.claimant:
+        roles += ("claimant",)
+    if hold.acting:
+        roles += ("acting",)
+    return roles
+
+
+def _close_roles(roles: dict[str, int]) -> None:
+    for fd in roles.values():
+        os.close(fd)
+
+
+def _raise_nofile() -> int:
+    """The soft limit of descriptors, raised to the hard one: cprd is there to have many."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

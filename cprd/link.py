@@ -1,0 +1,85 @@
+"""A client's connection, without a loop of its own: what both clients share of opening, sending and
+receiving, and of telling what may be tried again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from cprd import wire
+from cprd.errors import Denied, LimitExceeded, ProtocolError, Unavailable
+from cprd.paths import default_socket
+from cprd.rights import close_all, receive, send
+from cprd.verbs import Answer, Call
+
+RETRY_FOR = 15.0  # s that a lost daemon is waited for (it may be restarting)
+RETRY_EVERY = 0.05
+
+LOST = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+
+
+class Lost(Exception):
+    """The connection ended; a request that carries a nonce may be said again on another one."""
+
+
+def open_socket(path: str) -> socket.socket:
+    """A connected socket, which the caller owns; it blocks. Raises Unavailable, Denied."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.settimeout(wire.MUTE)
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EACCES:
+            raise Denied(f"no permission to connect to {path}") from None
+        if isinstance(error, TimeoutError):
+            raise Unavailable(f"nobody accepts at {path} within {wire.MUTE:g} s") from None
+        why = error.strerror or str(error)
+        raise Unavailable(
+            f"no cprd answers at {path} ({why}): start it (systemctl start cprd.socket, or cprd"
+            " --socket PATH), or name its socket with $CPRD_SOCKET"
+        ) from None
+    return sock
+
+
+def where(path: str | os.PathLike[str] | None) -> str:
+    return default_socket() if path is None else os.fspath(path)
+
+
+def send_call(sock: socket.socket, call: Call, flags: int) -> None:
+    """Raises Lost, LimitExceeded (too many in flight), BlockingIOError."""
+    try:
+        send(sock, call.data, call.fds, flags)
+    except LOST:
+        try:
+            answer = read(sock, socket.MSG_DONTWAIT)  # a refusal may have come before the end
+            close_all(answer.fds)
+        except OSError:
+            pass
+        raise Lost from None
+
+
+def read(sock: socket.socket, flags: int) -> Answer:
+    """One answer; the caller owns its descriptors. Raises what the daemon raised, Lost,
+    ProtocolError, BlockingIOError or TimeoutError."""
+    try:
+        try:
+            data, fds, seen = receive(sock, wire.MAX_ANSWER + 1, flags)
+        except ConnectionResetError:  # said once when the daemon left something unread
+            data, fds, seen = receive(sock, wire.MAX_ANSWER + 1, flags)
+    except LOST:
+        raise Lost from None
+    try:
+        if not data and not fds:
+            raise Lost
+        if seen & socket.MSG_CTRUNC:
+            raise LimitExceeded(
+                "no descriptor left to receive the bundle with: raise RLIMIT_NOFILE (ulimit -n)"
+            )
+        if seen & socket.MSG_TRUNC:
+            raise ProtocolError(f"an answer longer than {wire.MAX_ANSWER} bytes")
+        return Answer(wire.read_answer(data), fds)
+    except BaseException:
+        close_all(fds)
+        raise

@@ -1,0 +1,102 @@
+"""Who is at the other end of a connection, and processes that are waited for.
+
+Credentials are those of the process that called connect(). Its pidfd comes from SO_PEERPIDFD (Linux 6.5);
+before, from SO_PEERCRED and pidfd_open, which is trusted because the connection is still up when it has
+been opened.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable
+
+SO_PEERPIDFD = 77
+_UCRED = struct.Struct("iII")
+
+
+def credentials(sock: socket.socket) -> tuple[int, int]:
+    """(uid, pid) of the peer; pid 0 when it lives in another pid namespace."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(raw)
+    return uid, max(pid, 0)
+
+
+def pidfd_of(sock: socket.socket, pid: int) -> int:
+    """A pidfd of the peer, which the caller owns; -1 where its process cannot be watched."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError:
+        pass
+    if pid <= 0:
+        return -1
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return -1
+    poll = select.poll()
+    poll.register(sock, 0)
+    if poll.poll(0):  # hung up: the pid may belong to another process by now
+        os.close(fd)
+        return -1
+    return fd
+
+
+def pid_of(pidfd: int) -> int:
+    """The pid of what a client calls a pidfd: -1 when it has ended, 0 when it cannot be seen.
+
+    Raises ValueError for another kind of descriptor, without touching the file itself."""
+    target = os.readlink(f"/proc/self/fd/{pidfd}")
+    if not target.startswith(("anon_inode:[pidfd]", "pidfd:")):
+        raise ValueError("not a pidfd")
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb", buffering=0) as file:
+        for line in file.read().splitlines():
+            if line.startswith(b"Pid:"):
+                return int(line[4:])
+    return 0
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process has ended (a zombie has)."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def overflow_uid() -> int:
+    """The uid that stands for all uids which have no mapping in this user namespace."""
+    try:
+        with open("/proc/sys/kernel/overflowuid") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 65534
+
+
+class Watch:
+    """Waits for any of many processes to end: one epoll descriptor, watched by one task."""
+
+    def __init__(self) -> None:
+        self.epoll = select.epoll()
+        self._calls: dict[int, Callable[[], None]] = {}
+
+    def add(self, pidfd: int, ended: Callable[[], None]) -> None:
+        """`pidfd` is borrowed until `remove`."""
+        self._calls[pidfd] = ended
+        self.epoll.register(pidfd, select.EPOLLIN)
+
+    def remove(self, pidfd: int) -> None:
+        if self._calls.pop(pidfd, None) is not None:
+            self.epoll.unregister(pidfd)
+
+    def collect(self) -> None:
+        """Report those that have ended by now, each once."""
+        for fd, _ in self.epoll.poll(0):
+            ended = self._calls.get(fd)
+            if ended is not None:
+                self.remove(fd)
+                ended()
+
+    def __len__(self) -> int:
+        return len(self._calls)
