@@ -96,7 +96,7 @@ def describe(fd: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` fit for a terminal: escapes what is not printable (a foreign name may hold anything)."""
+    """`text` fit for a terminal: a foreign name may hold anything, and is escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -189,7 +189,7 @@ def _device(fd: int, path: str) -> str:
 
 
 def _tun(fd: int) -> str:
-    """/dev/net/tun says in fdinfo which interface it drives; only then is the ioctl surely tun's."""
+    """fdinfo says which interface it drives; only then is the ioctl surely tun's."""
     name = _fdinfo(fd).get("iff", "")
     if not name:
         return "tun/tap (/dev/net/tun), no interface yet"

@@ -1,0 +1,189 @@
+"""Become a command by exec, with descriptors as a service manager passes them.
+
+LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES as in sd_listen_fds(3): the descriptors are 3 and up, in
+the state's order, then the sections as sealed memfds. What CMD gets is a `Crew`, which owns
+everything until exec, and which can be turned back into a state should exec fail.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cprd.cli.names import listen_fdnames
+from cprd.errors import CprdError, InvalidInput, LimitExceeded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from cprd import State
+
+FIRST = 3  # SD_LISTEN_FDS_START
+_OLD = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES")
+
+
+def program(command: Sequence[str] | None) -> str:
+    """The file that `command` would execute. Raises InvalidInput when it is missing, CprdError when
+    there is no such program or it may not be executed: asked before anything is claimed."""
+    if not command or not command[0]:
+        raise InvalidInput("what is to be started? Put the command after --: ... -- CMD [ARG ...]")
+    name = command[0]
+    if "/" in name:
+        candidates = [name]
+    else:
+        path = os.environ.get("PATH", os.defpath)
+        candidates = [os.path.join(folder or ".", name) for folder in path.split(os.pathsep)]
+    for candidate in candidates:
+        if os.path.isfile(candidate) and os.access(candidate, os.X_OK):
+            return candidate
+    if any(os.path.exists(candidate) for candidate in candidates):
+        raise CprdError(f"{name} cannot be executed: it is no executable file (chmod +x?)")
+    raise CprdError(f"{name} is not there: no such program" + ("" if "/" in name else " in $PATH"))
+
+
+class RaisedLimit:
+    """The soft RLIMIT_NOFILE at the hard one while a state is loaded, put back at the end."""
+
+    def __init__(self) -> None:
+        import resource
+
+        self.soft, self.hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.hard, self.hard))
+
+    def restore(self, count: int) -> None:
+        """Put the limit back for a command that gets `count` descriptors. When they do not fit, it
+        stays raised, with as many free below it as the command would have had, and we say so."""
+        import resource
+
+        soft = self.soft
+        if count and FIRST + count >= soft:
+            soft = min(self.hard, FIRST + count + self.soft)
+            print(
+                f"cprctl: the soft RLIMIT_NOFILE of {self.soft} is too low for {count} descriptors:"
+                f" the command starts with {soft} (set LimitNOFILE= or ulimit -Sn to choose)",
+                file=sys.stderr,
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, self.hard))
+
+
+class Crew:
+    """The descriptors and sections that the command is to get; owns the descriptors."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[str, int]] = []
+        self.fds: list[int] = []
+        self.sections: dict[str, tuple[bool, Any]] = {}  # key: (raw bytes?, the value)
+
+    def add(self, name: str, id: int, fd: int) -> None:
+        """One more descriptor, owned by the crew from now on."""
+        self.keys.append((name, id))
+        self.fds.append(fd)
+
+    def take(self, state: State) -> None:
+        """Take over all that `state` has. Its values stay readable, it owns nothing any more."""
+        for name, id, _ in list(state.fds()):
+            self.add(name, id, state.take_fd(name, id))
+        for key in state:
+            value = state[key]
+            raw = isinstance(value, memoryview)
+            self.sections[key] = (raw, None if raw else value)
+            self.fds.append(fcntl.fcntl(state.section_fd(key), fcntl.F_DUPFD_CLOEXEC, FIRST))
+
+    def fdnames(self) -> str:
+        """LISTEN_FDNAMES; raises LimitExceeded."""
+        return listen_fdnames(self.keys, self.sections)
+
+    def as_state(self) -> State:
+        """Everything as a state again, borrowing from the crew."""
+        from cprd import State
+
+        state = State()
+        for (name, id), fd in zip(self.keys, self.fds, strict=False):
+            state.save_fd(name, id, fd)
+        memfds = self.fds[len(self.keys) :]
+        for (key, (raw, value)), fd in zip(self.sections.items(), memfds, strict=True):
+            if raw:
+                state.save_section_fd(key, fd)
+            else:
+                state[key] = value
+        return state
+
+    def place(self) -> None:
+        """Move the descriptors to 3 and up, open across exec; what was there is closed. Needs one
+        free descriptor, however many there are."""
+        at = {fd: i for i, fd in enumerate(self.fds)}
+        for i, fd in enumerate(self.fds):
+            target = FIRST + i
+            if fd == target:
+                os.set_inheritable(fd, True)
+                continue
+            other = at.get(target)
+            if other is not None:  # one of ours stands there, and its turn comes later
+                moved = fcntl.fcntl(target, fcntl.F_DUPFD_CLOEXEC, target + 1)
+                self.fds[other] = moved
+                at[moved] = other
+            os.dup2(fd, target)
+            os.close(fd)
+            at.pop(fd, None)
+            self.fds[i] = target
+            at[target] = i
+
+
+def become(file: str, command: Sequence[str], crew: Crew, limit: RaisedLimit) -> NoReturn:
+    """Exec `file` with `crew`. Raises OSError when that fails; the crew is whole then."""
+    import signal
+
+    environment = {key: value for key, value in os.environ.items() if key not in _OLD}
+    names = crew.fdnames()
+    crew.place()
+    if crew.fds:
+        environment["LISTEN_FDS"] = str(len(crew.fds))
+        environment["LISTEN_PID"] = str(os.getpid())
+        environment["LISTEN_FDNAMES"] = names
+    limit.restore(len(crew.fds))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python ignores these two, and what is ignored stays ignored across exec.
+    old = [(number, signal.signal(number, signal.SIG_DFL)) for number in _ignored(signal)]
+    try:
+        os.execve(file, list(command), environment)
+    finally:
+        for number, handler in old:
+            signal.signal(number, handler)
+
+
+def _ignored(signal: Any) -> Iterator[int]:
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            yield number
+
+
+def not_become(error: OSError, name: str, back: Callable[[], str]) -> NoReturn:
+    """After a failed exec: `back` saves what was taken, and says what is held now. Raises."""
+    why = error.strerror or str(error)
+    try:
+        result = back()
+    except CprdError as lost:
+        raise CprdError(
+            f"the command did not start ({why}), and {name} could not be saved back: {lost}"
+        ) from None
+    raise CprdError(f"the command did not start ({why}); {result}") from None
+
+
+def check_names(shown: dict[str, Any]) -> None:
+    """Refuse what LISTEN_FDNAMES cannot hold from what `show` says, so before the claim."""
+    listen_fdnames(
+        [(d["name"], d["id"]) for d in shown.get("descriptors", ())],
+        [s["key"] for s in shown.get("sections", ())],
+    )
+
+
+def check_room(count: int, limit: RaisedLimit) -> None:
+    """Refuse before the claim what the hard RLIMIT_NOFILE cannot hold."""
+    if FIRST + count + 16 > limit.hard:
+        raise LimitExceeded(
+            f"{count} descriptors do not fit below this process's hard RLIMIT_NOFILE of"
+            f" {limit.hard}: raise it (LimitNOFILE=, ulimit -Hn)"
+        )

@@ -1,0 +1,110 @@
+"""cprctl load: take what is held under NAME, confirm, and become CMD, which goes on with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from cprd import Claim, Daemon
+    from cprd.cli import Verbs
+    from cprd.cli.become import Crew, RaisedLimit
+
+    Look = Callable[[], dict[str, Any]]
+
+TRIES = 5  # replaced again and again between look and claim: somebody saves in a loop
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "load",
+        help="take a hold and become a command",
+        usage="cprctl load NAME [--wait S] [--lease S] -- CMD [ARG ...]",
+        description=__doc__,
+        epilog="CMD finds its descriptors as from systemd: LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES"
+        " (NAME or NAME.ID; ':' and what is not printable as %XX), then the sections, each a sealed"
+        " memfd named section.KEY (raw bytes as they were saved, other values as msgpack).",
+    )
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="S", help="wait up to S seconds for it"
+    )
+    parser.add_argument(
+        "--lease", type=float, default=30.0, metavar="S", help="the claim's longest life"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from cprd.cli.become import Crew, RaisedLimit, become, not_become, program
+    from cprd.cli.connection import connect
+
+    file = program(args.command)
+    limit = RaisedLimit()
+    crew = Crew()
+    with connect(args) as daemon:
+        look = look_at(args)
+        claim = claim_that_fits(daemon, args.name, look, limit, wait=args.wait, lease=args.lease)
+        with claim:
+            crew.take(claim.state)
+    try:
+        become(file, args.command, crew, limit)
+    except OSError as error:
+        RaisedLimit()
+        not_become(error, args.name, lambda: save_back(args, crew))
+
+
+def look_at(args: argparse.Namespace) -> Look:
+    """How to look at what is held: from a child, on a connection of its own, so that closing
+    what it saw holds nobody up and takes no room below this process's RLIMIT_NOFILE."""
+    from cprd.cli.connection import connect
+    from cprd.cli.peek import in_a_child
+
+    def look() -> dict[str, Any]:
+        with connect(args) as daemon:
+            return daemon.show(args.name)
+
+    return lambda: in_a_child(look)
+
+
+def claim_that_fits(
+    daemon: Daemon,
+    name: str,
+    look: Look,
+    limit: RaisedLimit,
+    *,
+    wait: float = 0.0,
+    lease: float = 30.0,
+) -> Claim:
+    """Claim `name` after a look: if its names fit one variable, and its descriptors below the hard
+    limit. What is claimed is the generation that was looked at. Raises LimitExceeded."""
+    from time import monotonic
+
+    from cprd.cli.become import check_names, check_room
+    from cprd.errors import Fenced
+
+    end = monotonic() + wait
+    for tries in range(TRIES, 0, -1):
+        if wait:
+            daemon.wait(name, max(0.0, end - monotonic()))
+        shown = look()
+        check_names(shown)
+        check_room(len(shown["descriptors"]) + len(shown["sections"]), limit)
+        left = max(0.0, end - monotonic())
+        try:
+            return daemon.load(name, wait=left, lease=lease, generation=shown["generation"])
+        except Fenced:
+            if tries == 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def save_back(args: argparse.Namespace, crew: Crew) -> str:
+    """Hold everything again under its name; says so."""
+    from cprd.cli.connection import connect
+
+    with connect(args) as daemon:
+        saved = daemon.save(args.name, crew.as_state(), if_exists="replace")
+    return f"{args.name} is held again, as generation {saved.generation}"

@@ -1,0 +1,94 @@
+"""Look at foreign descriptors from a child process.
+
+Whoever peeks a bundle gets the descriptors of others installed, and must close them again; close()
+of a file on a dead FUSE mount, or of a socket that lingers, can hang for as long as it likes. Here
+it hangs an orphan with nothing in its hands but those descriptors, never the command.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from cprd.errors import CODES, CprdError, Timeout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PATIENCE = 20.0  # seconds; a peek of 60,000 descriptors takes one or two
+
+
+def in_a_child(look: Callable[[], dict[str, Any]], patience: float = PATIENCE) -> dict[str, Any]:
+    """What `look` returns in a process of its own, or the CprdError that it raises there.
+
+    That process runs with the soft RLIMIT_NOFILE raised, and is not waited for once it has
+    answered. Raises Timeout, and kills it, when it has not after `patience` seconds."""
+    import select
+    import signal
+    import time
+
+    import msgpack
+
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        # The looker is a grandchild: what we become by exec must not find a child it never had.
+        os.close(read)
+        if os.fork() == 0:
+            _answer(look, write)
+        os._exit(0)
+    os.close(write)
+    try:
+        os.waitpid(pid, 0)
+        answer = bytearray()
+        deadline = time.monotonic() + patience
+        poll = select.poll()
+        poll.register(read, select.POLLIN)
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1000):
+                if len(answer) >= 4:
+                    os.kill(int.from_bytes(answer[:4], "big"), signal.SIGKILL)
+                raise Timeout(
+                    f"the look at what is held took over {patience:g} s, and was given up: one of"
+                    " its descriptors may belong to a file system that does not answer"
+                )
+            chunk = os.read(read, 1 << 16)
+            if not chunk:
+                break
+            answer += chunk
+    finally:
+        os.close(read)
+    if len(answer) <= 4:
+        raise CprdError("the process that looked died: see the kernel's log (memory?)")
+    kind, value = msgpack.unpackb(memoryview(answer)[4:], strict_map_key=False)
+    if kind:
+        raise CODES.get(kind, CprdError)(value)
+    return dict(value)
+
+
+def _answer(look: Callable[[], dict[str, Any]], write: int) -> None:
+    """In the child: look, write the answer as one msgpack value, let go of the pipe, end."""
+    import resource
+
+    import msgpack
+
+    try:
+        os.write(write, os.getpid().to_bytes(4, "big"))
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):  # a pipeline that we were in must not wait for an orphan
+            os.dup2(null, standard)
+        try:
+            answer = msgpack.packb(["", look()], default=str, unicode_errors="surrogateescape")
+        except CprdError as error:
+            answer = msgpack.packb([type(error).__name__, str(error)])
+        except Exception as error:
+            answer = msgpack.packb(["CprdError", f"{type(error).__name__}: {error}"])
+        rest = memoryview(answer)
+        while rest:
+            rest = rest[os.write(write, rest) :]
+        os.close(write)
+    finally:
+        os._exit(0)

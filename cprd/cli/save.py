@@ -1,0 +1,145 @@
+"""cprctl save: hold descriptors that the shell has open, and files as sections."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+    from cprd import State
+    from cprd.cli import Verbs
+
+INLINE = 64 * 1024  # bytes; a larger file goes into a memfd of its own, in pieces
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "save",
+        help="hold descriptors of the shell",
+        usage="cprctl save NAME --fd KEY[:ID]=N ... [--section KEY=FILE] [--replace] [--ttl S]"
+        " [--after-exit[=PID]]",
+        description=__doc__,
+        epilog="Example: exec 7<>/dev/tcp/127.0.0.1/80; cprctl save web --fd conn=7",
+    )
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument(
+        "--fd", action="append", default=[], metavar="KEY[:ID]=N", help="descriptor N of the shell"
+    )
+    parser.add_argument(
+        "--section", action="append", default=[], metavar="KEY=FILE", help="a file's content"
+    )
+    parser.add_argument("--replace", action="store_true", help="even when the name is held")
+    parser.add_argument("--ttl", type=float, metavar="S", help="let go of it after S seconds")
+    parser.add_argument(
+        "--after-exit",
+        nargs="?",
+        const="",
+        metavar="PID",
+        help="not to be loaded while PID lives (default: the process that started cprctl)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import os
+
+    from cprd.cli.connection import connect
+
+    state, files = _state(args)
+    pidfd = _process(args.after_exit)
+    try:
+        with connect(args) as daemon:
+            saved = daemon.save(
+                args.name,
+                state,
+                if_exists="replace" if args.replace else "error",
+                ttl=args.ttl,
+                after_exit=False if pidfd < 0 else pidfd,
+            )
+    finally:
+        for fd in files if pidfd < 0 else [*files, pidfd]:
+            os.close(fd)
+    print(f"{args.name} is held: generation {saved.generation}, kept in {saved.kept}")
+    return 0
+
+
+def _state(args: argparse.Namespace) -> tuple[State, list[int]]:
+    """The state to save, and the memfds made for it, which the caller closes."""
+    from cprd import State
+    from cprd.errors import InvalidInput
+
+    if not args.fd and not args.section:
+        raise InvalidInput("nothing to save: give --fd KEY[:ID]=N or --section KEY=FILE")
+    state = State()
+    for text in args.fd:
+        name, id, fd = fd_argument(text)
+        state.save_fd(name, id, fd)
+    files: list[int] = []
+    for text in args.section:
+        key, equals, path = text.partition("=")
+        if not equals or not key or not path:
+            raise InvalidInput(f"--section {text}: wants KEY=FILE")
+        if key in state:
+            raise InvalidInput(f"--section {text}: {key} is given twice")
+        _section(state, key, path, files)
+    return state, files
+
+
+def fd_argument(text: str) -> tuple[str, int, int]:
+    """KEY[:ID]=N as (name, id, descriptor). Raises InvalidInput."""
+    from cprd.errors import InvalidInput
+
+    key, equals, number = text.rpartition("=")
+    if not equals or not key or not (number.isascii() and number.isdigit()):
+        raise InvalidInput(f"--fd {text}: wants KEY[:ID]=N, with N the number of a descriptor")
+    name, colon, id = key.rpartition(":")
+    digits = id.removeprefix("-")
+    if colon and name and digits.isascii() and digits.isdigit():
+        return name, int(id), int(number)
+    return key, 0, int(number)
+
+
+def _section(state: State, key: str, path: str, files: list[int]) -> None:
+    import os
+    import sys
+
+    with open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-") as file:
+        head = file.read(INLINE + 1)
+        if len(head) <= INLINE:
+            state[key] = head
+            return
+        memfd = os.memfd_create(f"section.{key}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        files.append(memfd)
+        while head:
+            rest = memoryview(head)
+            while rest:
+                rest = rest[os.write(memfd, rest) :]
+            head = file.read(1 << 20)
+    _seal(memfd)
+    state.save_section_fd(key, memfd)
+
+
+def _seal(memfd: int) -> None:
+    import fcntl
+
+    from cprd.state import SEALS
+
+    fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, SEALS)
+
+
+def _process(after_exit: str | None) -> int:
+    """A pidfd of the process that must be gone first, owned by the caller; -1 for none."""
+    import os
+
+    from cprd.errors import InvalidInput
+
+    if after_exit is None:
+        return -1
+    if after_exit and not (after_exit.isascii() and after_exit.isdigit()):
+        raise InvalidInput(f"--after-exit={after_exit}: wants a process id")
+    pid = int(after_exit) if after_exit else os.getppid()
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, OverflowError) as error:
+        raise InvalidInput(f"--after-exit: process {pid} cannot be watched: {error}") from None

@@ -1,0 +1,60 @@
+"""cprctl show: what one hold consists of, looked at without taking it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+    from cprd.cli import Verbs
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = verbs.add_parser("show", help="what a hold consists of", description=__doc__)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--json", action="store_true", help="one object, for programs")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from cprd.cli.load import look_at
+    from cprd.cli.table import print_json
+
+    hold = look_at(args)()
+    if args.json:
+        print_json(hold)
+    else:
+        _print(hold)
+    return 0
+
+
+def _print(hold: dict[str, Any]) -> None:
+    from cprd.cli.table import seconds, show_rows
+    from cprd.describe import printable, size
+
+    facts = [f"generation {hold.get('generation')}", str(hold.get("phase"))]
+    facts += [f"uid {hold.get('uid')}", f"{hold.get('fds')} fds", f"age {seconds(hold.get('age'))}"]
+    if hold.get("expires") is not None:
+        facts.append(f"expires in {seconds(hold['expires'])}")
+    if hold.get("attempts"):
+        facts.append(f"{hold['attempts']} attempts")
+    print(printable(f"{hold.get('name')}: {', '.join(facts)}"))
+    if hold.get("reason"):
+        print(printable(f"reason: {hold['reason']}"))
+    if hold.get("descriptors"):
+        rows = [[d["name"], str(d["id"]), d["what"]] for d in hold["descriptors"]]
+        print()
+        show_rows(("descriptor", "id", "what"), rows, right=(1,))
+    if hold.get("sections"):
+        rows = [
+            [s["key"], str(s.get("kind", "")), size(int(s.get("bytes", 0))), _shortened(s)]
+            for s in hold["sections"]
+        ]
+        print()
+        show_rows(("section", "kind", "size", "value"), rows, right=(2,))
+
+
+def _shortened(section: dict[str, Any]) -> str:
+    text = repr(section["value"]) if "value" in section else ""
+    return text if len(text) <= 60 else text[:57] + "..."
