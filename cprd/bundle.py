@@ -1,14 +1,14 @@
 """A whole state packed into ONE descriptor, and back.
 
-A bundle is the receiving end of an AF_UNIX SOCK_SEQPACKET pair whose sending end is closed and whose
-queue holds one message: a header and up to 253 descriptors. More descriptors make a tree: every
-node is such a socket, the root's descriptors are the sockets below it. The first descriptor of all is
-the manifest, a sealed memfd with the keys and the small sections; then come the sections that are
-memfds, then the descriptors in the order in which they were saved.
+A bundle is the receiving end of an AF_UNIX SOCK_SEQPACKET pair whose sending end is closed and
+whose queue holds one message: a header and up to 253 descriptors. More descriptors make a tree:
+every node is such a socket, the root's descriptors are the sockets below it. The first descriptor
+of all is the manifest, a sealed memfd with the keys and the small sections; then come the sections
+that are memfds, then the descriptors in the order in which they were saved.
 
-Reading is a plain MSG_PEEK of the first message of each socket: nothing is consumed, there is no cursor,
-and any number of readers disturb nobody. docs/bundle.md has the layout; the numbers behind the choice
-are in benchmarks/.
+Reading is a plain MSG_PEEK of the first message of each socket: nothing is consumed, there is no
+cursor, and any number of readers disturb nobody. docs/bundle.md has the layout; the numbers behind
+the choice are in benchmarks/.
 """
 
 from __future__ import annotations
@@ -376,9 +376,21 @@ def _cut_short(header: Header) -> Exception:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return LimitExceeded(
         f"not all of {header.total} descriptors could be installed (MSG_CTRUNC): open descriptors"
-        f" reached RLIMIT_NOFILE, soft {soft} (hard {hard}), or a security module refused one; raise"
-        " the limit before loading (resource.setrlimit, ulimit -n, LimitNOFILE=); what is held"
-        " stays held"
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+        f" reached
+        RLIMIT_NOFILE, soft {soft} (hard {hard}), or a security module refused one; raise" " the limit before loading (resource.setrlimit, ulimit -n, LimitNOFILE=); what is held" " stays held"
     )
 
 

@@ -96,7 +96,7 @@ class _Connection:
         finally:
             verb.close()
 
-    def _exchange_again(self, call: verbs.Call) -> link.Answer:
+    def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
         give_up = 0.0
         while True:
             try:
@@ -114,7 +114,7 @@ class _Connection:
                 time.sleep(link.RETRY_EVERY if self._sock is None else 0.0)
                 self._break()
 
-    def _exchange(self, call: verbs.Call) -> link.Answer:
+    def _exchange(self, call: verbs.Call) -> verbs.Answer:
         if self._sock is None:
             raise link.Lost
         try:

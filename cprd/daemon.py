@@ -894,7 +894,7 @@ assert _VERBS.keys() == wire.REQUESTS.keys()
 
 def _roles(hold: Hold) -> tuple[str, ...]:
     """Whose pidfds matter for a hold as it is now."""
-    roles = ("after_exit",) if hold.after_exit >= 0 else ()
+    roles: tuple[str, ...] = ("after_exit",) if hold.after_exit >= 0 else ()
     if hold.phase == PREPARED:
         roles += ("saver",)
     if hold.claimant:

@@ -746,7 +746,8 @@ class Registry:
             answers.popitem(last=False)
 
     def _recall(self, uid: int, nonce: bytes) -> Step | None:
-        found = self._answers.get(uid, {}).get(nonce) if nonce else None
+        answers = self._answers.get(uid)
+        found = answers.get(nonce) if answers and nonce else None
         return None if found is None else Step(answer=found[1], remembered=True)
 
     def _mine(

@@ -23,4 +23,4 @@ def event(what: str, *, level: int = INFO, **fields: Any) -> None:
     try:
         os.write(2, line.encode("utf-8", "replace") + b"\n")
     except OSError:
-        sys.stderr = None  # type: ignore[assignment]  # nobody reads it: go on without
+        sys.stderr = None  # nobody reads it: go on without

@@ -149,7 +149,7 @@ class _Connection:
         finally:
             verb.close()
 
-    async def _exchange_again(self, call: verbs.Call) -> link.Answer:
+    async def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
         give_up = trio.current_time() + link.RETRY_FOR
         lost = False
         while True:
@@ -167,7 +167,7 @@ class _Connection:
                 await trio.sleep(link.RETRY_EVERY if self._sock is None else 0.0)
                 self._break()
 
-    async def _exchange(self, call: verbs.Call) -> link.Answer:
+    async def _exchange(self, call: verbs.Call) -> verbs.Answer:
         if self._sock is None:
             raise link.Lost
         sock = self._sock
