@@ -376,21 +376,9 @@ def _cut_short(header: Header) -> Exception:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return LimitExceeded(
         f"not all of {header.total} descriptors could be installed (MSG_CTRUNC): open descriptors"
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-        f" reached
-        RLIMIT_NOFILE, soft {soft} (hard {hard}), or a security module refused one; raise" " the limit before loading (resource.setrlimit, ulimit -n, LimitNOFILE=); what is held" " stays held"
+        f" reached RLIMIT_NOFILE, soft {soft} (hard {hard}), or a security module refused"
+        " one; raise the limit before loading (resource.setrlimit, ulimit -n, LimitNOFILE=);"
+        " what is held stays held"
     )
 
 

@@ -311,8 +311,8 @@ class Claim:
     """An exclusive lease on a hold, and its state.
 
     As a block: leaving it confirms, an exception (SystemExit and KeyboardInterrupt too) rejects,
-    except after begin(): then it stays in doubt. Build inside, act after it. Descriptors not taken and
-    sections end with the block, or with close(); confirm() alone closes nothing."""
+    except after begin(): then it stays in doubt. Build inside, act after it. Descriptors not taken
+    and sections end with the block, or with close(); confirm() alone closes nothing."""
 
     def __init__(self, connection: _Connection, loaded: verbs.Loaded) -> None:
         self._connection = connection

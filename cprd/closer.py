@@ -1,8 +1,8 @@
 """Letting go of foreign files, away from the event loop.
 
-The last close of somebody else's file can block for as long as its owner likes (SO_LINGER, FUSE), and so
-can anything that drops a queue with such a file in it. Each uid has one worker thread of its own
-while there is something to close, so that one uid's blocking files hold up nobody else's.
+The last close of somebody else's file can block for as long as its owner likes (SO_LINGER, FUSE),
+and so can anything that drops a queue with such a file in it. Each uid has one worker thread of its
+own while there is something to close, so that one uid's blocking files hold up nobody else's.
 """
 
 from __future__ import annotations

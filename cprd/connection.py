@@ -1,7 +1,8 @@
 """One client's connection in the daemon: messages in, messages out, each bounded in time.
 
-Descriptors that come in are the daemon's to close, and closing a foreign file can block: whatever is not
-handed on goes to the closer, and so does the socket itself (closing it drops what is still queued).
+Descriptors that come in are the daemon's to close, and closing a foreign file can block: whatever
+is not handed on goes to the closer, and so does the socket itself (closing it drops what is still
+queued).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The daemon: connections in, steps of the life cycle out.
 
-Everything between reading a request and having written its step down happens without an await: requests
-are atomic towards each other. What may take time (closing foreign files, waiting for a hold, a slow
-reader) happens elsewhere: in the closer's threads, or in the task of the one connection concerned.
+Everything between reading a request and having written its step down happens without an await:
+requests are atomic towards each other. What may take time (closing foreign files, waiting for a
+hold, a slow reader) happens elsewhere: in the closer's threads, or in the task of the one
+connection concerned.
 """
 
 from __future__ import annotations
@@ -788,7 +789,7 @@ class Daemon:
                 yield hold
 
     async def list(self, connection: Connection, request: Request) -> None:
-        """A page of rows by generation, beginning after the one named; `more` says where to go on."""
+        """A page of rows by generation, after the one named; `more` says where to go on."""
         self.watch.collect()
         after = request.message["after"] or 0
         rows: list[dict[str, Any]] = []

@@ -1,5 +1,5 @@
-"""What can go wrong, by name. The same names travel on the wire (`CODES`), so that an error raised in
-the daemon is raised again, with the same class and the same words, in the client."""
+"""What can go wrong, by name. The same names travel on the wire (`CODES`), so that an error raised
+in the daemon is raised again, with the same class and the same words, in the client."""
 
 from __future__ import annotations
 

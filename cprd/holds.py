@@ -399,7 +399,7 @@ class Registry:
         lease: float,
         generation: int | None = None,
     ) -> Step:
-        """Claim what is held. Raises NotHeld, Busy (with the reason), Fenced (another generation)."""
+        """Claim what is held. Raises NotHeld, Busy, Fenced (it has another generation)."""
         hold = self.check_load(now, key, peer, nonce)
         if hold.phase == CLAIMED:
             return Step(answer=_loaded(hold, hold.last_claimant), remembered=True)
@@ -432,9 +432,9 @@ class Registry:
         if not records and self.blind:
             raise Busy(f"{key[1]!r} may be held: {self.blind}")
         top = self.top(key)
-        if nonce and top.phase == CLAIMED and top.last == nonce and peer is not None:
-            if top.claimant == peer.pid:
-                return top
+        repeated = nonce and top.phase == CLAIMED and top.last == nonce
+        if repeated and peer is not None and top.claimant == peer.pid:
+            return top
         for hold in reversed(records):
             why = why_not(hold, now)
             if why:

@@ -3,7 +3,8 @@
 `point("save:parked")` does nothing unless the environment arms it at start:
 
 - CPRD_PAUSE_LOG=FILE appends the name of each point as it is passed (one a line);
-- CPRD_PAUSE=NAME, NAME#K or #K raises SIGSTOP on the process at the first hit of NAME, its K-th hit,
+- CPRD_PAUSE=NAME, NAME#K or #K raises SIGSTOP on the process at the first hit of NAME, its K-th
+hit,
   or the K-th hit of any point. Whoever waits with WUNTRACED sees it stand there.
 """
 

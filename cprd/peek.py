@@ -1,7 +1,7 @@
 """Looking into what is held, without a claim and without disturbing it.
 
-The descriptors of others get installed here for a moment. Nothing is asked of them that can block; they
-are closed in a thread of its own, because that can.
+The descriptors of others get installed here for a moment. Nothing is asked of them that can block;
+they are closed in a thread of its own, because that can.
 """
 
 from __future__ import annotations

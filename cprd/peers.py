@@ -1,8 +1,8 @@
 """Who is at the other end of a connection, and processes that are waited for.
 
-Credentials are those of the process that called connect(). Its pidfd comes from SO_PEERPIDFD (Linux 6.5);
-before, from SO_PEERCRED and pidfd_open, which is trusted because the connection is still up when it has
-been opened.
+Credentials are those of the process that called connect(). Its pidfd comes from SO_PEERPIDFD (Linux
+6.5); before, from SO_PEERCRED and pidfd_open, which is trusted because the connection is still up
+when it has been opened.
 """
 
 from __future__ import annotations

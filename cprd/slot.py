@@ -5,8 +5,8 @@ tells. All of them carry the pidfds that matter then. The queue is the kernel's:
 anything holds the pair, whatever becomes of the daemon. Ending a hold drains its slot, the first
 record first: from then on the slot is dead, and what the bundle held is let go of.
 
-A record begins with a prefix that is frozen for all versions (owner, generation, name), so that a cprd
-that cannot read the rest still knows whose it is. docs/bundle.md has the layout.
+A record begins with a prefix that is frozen for all versions (owner, generation, name), so that a
+cprd that cannot read the rest still knows whose it is. docs/bundle.md has the layout.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Slot:
             slot = cls(*socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         except OSError as error:
             raise LimitExceeded(
-                f"cprd has no descriptor left to hold with ({error.strerror}): raise LimitNOFILE= of"
-                " cprd.service, or drop holds"
+                f"cprd has no descriptor left to hold with ({error.strerror}): raise LimitNOFILE="
+                " of cprd.service, or drop holds"
             ) from None
         try:
             slot._append(hold, pidfds, bundle)

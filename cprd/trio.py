@@ -4,8 +4,8 @@
         async with daemon.load("web") as claim:
             ...
 
-`daemon.load(...)` and `connect()` can be awaited, too: then what they return is the block to enter, or to
-aclose(). What can block (closing foreign descriptors) is done in a thread.
+`daemon.load(...)` and `connect()` can be awaited, too: then what they return is the block to enter,
+or to aclose(). What can block (closing foreign descriptors) is done in a thread.
 """
 
 from __future__ import annotations

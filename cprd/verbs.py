@@ -1,7 +1,7 @@
 """What a client says, verb by verb, without I/O: one code for the blocking client and for trio's.
 
-A verb is a generator. It yields a `Call` (a request and the descriptors that go with it) and is sent the
-`Answer`; an error of the daemon is thrown into it. Its return value is the verb's result.
+A verb is a generator. It yields a `Call` (a request and the descriptors that go with it) and is
+sent the `Answer`; an error of the daemon is thrown into it. Its return value is the verb's result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The messages between cprd and its clients: one msgpack map in one SEQPACKET message. No I/O.
 
-The first message of each side states its version and limits. Every request names a `verb`; those that
-change something carry a `nonce`, so that the same request, repeated after a lost answer, gets its
-first answer. An answer is {"ok": {...}} or {"error": CODE, "why": TEXT}. docs/protocol.md shows all.
+The first message of each side states its version and limits. Every request names a `verb`; those
+that change something carry a `nonce`, so that the same request, repeated after a lost answer, gets
+its first answer. An answer is {"ok": {...}} or {"error": CODE, "why": TEXT}.
+docs/protocol.md shows all.
 """
 
 from __future__ import annotations
