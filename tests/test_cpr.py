@@ -479,6 +479,7 @@ def test_a_tape_replays_with_each_descriptor_beside_its_dummy_byte() -> None:
 def test_what_one_side_saves_the_other_finds() -> None:
     with nothing_leaks(), memfds(2) as (ram, rom):
         left, right = socket.socketpair()
+        right.settimeout(20)
         cpr.save_fd("ram0", 0, ram)
         cpr.save_fd("dev/rom", 3, rom)
         cpr.state_save(left)
@@ -503,7 +504,7 @@ def test_a_save_half_closes_and_sees_the_hang_up_of_the_loader() -> None:
         cpr.state_save(left)
         line = cpr.state_ioc()
         assert isinstance(line, SocketChannel)
-        with drain(SocketChannel(right)) as tape:
+        with drain(SocketChannel(right, 20)) as tape:
             assert cpr.parse(tape.data, tape.fds, tape.offsets).form == cpr.PLAIN
         poll = select.poll()
         poll.register(left, select.POLLIN)
@@ -550,6 +551,7 @@ def test_a_load_by_descriptor_number_leaves_the_number_to_its_owner() -> None:
             cpr.save_fd("ram0", 0, ram)
             cpr.state_save(left.fileno())
             cpr.state_close()
+            assert left.fileno() >= 0
             cpr.state_load(right.fileno())
             cpr.state_close()
             assert right.fileno() >= 0
