@@ -118,6 +118,16 @@ class Machine:
             pass_fds=pass_fds,
         )
 
+    @staticmethod
+    def signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+        """Signal what popen() started, which is a child of nsenter's. (nsenter ends as its child
+        does; killed itself, it leaves an orphan that holds up the end of the machine.)"""
+        inner = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        if inner:
+            os.kill(int(inner[0]), number)
+        else:
+            child.send_signal(number)
+
     def attempt(
         self, *command: str | Path, user: str | None = None, timeout: float = 60
     ) -> tuple[int, str]:
@@ -126,7 +136,7 @@ class Machine:
         try:
             words, _ = child.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            child.kill()
+            self.signal(child, signal.SIGKILL)
             words, _ = child.communicate()
             said = words.decode(errors="replace")
             raise MachineError(
@@ -205,7 +215,7 @@ class Machine:
                 if re.search(pattern, text):
                     return text
         finally:
-            child.send_signal(signal.SIGTERM)
+            self.signal(child, signal.SIGTERM)
             child.stdout.close()
             child.wait()
         raise MachineError(f"no line matched {pattern!r} in {timeout} s:\n{self.journal(unit)}")
