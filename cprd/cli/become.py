@@ -89,7 +89,9 @@ class Crew:
             value = state[key]
             raw = isinstance(value, memoryview)
             self.sections[key] = (raw, None if raw else value)
-            self.fds.append(fcntl.fcntl(state.section_fd(key), fcntl.F_DUPFD_CLOEXEC, FIRST))
+            memfd = fcntl.fcntl(state.section_fd(key), fcntl.F_DUPFD_CLOEXEC, FIRST)
+            self.fds.append(memfd)
+            os.lseek(memfd, 0, os.SEEK_SET)  # it stands where it was written to, at its end
 
     def fdnames(self) -> str:
         """LISTEN_FDNAMES; raises LimitExceeded."""

@@ -16,24 +16,16 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--timeout",
         type=float,
+        default=24 * 3600.0,
         metavar="S",
-        help="give up after S seconds, with exit status 3 or 4 (default: never)",
+        help="give up after S seconds, with exit status 3 or 4 (default: a day)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from contextlib import suppress
-
     from cprd.cli.connection import connect
-    from cprd.errors import Busy, NotHeld
 
     with connect(args) as daemon:
-        if args.timeout is not None:
-            daemon.wait(args.name, args.timeout)
-            return 0
-        while True:
-            with suppress(NotHeld, Busy):
-                daemon.wait(args.name)
-                return 0
+        daemon.wait(args.name, args.timeout)
     return 0

@@ -1,0 +1,196 @@
+"""The timeline as a picture: in the terminal, and as SVG that reads well in light and dark."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cprd.demo.timeline import rates, round_up
+
+if TYPE_CHECKING:
+    from cprd.demo.timeline import Report
+
+EIGHTHS = " ▁▂▃▄▅▆▇█"
+HEIGHT = 7  # rows of the terminal's picture
+MARGIN = 8  # columns left of it, for the axis
+
+
+def terminal(report: Report, width: int, *, ascii_only: bool = False) -> list[str]:
+    """Lines of at most `width` columns: bars of answers per second, restarts marked below."""
+    columns = max(20, width - MARGIN - 1)
+    values = rates(report.answers, report.seconds, columns)
+    top = round_up(max([*values, 1.0]) / 1.1)
+    top = max(top, 1.0)
+    lines = []
+    for row in range(HEIGHT, 0, -1):
+        label = f"{top * row / HEIGHT:,.0f}" if row in (HEIGHT, 1) else ""
+        if row == 1:
+            label = "0"
+        cells = "".join(_cell(v / top * HEIGHT - (row - 1), ascii_only) for v in values)
+        lines.append(f"{label:>{MARGIN - 2}} {'|' if ascii_only else '│'}{cells}".rstrip())
+    marks = [" "] * columns
+    for restart in report.restarts:
+        at = min(columns - 1, int(restart.asked / report.seconds * columns))
+        plain, crashed = ("^", "x") if ascii_only else ("▲", "✗")
+        marks[at] = crashed if restart.crashed else plain
+    lines.append(" " * MARGIN + "".join(marks).rstrip())
+    lines.append(" " * MARGIN + _seconds_axis(report.seconds, columns))
+    return lines
+
+
+def legend(*, ascii_only: bool = False) -> str:
+    """What the marks mean."""
+    plain, crashed = ("^", "x") if ascii_only else ("▲", "✗")
+    return (
+        f"answers a second; {plain} restart,"
+        f" {crashed} restart whose first successor was killed after its claim"
+    )
+
+
+def _cell(filled: float, ascii_only: bool) -> str:
+    eighths = max(0, min(8, round(filled * 8)))
+    if ascii_only:
+        return " .#"[0 if eighths < 2 else 1 if eighths < 5 else 2]
+    return EIGHTHS[eighths]
+
+
+def _seconds_axis(seconds: float, columns: int) -> str:
+    step = max(1, int(round_up(seconds / 8)))
+    axis = [" "] * (columns + 4)
+    for second in range(0, int(seconds) + 1, step):
+        at = int(second / seconds * columns)
+        text = f"{second} s" if second == 0 else str(second)
+        if at + len(text) <= len(axis):
+            axis[at : at + len(text)] = text
+    return "".join(axis).rstrip()[:columns]
+
+
+# -- SVG -----------------------------------------------------------------------------------------
+
+WIDE, HIGH = 880, 300
+LEFT, RIGHT, TOP, BOTTOM = 62, 24, 64, 52
+BUCKET = 0.05  # seconds
+_STYLE = """
+  .card { fill: #ffffff; stroke: #d6dae1; }
+  .ink { fill: #1d2530; }
+  .dim { fill: #5d6775; }
+  .grid { stroke: #e6e9ee; }
+  .area { fill: #2f6fde; fill-opacity: .18; }
+  .line { fill: none; stroke: #2f6fde; stroke-width: 1.5; stroke-linejoin: round; }
+  .restart { stroke: #b26a00; stroke-dasharray: 3 3; }
+  .restart-mark { fill: #b26a00; }
+  .crash { stroke: #c62f3b; stroke-dasharray: 3 3; }
+  .crash-mark { fill: #c62f3b; }
+  text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; }
+  .title { font-size: 15px; font-weight: 600; }
+  .number { font-size: 11px; font-variant-numeric: tabular-nums; }
+  @media (prefers-color-scheme: dark) {
+    .card { fill: #12171e; stroke: #2b333e; }
+    .ink { fill: #e7ebf0; }
+    .dim { fill: #98a3b1; }
+    .grid { stroke: #222a34; }
+    .area { fill: #6aa1ff; fill-opacity: .2; }
+    .line { stroke: #6aa1ff; }
+    .restart { stroke: #e0a24a; }
+    .restart-mark { fill: #e0a24a; }
+    .crash { stroke: #ff7680; }
+    .crash-mark { fill: #ff7680; }
+  }
+"""
+
+
+def svg(report: Report) -> str:
+    """The whole picture as one SVG document, colours following the reader's scheme."""
+    values = rates(report.answers, report.seconds, max(20, int(report.seconds / BUCKET)))
+    top = round_up(max([*values, 1.0]))
+    title, verdict = headline(report)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDE} {HIGH}" role="img"'
+        f' aria-label="{title}. {verdict}.">',
+        f"<title>{title}. {verdict}.</title>",
+        f"<style>{_STYLE}</style>",
+        f'<rect class="card" x=".5" y=".5" width="{WIDE - 1}" height="{HIGH - 1}" rx="8"/>',
+        f'<text class="ink title" x="{LEFT}" y="28">{title}</text>',
+        f'<text class="dim" x="{LEFT}" y="47">{verdict}</text>',
+        *_grid(report, top),
+        *_area(values, top),
+        *_marks(report),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def headline(report: Report) -> tuple[str, str]:
+    """What was done and how it went, one short line each."""
+    title = f"{report.connections:,} connections, {len(report.restarts)} restarts of their server"
+    blackouts = sorted(report.blackouts())
+    pause = f", blackout {blackouts[len(blackouts) // 2] * 1000:.0f} ms (median)"
+    verdict = (
+        f"{len(report.answers):,} answers, {report.lost} lost, {report.wrong} wrong;"
+        f" {report.dropped} connections dropped{pause if blackouts else ''}"
+    )
+    return title, verdict
+
+
+def _x(report: Report, time: float) -> float:
+    return LEFT + (WIDE - LEFT - RIGHT) * min(1.0, max(0.0, time / report.seconds))
+
+
+def _y(value: float, top: float) -> float:
+    return HIGH - BOTTOM - (HIGH - TOP - BOTTOM) * value / top
+
+
+def _grid(report: Report, top: float) -> list[str]:
+    parts = []
+    for quarter in range(3):
+        value = top * quarter / 2
+        y = _y(value, top)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDE - RIGHT}"/>')
+        parts.append(
+            f'<text class="dim number" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
+            f"{value:,.0f}</text>"
+        )
+    parts.append(f'<text class="dim number" x="14" y="{TOP - 6}">answers/s</text>')
+    step = max(1, int(round_up(report.seconds / 10)))
+    y = HIGH - BOTTOM + 32
+    parts += [
+        f'<text class="dim number" x="{_x(report, second):.1f}" y="{y}" text-anchor="middle">'
+        f"{second} s</text>"
+        for second in range(0, int(report.seconds) + 1, step)
+    ]
+    return parts
+
+
+def _area(values: list[float], top: float) -> list[str]:
+    width = (WIDE - LEFT - RIGHT) / len(values)
+    steps = "L".join(
+        f"{LEFT + (i + 0.5) * width:.1f} {_y(value, top):.1f}" for i, value in enumerate(values)
+    )
+    first, last = LEFT + width / 2, WIDE - RIGHT - width / 2
+    base = _y(0, top)
+    return [
+        f'<path class="area" d="M{first:.1f} {base:.1f}L{steps}L{last:.1f} {base:.1f}Z"/>',
+        f'<path class="line" d="M{steps}"/>',
+    ]
+
+
+def _marks(report: Report) -> list[str]:
+    parts = []
+    for restart in report.restarts:
+        x = _x(report, restart.asked)
+        kind = "crash" if restart.crashed else "restart"
+        parts.append(f'<path class="{kind}" d="M{x:.1f} {TOP}V{HIGH - BOTTOM}"/>')
+        base = HIGH - BOTTOM + 5
+        parts.append(
+            f'<path class="{kind}-mark" d="M{x:.1f} {base}l5 9h-10z"><title>restart at'
+            f" {restart.asked:.2f} s</title></path>"
+        )
+    y = HIGH - 9
+    parts.append(f'<path class="restart-mark" d="M{LEFT + 5} {y - 9}l5 9h-10z"/>')
+    parts.append(f'<text class="dim number" x="{LEFT + 16}" y="{y}">restart</text>')
+    if any(restart.crashed for restart in report.restarts):
+        parts.append(f'<path class="crash-mark" d="M{LEFT + 75} {y - 9}l5 9h-10z"/>')
+        parts.append(
+            f'<text class="dim number" x="{LEFT + 86}" y="{y}">restart whose first successor was'
+            " killed right after its claim</text>"
+        )
+    return parts

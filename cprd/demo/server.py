@@ -1,0 +1,152 @@
+"""A small TCP service that keeps a running tally for each client, and survives its own restarts.
+
+A client sends numbers, one a line; each is answered with a line of two: how many numbers this
+connection has sent so far, and their sum. On SIGTERM the service stops at once, wherever each
+connection stands (half a line read, half an answer sent), leaves everything with cprd and exits.
+The next one goes on in the middle of that line.
+
+    python -m cprd.demo.server NAME [PORT]
+
+serves what is held under NAME, or else opens PORT. It prints "ready PORT" when it serves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+import cprd
+
+if TYPE_CHECKING:
+    import trio
+
+LINE = 64  # bytes; a longer one is no number of ours
+
+
+class Tally:
+    """One client: its connection, what it was told, and the bytes on their way in and out."""
+
+    def __init__(self, sock: socket.socket, count: int = 0, total: int = 0) -> None:
+        self.sock = sock
+        self.count = count
+        self.total = total
+        self.unread = b""  # the beginning of a line
+        self.unsent = b""
+
+    def take(self, data: bytes) -> None:
+        """Add the numbers of every whole line; the answers wait in `unsent`."""
+        *lines, self.unread = (self.unread + data).split(b"\n")
+        for line in lines:
+            self.count += 1
+            self.total += int(line)
+            self.unsent += b"%d %d\n" % (self.count, self.total)
+        if len(self.unread) > LINE:
+            raise ValueError("a line without an end")
+
+
+class Service:
+    """The listener and all clients: what has to outlive the process."""
+
+    def __init__(self, listener: socket.socket, clients: list[Tally]) -> None:
+        self.listener = listener
+        self.clients = set(clients)
+
+    @classmethod
+    def fresh(cls, port: int) -> Service:
+        return cls(socket.create_server(("127.0.0.1", port), backlog=4096), [])
+
+    @classmethod
+    def restored(cls, state: cprd.State) -> Service:
+        """Takes every descriptor of a loaded state, and owns it from now on."""
+        clients = []
+        for id, (count, total, unread, unsent) in enumerate(state["clients"]):
+            client = Tally(_tcp(state.take_fd("client", id)), count, total)
+            client.unread, client.unsent = unread, unsent
+            clients.append(client)
+        return cls(_tcp(state.take_fd("listener", 0)), clients)
+
+    def state(self) -> cprd.State:
+        """Everything, borrowed from here until it is saved."""
+        state = cprd.State()
+        state.save_fd("listener", 0, self.listener)
+        rows = []
+        for id, client in enumerate(self.clients):
+            state.save_fd("client", id, client.sock)
+            rows.append((client.count, client.total, client.unread, client.unsent))
+        state["clients"] = rows
+        return state
+
+
+def _tcp(fd: int) -> socket.socket:
+    return socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)
+
+
+async def serve(service: Service) -> None:
+    """Serve until SIGTERM. Cancelling is the whole hand-over: trio's receive and send either did
+    their work or nothing, so at any moment `service` says exactly where each client stands."""
+    import trio
+
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_accept, service, nursery)
+            for client in service.clients:
+                nursery.start_soon(_talk, service, client)
+            print("ready", service.listener.getsockname()[1], flush=True)
+            async for _ in signals:
+                nursery.cancel_scope.cancel()
+
+
+async def _accept(service: Service, nursery: trio.Nursery) -> None:
+    import trio
+
+    listener = trio.socket.from_stdlib_socket(service.listener)
+    while True:
+        sock, _ = await listener.accept()
+        client = Tally(_tcp(sock.detach()))
+        service.clients.add(client)
+        nursery.start_soon(_talk, service, client)
+
+
+async def _talk(service: Service, client: Tally) -> None:
+    """Read numbers and send answers until the client hangs up."""
+    import trio
+
+    sock = trio.socket.from_stdlib_socket(client.sock)
+    try:
+        while True:
+            while client.unsent:
+                sent = await sock.send(client.unsent)
+                client.unsent = client.unsent[sent:]
+            data = await sock.recv(4096)
+            if not data:
+                break
+            client.take(data)
+    except (OSError, ValueError):
+        pass  # gone, or talking something else
+    service.clients.discard(client)
+    client.sock.close()
+
+
+def main(name: str, port: int = 0) -> None:
+    with cprd.connect() as daemon:
+        try:
+            with daemon.load(name) as claim:
+                if "CPRD_DEMO_CRASH" in os.environ:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                service = Service.restored(claim.state)
+        except cprd.NotHeld:
+            service = Service.fresh(port)
+
+    import trio
+
+    trio.run(serve, service)
+
+    with cprd.connect() as daemon:
+        daemon.save(name, service.state())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0)

@@ -1,0 +1,296 @@
+"""The stage: a private cprd, the service, its clients, and the restarts.
+
+Everything is bounded in time; whatever happens, no process and no file of ours is left behind (were
+this process killed, the kernel ends its children).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+import cprd
+from cprd.demo.load import Load
+from cprd.demo.timeline import Report, Restart
+from cprd.errors import CprdError, LimitExceeded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_libc = ctypes.CDLL(None)
+
+NAME = "demo"
+STEP = 15.0  # seconds that any single step may take
+WARM_UP, TAIL = 1.0, 1.0  # seconds before the first restart and after the last
+
+
+class Settings(NamedTuple):
+    """What to show."""
+
+    connections: int = 500
+    restarts: int = 10
+    seconds: float = 14.0
+    rate: float = 1500.0  # requests a second, of all clients together
+
+
+class Progress(NamedTuple):
+    """How far it is."""
+
+    restarts: int
+    answers: int
+    connected: int
+    seconds: float
+    doing: str
+
+
+class Child:
+    """A process of ours: ended with SIGTERM, then SIGKILL, at the latest with this one."""
+
+    def __init__(self, arguments: list[str], folder: Path, **extra: str) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("CPRD_")}
+        environment |= {"CPRD_SOCKET": str(folder / "cprd.sock"), **extra}
+        self.log = folder / "log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - this process has one thread
+            )
+        self.pidfd = os.pidfd_open(self.process.pid)
+
+    async def gone(self) -> int:
+        """Wait for its end; its exit status."""
+        with self._in_time("end"):
+            await trio.lowlevel.wait_readable(self.pidfd)
+        return self.process.wait()
+
+    async def ready(self) -> int:
+        """Wait for its line "ready PORT"; the port."""
+        assert self.process.stdout is not None
+        line = b""
+        with self._in_time("get ready"):
+            while not line.endswith(b"\n"):
+                await trio.lowlevel.wait_readable(self.process.stdout)
+                data = os.read(self.process.stdout.fileno(), 100)
+                if not data:
+                    raise CprdError(f"the demo's server did not start: {self._last_words()}")
+                line += data
+        return int(line.split()[1])
+
+    @contextmanager
+    def _in_time(self, what: str) -> Iterator[None]:
+        try:
+            with trio.fail_after(STEP):
+                yield
+        except trio.TooSlowError:
+            raise CprdError(
+                f"a process of the demo did not {what} within {STEP:g} s: {self._last_words()}"
+            ) from None
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def end(self) -> None:
+        """Make sure that it is gone, and let go of it."""
+        try:
+            if self.process.poll() is None:
+                self.process.terminate()
+                try:
+                    self.process.wait(3)
+                except subprocess.TimeoutExpired:
+                    self.process.kill()
+                    self.process.wait()
+        finally:
+            os.close(self.pidfd)
+            if self.process.stdout is not None:
+                self.process.stdout.close()
+
+
+def _end_with_parent() -> None:
+    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
+
+
+def run(settings: Settings, progress: Callable[[Progress], None]) -> Report:
+    """Show it. Raises CprdError when the stage itself breaks; the verdict is in the report."""
+    _make_room(settings.connections)
+    # A short path: an address of AF_UNIX has 107 bytes.
+    base = None if len(tempfile.gettempdir()) < 60 else "/tmp"
+    folder = Path(tempfile.mkdtemp(prefix="cprd-demo-", dir=base))
+    children: list[Child] = []
+    try:
+        return trio.run(_perform, settings, progress, folder, children)
+    except BaseExceptionGroup as group:
+        raise _cause(group) from None
+    finally:
+        for child in reversed(children):
+            child.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What to tell: the error that we explain, else the first."""
+    for kind in (CprdError, KeyboardInterrupt, BaseException):
+        found: BaseException | None = group.subgroup(kind)
+        while isinstance(found, BaseExceptionGroup):
+            found = found.exceptions[0]
+        if found is not None:
+            return found
+    return group
+
+
+def _make_room(connections: int) -> None:
+    """Raise the soft RLIMIT_NOFILE, here and for the children. Raises LimitExceeded."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * connections + 100
+    if hard < needed:
+        raise LimitExceeded(
+            f"{connections} connections need {needed} descriptors, and the hard RLIMIT_NOFILE is"
+            f" {hard}: raise it (ulimit -Hn), or use --connections {max(1, (hard - 100) // 2)}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, needed)), hard))
+
+
+async def _perform(
+    settings: Settings,
+    progress: Callable[[Progress], None],
+    folder: Path,
+    children: list[Child],
+) -> Report:
+    begun = time.monotonic()
+    load = Load(settings.connections, settings.rate, lambda: time.monotonic() - begun)
+    play = _Play(settings, folder, children, load)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_end_on_signal, nursery.cancel_scope)
+        nursery.start_soon(_tell, progress, play)
+        await play.set_up()
+        begun = time.monotonic()  # the clock of the report
+        nursery.start_soon(load.run, play.port)
+        await play.restart_all()
+        await trio.sleep(TAIL)
+        play.seconds = load.clock()
+        play.doing = "waiting for the last answers"
+        with trio.move_on_after(STEP):
+            await load.settle()
+        lost = load.owed
+        nursery.cancel_scope.cancel()
+    load.close()
+    if play.seconds == 0.0:
+        raise KeyboardInterrupt
+    return Report(
+        connections=settings.connections,
+        seconds=play.seconds,
+        answers=load.answers,
+        restarts=play.restarts,
+        lost=lost,
+        wrong=load.wrong,
+        dropped=load.dropped,
+        visits=load.visits,
+        slowest=load.slowest,
+    )
+
+
+async def _end_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
+        async for _ in signals:
+            scope.cancel()
+
+
+async def _tell(progress: Callable[[Progress], None], play: _Play) -> None:
+    while True:
+        progress(play.progress())
+        await trio.sleep(0.2)
+
+
+class _Play:
+    """The course of events."""
+
+    def __init__(self, settings: Settings, folder: Path, children: list[Child], load: Load) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.children = children
+        self.load = load
+        self.port = 0
+        self.seconds = 0.0
+        self.doing = "starting cprd and the server"
+        self.restarts: list[Restart] = []
+
+    def progress(self) -> Progress:
+        load = self.load
+        return Progress(
+            len(self.restarts), len(load.answers), load.connected, load.clock(), self.doing
+        )
+
+    async def set_up(self) -> None:
+        daemon = self._start("-c", "import sys; from cprd.main import main; sys.exit(main())")
+        await _answers(daemon, self.folder / "cprd.sock")
+        self.server = self._start("-m", "cprd.demo.server", NAME)
+        self.port = await self.server.ready()
+        self.doing = "connecting"
+        await self.load.connect(self.port)
+
+    async def restart_all(self) -> None:
+        count = self.settings.restarts
+        every = max(0.0, self.settings.seconds - WARM_UP - TAIL) / max(1, count)
+        for number in range(count):
+            self.doing = "serving"
+            await trio.sleep(max(0.0, WARM_UP + number * every - self.load.clock()))
+            await self._restart(crash=number == count // 2)
+        self.doing = "serving"
+        rest = self.settings.seconds - TAIL - self.load.clock()
+        await trio.sleep(max(0.0, rest))
+
+    async def _restart(self, *, crash: bool) -> None:
+        """SIGTERM, wait until it is gone, start the next: what a service manager does."""
+        self.doing = "restarting the server"
+        asked = self.load.clock()
+        self.server.process.terminate()
+        status = await self.server.gone()
+        if status != 0:
+            raise CprdError(f"the demo's server ended with status {status}, see {self.server.log}")
+        gone = self.load.clock()
+        if crash:
+            self.doing = "killing a successor right after its claim"
+            victim = self._start("-m", "cprd.demo.server", NAME, CPRD_DEMO_CRASH="1")
+            if await victim.gone() != -signal.SIGKILL:
+                raise CprdError("the successor that was to be killed lived on")
+        self.server = self._start("-m", "cprd.demo.server", NAME)
+        await self.server.ready()
+        self.restarts.append(Restart(asked, gone, self.load.clock(), crash))
+
+    def _start(self, *arguments: str, **extra: str) -> Child:
+        child = Child(list(arguments), self.folder, **extra)
+        self.children.append(child)
+        return child
+
+
+async def _answers(daemon: Child, path: Path) -> None:
+    """Wait until the private cprd answers."""
+    deadline = trio.current_time() + STEP
+    while True:
+        try:
+            cprd.connect(path).close()
+            return
+        except cprd.Unavailable as error:
+            if daemon.process.poll() is not None or trio.current_time() > deadline:
+                raise CprdError(
+                    f"the demo's own cprd did not start: {daemon._last_words()}"
+                ) from error
+        await trio.sleep(0.02)
