@@ -249,11 +249,28 @@ def _explain(error: OSError, state: State) -> Exception:
     return LimitExceeded(f"cannot park the descriptors: {error.strerror}")
 
 
-def check(sock: socket.socket, *, seal: bool) -> Header:
+def check(fd: int, *, seal: bool) -> Header:
     """Look at a bundle without taking a descriptor out of it: what cprd does with what is saved.
 
-    `sock` is borrowed. With `seal`, nothing can be appended afterwards. Raises Damaged when it
-    is not a whole bundle. O(1) in the number of descriptors below the root."""
+    `fd` is borrowed. With `seal`, nothing can be appended afterwards. Raises Damaged when it is
+    not a whole bundle, OSError (EMFILE) when there is no descriptor left to look with. O(1) in
+    the number of descriptors below the root."""
+    sock = _as_socket(fd)
+    try:
+        return _check(sock, seal)
+    finally:
+        sock.detach()
+
+
+def _as_socket(fd: int) -> socket.socket:
+    """`fd`, still the caller's, which detaches it again. Raises Damaged for what is no socket."""
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+    except OSError as error:
+        raise Damaged(f"not a bundle: {error.strerror}") from None
+
+
+def _check(sock: socket.socket, seal: bool) -> Header:
     kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
     domain = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
     if domain != socket.AF_UNIX or kind != socket.SOCK_SEQPACKET:
@@ -268,13 +285,17 @@ def check(sock: socket.socket, *, seal: bool) -> Header:
             if error.errno != errno.ENOTCONN:
                 raise
         header = _peek_header(sock)
-    queued = int.from_bytes(fcntl.ioctl(sock.fileno(), 0x541B, b"\0" * 4), sys.byteorder)  # SIOCINQ
-    if queued != HEADER.size:
+    if _queued(sock) != HEADER.size:
         raise Damaged("not a whole bundle: more than one message is queued in it")
     parked = scm_fds(sock.fileno())
     if parked != header.here:
         raise Damaged(f"not a whole bundle: it says {header.here} descriptors and holds {parked}")
     return header
+
+
+def _queued(sock: socket.socket) -> int:
+    """Bytes in the queue: of all messages, and the payload of each is a header."""
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), 0x541B, b"\0" * 4), sys.byteorder)  # SIOCINQ
 
 
 def _peek_header(sock: socket.socket) -> Header:
@@ -308,7 +329,7 @@ def unpack(fd: int) -> State:
 
     The returned state owns its descriptors. Raises Damaged when anything is missing or too much,
     and LimitExceeded when they do not fit in this process; then none is left open."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+    sock = _as_socket(fd)
     carried = array("i")
     try:
         root = _peek_header(sock)
@@ -339,9 +360,11 @@ def _peek(sock: socket.socket, header: Header, carried: array[int]) -> None:
             raise Damaged(f"a part of the bundle says {header.here} descriptors, has {len(fds)}")
         if flags & socket.MSG_TRUNC or len(data) != HEADER.size:
             raise Damaged("a part of the bundle has a record of another length")
+        if _queued(sock) != HEADER.size:
+            raise Damaged("a part of the bundle has more than one message queued in it")
         before = len(carried)
         for index, child_fd in enumerate(children):
-            child = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=child_fd)
+            child = _as_socket(child_fd)
             try:
                 below = _peek_header(child)
                 if below.depth != header.depth - 1 or below.index != index:

@@ -29,6 +29,7 @@ from cprd.errors import (
     CprdError,
     Damaged,
     Denied,
+    InvalidInput,
     LimitExceeded,
     NotHeld,
     ProtocolError,
@@ -38,6 +39,7 @@ from cprd.keeper import Keeper
 from cprd.pause import point
 
 RESERVED_FOR_ROOT = 8  # connections
+ORPHANED = 60.0  # s after a restart
 MAX_PENDING = 1000  # closes of one uid that may wait before it is refused more
 
 
@@ -66,6 +68,7 @@ class Daemon:
         self.registry = registry
         self.started = now()
         self.refused_accepts = 0
+        self.stopping = False  # claims outlive this process: their connections' end is not theirs
         self.connections: set[Connection] = set()
         self.watch = peers.Watch()
         self.pidfds: dict[int, dict[str, int]] = {}  # by generation and role; owned here
@@ -73,11 +76,53 @@ class Daemon:
         self._deadline_moved = trio.Event()
         self._overflow_uid = peers.overflow_uid()
         self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        soft = _raise_nofile()
+        soft = raise_nofile()
         self.max_connections = max(12, min(config.all_connections, soft // 16))
         # Each connection has two descriptors, each hold two and up to four pidfds; a message can
         # bring 253 at once.
         self.max_holds = max(4, (soft - 2 * self.max_connections - 253 - 32) // 6)
+
+    def adopt(self, left: list[tuple[Hold, dict[str, int]]], blind: str) -> None:
+        """Take over what an earlier daemon left: holds, and their pidfds, which this owns now."""
+        self.registry.blind = blind
+        for over in self.registry.adopt(hold for hold, _ in left):
+            log.event("over", uid=over.uid, name=over.name, generation=over.generation)
+            self.keeper.let_go([over])
+        for hold, pidfds in left:
+            if self.registry.get(hold.generation) is None:
+                _close_roles(pidfds)
+                continue
+            self._keep_pidfds(hold.generation, pidfds, _roles(hold))
+            if hold.phase == HELD:
+                continue
+            log.event(
+                "adopted",
+                phase=hold.phase,
+                uid=hold.uid,
+                name=hold.name,
+                generation=hold.generation,
+                fds=hold.fds,
+            )
+        for outcome in self.keeper.outcomes:
+            if outcome["nonce"]:
+                self.registry.remember(
+                    outcome["uid"], outcome["nonce"], outcome["answer"], outcome["at"]
+                )
+            after = outcome["generation"] + 1
+            self.registry.next_generation = max(self.registry.next_generation, after)
+
+    async def _end_orphans(self) -> None:
+        """A prepared save whose saver cannot be watched, and who has not come back."""
+        orphans = [
+            hold.generation
+            for hold in self.registry
+            if hold.phase == PREPARED and "saver" not in self.pidfds.get(hold.generation, {})
+        ]
+        if orphans:
+            await trio.sleep(ORPHANED)
+        for generation in orphans:
+            if not any(generation in other.prepared for other in self.connections):
+                self._observe(self.registry.saver_gone(generation))
 
     # Running
 
@@ -87,11 +132,13 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_processes)
             nursery.start_soon(self._watch_deadlines)
+            nursery.start_soon(self._end_orphans)
             nursery.start_soon(self._accept, listener, nursery)
 
     async def _accept(self, listener: socket.socket, nursery: trio.Nursery) -> None:
         while True:
             await trio.lowlevel.wait_readable(listener)
+            self._have_spare()
             try:
                 sock, _ = listener.accept()
             except BlockingIOError:
@@ -117,17 +164,25 @@ class Daemon:
     def _accept_and_close(self, listener: socket.socket) -> None:
         """No descriptor left: give up the spare one for as long as it takes to turn one away, so
         that the client sees an end and not silence."""
+        if self._spare < 0:
+            return  # it is still waited for
         os.close(self._spare)
+        self._spare = -1
         try:
             sock, _ = listener.accept()
             uid, _ = peers.credentials(sock)
             self.closer.run(uid, sock.close)
         except OSError:
             pass
-        try:
-            self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self._spare = os.dup(listener.fileno())
+        self._have_spare()
+
+    def _have_spare(self) -> None:
+        """Open the spare descriptor again, as soon as there is room for one."""
+        if self._spare < 0:
+            try:
+                self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                pass  # tried again at the next accept
 
     async def _serve_one(self, connection: Connection) -> None:
         peer = connection.peer
@@ -154,7 +209,8 @@ class Daemon:
             log.event("failed", level=log.ERROR, uid=peer.uid, pid=peer.pid, why=repr(error))
         finally:
             self.connections.discard(connection)
-            self._end_claims(connection)
+            if not self.stopping:
+                self._end_claims(connection)
             connection.close()
 
     def _why_refused(self, peer: Peer) -> CprdError | None:
@@ -244,8 +300,7 @@ class Daemon:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            why = "cprd has no descriptor left: raise LimitNOFILE= of cprd.service, or drop holds"
-            await self._refuse(connection, verb, LimitExceeded(why))
+            await self._refuse(connection, verb, _no_descriptor(error))
         finally:
             connection.release(request.fds)
         return True
@@ -335,10 +390,12 @@ class Daemon:
         written down it is true all the same, and found again from the pidfds at the next start."""
         try:
             self._perform(step)
-        except LimitExceeded as error:
+        except (LimitExceeded, OSError) as error:
             log.event("not-written", level=log.ERROR, why=str(error))
             self.registry.apply(step, now())
             self._deadline_moved.set()
+            for key in {hold.key for hold in (*step.put, *(ended.hold for ended in step.ended))}:
+                self._serve_waiters(key)
 
     def _keep_pidfds(self, generation: int, fds: dict[str, int], roles: tuple[str, ...]) -> None:
         """Of the pidfds of a hold keep those of `roles`, watched, and close the rest."""
@@ -376,17 +433,16 @@ class Daemon:
     def _look_for_damage(self, hold: Hold) -> None:
         """A claimant that received instead of peeking has destroyed what it was given."""
         try:
-            with self._bundle(hold.generation) as sock:
-                bundle.check(sock, seal=False)
+            fd = self.keeper.bundle(hold.generation)
+            try:
+                bundle.check(fd, seal=False)
+            finally:
+                os.close(fd)  # the slot has another: never the last one
         except Damaged as error:
             why = f"{error}; pid {hold.last_claimant} had claimed it last"
             self._observe(self.registry.found_damaged(hold.generation, why))
-        except CprdError:
+        except (CprdError, OSError):
             pass  # no descriptor to look with now; whoever loads it looks again
-
-    def _bundle(self, generation: int) -> socket.socket:
-        fd = self.keeper.bundle(generation)
-        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
 
     def _end_claims(self, connection: Connection) -> None:
         for generation, token in connection.claims:
@@ -442,10 +498,8 @@ class Daemon:
     def _process(self, fd: int, what: str) -> int:
         try:
             return peers.pid_of(fd)
-        except (ValueError, OSError):
-            raise ProtocolError(
-                f"{what}: the descriptor that came with it is not a pidfd"
-            ) from None
+        except ValueError:
+            raise InvalidInput(f"{what}: the descriptor that came with it is not a pidfd") from None
 
     def _offered(self, request: Request, pidfds: int) -> bundle.Header:
         """Check and seal the bundle that came with a request."""
@@ -454,13 +508,7 @@ class Daemon:
             raise ProtocolError(
                 f"{message['verb']}: wants {1 + pidfds} descriptors with it, has {len(fds)}"
             )
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds[0])
-        try:
-            header = bundle.check(sock, seal=True)
-        except OSError as error:
-            raise Damaged(f"not a bundle: {error.strerror}") from None
-        finally:
-            sock.detach()
+        header = bundle.check(fds[0], seal=True)
         if header.total <= message["fds"] or header.size != message["bytes"]:
             raise Damaged("not the bundle that the request describes: counts differ")
         return header
@@ -582,13 +630,20 @@ class Daemon:
                 found = self._claim(connection, message, key)
             assert isinstance(found, Step)
             step = found
-        generation = step.answer["generation"]
+        generation, token = step.answer["generation"], step.answer["token"]
         point("daemon:claimed")
-        fd = self.keeper.bundle(generation)
         try:
-            await connection.answer(wire.ok(**step.answer, kept=self.keeper.kept), (fd,))
-        finally:
-            os.close(fd)  # the slot has another: never the last one
+            fd = self.keeper.bundle(generation)
+            try:
+                await connection.answer(wire.ok(**step.answer, kept=self.keeper.kept), (fd,))
+            finally:
+                os.close(fd)  # the slot has another: never the last one
+        except (CprdError, OSError) as error:
+            # The client never learns of this claim, so it would only end with the connection.
+            connection.claims.discard((generation, token))
+            how = f"cprd could not serve it: {error}"
+            self._observe(self.registry.claimant_gone(now(), generation, token, how))
+            raise
 
     async def _wait(
         self, connection: Connection, key: Key, waiter: Waiter, seconds: float
@@ -634,6 +689,8 @@ class Daemon:
                 return
             except CprdError as error:
                 waiter.result = error
+            except OSError as error:  # never whose request it was that came to serve them
+                waiter.result = _no_descriptor(error)
             if queue and queue[0] is waiter:
                 queue.popleft()
             waiter.done.set()
@@ -674,9 +731,13 @@ class Daemon:
 
     def _adopt_claim(self, connection: Connection, message: wire.Message) -> None:
         """A claim lives with the connection that last spoke for it (a client that reconnected)."""
+        claim = (message["generation"], message["token"])
         hold = self.registry.get(message["generation"])
-        if hold is not None and hold.token == message["token"]:
-            connection.claims.add((hold.generation, hold.token))
+        if hold is None or hold.token != message["token"] or claim in connection.claims:
+            return
+        for other in self.connections:
+            other.claims.discard(claim)
+        connection.claims.add(claim)
 
     async def begin(self, connection: Connection, request: Request) -> None:
         message, fds = request
@@ -685,7 +746,7 @@ class Daemon:
             raise ProtocolError("begin: wants a pidfd with process=true, and none without")
         acting = self._process(fds[0], "process") if message["process"] else 0
         if acting < 0:
-            raise ProtocolError("begin: the process that is to act has ended")
+            raise InvalidInput("begin: the process that is to act has ended")
         step = self.registry.begin(
             now(),
             connection.peer,
@@ -893,6 +954,13 @@ _VERBS: dict[str, Handler] = {
 assert _VERBS.keys() == wire.REQUESTS.keys()
 
 
+def _no_descriptor(error: OSError) -> LimitExceeded:
+    return LimitExceeded(
+        f"cprd has no descriptor left ({error.strerror}): raise LimitNOFILE= of cprd.service, or"
+        " drop holds"
+    )
+
+
 def _roles(hold: Hold) -> tuple[str, ...]:
     """Whose pidfds matter for a hold as it is now."""
     roles: tuple[str, ...] = ("after_exit",) if hold.after_exit >= 0 else ()
@@ -910,7 +978,7 @@ def _close_roles(roles: dict[str, int]) -> None:
         os.close(fd)
 
 
-def _raise_nofile() -> int:
+def raise_nofile() -> int:
     """The soft limit of descriptors, raised to the hard one: cprd is there to have many."""
     import resource
 

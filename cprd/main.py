@@ -9,9 +9,15 @@ import socket
 import stat
 import sys
 
-from cprd import log
+from cprd import log, systemd
 from cprd.errors import CprdError, InvalidInput, Unavailable
 from cprd.paths import default_socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cprd.config import Config
+    from cprd.daemon import Daemon
+    from cprd.keeper import Keeper
 
 OLDEST_KERNEL = (5, 10)
 BACKLOG = 512
@@ -26,24 +32,91 @@ def main(argv: list[str] | None = None) -> int:
 
         settings = config.read(options.config) if options.config else config.Config()
         if options.check:
+            import cprd.daemon
+            import cprd.store  # noqa: F401  # all that would be executed can be read
+
             print(f"cprd: the configuration is good; would serve {_path(options)}")
             return 0
-        listener, path = _listener(options)
+        named = systemd.listen_fds(os.environ)
+        given = _sort(named)
+        if given.listener is None:
+            given.listener, given.path = _listen(options), _path(options)
+        elif given.path:
+            given.path = _path(options)
     except CprdError as error:
         print(f"cprd: {error}", file=sys.stderr)
         return 1
     import trio
 
-    try:
-        trio.run(_serve, listener, path, settings)
-    finally:
-        if path:
-            _unlink_own(path, listener)
-        listener.close()
-    # Not the interpreter's own end: a thread that is still closing a foreign file must not keep it.
+    again = trio.run(_serve, given, settings)
     sys.stdout.flush()
     sys.stderr.flush()
+    if again is not None:
+        _become_new(again, given)
+    if given.path:
+        try:
+            os.unlink(given.path)
+        except OSError:
+            pass
+    # Not the interpreter's own end: a thread that is still closing a foreign file must not keep it.
     os._exit(0)
+
+
+class Given:
+    """What came in at the start: from systemd, or from oneself across exec."""
+
+    def __init__(self) -> None:
+        self.listener: socket.socket | None = None
+        self.path = ""  # of the listener, when it is ours to remove at the end
+        self.shelves: dict[int, dict[str, socket.socket]] = {}
+        self.durable: set[int] = set()
+        self.canary = False
+
+
+OWN_LISTENER = "cprd-own-listener"
+LOCAL = "local."  # before the names of shelves that no store has
+
+
+def _sort(named: list[tuple[str, int]]) -> Given:
+    """Tell the descriptors that came in apart, by name. Raises InvalidInput."""
+    given = Given()
+    for name, fd in named:
+        sock = _as_socket(fd)
+        local = name.startswith(LOCAL)
+        parts = name.removeprefix(LOCAL).split(".")
+        if name == systemd.CANARY:
+            given.canary = True
+            os.close(fd)
+        elif len(parts) == 3 and parts[0] == "shelf" and parts[1].isdigit() and sock is not None:
+            ends = given.shelves.setdefault(int(parts[1]), {})
+            if parts[2] in ends:
+                sock.close()
+                continue
+            ends[parts[2]] = sock
+            if not local:
+                given.durable.add(int(parts[1]))
+        elif sock is not None and _listens(sock) and given.listener is None:
+            if sock.type != socket.SOCK_SEQPACKET or sock.family != socket.AF_UNIX:
+                raise InvalidInput(f"the socket {name} of systemd wants ListenSequentialPacket=")
+            given.listener = sock
+            given.path = "?" if name == OWN_LISTENER else ""
+        else:
+            log.event("unknown-descriptor", level=log.WARNING, name=name)
+            if sock is not None:
+                sock.detach()
+            os.close(fd)
+    return given
+
+
+def _listens(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _as_socket(fd: int) -> socket.socket | None:
+    try:
+        return socket.socket(fileno=fd)
+    except OSError:
+        return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,15 +155,8 @@ def _check_kernel() -> None:
             raise Unavailable("cprd wants /proc to be mounted") from None
 
 
-def _listener(options: argparse.Namespace) -> tuple[socket.socket, str]:
-    """The listening socket, and its path when it is ours to remove at the end."""
-    from cprd import systemd
-
-    for _, fd in systemd.listen_fds(os.environ):
-        sock = socket.socket(fileno=fd)
-        if sock.type != socket.SOCK_SEQPACKET or sock.family != socket.AF_UNIX:
-            raise InvalidInput("the socket from systemd wants ListenSequentialPacket=")
-        return sock, ""
+def _listen(options: argparse.Namespace) -> socket.socket:
+    """A listening socket at its path. Raises Unavailable."""
     path = _path(options)
     _prepare_directory(path, options.user)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -105,7 +171,7 @@ def _listener(options: argparse.Namespace) -> tuple[socket.socket, str]:
     except OSError as error:
         sock.close()
         raise Unavailable(f"cannot listen at {path}: {error.strerror or error}") from None
-    return sock, path
+    return sock
 
 
 def _prepare_directory(path: str, user: bool) -> None:
@@ -136,42 +202,151 @@ def _remove_stale(path: str) -> None:
     raise Unavailable(f"another cprd serves {path}")
 
 
-def _unlink_own(path: str, listener: socket.socket) -> None:
-    del listener
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
-
-
-async def _serve(listener: socket.socket, path: str, settings: object) -> None:
+async def _serve(given: Given, settings: Config) -> Keeper | None:
+    """Serve until a signal. Returns the keeper whose shelves go along when the daemon is to
+    re-execute itself, None when it is to end."""
     import trio
 
     from cprd.closer import Closer
-    from cprd.config import Config
-    from cprd.daemon import Daemon, now
+    from cprd.daemon import Daemon, now, raise_nofile
     from cprd.holds import Registry
     from cprd.keeper import Keeper
+    from cprd.store import Store
 
-    assert isinstance(settings, Config)
+    raise_nofile()
+    assert given.listener is not None
     closer = Closer()
     registry = Registry(settings.quota, first_generation=int(now() * 1e9))
-    daemon = Daemon(settings, Keeper(closer), closer, registry)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    keeper = Keeper(closer, now)
+    daemon = Daemon(settings, keeper, closer, registry)
+    daemon.adopt(*keeper.adopt(_pairs(given), frozenset(given.durable)))
+    manager = systemd.Manager.from_environment(os.environ)
+    again = False
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(daemon.serve, listener)
-            log.event("ready", pid=os.getpid(), socket=path or "from systemd", kept="memory")
+            if manager is not None:
+                if given.canary:
+                    await systemd.adrive(manager.remove(systemd.CANARY))
+                store = Store(keeper, manager)
+                await store.settle()
+                nursery.start_soon(store.tend)
+            nursery.start_soon(daemon.serve, given.listener)
+            log.event(
+                "ready",
+                pid=os.getpid(),
+                socket=given.path or "from systemd",
+                kept=keeper.kept,
+                holds=len(registry),
+            )
+            if manager is not None:
+                await _tell(manager, systemd.ready(_status(daemon)))
+                nursery.start_soon(_report, manager, daemon)
             async for number in signals:
-                lost = len(registry) if daemon.keeper.kept == "memory" else 0
-                log.event(
-                    "stopping",
-                    level=log.WARNING if lost else log.INFO,
-                    signal=signal.Signals(number).name,
-                    lost=lost or None,
-                )
+                if number == signal.SIGHUP:
+                    if manager is not None:
+                        await _tell(manager, systemd.reloading())
+                    again = await trio.to_thread.run_sync(_new_version_works)
+                    if not again:
+                        if manager is not None:
+                            text = "reload refused: cprd --check failed; " + _status(daemon)
+                            await _tell(manager, systemd.ready(text))
+                        continue
+                else:
+                    lost = 0 if keeper.kept == "store" else len(registry)
+                    log.event(
+                        "stopping",
+                        level=log.WARNING if lost else log.INFO,
+                        signal=signal.Signals(number).name,
+                        lost=lost or None,
+                    )
+                    if manager is not None:
+                        await _tell(manager, systemd.stopping())
+                daemon.stopping = True
                 nursery.cancel_scope.cancel()
                 break
     closer.drained(1.0)
+    return keeper if again else None
+
+
+def _pairs(given: Given) -> dict[int, tuple[socket.socket, socket.socket]]:
+    """(outlet, inlet) of each shelf that came in. One without an inlet gets one that leads nowhere:
+    it can be read, and is written anew as soon as anything is to be written."""
+    pairs = {}
+    for number, ends in given.shelves.items():
+        if "out" not in ends:
+            log.event("half-a-shelf", level=log.ERROR, number=number)
+            continue
+        inlet = ends.get("in")
+        if inlet is None:
+            inlet, gone = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            gone.close()
+        pairs[number] = (ends["out"], inlet)
+    return pairs
+
+
+def _new_version_works() -> bool:
+    """Whether what would be executed now starts up as far as --check goes."""
+    import subprocess
+
+    command = [sys.executable, *sys.orig_argv[1:], "--check"]
+    try:
+        check = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.event("reload-refused", level=log.ERROR, why=str(error))
+        return False
+    if check.returncode:
+        said = check.stderr.decode(errors="replace").strip().splitlines()
+        why = said[-1] if said else f"exit status {check.returncode}"
+        log.event("reload-refused", level=log.ERROR, why=f"cprd --check: {why}")
+    return check.returncode == 0
+
+
+def _become_new(keeper: Keeper, given: Given) -> None:
+    """Re-execute: the same PID, the listener and the shelves go along, all else is closed."""
+    assert given.listener is not None
+    named = [(OWN_LISTENER if given.path else "cprd.socket", given.listener.fileno())]
+    for shelf in keeper.shelves():
+        for name, end in zip(shelf.names, (shelf.outlet, shelf.tx), strict=True):
+            named.append((name if shelf.durable else LOCAL + name, end.fileno()))
+    log.event("re-executing", pid=os.getpid())
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the new code has a handler
+    systemd.pass_on(named, os.environ)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+async def _tell(manager: systemd.Manager, message: bytes) -> None:
+    """Tell the manager, if it can be had; it is not worth dying for."""
+    import trio
+
+    with trio.move_on_after(5.0):
+        try:
+            await systemd.adrive(manager.tell(message))
+        except CprdError as error:
+            log.event("manager-mute", level=log.WARNING, why=str(error))
+
+
+def _status(daemon: Daemon) -> str:
+    return f"{len(daemon.registry)} holds, kept in the {daemon.keeper.kept}"
+
+
+async def _report(manager: systemd.Manager, daemon: Daemon) -> None:
+    """Keep the watchdog quiet and the status line true."""
+    import trio
+
+    interval = systemd.watchdog_interval(os.environ)
+    pause = 10.0 if interval is None else min(10.0, interval / 2)
+    said = ""
+    while True:
+        text = _status(daemon)
+        message = systemd.WATCHDOG if interval is not None else b""
+        if text != said:
+            message += (b"\n" if message else b"") + systemd.status(text)
+            said = text
+        if message:
+            await _tell(manager, message)
+        await trio.sleep(pause)
 
 
 if __name__ == "__main__":

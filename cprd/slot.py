@@ -24,11 +24,13 @@ from cprd.errors import LimitExceeded
 from cprd.holds import Hold
 from cprd.pause import point
 from cprd.rights import SO_PEEK_OFF, close_all, receive, send
+from cprd.shelf import records
 
 MAGIC = b"CPRS"
 VERSION = 1
 PREFIX = struct.Struct("<4sHIQB")  # magic, version, uid, generation, bytes of the name that follows
 MAX_RECORD = 8192
+DEAD = b"ended"  # the whole body of the record that ends a slot
 _PREFIXED = ("uid", "generation", "name")
 _BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in _PREFIXED)
 ROLES = ("after_exit", "saver", "claimant", "acting")  # whose pidfds lie in a record
@@ -119,6 +121,54 @@ class Slot:
             raise LimitExceeded(f"cprd cannot write its record: {error.strerror}") from None
         self.records += 1
         point("slot:written")
+
+    def mark_dead(self, hold: Hold) -> None:
+        """Say for good that the hold has ended, before anything of it is let go. Raises
+        LimitExceeded."""
+        data = PREFIX.pack(MAGIC, VERSION, hold.uid, hold.generation, 0) + DEAD
+        for attempt in (1, 2):
+            try:
+                send(self.tx, data)
+                break
+            except OSError as error:
+                if error.errno != errno.EAGAIN or attempt == 2:
+                    why = f"cprd cannot write its record: {error.strerror}"
+                    raise LimitExceeded(why) from None
+                size = self.tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+                self.tx.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)  # doubles it
+        point("slot:dead")
+
+    def read(self) -> tuple[Hold | None, dict[str, int]]:
+        """The record as it is now, with pidfds by role (the caller owns them); None when the hold
+        has ended. Raises Unreadable, ValueError."""
+        hold: Hold | None = None
+        pidfds: dict[str, int] = {}
+        self.records = 0
+        for data, fds in records(self.outlet, MAX_RECORD):
+            try:
+                if data[PREFIX.size :] == DEAD:
+                    hold = None
+                    break
+                hold, roles = decode(data)
+                if not self.records:
+                    if len(fds) != 1 + len(roles):
+                        hold = None  # its first record is gone: it was being drained
+                        break
+                    close_all(fds[:1])
+                    del fds[0]
+                self.records += 1
+                close_all(pidfds.values())
+                pidfds = dict(zip(roles, list(fds), strict=True))
+                fds.clear()
+            except BaseException:
+                close_all(pidfds.values())
+                raise
+            finally:
+                close_all(fds)
+        if hold is None:
+            close_all(pidfds.values())
+            pidfds = {}
+        return hold, pidfds
 
     def bundle(self) -> int:
         """A descriptor of the bundle, which the caller owns (it never is the last one)."""

@@ -1,0 +1,179 @@
+"""Where all slots lie together: one parked socket pair that outlives the daemon.
+
+A shelf's queue holds, in order, its own header, then slots (both ends of each), then what became of
+holds that ended (so that a request repeated after a restart gets its first answer). It is only ever
+appended to, and the kernel keeps it as long as anybody has the pair: this process across exec, or
+systemd's descriptor store across anything.
+
+It is written anew (`Keeper.compact`) by filling an empty spare shelf and ending that with a record
+"complete": a shelf without it never counted, so every moment of the change is safe. docs/bundle.md
+has the layout.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgpack
+
+from cprd.errors import LimitExceeded
+from cprd.pause import point
+from cprd.rights import SO_PEEK_OFF, close_all, receive, send
+
+MAGIC = b"CPRH"
+VERSION = 1
+PREFIX = struct.Struct("<4sHc")
+HEADER, SLOTS, OUTCOME, COMPLETE = b"h", b"s", b"o", b"c"
+SLOTS_A_RECORD = 100  # two descriptors each; the kernel's limit is 253
+MAX_RECORD = 4096
+WANTED_BUFFER = 4 << 20  # as much as wmem_max allows is what it gets
+BYTES_A_MESSAGE = 768  # what a message of up to 192 bytes counts in the send buffer (measured)
+PREFIX_OF_NAMES = "shelf."
+
+
+class ShelfFull(Exception):
+    """Nothing more fits in its queue."""
+
+
+class Shelf:
+    """Owns both ends of the pair. `durable`: systemd's store has them, too."""
+
+    __slots__ = ("durable", "messages", "number", "outlet", "tx")
+
+    def __init__(self, number: int, tx: socket.socket, outlet: socket.socket) -> None:
+        self.number = number
+        self.tx = tx
+        self.outlet = outlet
+        self.durable = False
+        self.messages = 0
+        for end in (tx, outlet):
+            end.setblocking(False)
+
+    @classmethod
+    def create(cls, number: int) -> Shelf:
+        """An empty one. Raises LimitExceeded."""
+        try:
+            tx, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise LimitExceeded(
+                f"cprd has no descriptor left for a shelf ({error.strerror}): raise LimitNOFILE= of"
+                " cprd.service"
+            ) from None
+        tx.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WANTED_BUFFER)
+        shelf = cls(number, tx, outlet)
+        shelf._append(HEADER, {"number": number})
+        return shelf
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Under which its outlet and its inlet lie in the store."""
+        return f"{PREFIX_OF_NAMES}{self.number}.out", f"{PREFIX_OF_NAMES}{self.number}.in"
+
+    @property
+    def room(self) -> int:
+        """About how many messages its queue can take in all."""
+        return self.tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // BYTES_A_MESSAGE
+
+    def add_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Put slots on it, (outlet, inlet) each; borrowed. Raises ShelfFull, LimitExceeded."""
+        for start in range(0, len(pairs), SLOTS_A_RECORD):
+            part = pairs[start : start + SLOTS_A_RECORD]
+            self._append(SLOTS, {"n": len(part)}, [fd for pair in part for fd in pair])
+            point("shelf:slots")
+
+    def add_outcome(self, outcome: dict[str, Any]) -> None:
+        """How a hold ended, for requests that are repeated. Raises ShelfFull."""
+        self._append(OUTCOME, outcome)
+        point("shelf:outcome")
+
+    def complete(self) -> None:
+        """From here on it counts, and every shelf of a lower number does not."""
+        point("shelf:filled")
+        self._append(COMPLETE, {})
+        point("shelf:complete")
+
+    def _append(self, kind: bytes, content: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        data = PREFIX.pack(MAGIC, VERSION, kind) + msgpack.packb(content, use_bin_type=True)
+        try:
+            send(self.tx, data, fds)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EPIPE):
+                raise ShelfFull from None
+            raise LimitExceeded(f"cprd cannot write to its shelf: {error.strerror}") from None
+        self.messages += 1
+
+    def close(self) -> None:
+        self.tx.close()
+        self.outlet.close()
+
+
+class Read:
+    """What lay on a shelf: slots as (outlet, inlet), which the reader owns."""
+
+    __slots__ = ("complete", "number", "outcomes", "slots", "unreadable")
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.slots: list[tuple[int, int]] = []
+        self.outcomes: list[dict[str, Any]] = []
+        self.complete = False
+        self.unreadable = ""  # why something on it cannot be read; it must stay as it is then
+
+
+def read(outlet: socket.socket) -> tuple[Read, int]:
+    """All of a shelf, without taking anything off it, and how many messages that were."""
+    found = Read()
+    messages = 0
+    for data, fds in records(outlet, MAX_RECORD):
+        messages += 1
+        try:
+            magic, version, kind = PREFIX.unpack_from(data)
+            if magic != MAGIC or version != VERSION:
+                raise ValueError(f"a shelf record of version {version}")
+            content = msgpack.unpackb(data[PREFIX.size :], raw=False)
+            if kind == SLOTS and len(fds) == 2 * content["n"]:
+                found.slots += zip(fds[::2], fds[1::2], strict=True)
+                fds.clear()
+            elif kind == OUTCOME:
+                found.outcomes.append(content)
+            elif kind == COMPLETE:
+                found.complete = True
+            elif kind == HEADER:
+                found.number = content["number"]
+            else:
+                raise ValueError(f"a shelf record of kind {kind!r} with {len(fds)} descriptors")
+        except Exception as error:
+            found.unreadable = f"{error}; this cprd reads version {VERSION}"
+        close_all(fds)
+    return found, messages
+
+
+def records(outlet: socket.socket, size: int) -> Iterator[tuple[bytes, list[int]]]:
+    """Each message of a queue with its descriptors, which the caller owns; nothing is consumed.
+
+    One reader at a time: the cursor is the socket's. Raises LimitExceeded when a message does not
+    come whole (descriptors of this process run out)."""
+    outlet.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    try:
+        while True:
+            try:
+                data, fds, flags = receive(outlet, size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                continue
+            if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+                close_all(fds)
+                raise LimitExceeded(
+                    "cprd has no descriptor left to read its shelf with: raise LimitNOFILE= of"
+                    " cprd.service"
+                )
+            if not data:
+                return
+            yield data, fds.tolist()
+    finally:
+        outlet.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)

@@ -1,0 +1,98 @@
+"""Getting shelves into systemd's descriptor store, and out of it again.
+
+The store never answers, so a shelf counts as stored only once a canary that went in behind it was
+seen alive (systemd.Manager.keep). The order keeps every moment safe: what takes over is stored
+before what it replaces is taken out. It runs beside the daemon's requests, which never wait for it.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from cprd import log
+from cprd.errors import CprdError
+from cprd.keeper import Keeper
+from cprd.pause import point
+from cprd.shelf import Shelf
+from cprd.systemd import Manager, adrive
+
+RETRY = 60.0  # s until a store that was full is tried again
+PATIENCE = 20.0  # s that the manager may take
+
+
+class Store:
+    def __init__(self, keeper: Keeper, manager: Manager) -> None:
+        self.keeper = keeper
+        self.manager = manager
+        self.refused = False
+        self._wanted = trio.Event()
+        keeper.wants_spare = self.wake
+
+    def wake(self) -> None:
+        self._wanted.set()
+
+    async def tend(self) -> None:
+        """For ever: store what should be, and take out what need not be there any more."""
+        while True:
+            self._wanted = trio.Event()
+            complete = await self.settle()
+            with trio.move_on_after(float("inf") if complete else RETRY):
+                await self._wanted.wait()
+
+    async def settle(self) -> bool:
+        """Bring the store up to date. Whether there is nothing left to be done."""
+        keeper = self.keeper
+        try:
+            with trio.fail_after(PATIENCE):
+                if not keeper.shelf.durable and not await self._keep(keeper.shelf):
+                    return False
+                await self._remove_retired()
+                if keeper.spare is None:
+                    spare = keeper.new_spare()
+                    if not await self._keep(spare):
+                        await self._remove(spare)
+                        spare.close()
+                        return False
+                    if keeper.spare is None and keeper.shelf.durable:
+                        keeper.spare = spare
+                    else:
+                        keeper.retired.append(spare)
+                        return False
+        except (CprdError, trio.TooSlowError) as error:
+            log.event("store-failed", level=log.ERROR, why=str(error) or "the manager is mute")
+            return False
+        return True
+
+    async def _keep(self, shelf: Shelf) -> bool:
+        """Store a shelf; False when the manager has not taken all of it."""
+        out, inlet = shelf.names
+        point("store:offer")
+        entries = [(out, shelf.outlet.fileno()), (inlet, shelf.tx.fileno())]
+        taken = await adrive(self.manager.keep(entries))
+        point("store:asked")
+        shelf.durable = taken
+        if taken != (not self.refused):
+            self.refused = not taken
+        if taken:
+            log.event("stored", shelf=shelf.number)
+        else:
+            log.event(
+                "not-stored",
+                level=log.WARNING,
+                shelf=shelf.number,
+                why="the manager's store is full or not offered (FileDescriptorStoreMax=)",
+            )
+        return taken
+
+    async def _remove_retired(self) -> None:
+        while self.keeper.retired:
+            shelf = self.keeper.retired[0]
+            await self._remove(shelf)
+            self.keeper.retired.remove(shelf)
+            shelf.close()
+
+    async def _remove(self, shelf: Shelf) -> None:
+        point("store:remove")
+        for name in shelf.names:
+            await adrive(self.manager.remove(name))
+        point("store:removed")
