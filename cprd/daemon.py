@@ -638,6 +638,8 @@ class Daemon:
                 await connection.answer(wire.ok(**step.answer, kept=self.keeper.kept), (fd,))
             finally:
                 os.close(fd)  # the slot has another: never the last one
+        except BrokenPipeError:
+            raise  # the end of the connection says it
         except (CprdError, OSError) as error:
             # The client never learns of this claim, so it would only end with the connection.
             connection.claims.discard((generation, token))
