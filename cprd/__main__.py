@@ -1,4 +1,5 @@
-"""cprctl from a plain clone: `python3 cprd COMMAND` or `python3 -m cprd COMMAND`.
+"""cprctl from a plain clone: `python3 cprd COMMAND`, the directory and not `-m cprd`, because that
+imports the package, which needs msgpack, before it comes here.
 
 Should this Python lack the packages that cprd needs, an environment that has them is made first
 (bootstrap.py), and the process goes on there."""

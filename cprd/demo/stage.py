@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _libc = ctypes.CDLL(None)
 
+CLONE = Path(cprd.__file__).parents[1]
 NAME = "demo"
 STEP = 15.0  # seconds that any single step may take
 WARM_UP, TAIL = 1.0, 1.0  # seconds before the first restart and after the last
@@ -59,6 +60,8 @@ class Child:
 
     def __init__(self, arguments: list[str], folder: Path, **extra: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("CPRD_")}
+        paths = [str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)  # a plain clone is not installed
         environment |= {"CPRD_SOCKET": str(folder / "cprd.sock"), **extra}
         self.log = folder / "log"
         with self.log.open("ab") as log:
@@ -71,25 +74,38 @@ class Child:
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 - this process has one thread
             )
         self.pidfd = os.pidfd_open(self.process.pid)
+        self.said = b""
 
     async def gone(self) -> int:
         """Wait for its end; its exit status."""
         with self._in_time("end"):
             await trio.lowlevel.wait_readable(self.pidfd)
-        return self.process.wait()
+        status = self.process.wait()
+        while data := os.read(self._stdout(), 4096):
+            self.said += data
+        return status
 
     async def ready(self) -> int:
         """Wait for its line "ready PORT"; the port."""
-        assert self.process.stdout is not None
-        line = b""
         with self._in_time("get ready"):
-            while not line.endswith(b"\n"):
-                await trio.lowlevel.wait_readable(self.process.stdout)
-                data = os.read(self.process.stdout.fileno(), 100)
+            while (port := self.number(b"ready", whole=True)) is None:
+                await trio.lowlevel.wait_readable(self._stdout())
+                data = os.read(self._stdout(), 4096)
                 if not data:
-                    raise CprdError(f"the demo's server did not start: {self._last_words()}")
-                line += data
-        return int(line.split()[1])
+                    raise CprdError(f"the demo's server did not start: {self.last_words()}")
+                self.said += data
+        return int(port)
+
+    def number(self, word: bytes, *, whole: bool = False) -> float | None:
+        """The number in its line "WORD NUMBER"; None while there is none."""
+        for line in self.said.splitlines(keepends=True):
+            if line.startswith(word) and (line.endswith(b"\n") or not whole):
+                return float(line.split()[1])
+        return None
+
+    def _stdout(self) -> int:
+        assert self.process.stdout is not None
+        return self.process.stdout.fileno()
 
     @contextmanager
     def _in_time(self, what: str) -> Iterator[None]:
@@ -98,10 +114,10 @@ class Child:
                 yield
         except trio.TooSlowError:
             raise CprdError(
-                f"a process of the demo did not {what} within {STEP:g} s: {self._last_words()}"
+                f"a process of the demo did not {what} within {STEP:g} s: {self.last_words()}"
             ) from None
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 
@@ -266,6 +282,7 @@ class _Play:
         if status != 0:
             raise CprdError(f"the demo's server ended with status {status}, see {self.server.log}")
         gone = self.load.clock()
+        with_cprd = self.server.number(b"saved") or 0.0
         if crash:
             self.doing = "killing a successor right after its claim"
             victim = self._start("-m", "cprd.demo.server", NAME, CPRD_DEMO_CRASH="1")
@@ -273,7 +290,8 @@ class _Play:
                 raise CprdError("the successor that was to be killed lived on")
         self.server = self._start("-m", "cprd.demo.server", NAME)
         await self.server.ready()
-        self.restarts.append(Restart(asked, gone, self.load.clock(), crash))
+        with_cprd += self.server.number(b"loaded") or 0.0
+        self.restarts.append(Restart(asked, gone, self.load.clock(), crash, with_cprd))
 
     def _start(self, *arguments: str, **extra: str) -> Child:
         child = Child(list(arguments), self.folder, **extra)
@@ -291,6 +309,6 @@ async def _answers(daemon: Child, path: Path) -> None:
         except cprd.Unavailable as error:
             if daemon.process.poll() is not None or trio.current_time() > deadline:
                 raise CprdError(
-                    f"the demo's own cprd did not start: {daemon._last_words()}"
+                    f"the demo's own cprd did not start: {daemon.last_words()}"
                 ) from error
         await trio.sleep(0.02)
