@@ -8,6 +8,7 @@ queued).
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from array import array
 from collections.abc import Callable
@@ -16,12 +17,18 @@ from typing import NamedTuple
 import trio
 
 from cprd import wire
+from cprd.bundle import scm_fds
 from cprd.closer import Closer
 from cprd.errors import LimitExceeded, ProtocolError
 from cprd.holds import Peer
 from cprd.rights import close_all, receive, send
 
 SLOW = 10.0  # s that a client may leave an answer unread before it is cut off
+MAX_UNCLOSED = 64  # messages' worth of one uid's descriptors that may wait to be closed
+
+
+class Blocked(LimitExceeded):
+    """The uid's files cannot be closed: nothing more is taken from it, the connection ends."""
 
 
 class Request(NamedTuple):
@@ -45,6 +52,7 @@ class Connection:
         """The next request; None at the end of the connection. Raises ProtocolError."""
         while True:
             await trio.lowlevel.wait_readable(self.sock)
+            await self._room()
             try:
                 data, fds, flags = receive(self.sock, wire.MAX_REQUEST + 1)
             except BlockingIOError:
@@ -66,6 +74,15 @@ class Connection:
         except BaseException:
             self.release(fds)
             raise
+
+    async def _room(self) -> None:
+        """Take nothing more from a uid whose descriptors wait to be closed: they are ours as long.
+        Raises Blocked when that does not end."""
+        end = trio.current_time() + SLOW
+        while self.closer.pending(self.peer.uid) >= MAX_UNCLOSED:
+            if trio.current_time() >= end:
+                raise Blocked(f"files of uid {self.peer.uid} block when they are closed")
+            await trio.sleep(0.02)
 
     def release(self, fds: array[int]) -> None:
         """Close descriptors that came from the client, elsewhere."""
@@ -106,6 +123,15 @@ class Connection:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-        fd, pidfd, self.pidfd = self.sock.detach(), self.pidfd, -1
-        held = [number for number in (fd, pidfd) if number >= 0]
-        self.closer.run(self.peer.uid, lambda: close_all(held))
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+        fd = self.sock.detach()
+        try:
+            foreign = scm_fds(fd) != 0  # unread, and nothing can be added after shutdown()
+        except OSError:
+            foreign = True
+        if foreign:
+            self.closer.run(self.peer.uid, lambda: os.close(fd))
+        else:
+            os.close(fd)

@@ -23,12 +23,13 @@ import trio
 from cprd import bundle, log, peers, wire
 from cprd.closer import Closer
 from cprd.config import Config
-from cprd.connection import Connection, Request
+from cprd.connection import Blocked, Connection, Request
 from cprd.errors import (
     Busy,
     CprdError,
     Damaged,
     Denied,
+    Fenced,
     InvalidInput,
     LimitExceeded,
     NotHeld,
@@ -243,6 +244,8 @@ class Daemon:
             if request is None:
                 return False
             connection.release(request.fds)
+            if request.fds:
+                raise ProtocolError(f"hello: wants no descriptors, has {len(request.fds)}")
             if request.message["verb"] != "hello":
                 raise ProtocolError("the first message is hello")
             if request.message["version"] != wire.VERSION:
@@ -291,9 +294,11 @@ class Daemon:
             return False  # what follows noise is noise
         except LimitExceeded as error:
             await self._refuse(connection, verb, error)
-            return True
+            return not isinstance(error, Blocked)
         verb = request.message["verb"]
         try:
+            if request.fds and verb not in _WITH_DESCRIPTORS:
+                raise ProtocolError(f"{verb}: wants no descriptors with it, has {len(request.fds)}")
             await _VERBS[verb](self, connection, request)
         except CprdError as error:
             await self._refuse(connection, verb, error)
@@ -350,9 +355,17 @@ class Daemon:
                 for fd in roles.values():
                     os.close(fd)
             raise
+        self._apply(step, known, wanted)
+
+    def _apply(
+        self,
+        step: Step,
+        known: dict[int, dict[str, int]],
+        wanted: dict[int, tuple[str, ...]],
+    ) -> None:
+        """Make a step true, with all that follows from it. Raises nothing."""
         before = {hold.generation: self.registry.get(hold.generation) for hold in step.put}
-        at = now()
-        self.registry.apply(step, at)
+        self.registry.apply(step, now())
         point("daemon:applied")
         for generation, fds in known.items():
             self._keep_pidfds(generation, fds, wanted[generation])
@@ -390,12 +403,10 @@ class Daemon:
         written down it is true all the same, and found again from the pidfds at the next start."""
         try:
             self._perform(step)
-        except (LimitExceeded, OSError) as error:
+        except (CprdError, OSError) as error:
             log.event("not-written", level=log.ERROR, why=str(error))
-            self.registry.apply(step, now())
-            self._deadline_moved.set()
-            for key in {hold.key for hold in (*step.put, *(ended.hold for ended in step.ended))}:
-                self._serve_waiters(key)
+            known = {hold.generation: self.pidfds.get(hold.generation, {}) for hold in step.put}
+            self._apply(step, known, {hold.generation: _roles(hold) for hold in step.put})
 
     def _keep_pidfds(self, generation: int, fds: dict[str, int], roles: tuple[str, ...]) -> None:
         """Of the pidfds of a hold keep those of `roles`, watched, and close the rest."""
@@ -521,11 +532,6 @@ class Daemon:
         self._require(message["require"])
         self._refresh(key)
         self._offered(request, message["after_exit"] == "pidfd")
-        if len(self.registry) >= self.max_holds:
-            raise LimitExceeded(
-                f"cprd holds {len(self.registry)} states, as many as its RLIMIT_NOFILE allows:"
-                " raise LimitNOFILE= of cprd.service, or drop holds"
-            )
         pid, pidfd = self._predecessor(connection, message["after_exit"], fds, 1)
         roles = {"after_exit": pidfd} if pidfd >= 0 else {}
         try:
@@ -544,6 +550,11 @@ class Daemon:
                 token=wire.nonce() if prepare else b"",
                 prepare=prepare,
             )
+            if step.put and len(self.registry) - len(step.ended) >= self.max_holds:
+                raise LimitExceeded(
+                    f"cprd holds {len(self.registry)} states, as many as its RLIMIT_NOFILE allows:"
+                    " raise LimitNOFILE= of cprd.service, or drop holds"
+                )
         except BaseException:
             _close_roles(roles)
             raise
@@ -588,7 +599,9 @@ class Daemon:
         """Learn of processes that ended, before the event loop comes to tell."""
         for hold in self.registry.of(key):
             for role, fd in list(self.pidfds.get(hold.generation, {}).items()):
-                if peers.has_ended(fd):
+                # What is learned of one role can end another's watch, and its number be used anew.
+                mine = self.pidfds.get(hold.generation, {}).get(role) == fd
+                if mine and peers.has_ended(fd):
                     self.watch.remove(fd)
                     self._process_ended(hold.generation, role)
 
@@ -611,7 +624,7 @@ class Daemon:
                 self.registry.check_load(now(), key)
             roles = {"claimant": os.dup(connection.pidfd)} if connection.pidfd >= 0 else {}
             self._perform(step, pidfds={hold.generation: roles})
-        connection.claims.add((step.answer["generation"], step.answer["token"]))
+        self._own_claim(connection, step.answer["generation"], step.answer["token"])
         return step
 
     async def load(self, connection: Connection, request: Request) -> None:
@@ -632,6 +645,9 @@ class Daemon:
             step = found
         generation, token = step.answer["generation"], step.answer["token"]
         point("daemon:claimed")
+        hold = self.registry.get(generation)
+        if hold is None or hold.token != token:  # it ended between its turn and now
+            raise Fenced(f"the claim on {key[1]!r} is over already: it was released or dropped")
         try:
             fd = self.keeper.bundle(generation)
             try:
@@ -684,17 +700,18 @@ class Daemon:
         """Serve those who wait for a name, in the order in which they came."""
         queue = self._waiters.get(key)
         while queue:
-            waiter = queue[0]
+            waiter = queue.popleft()  # taking serves the queue again: it must not meet itself
             try:
                 waiter.result = waiter.take()
-            except (NotHeld, Busy):
-                return
+            except (NotHeld, Busy) as error:
+                if not isinstance(error, Damaged):
+                    queue.appendleft(waiter)
+                    return
+                waiter.result = error  # no wait makes it whole again
             except CprdError as error:
                 waiter.result = error
-            except OSError as error:  # never whose request it was that came to serve them
+            except OSError as error:  # theirs alone, not of whoever made this step
                 waiter.result = _no_descriptor(error)
-            if queue and queue[0] is waiter:
-                queue.popleft()
             waiter.done.set()
 
     async def wait(self, connection: Connection, request: Request) -> None:
@@ -733,13 +750,16 @@ class Daemon:
 
     def _adopt_claim(self, connection: Connection, message: wire.Message) -> None:
         """A claim lives with the connection that last spoke for it (a client that reconnected)."""
-        claim = (message["generation"], message["token"])
         hold = self.registry.get(message["generation"])
-        if hold is None or hold.token != message["token"] or claim in connection.claims:
-            return
-        for other in self.connections:
-            other.claims.discard(claim)
-        connection.claims.add(claim)
+        if hold is not None and hold.token == message["token"]:
+            self._own_claim(connection, hold.generation, hold.token)
+
+    def _own_claim(self, connection: Connection, generation: int, token: bytes) -> None:
+        """The end of this connection ends the claim from now on, and that of no other."""
+        if (generation, token) not in connection.claims:
+            for other in self.connections:
+                other.claims.discard((generation, token))
+            connection.claims.add((generation, token))
 
     async def begin(self, connection: Connection, request: Request) -> None:
         message, fds = request
@@ -954,6 +974,8 @@ _VERBS: dict[str, Handler] = {
     "status": Daemon.status,
 }
 assert _VERBS.keys() == wire.REQUESTS.keys()
+_WITH_DESCRIPTORS = frozenset(("save", "prepare", "confirm_next", "begin"))
+"""All others are refused when descriptors come with them: a waiting load would keep them open."""
 
 
 def _no_descriptor(error: OSError) -> LimitExceeded:

@@ -260,12 +260,16 @@ class Registry:
         """save, or with `prepare` (and a token) its first half.
 
         Raises AlreadyHeld, Busy, LimitExceeded."""
-        for hold in self.of(key):
-            if nonce and hold.born == nonce:
-                return Step(answer=_saved(hold), remembered=True)
         again = self._recall(peer.uid, nonce)
         if again is not None:
             return again
+        for hold in self.of(key):
+            if nonce and hold.born == nonce:
+                if prepare and not hold.token:
+                    raise Fenced(
+                        f"the prepared save on {key[1]!r} is over: it is {hold.phase} by now"
+                    )
+                return Step(answer=_saved(hold), remembered=True)
         replaced = self._replaced(now, key, peer, after_exit, if_exists)
         self._check_quota(key[0], fds, () if prepare else replaced)
         hold = Hold(
@@ -524,6 +528,9 @@ class Registry:
         if again is not None:
             return again
         hold = self._mine(key, generation, token, (CLAIMED, IN_DOUBT), "claim")
+        for newer in self.of(key):
+            if newer.generation > generation:  # it would end up under what it is newer than
+                raise Busy(f"{key[1]!r} cannot be held anew: {why_not(newer, now)}")
         self._check_quota(key[0], fds, (hold,))
         new = Hold(
             uid=key[0],
@@ -639,6 +646,9 @@ class Registry:
 
     def release(self, now: float, peer: Peer, key: Key, *, force: bool, nonce: bytes) -> Step:
         """in doubt -> held, for whoever knows that nothing acted. Raises NotHeld, Busy."""
+        again = self._recall(peer.uid, nonce)
+        if again is not None:
+            return again
         hold = self.top(key)
         if hold.phase == HELD:
             return Step(answer={"generation": hold.generation}, remembered=True)

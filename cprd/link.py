@@ -8,7 +8,7 @@ import os
 import socket
 
 from cprd import wire
-from cprd.errors import Denied, LimitExceeded, ProtocolError, Unavailable
+from cprd.errors import Denied, ProtocolError, Unavailable
 from cprd.paths import default_socket
 from cprd.rights import close_all, receive, send
 from cprd.verbs import Answer, Call
@@ -73,13 +73,9 @@ def read(sock: socket.socket, flags: int) -> Answer:
     try:
         if not data and not fds:
             raise Lost
-        if seen & socket.MSG_CTRUNC:
-            raise LimitExceeded(
-                "no descriptor left to receive the bundle with: raise RLIMIT_NOFILE (ulimit -n)"
-            )
         if seen & socket.MSG_TRUNC:
             raise ProtocolError(f"an answer longer than {wire.MAX_ANSWER} bytes")
-        return Answer(wire.read_answer(data), fds)
+        return Answer(wire.read_answer(data), fds, cut=bool(seen & socket.MSG_CTRUNC))
     except BaseException:
         close_all(fds)
         raise

@@ -94,7 +94,8 @@ class Watch:
         """Report those that have ended by now, each once."""
         for fd, _ in self.epoll.poll(0):
             ended = self._calls.get(fd)
-            if ended is not None:
+            # What one end led to may have closed another's pidfd, and its number be used anew.
+            if ended is not None and has_ended(fd):
                 self.remove(fd)
                 ended()
 

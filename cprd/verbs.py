@@ -38,16 +38,23 @@ class Call:
 
 
 class Answer:
-    """What came back. Whoever gets it owns `fds`."""
+    """What came back. Whoever gets it owns `fds`. `cut`: not all of them could be installed."""
 
-    __slots__ = ("fds", "fields")
+    __slots__ = ("cut", "fds", "fields")
 
-    def __init__(self, fields: dict[str, Any], fds: array[int]) -> None:
+    def __init__(self, fields: dict[str, Any], fds: array[int], *, cut: bool = False) -> None:
         self.fields = fields
         self.fds = fds
+        self.cut = cut
 
     def bundle(self) -> int:
-        """The one descriptor that came with it, now the caller's. Raises ProtocolError."""
+        """The one descriptor that came with it, now the caller's. Raises LimitExceeded when there
+        was none left to receive it with, ProtocolError."""
+        if self.cut:
+            raise LimitExceeded(
+                "no descriptor left to receive the bundle with (MSG_CTRUNC): raise RLIMIT_NOFILE"
+                " (ulimit -n, LimitNOFILE=); what is held stays held"
+            )
         if len(self.fds) != 1:
             raise ProtocolError(f"an answer with {len(self.fds)} descriptors instead of one")
         return self.fds.pop()
@@ -187,7 +194,11 @@ def load(name: str, wait: float, lease: float, generation: int | None) -> Verb[L
     )
     fields = answer.fields
     ticket = Ticket(name, fields)
-    bundle = answer.bundle()
+    try:
+        bundle = answer.bundle()
+    except LimitExceeded as error:  # claimed all the same: give it back now, not with the lease
+        yield from _give_back(ticket, str(error), damaged=False)
+        raise
     point("load:claimed")
     try:
         try:
@@ -311,7 +322,7 @@ def show(name: str) -> Verb[tuple[dict[str, Any], int]]:
     """The row of a hold, and its bundle, which the caller owns (-1: there is none to look into)."""
     check_name(name)
     answer = yield Call({"verb": "show", "name": name})
-    return answer.fields["hold"], answer.bundle() if answer.fds else -1
+    return answer.fields["hold"], answer.bundle() if answer.fds or answer.cut else -1
 
 
 def status() -> Verb[dict[str, Any]]:

@@ -185,7 +185,7 @@ def read_request(data: bytes) -> Message:
         except ValueError as error:
             raise ProtocolError(f"{verb}: the field {field!r} wants {error}") from None
     if len(message) != len(read):
-        extra = sorted(set(message) - set(read))
+        extra = sorted(set(message) - set(read), key=repr)  # keys may be bytes, too
         raise ProtocolError(f"{verb}: unknown field {extra[0]!r:.100}")
     return read
 
