@@ -26,7 +26,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 BOOT = Path(__file__).with_name("boot.py")
 TREE = os.environ.get("CPRD_SYSTEMD_TREE", "/")
 OWN = "/run/boot"
-LAUNCHERS = {"test-python": "", "cprd": "-m cprd.main", "cprctl": "-m cprd.cli"}
+LAUNCHERS = {"test-python": "", "python3": "", "cprd": "-m cprd.main", "cprctl": "-m cprd.cli"}
 
 
 class MachineError(AssertionError):
@@ -106,7 +106,9 @@ class Machine:
         """Start a command beside PID 1, in this test's directory and environment, as `user`."""
         line = [str(part) for part in command]
         if user is not None:
-            line = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--", *line]
+            people = (self.root / "etc/passwd").read_text().splitlines()
+            gid = next(row.split(":")[3] for row in people if row.startswith(f"{user}:"))
+            line = ["setpriv", f"--reuid={user}", f"--regid={gid}", "--init-groups", "--", *line]
         environ = {**os.environ, "SYSTEMD_UNIT_PATH": "/" + boot.UNITS, "SYSTEMD_PAGER": ""}
         environ["PATH"] = f"/usr/local/bin:{environ.get('PATH', boot.PATHS)}"
         return subprocess.Popen(
