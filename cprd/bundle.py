@@ -26,7 +26,7 @@ import msgpack
 
 from cprd.errors import Damaged, InvalidInput, LimitExceeded
 from cprd.pause import point
-from cprd.rights import SCM_MAX_FD, SO_PEEK_OFF, close_all, receive, send
+from cprd.rights import SCM_MAX_FD, SO_PEEK_OFF, close_all, hard_limit, receive, send
 from cprd.state import (
     SEALS,
     InlineSection,
@@ -89,9 +89,21 @@ def pack(state: State, forbidden: Sequence[int] = ()) -> Packed:
 
     `forbidden`: sockets (fds) that must not be in it, because the bundle would come to lie in their
     own queues. Raises InvalidInput (naming key or section) and LimitExceeded (naming the limit)."""
-    names, ids, fds = state._as_columns()
     if forbidden:
         _refuse_cycles(state, forbidden)
+    try:
+        return _pack(state)
+    except LimitExceeded:
+        # A program that has more open than its soft limit allows (it was lowered since) has no
+        # room for the sockets of a tree.
+        with hard_limit() as (soft, hard):
+            if soft == hard:
+                raise
+            return _pack(state)
+
+
+def _pack(state: State) -> Packed:
+    names, ids, fds = state._as_columns()
     made: list[int] = []
     try:
         manifest, sections, size = _manifest(state, names, ids)
@@ -164,14 +176,11 @@ def _manifest(state: State, names: str, ids: array[int]) -> tuple[int, list[tupl
     size = 0
     try:
         for key, section in state._sections.items():
-            stored = getattr(section, "stored", None)
-            if isinstance(section, MemfdSection) or isinstance(stored, MemfdSection):
-                memfd = section if isinstance(section, MemfdSection) else stored
-                assert isinstance(memfd, MemfdSection)
-                check_seals(key, memfd.fd)
-                memfds.append((memfd.fd, False))
-                described.append((key, memfd.packed, 1, b""))
-                size += memfd.size()
+            if isinstance(section, MemfdSection):
+                check_seals(key, section.fd)
+                memfds.append((section.fd, False))
+                described.append((key, section.packed, 1, b""))
+                size += section.size()
                 continue
             data, packed = encode_section(key, section)
             size += len(data)
@@ -417,6 +426,8 @@ def _state_of(root: Header, carried: array[int]) -> State:
             raise Damaged(f"a manifest of {size} bytes; the limit is {MAX_MANIFEST}")
         said = msgpack.unpackb(os.pread(manifest, size, 0), raw=False, strict_map_key=True)
         for key, packed, memfd, data in said["sections"]:
+            if not isinstance(key, str) or not isinstance(data, bytes) or key in sections:
+                raise ValueError(f"section {key!r:.300}")
             if memfd:
                 memfds += 1
                 fd = carried[memfds]
@@ -432,9 +443,7 @@ def _state_of(root: Header, carried: array[int]) -> State:
         names = said["names"].decode("utf-8", "surrogateescape")
         if len(ids) != len(fds) or (names.count("\0") + 1 if fds else len(names)) != len(fds):
             raise Damaged(f"the manifest names {len(ids)} descriptors; there are {len(fds)}")
-    except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException) as error:
-        if isinstance(error, Damaged):
-            raise
+    except (ValueError, TypeError, LookupError, AttributeError, msgpack.UnpackException) as error:
         raise Damaged(f"the manifest cannot be read: {error!r}") from None
     state = State()
     state._adopt(names, ids, fds, sections)

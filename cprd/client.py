@@ -8,7 +8,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cprd import link, verbs, wire
-from cprd.errors import CprdError, Fenced, InvalidInput, ProtocolError, Timeout, Unavailable
+from cprd.errors import (
+    CprdError,
+    Fenced,
+    InvalidInput,
+    LimitExceeded,
+    ProtocolError,
+    Timeout,
+    Unavailable,
+)
 from cprd.rights import close_all
 from cprd.state import State
 from cprd.verbs import Saved, Ticket
@@ -339,8 +347,12 @@ class Claim:
     def begin(self, process: int | HasFileno | None = None) -> None:
         """Say that from here on acting cannot be undone: what is left behind by a death is in
         doubt. `process`: the pidfd (borrowed) of who acts. Raises Fenced."""
-        self._begun = True
-        self._connection.run(verbs.begin(self._ticket, process))
+        before, self._begun = self._begun, True
+        try:
+            self._connection.run(verbs.begin(self._ticket, process))
+        except (InvalidInput, LimitExceeded, Fenced):  # refused: nothing has begun by this
+            self._begun = before
+            raise
 
     def confirm(
         self,

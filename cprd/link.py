@@ -6,15 +6,18 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 
 from cprd import wire
-from cprd.errors import Denied, ProtocolError, Unavailable
+from cprd.errors import Denied, LimitExceeded, ProtocolError, Unavailable
 from cprd.paths import default_socket
 from cprd.rights import close_all, receive, send
 from cprd.verbs import Answer, Call
 
 RETRY_FOR = 15.0  # s that a lost daemon is waited for (it may be restarting)
 RETRY_EVERY = 0.05
+
+_TIMEVAL = struct.Struct("ll")
 
 LOST = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
 
@@ -24,16 +27,25 @@ class Lost(Exception):
 
 
 def open_socket(path: str) -> socket.socket:
-    """A connected socket, which the caller owns; it blocks. Raises Unavailable, Denied."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """A connected socket, which the caller owns; it blocks. Raises Unavailable, Denied,
+    LimitExceeded."""
     try:
-        sock.settimeout(wire.MUTE)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise LimitExceeded(
+            f"no descriptor left to connect to cprd with ({error.strerror}): raise RLIMIT_NOFILE"
+            " (ulimit -n, LimitNOFILE=)"
+        ) from None
+    try:
+        # Not settimeout(): a socket that does not block is refused at once by a full backlog.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(wire.MUTE), 0))
         sock.connect(path)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(0, 0))
     except OSError as error:
         sock.close()
-        if error.errno == errno.EACCES:
+        if error.errno in (errno.EACCES, errno.EPERM):
             raise Denied(f"no permission to connect to {path}") from None
-        if isinstance(error, TimeoutError):
+        if error.errno == errno.EAGAIN:
             raise Unavailable(f"nobody accepts at {path} within {wire.MUTE:g} s") from None
         why = error.strerror or str(error)
         raise Unavailable(

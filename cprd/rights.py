@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from cprd.errors import LimitExceeded
 
@@ -39,24 +41,39 @@ def send(
 def _send_with_hard_limit(
     sock: socket.socket, payload: bytes, ancillary: list[tuple[int, int, array[int]]], flags: int
 ) -> None:
+    with hard_limit() as (_, hard):
+        try:
+            sock.sendmsg([payload], ancillary, flags)
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            raise LimitExceeded(
+                f"too many descriptors in flight for uid {os.geteuid()} (ETOOMANYREFS): all that"
+                " its processes have parked counts against RLIMIT_NOFILE, whose hard limit is"
+                f" {hard} here; raise the hard limit of the saving process (LimitNOFILE=,"
+                " ulimit -Hn), or drop holds of this uid (cprctl list)"
+            ) from None
+
+
+_raised = threading.RLock()
+
+
+@contextmanager
+def hard_limit() -> Iterator[tuple[int, int]]:
+    """A block with the soft RLIMIT_NOFILE at the hard one, and as before after it: for parking,
+    not for longer (select() and programs that are started trust in a low one). Gives both as they
+    were. One thread at a time, so that none takes another's raised limit for its own."""
     import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        if soft != hard:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        sock.sendmsg([payload], ancillary, flags)
-    except OSError as error:
-        if error.errno != errno.ETOOMANYREFS:
-            raise
-        raise LimitExceeded(
-            f"too many descriptors in flight for uid {os.geteuid()} (ETOOMANYREFS): all that its"
-            f" processes have parked counts against RLIMIT_NOFILE, whose hard limit is {hard} here;"
-            " raise the hard limit of the saving process (LimitNOFILE=, ulimit -Hn), or drop holds"
-            " of this uid (cprctl list)"
-        ) from None
-    finally:
-        if soft != hard:
+    with _raised:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == hard:
+            yield soft, hard
+            return
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            yield soft, hard
+        finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from cprd.errors import InvalidInput, LimitExceeded
+from cprd.errors import Damaged, InvalidInput, LimitExceeded
 from cprd.rights import close_all
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class State(MutableMapping[str, Any]):
         or id, or what is not an open descriptor."""
         keep: object = None
         if not isinstance(fd, int):
-            keep, fd = fd, fd.fileno()
+            keep, fd = fd, _fileno(fd)
         try:
             if not 0 < len(name.encode("utf-8", "surrogateescape")) < 256 or "\0" in name:
                 raise InvalidInput(f"name {name!r}: wants 1 to 255 bytes without NUL")
@@ -187,9 +187,12 @@ class State(MutableMapping[str, Any]):
             assert self._columns is not None
             _, ids, fds = self._columns
             names = self._joined.split("\0") if fds else []
+            by_key = dict(zip(zip(names, ids, strict=True), fds, strict=True))
+            if len(by_key) != len(fds):
+                raise Damaged("two descriptors of the bundle have the same key")
+            self._fds = by_key
             self._joined = ""
             self._columns = (names, ids, fds)
-            self._fds = dict(zip(zip(names, ids, strict=True), fds, strict=True))
         return self._fds
 
     def _as_columns(self) -> tuple[str, array[int], array[int]]:
@@ -210,7 +213,7 @@ class State(MutableMapping[str, Any]):
         data = section.view() if isinstance(section, MemfdSection) else memoryview(section.data)
         if not section.packed:
             return data
-        value = msgpack.unpackb(data, raw=False, strict_map_key=False)
+        value = _decode(key, data)
         self._sections[key] = _Decoded(value, section)
         return value
 
@@ -218,6 +221,9 @@ class State(MutableMapping[str, Any]):
         _check_section_key(key)
         self._end_section(key)
         self._sections[key] = _Value(value)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._sections
 
     def __delitem__(self, key: str) -> None:
         if key not in self._sections:
@@ -248,7 +254,7 @@ class State(MutableMapping[str, Any]):
         _check_section_key(key)
         keep: object = None
         if not isinstance(memfd, int):
-            keep, memfd = memfd, memfd.fileno()
+            keep, memfd = memfd, _fileno(memfd)
         check_seals(key, memfd)
         self._end_section(key)
         if self._owned:
@@ -328,6 +334,32 @@ def encode_section(key: str, section: _Value | InlineSection) -> tuple[bytes | m
         return msgpack.packb(value, use_bin_type=True), True
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidInput(f"section {key!r} is not a msgpack value: {error}") from None
+
+
+def _decode(key: str, data: memoryview) -> Any:
+    try:
+        try:
+            return msgpack.unpackb(data, raw=False, strict_map_key=False)
+        except TypeError:  # a tuple that was a key of a map comes as a list
+            return msgpack.unpackb(
+                data,
+                raw=False,
+                strict_map_key=False,
+                object_pairs_hook=lambda pairs: {_hashable(key): value for key, value in pairs},
+            )
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise Damaged(f"section {key!r} is not the msgpack value it should be: {error}") from None
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def _fileno(thing: HasFileno) -> int:
+    try:
+        return thing.fileno()
+    except (AttributeError, ValueError, OSError) as error:
+        raise InvalidInput(f"{thing!r:.300} has no descriptor: {error}") from None
 
 
 def sealed_memfd(name: str, parts: list[bytes | memoryview]) -> int:

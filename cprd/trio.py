@@ -19,7 +19,15 @@ from typing import Any, Generic, Protocol, TypeVar
 import trio
 
 from cprd import link, verbs, wire
-from cprd.errors import CprdError, Fenced, InvalidInput, ProtocolError, Timeout, Unavailable
+from cprd.errors import (
+    CprdError,
+    Fenced,
+    InvalidInput,
+    LimitExceeded,
+    ProtocolError,
+    Timeout,
+    Unavailable,
+)
 from cprd.rights import close_all
 from cprd.state import HasFileno, State
 from cprd.verbs import Saved, Ticket
@@ -353,8 +361,12 @@ class Claim:
         return await self._connection.run(verbs.renew(self._ticket, lease))
 
     async def begin(self, process: int | HasFileno | None = None) -> None:
-        self._begun = True
-        await self._connection.run(verbs.begin(self._ticket, process))
+        before, self._begun = self._begun, True
+        try:
+            await self._connection.run(verbs.begin(self._ticket, process))
+        except (InvalidInput, LimitExceeded, Fenced):  # refused: nothing has begun by this
+            self._begun = before
+            raise
 
     async def confirm(
         self,
