@@ -148,11 +148,12 @@ def rows(report: Report) -> list[tuple[str, str]]:
     """The table under the picture."""
     blackouts = report.blackouts()
     crashed = [i + 1 for i, restart in enumerate(report.restarts) if restart.crashed]
-    note = f" (number {crashed[0]}: its first successor was killed after its claim)"
+    note = f", in number {crashed[0]} the first successor was killed"
     middle = sorted(blackouts)[len(blackouts) // 2] if blackouts else 0.0
     return [
         ("restarts", f"{len(blackouts)}{note if crashed else ''}"),
         ("blackout of each, ms", " ".join(f"{b * 1000:.0f}" for b in blackouts)),
+        ("of it with cprd, ms", " ".join(f"{r.with_cprd * 1000:.0f}" for r in report.restarts)),
         ("blackout, median", f"{middle * 1000:.0f} ms"),
         ("slowest answer", f"{report.slowest * 1000:.0f} ms"),
         ("requests answered", f"{len(report.answers):,}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cprd.demo.timeline import rates, round_up
+from cprd.demo.timeline import ceiling, rates, round_up
 
 if TYPE_CHECKING:
     from cprd.demo.timeline import Report
@@ -18,8 +18,7 @@ def terminal(report: Report, width: int, *, ascii_only: bool = False) -> list[st
     """Lines of at most `width` columns: bars of answers per second, restarts marked below."""
     columns = max(20, width - MARGIN - 1)
     values = rates(report.answers, report.seconds, columns)
-    top = round_up(max([*values, 1.0]) / 1.1)
-    top = max(top, 1.0)
+    top = ceiling(values)
     lines = []
     for row in range(HEIGHT, 0, -1):
         label = f"{top * row / HEIGHT:,.0f}" if row in (HEIGHT, 1) else ""
@@ -40,10 +39,7 @@ def terminal(report: Report, width: int, *, ascii_only: bool = False) -> list[st
 def legend(*, ascii_only: bool = False) -> str:
     """What the marks mean."""
     plain, crashed = ("^", "x") if ascii_only else ("▲", "✗")
-    return (
-        f"answers a second; {plain} restart,"
-        f" {crashed} restart whose first successor was killed after its claim"
-    )
+    return f"answers a second; {plain} restart; {crashed} restart, its first successor killed"
 
 
 def _cell(filled: float, ascii_only: bool) -> str:
@@ -55,19 +51,19 @@ def _cell(filled: float, ascii_only: bool) -> str:
 
 def _seconds_axis(seconds: float, columns: int) -> str:
     step = max(1, int(round_up(seconds / 8)))
-    axis = [" "] * (columns + 4)
+    axis = [" "] * columns
     for second in range(0, int(seconds) + 1, step):
         at = int(second / seconds * columns)
         text = f"{second} s" if second == 0 else str(second)
-        if at + len(text) <= len(axis):
+        if at + len(text) <= columns:
             axis[at : at + len(text)] = text
-    return "".join(axis).rstrip()[:columns]
+    return "".join(axis).rstrip()
 
 
 # -- SVG -----------------------------------------------------------------------------------------
 
-WIDE, HIGH = 880, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 24, 64, 52
+WIDE, HIGH = 880, 330
+LEFT, RIGHT, TOP, BOTTOM = 62, 24, 82, 66
 BUCKET = 0.05  # seconds
 _STYLE = """
   .card { fill: #ffffff; stroke: #d6dae1; }
@@ -101,7 +97,7 @@ _STYLE = """
 def svg(report: Report) -> str:
     """The whole picture as one SVG document, colours following the reader's scheme."""
     values = rates(report.answers, report.seconds, max(20, int(report.seconds / BUCKET)))
-    top = round_up(max([*values, 1.0]))
+    top = ceiling(values)
     title, verdict = headline(report)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDE} {HIGH}" role="img"'
@@ -136,7 +132,7 @@ def _x(report: Report, time: float) -> float:
 
 
 def _y(value: float, top: float) -> float:
-    return HIGH - BOTTOM - (HIGH - TOP - BOTTOM) * value / top
+    return HIGH - BOTTOM - (HIGH - TOP - BOTTOM) * min(value, top) / top
 
 
 def _grid(report: Report, top: float) -> list[str]:
@@ -149,7 +145,9 @@ def _grid(report: Report, top: float) -> list[str]:
             f'<text class="dim number" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
             f"{value:,.0f}</text>"
         )
-    parts.append(f'<text class="dim number" x="14" y="{TOP - 6}">answers/s</text>')
+    parts.append(
+        f'<text class="dim number" x="{LEFT - 8}" y="{TOP - 12}" text-anchor="end">per s</text>'
+    )
     step = max(1, int(round_up(report.seconds / 10)))
     y = HIGH - BOTTOM + 32
     parts += [
@@ -184,13 +182,17 @@ def _marks(report: Report) -> list[str]:
             f'<path class="{kind}-mark" d="M{x:.1f} {base}l5 9h-10z"><title>restart at'
             f" {restart.asked:.2f} s</title></path>"
         )
-    y = HIGH - 9
+    y = HIGH - 12
     parts.append(f'<path class="restart-mark" d="M{LEFT + 5} {y - 9}l5 9h-10z"/>')
     parts.append(f'<text class="dim number" x="{LEFT + 16}" y="{y}">restart</text>')
+    parts.append(
+        f'<text class="dim number" x="{WIDE - RIGHT}" y="{y}" text-anchor="end">answers per second;'
+        " the bursts that catch up are cut off at the top</text>"
+    )
     if any(restart.crashed for restart in report.restarts):
         parts.append(f'<path class="crash-mark" d="M{LEFT + 75} {y - 9}l5 9h-10z"/>')
         parts.append(
-            f'<text class="dim number" x="{LEFT + 86}" y="{y}">restart whose first successor was'
-            " killed right after its claim</text>"
+            f'<text class="dim number" x="{LEFT + 86}" y="{y}">restart, its first successor killed'
+            " right after its claim</text>"
         )
     return parts

@@ -7,7 +7,8 @@ The next one goes on in the middle of that line.
 
     python -m cprd.demo.server NAME [PORT]
 
-serves what is held under NAME, or else opens PORT. It prints "ready PORT" when it serves.
+serves what is held under NAME, or else opens PORT. It prints "ready PORT" when it serves, and how
+many seconds it spent with cprd.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import cprd
@@ -131,6 +133,7 @@ async def _talk(service: Service, client: Tally) -> None:
 
 
 def main(name: str, port: int = 0) -> None:
+    begun = time.monotonic()
     with cprd.connect() as daemon:
         try:
             with daemon.load(name) as claim:
@@ -139,13 +142,16 @@ def main(name: str, port: int = 0) -> None:
                 service = Service.restored(claim.state)
         except cprd.NotHeld:
             service = Service.fresh(port)
+    print(f"loaded {time.monotonic() - begun:.6f}")
 
     import trio
 
     trio.run(serve, service)
 
+    begun = time.monotonic()
     with cprd.connect() as daemon:
         daemon.save(name, service.state())
+    print(f"saved {time.monotonic() - begun:.6f}")
 
 
 if __name__ == "__main__":

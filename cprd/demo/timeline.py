@@ -16,12 +16,14 @@ AFTER = 1.0
 
 class Restart(NamedTuple):
     """One restart: SIGTERM sent, the old server gone, the new one serving. `crashed`: one more
-    successor was killed between, right after its claim."""
+    successor was killed between, right after its claim. `with_cprd`: seconds of it for save and
+    load, descriptors and all; the rest is the server's end and the start of Python and trio."""
 
     asked: float
     gone: float
     ready: float
     crashed: bool
+    with_cprd: float = 0.0
 
 
 class Report(NamedTuple):
@@ -66,15 +68,23 @@ def rates(answers: Sequence[float], seconds: float, buckets: int) -> list[float]
     width = seconds / buckets
     counts = [0] * buckets
     for time in answers:
-        counts[min(buckets - 1, max(0, int(time / width)))] += 1
+        if 0 <= time < seconds:
+            counts[min(buckets - 1, int(time / width))] += 1
     return [count / width for count in counts]
 
 
+def ceiling(values: Sequence[float]) -> float:
+    """The end of the axis: twice the usual rate, or the highest one if that is lower. What a
+    restart held up is answered in a burst afterwards, and would flatten everything else."""
+    usual = sorted(value for value in values if value > 0) or [1.0]
+    return round_up(min(usual[-1], 2 * usual[len(usual) // 2]))
+
+
 def round_up(value: float) -> float:
-    """The next of 1, 2, 5, 10, 20, 50, ... for the end of an axis."""
+    """The next round number, for the end of an axis."""
     step = 1.0
     while True:
-        for factor in (1.0, 2.0, 5.0):
+        for factor in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0):
             if value <= step * factor:
                 return step * factor
         step *= 10

@@ -1,0 +1,192 @@
+"""The demonstration, whole: its verdict must be true, and nothing may stay behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from cprd.demo.picture import legend, svg, terminal
+from cprd.demo.server import LINE, Tally
+from cprd.demo.timeline import Report, Restart, ceiling, longest_silence, rates, round_up
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def demo(tmp_path: Path, *arguments: str, **extra: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "TMPDIR": str(tmp_path), **extra}
+    return subprocess.Popen(
+        [sys.executable, "-m", "cprd.cli", "demo", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of all processes whose environment names `folder`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(folder).encode() in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def test_restarts_and_a_killed_successor_lose_nothing(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.svg"
+    process = demo(
+        tmp_path,
+        *("--connections", "60", "--restarts", "3", "--seconds", "4", "--svg", str(picture)),
+        CPRD_SOCKET=str(tmp_path / "not-to-be-used.sock"),
+    )
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, out + err
+    rows = dict(re.findall(r"^ (\S.*?)  +(\S.*?) *$", out, re.MULTILINE))
+    assert rows["restarts"].startswith("3, in number 2 the first successor was killed")
+    assert rows["answers lost"] == rows["answers wrong"] == rows["connections dropped"] == "0"
+    assert int(rows["requests answered"].replace(",", "")) > 200
+    blackouts = [int(number) for number in rows["blackout of each, ms"].split()]
+    assert len(blackouts) == 3
+    assert min(blackouts) > 5  # the server really was away
+    assert ET.parse(picture).getroot().tag.endswith("svg")
+    assert sorted(tmp_path.iterdir()) == [picture]
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_demo_ended_half_way_leaves_no_process_behind(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = demo(tmp_path, "--connections", "20", "--seconds", "30")
+    assert process.stdout is not None
+    process.stdout.readline()  # it is running
+    pids = [os.pidfd_open(pid) for pid in children(process.pid)]
+    assert len(pids) == 2, "cprd and the server"
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    for pidfd in pids:
+        gone(pidfd)
+        os.close(pidfd)
+    if number != signal.SIGKILL:
+        assert list(tmp_path.iterdir()) == []
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def gone(pidfd: int) -> None:
+    import select
+
+    assert select.select([pidfd], [], [], 10)[0], "a child of the demo outlives it"
+
+
+def test_a_hard_limit_too_low_is_named_before_anything_starts(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["prlimit", "--nofile=256:256", sys.executable, "-m", "cprd.cli", "demo"],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "RLIMIT_NOFILE" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_torn_anywhere_is_answered_once() -> None:
+    numbers = [random.Random(1).randrange(10**6) for _ in range(50)]
+    data = b"".join(b"%d\n" % number for number in numbers)
+    expected, total = b"", 0
+    for count, number in enumerate(numbers, 1):
+        total += number
+        expected += b"%d %d\n" % (count, total)
+    cuts = random.Random(2)
+    for _ in range(100):
+        at = cuts.randrange(len(data) + 1)
+        first = Tally(None)  # type: ignore[arg-type] - never used without a connection
+        first.take(data[:at])
+        second = Tally(None, first.count, first.total)  # type: ignore[arg-type]
+        second.unread, second.unsent = first.unread, first.unsent
+        second.take(data[at:])
+        assert second.unsent == expected
+
+
+def test_a_client_that_sends_no_number_is_refused() -> None:
+    for data in (b"x" * (LINE + 1), b"seven\n"):
+        with pytest.raises(ValueError, match=r"."):
+            Tally(None).take(data)  # type: ignore[arg-type]
+
+
+def some_report() -> Report:
+    answers = [i / 100 for i in range(1000) if not 300 <= i < 330 and not 600 <= i < 680]
+    restarts = [Restart(3.0, 3.1, 3.3, False), Restart(6.0, 6.1, 6.8, True)]
+    return Report(
+        connections=5,
+        seconds=10.0,
+        answers=answers,
+        restarts=restarts,
+        lost=0,
+        wrong=0,
+        dropped=0,
+        visits=3,
+        slowest=0.8,
+    )
+
+
+def test_a_blackout_is_the_longest_silence_of_everybody() -> None:
+    assert some_report().blackouts() == pytest.approx([0.31, 0.81])
+    assert longest_silence([], 1.0, 3.0) == 2.0
+    assert longest_silence([1.5], 1.0, 3.0) == 1.5
+
+
+def test_one_lost_answer_is_no_success() -> None:
+    report = some_report()
+    assert report.flawless
+    assert not report._replace(lost=1).flawless
+    assert not report._replace(wrong=1).flawless
+    assert not report._replace(dropped=1).flawless
+    assert not report._replace(answers=[]).flawless
+
+
+def test_rates_and_axes() -> None:
+    assert rates([0.1, 0.2, 1.9, 2.5], 2.0, 2) == [2.0, 1.0]
+    assert [round_up(v) for v in (0.2, 1, 1.2, 700, 2900)] == [1.0, 1.0, 1.5, 800.0, 3000.0]
+    assert ceiling([100.0] * 9 + [1000.0]) == 200.0
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_the_terminal_picture_fits_and_shows_each_restart(width: int) -> None:
+    for ascii_only, marks in ((False, "▲✗"), (True, "^x")):
+        lines = terminal(some_report(), width, ascii_only=ascii_only)
+        assert max(map(len, lines)) <= width
+        assert [c for c in lines[-2] if c != " "] == list(marks)
+        if ascii_only:
+            assert "\n".join([*lines, legend(ascii_only=True)]).isascii()
+
+
+def test_the_svg_is_well_formed_and_follows_the_colour_scheme() -> None:
+    root = ET.fromstring(svg(some_report()))
+    space = "{http://www.w3.org/2000/svg}"
+    classes = [path.get("class") for path in root.iter(f"{space}path")]
+    assert classes.count("restart") == 1
+    assert classes.count("crash") == 1
+    style = root.find(f"{space}style")
+    assert style is not None
+    assert "prefers-color-scheme: dark" in (style.text or "")
+    for name in {c for element in root.iter() for c in (element.get("class") or "").split()}:
+        assert f".{name} " in (style.text or ""), f"no colour for {name}"
