@@ -1003,9 +1003,15 @@ def _close_roles(roles: dict[str, int]) -> None:
 
 
 def raise_nofile() -> int:
-    """The soft limit of descriptors, raised to the hard one: cprd is there to have many."""
+    """The soft limit of descriptors, raised to the hard one where that is allowed: cprd is there
+    to have many."""
     import resource
 
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:
+            log.event("limit-not-raised", level=log.WARNING, soft=soft, hard=hard, why=str(error))
+            return soft
     return hard
