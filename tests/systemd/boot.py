@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -111,6 +112,43 @@ def uncover(root: Path, names: list[str]) -> None:
 
 def unshare(flags: int) -> None:
     call("unshare", libc.unshare(flags))
+
+
+def own_mounts() -> None:
+    """A mount namespace of our own, from which nothing gets out and whose root is a mount, as
+    pivot_root wants it. The root of a plain chroot is none: it is bound onto itself, and entered
+    through "..", which steps onto what is mounted there."""
+    shared = root_is_shared()
+    unshare(NEWNS)
+    try:
+        mount("", "/", flags=MS_REC | MS_PRIVATE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        if shared:
+            raise BootError(
+                "a chroot from which mounts would get out: before entering it, "
+                "mount --bind DIR DIR && mount --make-private DIR"
+            ) from error
+        mount("/", "/", flags=MS_BIND | MS_REC)
+        os.chdir("/..")
+        os.chroot(".")
+        mount("", "/", flags=MS_REC | MS_PRIVATE)
+
+
+def root_is_shared() -> bool:
+    """Whether mounts made below "/" might show up in another mount namespace."""
+    fd = os.open("/", os.O_PATH)
+    try:
+        info = dict(
+            line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+        )
+    finally:
+        os.close(fd)
+    for line in Path("/proc/1/mountinfo").read_text().splitlines():
+        if line.split()[0] == info["mnt_id"].strip():
+            return "shared:" in line.split(" - ")[0]
+    return True
 
 
 def die_with_parent() -> None:
@@ -396,7 +434,7 @@ class Running:
 def nsenter(pid: int, host_net: bool = False) -> list[str]:
     """The start of a command line that runs the rest beside PID 1, in our own directory."""
     spaces = ["--mount", "--pid", "--ipc", "--uts", "--cgroup", *([] if host_net else ["--net"])]
-    return ["nsenter", f"--target={pid}", *spaces, f"--wdns={os.getcwd()}", "--"]
+    return ["nsenter", f"--target={pid}", "--root", *spaces, f"--wdns={os.getcwd()}", "--"]
 
 
 def missing(tree: str) -> list[str]:
@@ -431,8 +469,7 @@ def main() -> int:
     machine: Running | None = None
     place: Place | None = None
     try:
-        unshare(NEWNS)
-        mount("", "/", flags=MS_REC | MS_PRIVATE)
+        own_mounts()
         place = Place()
         machine = Running(place, options)
         os.chdir(cwd)

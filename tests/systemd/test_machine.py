@@ -54,8 +54,11 @@ def cgroups() -> set[str]:
     listing = (
         "set -e; mount -t cgroup2 cgroup2 /mnt; cd /mnt; find . -type d -name 'cprd-boot.*' -prune"
     )
+    enter = "import os, sys; from tests.systemd import boot; boot.own_mounts(); "
+    enter += "os.execvp('sh', ['sh', '-c', sys.argv[1]])"
     done = subprocess.run(
-        ["unshare", "--mount", "--propagation=private", "sh", "-c", listing],
+        [sys.executable, "-c", enter, listing],
+        cwd=CHECKOUT,
         check=True,
         capture_output=True,
         text=True,
