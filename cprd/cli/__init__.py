@@ -32,7 +32,7 @@ VERBS = {
     "demo": "restart a server under load again and again, and watch nobody notice",
     "qemu": "hand a running guest from one QEMU to the next",
 }
-_TAKES_COMMAND = {"load", "run"}  # what follows "--" is theirs, whatever it looks like
+_TAKES_COMMAND = {"load", "run", "qemu"}  # what follows "--" is theirs, whatever it looks like
 
 
 def main(argv: Sequence[str] | None = None) -> int:

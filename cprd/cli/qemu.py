@@ -1,0 +1,160 @@
+"""cprctl qemu: hand a running guest from one QEMU to the next."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+    from cprd.cli import Verbs
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = verbs.add_parser("qemu", help="hand a guest from QEMU to QEMU", description=__doc__)
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+
+    check = actions.add_parser("check", help="can this VM be handed over, and if not, why")
+    check.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
+    check.set_defaults(run=run_check)
+
+    save = actions.add_parser("save", help="running QEMU -> hold; the QEMU quits")
+    save.add_argument("name", metavar="NAME")
+    save.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
+    save.add_argument("--replace", action="store_true", help="end what is held under NAME")
+    save.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
+    save.set_defaults(run=run_save)
+
+    start = actions.add_parser(
+        "start",
+        help="hold -> new QEMU, or a cold boot; becomes that QEMU",
+        usage="cprctl qemu start NAME [--cold | --force] -- QEMU COMMAND",
+    )
+    start.add_argument("name", metavar="NAME")
+    how = start.add_mutually_exclusive_group()
+    how.add_argument("--cold", action="store_true", help="boot anew, whatever is held or unknown")
+    how.add_argument(
+        "--force", action="store_true", help="take a state in doubt: nothing may run from it"
+    )
+    start.add_argument("--timeout", type=float, default=60.0, metavar="S", help="to load a state")
+    start.set_defaults(run=run_start)
+
+    upgrade = actions.add_parser(
+        "upgrade",
+        help="old and new QEMU overlap: the shortest pause",
+        usage="cprctl qemu upgrade NAME --qmp PATH -- QEMU COMMAND",
+    )
+    upgrade.add_argument("name", metavar="NAME")
+    upgrade.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the old QEMU")
+    upgrade.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
+    upgrade.set_defaults(run=run_upgrade)
+
+    stop = actions.add_parser("stop", help="for ExecStop=: save, or else shut the guest down")
+    stop.add_argument("name", metavar="NAME")
+    stop.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
+    stop.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
+    stop.add_argument(
+        "--powerdown-timeout",
+        type=float,
+        default=90.0,
+        metavar="S",
+        help="how long the guest may take to shut down",
+    )
+    stop.add_argument(
+        "--down-marker",
+        default="/run/cprd-going-down",
+        metavar="PATH",
+        help="when this exists the machine goes down for good: shut the guest down, do not save",
+    )
+    stop.set_defaults(run=run_stop)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from cprd.qemu.check import about_command_line, command_line, examine
+    from cprd.qemu.qmp import Monitor
+
+    async def ask() -> int:
+        monitor = await Monitor.connect(args.qmp)
+        try:
+            report = await examine(monitor)
+            words = command_line(monitor.process.pid) if monitor.process is not None else []
+        finally:
+            await monitor.close()
+        upgrade, notes = about_command_line(words) if words else ([], [])
+        for problem in report.problems:
+            print(f"no: {problem}")
+        for problem in upgrade:
+            print(f"not by upgrade: {problem}")
+        for note in [*report.notes, *notes]:
+            print(f"note: {note}")
+        if not report.problems:
+            print(f"this VM ({report.status}) can be handed over")
+        return 1 if report.problems else 0
+
+    return asyncio.run(ask())
+
+
+def run_save(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from cprd.cli.connection import connect
+    from cprd.qemu.save import save
+
+    with connect(args) as daemon:
+        kept = asyncio.run(
+            save(daemon, args.name, args.qmp, replace=args.replace, timeout=args.timeout)
+        )
+    where = f", kept in the {kept.kept}" if kept.kept else ""
+    print(f"{kept.name} is held ({kept.status}, generation {kept.generation}{where})")
+    return 0
+
+
+def run_start(args: argparse.Namespace) -> int:
+    from cprd.paths import default_socket
+    from cprd.qemu.start import start
+
+    return start(
+        args.socket or default_socket(user=args.user),
+        args.name,
+        args.command or [],
+        cold=args.cold,
+        force=args.force,
+        timeout=args.timeout,
+    )
+
+
+def run_upgrade(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from cprd.cli.connection import connect
+    from cprd.qemu.command import Command
+    from cprd.qemu.upgrade import upgrade
+
+    command = Command(args.command or [])
+    with connect(args) as daemon:
+        done = asyncio.run(upgrade(daemon, args.name, args.qmp, command, timeout=args.timeout))
+    print(f"{args.name} runs in pid {done.pid} ({done.status}); it stood still for {done.pause}")
+    return 0
+
+
+def run_stop(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from cprd.paths import default_socket
+    from cprd.qemu.stop import stop
+
+    said = asyncio.run(
+        stop(
+            args.socket or default_socket(user=args.user),
+            args.name,
+            args.qmp,
+            timeout=args.timeout,
+            powerdown=args.powerdown_timeout,
+            down_marker=args.down_marker,
+        )
+    )
+    print(f"{args.name}: {said}", file=sys.stderr)
+    return 0

@@ -1,0 +1,29 @@
+"""How a hand-over of a guest can fail, and where the guest is then."""
+
+from __future__ import annotations
+
+from cprd.errors import Busy, CprdError
+
+
+class Refused(CprdError):
+    """Nothing was begun: the guest is as it was. The message says what to change."""
+
+
+class Failed(CprdError):
+    """It was begun and taken back; the message says where the guest is."""
+
+
+class InDoubt(Busy):
+    """Nobody can say whether the state was acted on; it is kept, and served only by force."""
+
+
+class MonitorBusy(Busy):
+    """No greeting in time: a monitor serves one client at a time, and somebody else is that one."""
+
+
+class MonitorRefused(CprdError):
+    """QEMU answered a command with an error: it was not done."""
+
+
+class MonitorLost(CprdError):
+    """No answer: the command may have been done or not."""

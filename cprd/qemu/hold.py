@@ -1,0 +1,122 @@
+"""How a VM lies in a State: its descriptors under QEMU's own keys, and three sections. No I/O.
+
+- "cpr": the CPR stream, byte for byte; its dummy bytes stand for the descriptors, in their order;
+- "main": the migration stream, byte for byte;
+- "qemu": a small map, inline, so that `cprctl show` reads it without a claim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cprd import cpr
+from cprd.errors import Damaged
+from cprd.qemu.stream import machine
+from cprd.state import State
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FORMAT = 1
+LIVE = ("running", "suspended")
+"""Run states in which a guest goes on by itself: `cont` brings both back."""
+
+
+class Origin:
+    """The section "qemu": where the state came from, and what the guest was doing.
+
+    `old` and `new` are records of processes (pid and start time); `new` is there for an upgrade."""
+
+    __slots__ = ("machine", "new", "old", "qmp", "status", "uid", "version")
+
+    def __init__(
+        self,
+        *,
+        version: Sequence[int],
+        qmp: str,
+        status: str,
+        machine: str,
+        old: dict[str, int] | None,
+        new: dict[str, int] | None = None,
+        uid: int = -1,
+    ) -> None:
+        self.version = tuple(version)
+        self.qmp = qmp
+        self.status = status
+        self.machine = machine
+        self.old = old
+        self.new = new
+        self.uid = uid
+
+    def section(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": ".".join(map(str, self.version)),
+            "qmp": self.qmp,
+            "status": self.status,
+            "machine": self.machine,
+            "uid": self.uid,
+            "old": self.old,
+            "new": self.new,
+        }
+
+    @classmethod
+    def read(cls, value: Any) -> Origin:
+        """From the section. Raises Damaged when it is none that we know."""
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise Damaged(
+                'its section "qemu" is none of this version: it was not saved by `cprctl qemu`, or'
+                " by a newer one"
+            )
+        try:
+            return cls(
+                version=tuple(int(part) for part in str(value["version"]).split(".")),
+                qmp=str(value["qmp"]),
+                status=str(value["status"]),
+                machine=str(value["machine"]),
+                old=value["old"],
+                new=value.get("new"),
+                uid=int(value["uid"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise Damaged(f'its section "qemu" lacks or garbles {error}') from None
+
+
+def pack(cpr_data: bytes, fds: Sequence[int], main: bytes | bytearray, origin: Origin) -> State:
+    """A State of one VM. `fds` stay the caller's, who keeps them open until the save returns."""
+    state = State()
+    for element in cpr.parse(cpr_data, fds).fds:
+        state.save_fd(element.name, element.id, element.fd)
+    state["cpr"] = bytes(cpr_data)
+    state["main"] = main
+    state["qemu"] = origin.section()
+    return state
+
+
+class Held:
+    """A VM as it was found in a State, which owns the descriptors."""
+
+    __slots__ = ("cpr", "main", "origin")
+
+    def __init__(self, state: State) -> None:
+        """Raises Damaged when a part is missing or does not fit the others."""
+        for key in ("cpr", "main", "qemu"):
+            if key not in state:
+                raise Damaged(f"there is no section {key!r}: no QEMU was saved under this name")
+        self.origin = Origin.read(state["qemu"])
+        self.main: memoryview = state["main"]
+        keys = list(state.fds())
+        try:
+            self.cpr = cpr.parse(state["cpr"], [fd for _, _, fd in keys])
+        except cpr.VMStateError as error:
+            raise Damaged(f"its CPR stream is damaged: {error}") from None
+        named = [(element.name, element.id, element.fd) for element in self.cpr.fds]
+        if named != keys:
+            raise Damaged("its CPR stream names other descriptors than those that are held")
+        machine(self.main)
+
+    def stream(self, version: tuple[int, ...]) -> cpr.Stream:
+        """The CPR stream for a QEMU of that version. Raises VMStateError when it cannot be: QEMU
+        before 10.2 knows no vfio subsection, and refuses even an empty one."""
+        state = cpr.downgrade(self.cpr) if version < (10, 2) else self.cpr
+        return cpr.encode(state)

@@ -1,0 +1,204 @@
+"""QEMU's monitor, through qemu.qmp: each wait bounded, each failure saying which kind it is.
+
+An answered error (MonitorRefused) means that nothing was done; silence (MonitorLost) means that nobody
+knows. Which of the two it was decides whether a hand-over may be taken back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from cprd.errors import InvalidInput
+from cprd.qemu.failure import MonitorBusy, MonitorLost, MonitorRefused, Refused
+from cprd.qemu.process import Process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Event = dict[str, Any]
+
+ANSWER = 10.0  # s for a command; QEMU's main loop can be busy with a slow disk
+GREETING = 5.0  # s; a monitor that has a client already never greets
+
+
+class Monitor:
+    """One connection to a QEMU. `process` (owned) is who listens there, None where unseen."""
+
+    def __init__(self, client: Any, where: str, process: Process | None) -> None:
+        self._client = client
+        self._seen: list[Event] = []
+        self.where = where
+        self.process = process
+
+    @classmethod
+    async def connect(cls, path: str, timeout: float = GREETING) -> Monitor:
+        """Speak to the monitor that listens at `path`.
+
+        Raises Refused (nobody listens), MonitorBusy (no greeting in `timeout` s)."""
+        path = socket_path(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            try:
+                sock.connect(path)
+            except BlockingIOError:
+                raise MonitorBusy(
+                    f"{path}: its queue of clients is full: somebody else uses this monitor; give"
+                    " this command a -qmp of its own"
+                ) from None
+            except OSError as error:
+                raise Refused(
+                    f"{path}: {error.strerror}: no QEMU listens there; --qmp wants the path of a"
+                    " running QEMU's -qmp unix:PATH,server=on,wait=off"
+                ) from None
+            process = Process.behind(sock)
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            return await cls.over(sock, path, timeout, process)
+        except BaseException:
+            if process is not None:
+                process.close()
+            raise
+
+    @classmethod
+    async def over(
+        cls,
+        sock: socket.socket,
+        where: str,
+        timeout: float = GREETING,
+        process: Process | None = None,
+    ) -> Monitor:
+        """Greet and negotiate over a connected socket, which becomes the monitor's in any case."""
+        from qemu.qmp import QMPClient, QMPError
+
+        client = QMPClient(where)
+        sock.setblocking(False)
+        try:
+            await asyncio.wait_for(client.connect(sock), timeout)
+        except TimeoutError:
+            sock.close()
+            raise MonitorBusy(
+                f"{where}: no greeting within {timeout:g} s. A monitor serves one client at a time,"
+                " and another one has it (or QEMU hangs): close that one, or give this command a"
+                " -qmp of its own"
+            ) from None
+        except (QMPError, OSError, EOFError) as error:
+            sock.close()
+            raise MonitorLost(f"{where}: no QMP is spoken there: {_words(error)}") from None
+        return cls(client, where, process)
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        qemu = self._client.greeting.QMP.version["qemu"]
+        return (int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
+
+    async def execute(self, command: str, timeout: float = ANSWER, /, **arguments: Any) -> Any:
+        """Run one command; what it returns. Raises MonitorRefused or MonitorLost."""
+        from qemu.qmp import ExecuteError, QMPError
+
+        try:
+            return await asyncio.wait_for(self._client.execute(command, arguments or None), timeout)
+        except ExecuteError as error:
+            raise MonitorRefused(f"QEMU refuses {command}: {error}") from None
+        except TimeoutError:
+            raise MonitorLost(f"QEMU did not answer {command} within {timeout:g} s") from None
+        except (QMPError, OSError, EOFError) as error:
+            raise MonitorLost(f"QEMU's monitor broke at {command}: {_words(error)}") from None
+
+    async def event(self, wanted: Callable[[Event], bool], timeout: float) -> Event:
+        """The next event that is `wanted`, also of those that came before. Raises MonitorLost."""
+        for at, event in enumerate(self._seen):
+            if wanted(event):
+                return self._seen.pop(at)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
+        ended = asyncio.ensure_future(self._client.runstate_changed())
+        try:
+            while True:
+                if not self._running():
+                    raise MonitorLost("QEMU's monitor broke while an event was awaited")
+                getting = asyncio.ensure_future(self._client.events.get())
+                try:
+                    await asyncio.wait(
+                        (getting, ended),
+                        timeout=max(0.0, until - loop.time()),
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                    if getting.done():
+                        event = dict(getting.result())
+                        if wanted(event):
+                            return event
+                        self._seen.append(event)
+                    elif not ended.done():
+                        raise MonitorLost(f"QEMU sent no such event within {timeout:g} s")
+                    elif ended.done() and not self._running():
+                        raise MonitorLost("QEMU's monitor broke while an event was awaited")
+                    else:
+                        ended = asyncio.ensure_future(self._client.runstate_changed())
+                finally:
+                    getting.cancel()
+        finally:
+            ended.cancel()
+
+    def forget_events(self) -> None:
+        """Only what comes from now on counts."""
+        self._seen.clear()
+        self._client.events.clear()
+
+    def _running(self) -> bool:
+        from qemu.qmp import Runstate
+
+        return bool(self._client.runstate == Runstate.RUNNING)
+
+    async def status(self) -> str:
+        """The run state: "running", "paused", "postmigrate", ..."""
+        return str((await self.execute("query-status"))["status"])
+
+    async def migration(self) -> str:
+        """The status of the last migration, "" when there was none."""
+        return str((await self.execute("query-migrate")).get("status", ""))
+
+    async def close(self) -> None:
+        """Hang up; QEMU serves the next client then. `process` is closed too."""
+        with suppress(Exception):
+            await asyncio.wait_for(self._client.disconnect(), 1.0)
+        if self.process is not None:
+            self.process.close()
+
+
+def socket_path(text: str) -> str:
+    """The path in what people write as --qmp: PATH or unix:PATH[,options]. Raises InvalidInput."""
+    path = text.removeprefix("unix:")
+    if path != text:
+        path = path.partition(",")[0]
+    if not path:
+        raise InvalidInput(f"--qmp {text!r}: wants the path of a UNIX socket")
+    return path
+
+
+def migration_is(*statuses: str) -> Callable[[Event], bool]:
+    """For `event`: the migration came to one of these statuses."""
+
+    def wanted(event: Event) -> bool:
+        return event["event"] == "MIGRATION" and event["data"]["status"] in statuses
+
+    return wanted
+
+
+def event_is(*names: str) -> Callable[[Event], bool]:
+    return lambda event: event["event"] in names
+
+
+def stamp(event: Event) -> float:
+    """When QEMU says it happened, in seconds since 1970."""
+    at = event["timestamp"]
+    return float(at["seconds"] + at["microseconds"] / 1e6)
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,187 @@
+"""What is already there under a VM's name: whether that leaves room for what is to be done now.
+
+A killed helper leaves a hold in doubt. Who can end the doubt is the QEMU that was saved: if its guest
+runs, the state is stale, and dropped; if it is `postmigrate`, nobody has run since, and the state is
+good; if it is gone, nobody can tell any more. While we ask, we are the only client of its monitor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from cprd.errors import Busy, CprdError, Damaged, NotHeld
+from cprd.qemu.failure import InDoubt, MonitorLost, Refused
+from cprd.qemu.hold import Origin
+from cprd.qemu.process import Process
+from cprd.qemu.qmp import Monitor
+
+if TYPE_CHECKING:
+    from cprd import Daemon
+
+QUIT = 20.0  # s until a QEMU that was told to quit is killed: it may have much memory to free
+
+
+def full_name(daemon: Daemon, name: str) -> str:
+    """NAME as it is held: as root also another uid's, when only one has it. Raises Busy."""
+    if os.geteuid() != 0 or "/" in name:
+        return name
+    owners = sorted({row["uid"] for row in daemon.list() if row["name"] == name})
+    if not owners or owners == [0]:
+        return name
+    if len(owners) > 1:
+        names = ", ".join(f"{uid}/{name}" for uid in owners)
+        raise Busy(f"several users hold {name!r}: say which one: {names}")
+    return f"{owners[0]}/{name}"
+
+
+def owned_name(name: str, uid: int) -> str:
+    """NAME for a QEMU of `uid`: as root the hold of another uid's QEMU belongs to that one."""
+    if os.geteuid() != 0 or "/" in name or uid in (-1, 0):
+        return name
+    return f"{uid}/{name}"
+
+
+def look(daemon: Daemon, name: str) -> tuple[dict[str, Any] | None, Origin | None]:
+    """The row of what is held (None: nothing) and its section "qemu" (None: it has none)."""
+    try:
+        row = daemon.show(name)
+    except NotHeld:
+        return None, None
+    for section in row.get("sections", ()):
+        if section["key"] == "qemu" and section.get("value") is not None:
+            try:
+                return row, Origin.read(section["value"])
+            except Damaged:
+                return row, None
+    return row, None
+
+
+class Settled:
+    """What came of it. `runs` is the pid of a QEMU in which the guest is, None when in none."""
+
+    def __init__(self, runs: int | None = None, said: str = "") -> None:
+        self.runs = runs
+        self.said = said
+
+
+async def settle(daemon: Daemon, name: str) -> Settled:
+    """End what a killed helper left under `name`. Afterwards it is free, or held and loadable, or
+    (a guest runs) dropped. Raises Busy or InDoubt with the reason; NotHeld when nothing is there."""
+    row, origin = look(daemon, name)
+    if row is None:
+        raise NotHeld(f"nothing is held under {name!r}")
+    phase = row["phase"]
+    if phase in ("held", "in-doubt") and origin is not None:
+        await _end_successor(origin)
+    old = Process.find(origin.old) if origin is not None else None
+    try:
+        if phase == "held":
+            if old is not None and origin is not None:
+                return await _ask(daemon, name, row, origin, old)
+            return Settled()
+        if phase == "in-doubt":
+            return await _in_doubt(daemon, name, row, origin, old)
+        raise Busy(f"{name!r}: {row['reason']}")
+    finally:
+        if old is not None:
+            old.close()
+
+
+async def _in_doubt(
+    daemon: Daemon, name: str, row: dict[str, Any], origin: Origin | None, old: Process | None
+) -> Settled:
+    if row.get("acting"):
+        raise InDoubt(
+            f"{name!r}: pid {row['acting']} has taken this state and its guest may run; if it does"
+            f" not, end that QEMU and use --force. ({row['reason']})"
+        )
+    begun = origin is not None and "begun to act" in row["reason"]
+    if old is None or origin is None or begun or "began to act" in row["reason"]:
+        raise InDoubt(
+            f"{name!r}: {row['reason']}. The QEMU that was saved is gone, so nobody can tell"
+            " whether its guest has run since; when you are sure that it has not, use --force"
+        )
+    return await _ask(daemon, name, row, origin, old)
+
+
+async def _ask(
+    daemon: Daemon, name: str, row: dict[str, Any], origin: Origin, old: Process
+) -> Settled:
+    """The old QEMU lives: its own word decides."""
+    try:
+        monitor = await Monitor.connect(origin.qmp)
+    except (Refused, MonitorLost) as error:
+        if await old.wait(0.2):
+            return await settle(daemon, name)
+        raise InDoubt(
+            f"{name!r}: the QEMU that was saved (pid {old.pid}) still lives and does not answer:"
+            f" {error}"
+        ) from None
+    try:
+        if monitor.process is None or monitor.process.pid != old.pid:
+            raise InDoubt(
+                f"{name!r}: another QEMU listens at {origin.qmp} than the one that was saved (pid"
+                f" {old.pid}), which still lives; end that one"
+            )
+        status = await _at_rest(monitor)
+        if status == "postmigrate":
+            if row["phase"] == "in-doubt":
+                daemon.release(name, force=True)
+            await end(monitor, old)
+            return Settled(said=f"the old QEMU (pid {old.pid}) had stopped its guest; it has quit")
+        # Whatever it does now: it is the guest's QEMU, and what is held is older than its memory.
+        daemon.drop(name, force=True)
+        return Settled(old.pid, f"the guest is in its QEMU (pid {old.pid}, {status})")
+    finally:
+        await monitor.close()
+
+
+async def _at_rest(monitor: Monitor) -> str:
+    """The run state, once a migration that lost its receiver has been given up."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + 5.0
+    while True:
+        status = await monitor.status()
+        migration = await monitor.migration()
+        if status == "postmigrate" and migration == "completed":
+            return status
+        if status not in ("finish-migrate", "postmigrate") and migration not in (
+            "setup",
+            "active",
+            "device",
+            "failing",
+            "cancelling",
+        ):
+            return status
+        if loop.time() > until:
+            raise InDoubt(f"QEMU stays in {status!r} with its migration in {migration!r}")
+        await asyncio.sleep(0.02)
+
+
+async def end(monitor: Monitor, process: Process | None) -> None:
+    """Quit a QEMU whose guest has left it, and wait until it has ended; kill it if it must be."""
+    with suppress(CprdError):
+        await monitor.execute("quit")
+    if process is None:
+        return
+    if not await process.wait(QUIT):
+        process.kill()
+        await process.wait(QUIT)
+
+
+async def _end_successor(origin: Origin) -> None:
+    """The QEMU that an upgrade was making ends with its helper; wait until it has."""
+    new = Process.find(origin.new)
+    if new is None:
+        return
+    try:
+        if not await new.wait(3.0):
+            raise InDoubt(
+                f"the QEMU that an upgrade was starting (pid {new.pid}) still lives: if its guest"
+                " runs, drop this hold (--force); if not, kill that QEMU"
+            )
+    finally:
+        new.close()

@@ -1,0 +1,64 @@
+"""The main channel: where a migration stream ends, and the few messages of the return path. Pure.
+
+Layout (QEMU's migration/savevm.c and migration/migration.c; integers are big-endian): "QEVM", u32
+version 3, 07 and the machine's name, sections, 00 (end), then 06, u32 length and that many bytes of
+JSON, the description. The sender keeps the channel open until the return path says SHUT, so that there
+is no end of file to tell the end by: the description's length does.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+
+from cprd.errors import Damaged
+
+MAGIC = b"QEVM"
+SHUT = 1
+PONG = 2
+_HEAD = struct.Struct(">HH")
+DONE = _HEAD.pack(SHUT, 4) + bytes(4)
+"""The return path's SHUT(0): "I have it all". The source completes by it, and can no more go back."""
+
+_TAIL = re.compile(rb"\x00\x06(....)\{", re.DOTALL)
+
+
+def is_whole(data: bytes | bytearray) -> bool:
+    """Whether the stream ends exactly here: in a description of the length that it announces."""
+    if not data.endswith(b"}"):
+        return False
+    return any(
+        int.from_bytes(found[1], "big") == len(data) - found.end() + 1
+        for found in _TAIL.finditer(data)
+    )
+
+
+def machine(data: bytes | bytearray | memoryview) -> str:
+    """The machine type that the stream was made by. Raises Damaged when it is no stream."""
+    head = bytes(data[:1024])
+    if head[:4] != MAGIC:
+        raise Damaged(f"the main stream begins with {head[:4].hex()}, not with {MAGIC.hex()}")
+    if head[8:9] != b"\x07":
+        return ""  # no configuration section: send-configuration=off
+    size = int.from_bytes(head[9:13], "big")
+    return head[13 : 13 + size].decode("utf-8", "replace")
+
+
+class Answers:
+    """What comes back on the return path, piece by piece."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> int | None:
+        """The value of SHUT (0: loaded; else it failed), None while it has not come."""
+        self._data += data
+        while len(self._data) >= _HEAD.size:
+            kind, size = _HEAD.unpack_from(self._data)
+            if len(self._data) < _HEAD.size + size:
+                return None
+            body = bytes(self._data[_HEAD.size : _HEAD.size + size])
+            del self._data[: _HEAD.size + size]
+            if kind == SHUT:
+                return int.from_bytes(body, "big")
+        return None
