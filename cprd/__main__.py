@@ -21,7 +21,7 @@ def main() -> int:
         sys.path[0] = os.path.dirname(PACKAGE)
     prepared = os.environ.pop(PREPARED, None)
     if prepared is None and any(find_spec(name) is None for name in ("msgpack", "trio", "rich")):
-        bootstrap = [sys.executable, "-I", os.path.join(PACKAGE, "bootstrap.py")]
+        bootstrap = [sys.executable, "-I", os.path.join(PACKAGE, "bootstrap.py"), "qemu"]
         answer = subprocess.run(bootstrap, stdout=subprocess.PIPE, text=True, check=False)
         if answer.returncode:
             return 1

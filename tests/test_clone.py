@@ -20,7 +20,7 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parents[1]
 PROJECT = """[project]
 dependencies = ["held"]
-optional-dependencies = { more = ["held>=1"], none = ["held>=2"] }
+optional-dependencies = { qemu = ["held"], more = ["held>=1"], none = ["held>=2"] }
 scripts = { cprctl = "cprd.cli:main" }
 """
 CPRCTL = """import sys
