@@ -219,7 +219,7 @@ def test_a_ttl_shows_and_ends_it(daemon: DaemonProcess) -> None:
     with eventfds(1) as (fd,):
         cprctl(daemon, "save", "web", "--fd", f"e={fd}", "--ttl", "1.5", fds=(fd,))
     assert 0 < row(daemon, "web")["expires"] <= 1.5
-    daemon.await_log("ended how="ttl over"")
+    daemon.await_log('ended how="ttl over"')
     assert json.loads(cprctl(daemon, "list", "--json").stdout) == []
 
 
