@@ -431,7 +431,7 @@ def test_load_imports_nothing_that_it_does_not_need(daemon: DaemonProcess) -> No
     assert "cprd.client" in loaded
     heavy = {"trio", "rich", "asyncio", "subprocess", "dataclasses", "inspect", "json", "logging"}
     assert not heavy & loaded
-    assert not {"cprd.cli.table", "cprd.daemon", "tempfile", "shutil"} & loaded
+    assert not {"cprd.cli.table", "cprd.daemon", "tempfile"} & loaded
 
 
 # -- run -----------------------------------------------------------------------------------------
