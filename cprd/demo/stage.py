@@ -63,6 +63,9 @@ class Child:
         paths = [str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)  # a plain clone is not installed
         environment |= {"CPRD_SOCKET": str(folder / "cprd.sock"), **extra}
+        # The same cprd as here, wherever the demo is called from.
+        paths = [str(Path(cprd.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         self.log = folder / "log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -71,6 +74,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment,
+                cwd=folder,
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 - this process has one thread
             )
         self.pidfd = os.pidfd_open(self.process.pid)
