@@ -150,3 +150,9 @@ def test_somebody_else_s_environment_is_left_alone(clone: Clone) -> None:
     assert done.returncode == 1
     assert "move it out of the way" in done.stderr
     assert theirs.read_text() == "work of days"
+
+
+def test_no_module_is_left_out_of_the_wheel() -> None:
+    """setuptools packs folders with an __init__.py only, and leaves others out without a word."""
+    folders = {path.parent for path in (CHECKOUT / "cprd").rglob("*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
