@@ -92,18 +92,26 @@ def pack(state: State, forbidden: Sequence[int] = ()) -> Packed:
     if forbidden:
         _refuse_cycles(state, forbidden)
     try:
-        return _pack(state)
+        return _pack_explained(state)
     except LimitExceeded:
         # A program that has more open than its soft limit allows (it was lowered since) has no
         # room for the sockets of a tree.
         with hard_limit() as (soft, hard):
             if soft == hard:
                 raise
-            return _pack(state)
+            return _pack_explained(state)
+
+
+def _pack_explained(state: State) -> Packed:
+    try:
+        return _pack(state)
+    except OSError as error:
+        raise _explain(error, state) from None
 
 
 def _pack(state: State) -> Packed:
     names, ids, fds = state._as_columns()
+    numbers = state._as_numbers()
     made: list[int] = []
     try:
         manifest, sections, size = _manifest(state, names, ids)
@@ -111,21 +119,26 @@ def _pack(state: State) -> Packed:
         made += [fd for fd, temporary in sections if temporary]
         carried = array("i", (manifest, *(fd for fd, _ in sections))) + fds
         point("pack:manifest")
-        try:
-            root = _park(carried, size)
-        except OSError as error:
-            raise _explain(error, state) from None
+        _check_new(made, numbers)
+        root = _park(carried, size, numbers)
         point("pack:parked")
         return Packed(root, len(fds), size)
     finally:
         close_all(made)
 
 
-def _park(carried: array[int], size: int) -> int:
+def _check_new(fds: Sequence[int], numbers: set[int]) -> None:
+    """A descriptor that was just made cannot have the number of one that is to be saved, unless
+    that one was closed since: a file of our own would travel in its place."""
+    if not numbers.isdisjoint(fds):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def _park(carried: array[int], size: int, numbers: set[int]) -> int:
     """One socket that carries all of `carried`; the caller owns it, and still owns `carried`."""
     count = len(carried)
     if count <= SCM_MAX_FD:
-        return _socket_with(LEAF, 0, carried, count, size, 0)
+        return _socket_with(LEAF, 0, carried, count, size, 0, numbers)
     # Whole leaves first, then nodes above them until one is enough.
     level = array("i")
     totals: list[int] = []
@@ -133,20 +146,20 @@ def _park(carried: array[int], size: int) -> int:
     try:
         for index, start in enumerate(range(0, count, SCM_MAX_FD)):
             part = carried[start : start + SCM_MAX_FD]
-            level.append(_socket_with(LEAF, 0, part, len(part), 0, index))
+            level.append(_socket_with(LEAF, 0, part, len(part), 0, index, numbers))
             totals.append(len(part))
         while True:
             if depth >= MAX_DEPTH:
                 raise LimitExceeded(f"{count} descriptors do not fit in one bundle")
             if len(level) <= SCM_MAX_FD:
-                return _socket_with(NODE, depth, level, sum(totals), size, 0)
+                return _socket_with(NODE, depth, level, sum(totals), size, 0, numbers)
             above = array("i")
             above_totals: list[int] = []
             try:
                 for index, start in enumerate(range(0, len(level), SCM_MAX_FD)):
                     total = sum(totals[start : start + SCM_MAX_FD])
                     part = level[start : start + SCM_MAX_FD]
-                    above.append(_socket_with(NODE, depth, part, total, 0, index))
+                    above.append(_socket_with(NODE, depth, part, total, 0, index, numbers))
                     above_totals.append(total)
             finally:
                 close_all(level)
@@ -157,11 +170,18 @@ def _park(carried: array[int], size: int) -> int:
 
 
 def _socket_with(
-    kind: int, depth: int, fds: Sequence[int], total: int, size: int, index: int
+    kind: int,
+    depth: int,
+    fds: Sequence[int],
+    total: int,
+    size: int,
+    index: int,
+    numbers: set[int],
 ) -> int:
     """A socket whose queue holds one message; the caller owns it, and still owns `fds`."""
     inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with inlet, outlet:
+        _check_new((inlet.fileno(), outlet.fileno()), numbers)
         header = HEADER.pack(MAGIC, VERSION, kind, depth, len(fds), total, size, index)
         send(inlet, header, fds)
         point("pack:sent")
@@ -249,7 +269,7 @@ def _explain(error: OSError, state: State) -> Exception:
     if error.errno == errno.EINVAL:
         for name, id, fd in state.fds():
             try:
-                os.close(_socket_with(LEAF, 0, [fd], 1, 0, 0))
+                os.close(_socket_with(LEAF, 0, [fd], 1, 0, 0, set()))
             except OSError:
                 return InvalidInput(
                     f"fd {fd} of ({name!r}, {id}) cannot be passed to another process (the kernel"

@@ -34,14 +34,15 @@ _I32 = 1 << 31
 class MemfdSection:
     """A section that is a sealed memfd. `owned` says whether the state closes `fd`."""
 
-    __slots__ = ("_map", "fd", "keep", "owned", "packed")
+    __slots__ = ("_map", "_view", "fd", "keep", "owned", "packed")
 
     def __init__(self, fd: int, *, packed: bool, owned: bool, keep: object = None) -> None:
         self.fd = fd
         self.packed = packed  # holds one msgpack value, not raw bytes
         self.owned = owned
         self.keep = keep
-        self._map: memoryview | None = None
+        self._map: mmap.mmap | None = None
+        self._view: memoryview | None = None
 
     def size(self) -> int:
         return os.fstat(self.fd).st_size
@@ -49,25 +50,23 @@ class MemfdSection:
     def view(self) -> memoryview:
         """The content, mapped read-only. MAP_PRIVATE: before Linux 6.7 a shared mapping of a
         write-sealed memfd is refused even when it is read-only."""
-        if self._map is None:
+        if self._view is None:
             size = self.size()
-            self._map = (
-                memoryview(mmap.mmap(self.fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
-                if size
-                else memoryview(b"")
-            )
-        return self._map
+            if size:
+                self._map = mmap.mmap(self.fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            self._view = memoryview(self._map or b"")
+        return self._view
 
     def close(self) -> None:
-        view, self._map = self._map, None
-        if view is not None:
-            mapped = view.obj
-            try:
+        view, self._view = self._view, None
+        mapped, self._map = self._map, None
+        try:
+            if view is not None:
                 view.release()
-                if isinstance(mapped, mmap.mmap):
-                    mapped.close()
-            except BufferError:
-                pass  # a slice is still in use: the mapping goes with it
+            if mapped is not None:
+                mapped.close()
+        except BufferError:
+            pass  # a slice is still in use: the mapping goes with it
         if self.owned and self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
@@ -99,7 +98,7 @@ class State(MutableMapping[str, Any]):
     them open until `save` returns (objects with fileno() are kept alive). A state that came with a
     claim *owns* them: what `take_fd` does not take is closed with the claim."""
 
-    __slots__ = ("_columns", "_fds", "_joined", "_keep", "_owned", "_sections")
+    __slots__ = ("_columns", "_fds", "_joined", "_keep", "_numbers", "_owned", "_sections")
 
     def __init__(self) -> None:
         # The keys twice: as columns, which is how they travel (10,000 names joined cost 0.1 ms,
@@ -111,6 +110,7 @@ class State(MutableMapping[str, Any]):
         )
         self._joined = ""
         self._fds: dict[tuple[str, int], int] | None = {}
+        self._numbers: set[int] | None = set()  # of the descriptors; None: not known now
         self._keep: dict[tuple[str, int], object] = {}
         self._owned = False
         self._sections: dict[str, _Value | InlineSection | MemfdSection] = {}
@@ -145,6 +145,8 @@ class State(MutableMapping[str, Any]):
         elif keep is not None:
             self._keep[key] = keep
         fds[key] = fd
+        if self._numbers is not None:
+            self._numbers.add(fd)
         if self._columns is not None:
             names, ids, column = self._columns
             names.append(name)
@@ -167,7 +169,7 @@ class State(MutableMapping[str, Any]):
         fd = self._all().pop((name, id), -1)
         if fd >= 0:
             self._keep.pop((name, id), None)
-            self._columns = None
+            self._columns = self._numbers = None
         return fd
 
     def fds(self, name: str | None = None) -> Iterator[tuple[str, int, int]]:
@@ -203,6 +205,12 @@ class State(MutableMapping[str, Any]):
             self._columns = ([name for name, _ in keys], ids, fds)
         names, ids, fds = self._columns
         return self._joined if self._fds is None else "\0".join(names), ids, fds
+
+    def _as_numbers(self) -> set[int]:
+        """The numbers of all descriptors under keys. Not a copy: not to be changed."""
+        if self._numbers is None:
+            self._numbers = set(self._as_columns()[2])
+        return self._numbers
 
     # Sections: a mapping like any other
 
@@ -294,7 +302,7 @@ class State(MutableMapping[str, Any]):
         self._owned = True
         self._joined = names
         self._columns = ([], ids, fds)
-        self._fds = None
+        self._fds = self._numbers = None
         self._sections.update(sections)
 
     def close(self) -> None:
@@ -305,6 +313,7 @@ class State(MutableMapping[str, Any]):
         self._columns = ([], array("i"), array("i"))
         self._joined = ""
         self._fds = {}
+        self._numbers = set()
         self._keep = {}
         for key in list(self._sections):
             self._end_section(key)
