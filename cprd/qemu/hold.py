@@ -17,6 +17,8 @@ from cprd.state import State
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cprd.vmstate.stream import Stream
+
 FORMAT = 1
 LIVE = ("running", "suspended")
 """Run states in which a guest goes on by itself: `cont` brings both back."""
@@ -115,7 +117,7 @@ class Held:
             raise Damaged("its CPR stream names other descriptors than those that are held")
         machine(self.main)
 
-    def stream(self, version: tuple[int, ...]) -> cpr.Stream:
+    def stream(self, version: tuple[int, ...]) -> Stream:
         """The CPR stream for a QEMU of that version. Raises VMStateError when it cannot be: QEMU
         before 10.2 knows no vfio subsection, and refuses even an empty one."""
         state = cpr.downgrade(self.cpr) if version < (10, 2) else self.cpr

@@ -153,6 +153,7 @@ async def _hand_over(
         except (CprdError, OSError) as error:
             await take_back(recorder, settings, monitor, error)
         assert prepared is not None
+        assert recorder is not None
         await complete(recorder, prepared, settings, monitor, name)
         point("qemu-save:completed")
         generation, kept = await commit(daemon, prepared, monitor, settings, name)

@@ -1,0 +1,119 @@
+"""What stands between a new QEMU and its helper's death: a small process that reads QEMU's stderr.
+
+Until it is told that the guest is about to run, the end of the helper (however it comes) ends that QEMU:
+a QEMU that waits for a state which nobody will send would otherwise stand there for ever. From then on
+it only passes on what QEMU says on stderr, as `cat`, until QEMU ends: the pipe cannot be taken out of a
+running QEMU again.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from contextlib import suppress
+
+_KEPT = 4096  # bytes of what was said, for the reason of a reject
+_DISARM = b"d"
+_SAID = b"s"
+
+
+class Guard:
+    """The helper's end."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+
+    @classmethod
+    def fork(cls, said: int, pidfd: int) -> Guard:
+        """Start it, as a child. `said`: the pipe to read, which becomes the guard's (closed here);
+        `pidfd`: of the QEMU, borrowed."""
+        ours, theirs = socket.socketpair()
+        if os.fork() == 0:
+            try:
+                _be_guard(theirs, said, pidfd)
+            finally:
+                os._exit(0)
+        theirs.close()
+        os.close(said)
+        return cls(ours)
+
+    def disarm(self) -> None:
+        """From now on QEMU may outlive us: say it before the guest runs, never after."""
+        with suppress(OSError):
+            self._control.sendall(_DISARM)
+            self._control.recv(1)
+
+    def said(self) -> str:
+        """What QEMU said, once it has ended: the last of it, on one line."""
+        data = b""
+        try:
+            self._control.sendall(_SAID)
+            self._control.settimeout(3.0)
+            while piece := self._control.recv(_KEPT):
+                data += piece
+        except OSError:
+            pass
+        return " ".join(data.decode("utf-8", "replace").split())
+
+    def close(self) -> None:
+        self._control.close()
+
+
+def _be_guard(control: socket.socket, said: int, pidfd: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)  # QEMU has something to say when it is ended, too
+    _close_others((0, 1, 2, control.fileno(), said, pidfd))
+    kept = bytearray()
+    poll = select.poll()
+    poll.register(control.fileno(), select.POLLIN)
+    poll.register(said, select.POLLIN)
+    while True:
+        for fd, _ in poll.poll():
+            if fd == said:
+                data = os.read(said, 65536)
+                if not data:
+                    poll.unregister(said)
+                    continue
+                _write(data)
+                kept = (kept + data)[-_KEPT:]
+                continue
+            word = control.recv(1)
+            if word == _DISARM:
+                control.send(_DISARM)
+                _be_cat(said)
+            if word == _SAID:
+                while data := os.read(said, 65536):
+                    _write(data)
+                    kept = (kept + data)[-_KEPT:]
+                control.sendall(kept)
+            elif not word:
+                with suppress(OSError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            return
+
+
+def _be_cat(said: int) -> None:
+    """Go on as the smallest thing that does it; does not return."""
+    os.dup2(said, 0)
+    os.dup2(2, 1)
+    with suppress(OSError):
+        os.execvp("cat", ["cat"])
+    while data := os.read(0, 65536):
+        _write(data)
+    os._exit(0)
+
+
+def _write(data: bytes) -> None:
+    with suppress(OSError):
+        while data:
+            data = data[os.write(2, data) :]
+
+
+def _close_others(kept: tuple[int, ...]) -> None:
+    last = -1
+    for fd in sorted(kept):
+        os.closerange(last + 1, fd)
+        last = fd
+    os.closerange(last + 1, os.sysconf("SC_OPEN_MAX"))

@@ -1,0 +1,222 @@
+"""The helper of `cprctl qemu start`: claims, replays, and lets the guest run. See start.py."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+import cprd
+from cprd.errors import Busy, CprdError, NotHeld
+from cprd.pause import point
+from cprd.qemu import launch
+from cprd.qemu.failure import Failed, InDoubt, MonitorLost, MonitorRefused, Refused
+from cprd.qemu.guard import Guard
+from cprd.qemu.hold import LIVE, Held
+from cprd.qemu.private import PrivatePlace
+from cprd.qemu.process import Process, readable
+from cprd.qemu.replay import Replayer
+from cprd.qemu.settle import full_name, settle
+from cprd.qemu.supervisor import tell
+
+if TYPE_CHECKING:
+    from cprd.qemu.command import Command
+    from cprd.qemu.qmp import Monitor
+
+LEASE = 30.0
+
+
+def helper(
+    plumbing: launch.Plumbing,
+    qemu: int,
+    socket_path: str,
+    name: str,
+    command: Command,
+    *,
+    force: bool,
+    timeout: float,
+) -> int:
+    """The whole of it; the helper's exit status, which nobody waits for."""
+    process = Process.open(qemu)
+    if process is None:
+        return 1
+    try:
+        return asyncio.run(_help(plumbing, process, socket_path, name, command, force, timeout))
+    except BaseException as error:
+        from cprd.cli import exit_status
+
+        status = exit_status(error) if isinstance(error, CprdError) else 1
+        why = " ".join(str(error).split()) or type(error).__name__
+        launch.say(plumbing.talk, fail=f"{name}: {why}", status=status)
+        return 1
+
+
+async def _help(
+    plumbing: launch.Plumbing,
+    process: Process,
+    socket_path: str,
+    name: str,
+    command: Command,
+    force: bool,
+    timeout: float,
+) -> int:
+    with cprd.connect(socket_path) as daemon:
+        point("qemu-start:connected")
+        try:
+            claim = await claim_it(daemon, name, force=force)
+        except NotHeld:
+            launch.say(plumbing.talk, cold=True)
+            return 0
+        import qemu.qmp  # noqa: F401  (now, for QEMU's own start is what everybody waits for)
+
+        try:
+            point("qemu-start:claimed")
+            await _give(plumbing, process, claim, command, timeout)
+        except InDoubt as error:
+            print(f"cprctl: {name}: {error}", file=sys.stderr)
+            return 1
+        except (CprdError, OSError, asyncio.CancelledError) as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            try:
+                claim.reject(why)
+            except CprdError as lost:
+                why += f" (and cprd was not told: {lost})"
+            why = f"{name}: {why}; it is held as before"
+            if not launch.say(plumbing.talk, fail=why, status=1):
+                print(f"cprctl: {why}", file=sys.stderr)
+            return 1
+        finally:
+            claim.close()
+    return 0
+
+
+async def claim_it(daemon: cprd.Daemon, name: str, *, force: bool) -> cprd.Claim:
+    """Claim NAME, after settling what a killed helper left. Raises NotHeld (cold is right), Busy."""
+    name = full_name(daemon, name)
+    if force:
+        daemon.release(name, force=True)
+    try:
+        return daemon.load(name, lease=LEASE)
+    except Busy:
+        settled = await settle(daemon, name)
+        if settled.runs is not None:
+            raise Busy(
+                f"nothing to start: {settled.said}; what was held under {name!r} was older than"
+                " that guest and has been dropped"
+            ) from None
+        if settled.said:
+            print(f"cprctl: {name}: {settled.said}", file=sys.stderr)
+        return daemon.load(name, wait=2.0, lease=LEASE)
+
+
+async def _give(
+    plumbing: launch.Plumbing,
+    process: Process,
+    claim: cprd.Claim,
+    command: Command,
+    timeout: float,
+) -> None:
+    """Everything between claim and confirm. After an exception other than InDoubt the new QEMU has
+    ended, and nothing was acted on."""
+    held = Held(claim.state)
+    if not await readable(plumbing.talk.fileno(), 30.0):
+        raise Refused("the QEMU command with -version does not end")
+    word = launch.hear(plumbing.talk) or {"no_version": "the starting process ended"}
+    if "no_version" in word:
+        raise Refused(word["no_version"])
+    version = tuple(word["version"])
+    pieces = list(held.stream(version).pieces())
+    place = PrivatePlace(command.monitor_path() or held.origin.qmp, held.origin.uid)
+    guard = Guard.fork(plumbing.said, process.pidfd)
+    plumbing.said = -1
+    replayer = Replayer(process, plumbing.main, plumbing.monitor, timeout)
+    renewing = asyncio.ensure_future(_renew(claim))
+    try:
+        launch.say(plumbing.talk, go=True, place=place.path, version=list(version))
+        point("qemu-start:go")
+        await replayer.connect_cpr(place.at("cpr"))
+        place.close()
+        point("qemu-start:listening")
+        await replayer.send_cpr(pieces)
+        point("qemu-start:cpr")
+        sending = asyncio.ensure_future(replayer.send_main(held.main))
+        try:
+            await replayer.end_cpr()
+            await sending
+            point("qemu-start:main")
+            monitor = await replayer.greet()
+            await replayer.loaded()
+        finally:
+            sending.cancel()
+        point("qemu-start:loaded")
+        await _run(claim, monitor, process, guard, held.origin.status)
+    except InDoubt:
+        raise
+    except BaseException as error:
+        process.kill()
+        await process.wait(10.0)
+        said = guard.said()
+        if isinstance(error, CprdError | OSError) and said:
+            raise Failed(f"{error}: {said}") from error
+        raise
+    finally:
+        renewing.cancel()
+        guard.close()
+        place.close()
+        await replayer.close()
+
+
+async def _run(
+    claim: cprd.Claim, monitor: Monitor, process: Process, guard: Guard, status: str
+) -> None:
+    """begin, cont, confirm. Raises InDoubt when nobody can say whether the guest runs."""
+    claim.begin(process.pidfd)
+    point("qemu-start:begun")
+    guard.disarm()
+    point("qemu-start:disarmed")
+    if status in LIVE:
+        try:
+            await let_run(monitor)
+        except MonitorLost as error:
+            raise InDoubt(
+                f"the new QEMU (pid {process.pid}) was told to run its guest and did not answer"
+                f" ({error}); the hold is in doubt until that QEMU is saved, or released by force"
+            ) from None
+    point("qemu-start:running")
+    await confirm(claim)
+    point("qemu-start:confirmed")
+    tell("READY=1\nSTATUS=The guest goes on.")
+
+
+async def let_run(monitor: Monitor) -> None:
+    """`cont`, and that it does. MonitorRefused: it does not run, and never did."""
+    await monitor.execute("cont")
+    status = await monitor.status()
+    if status not in LIVE:
+        raise MonitorRefused(f"the new QEMU answered cont, and is {status!r}")
+
+
+async def confirm(claim: cprd.Claim) -> None:
+    """The guest runs: what was held must never be served again. Tries for a while if cprd is away;
+    until it succeeds the hold is in doubt, which nobody serves."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + 60.0
+    while True:
+        try:
+            claim.confirm()
+            return
+        except (cprd.Unavailable, cprd.Timeout) as error:
+            if loop.time() > until:
+                raise InDoubt(
+                    f"the guest runs, and cprd could not be told ({error}): the hold stays in doubt"
+                    " until this QEMU is saved; drop it by force if you like"
+                ) from None
+            await asyncio.sleep(0.2)
+        except CprdError as error:
+            raise InDoubt(f"the guest runs, and cprd says: {error}") from None
+
+
+async def _renew(claim: cprd.Claim) -> None:
+    while True:
+        await asyncio.sleep(LEASE / 3)
+        claim.renew()

@@ -1,0 +1,27 @@
+"""A guest goes from QEMU to QEMU through a hold, and does not notice."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.qemu.conftest import MakeMachine
+from tests.qemu.machine import Machine
+
+
+@pytest.mark.parametrize(("machine", "smp"), [("q35", 1), ("pc", 2)])
+def test_five_hand_overs_in_a_row_and_nobody_runs_in_between(
+    make_machine: MakeMachine, machine: str, smp: int
+) -> None:
+    vm = make_machine(machine=machine, smp=smp)
+    vm.start()
+    vm.goes_on()
+    for _ in range(5):
+        saved = vm.save()
+        assert saved.returncode == 0, saved.stderr
+        assert vm.alive() == []
+        assert vm.processes[-1].wait(5) == 0
+        vm.unharmed()
+        process = vm.start()
+        vm.goes_on()
+        assert vm.alive() == [process.pid]
+    assert vm.cprctl("show", "vm").returncode == 3
