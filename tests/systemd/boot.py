@@ -391,6 +391,10 @@ class Running:
                 log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                 for target, fd in ((0, null), (1, log), (2, log)):
                     os.dup2(fd, target)
+                # Not ours any more: the locks, and above all the socket that PID 1 goes on telling
+                # (254+), which blocks it for ever once that is full and nobody reads.
+                os.closerange(3, pid_to)
+                os.closerange(pid_to + 1, 4096)
                 os._exit(grow(place, root, options, pid_to))
             except BaseException as error:  # a second copy of us must not run our cleanup
                 os.write(2, f"{error}\n".encode())
