@@ -22,22 +22,24 @@ _SAID = b"s"
 class Guard:
     """The helper's end."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, pid: int) -> None:
         self._control = control
+        self.pid = pid
 
     @classmethod
-    def fork(cls, said: int, pidfd: int) -> Guard:
+    def fork(cls, said: int, pidfd: int, onward: int = 2) -> Guard:
         """Start it, as a child. `said`: the pipe to read, which becomes the guard's (closed here);
-        `pidfd`: of the QEMU, borrowed."""
+        `pidfd`: of the QEMU, borrowed; `onward`: where QEMU's words go once the guest runs."""
         ours, theirs = socket.socketpair()
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             try:
-                _be_guard(theirs, said, pidfd)
+                _be_guard(theirs, said, pidfd, onward)
             finally:
                 os._exit(0)
         theirs.close()
         os.close(said)
-        return cls(ours)
+        return cls(ours, pid)
 
     def disarm(self) -> None:
         """From now on QEMU may outlive us: say it before the guest runs, never after."""
@@ -61,10 +63,10 @@ class Guard:
         self._control.close()
 
 
-def _be_guard(control: socket.socket, said: int, pidfd: int) -> None:
+def _be_guard(control: socket.socket, said: int, pidfd: int, onward: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)  # QEMU has something to say when it is ended, too
-    _close_others((0, 1, 2, control.fileno(), said, pidfd))
+    _close_others((0, 1, 2, control.fileno(), said, pidfd, onward))
     kept = bytearray()
     poll = select.poll()
     poll.register(control.fileno(), select.POLLIN)
@@ -82,7 +84,7 @@ def _be_guard(control: socket.socket, said: int, pidfd: int) -> None:
             word = control.recv(1)
             if word == _DISARM:
                 control.send(_DISARM)
-                _be_cat(said)
+                _be_cat(said, onward)
             if word == _SAID:
                 while data := os.read(said, 65536):
                     _write(data)
@@ -94,10 +96,12 @@ def _be_guard(control: socket.socket, said: int, pidfd: int) -> None:
             return
 
 
-def _be_cat(said: int) -> None:
+def _be_cat(said: int, onward: int) -> None:
     """Go on as the smallest thing that does it; does not return."""
+    os.dup2(onward, 2)
+    os.dup2(onward, 1)
     os.dup2(said, 0)
-    os.dup2(2, 1)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     with suppress(OSError):
         os.execvp("cat", ["cat"])
     while data := os.read(0, 65536):
@@ -113,7 +117,7 @@ def _write(data: bytes) -> None:
 
 def _close_others(kept: tuple[int, ...]) -> None:
     last = -1
-    for fd in sorted(kept):
+    for fd in sorted(set(kept)):
         os.closerange(last + 1, fd)
         last = fd
     os.closerange(last + 1, os.sysconf("SC_OPEN_MAX"))

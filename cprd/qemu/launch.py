@@ -1,6 +1,7 @@
 """The process that becomes the new QEMU: it waits for a word over `talk`, then executes.
 
-Words are msgpack maps: {"cold": True}; {"go": True, "place": path, "version": [10, 0, 2]}; {"fail": why,
+Words are msgpack maps: {"cold": True}; {"go": True, "place": path, "version": [10, 0, 2], "guard":
+pid}; {"fail": why,
 "status": n}. The descriptors are made before this process is forked (or by it), so that none has to be
 sent: a connected monitor, a connected main channel, a pipe for stderr. `talk` closes on exec, so that
 its end says "executed"; anything that is said instead is why not.
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from cprd.qemu.command import FDS_FOR_CPR
+from cprd.qemu.voice import GUARD, mark
 
 if TYPE_CHECKING:
     from cprd.qemu.command import Command
@@ -87,6 +89,7 @@ def execute(command: Command, plumbing: Plumbing, word: dict[str, Any]) -> OSErr
         for fd in passed:
             os.set_inheritable(fd, True)
         words = command.incoming(monitor=passed[0], main=passed[1], cpr=cpr)
+        os.environ[GUARD] = mark(word["guard"])
         own = os.dup(2)
         os.dup2(plumbing.said_qemu, 2)
         try:

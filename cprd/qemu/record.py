@@ -178,8 +178,8 @@ class Recorder:
                     failure = error if isinstance(error, CprdError) else Damaged(str(error))
 
     async def take_main(self, forward: Callable[[bytes], Awaitable[None]] | None = None) -> None:
-        """Hang up on the CPR channel; QEMU stops the guest and sends the rest. `forward` sees each
-        piece at once, except the last bytes, which it gets by `last_piece`.
+        """Hang up on the CPR channel; QEMU stops the guest and sends the rest. `forward` gets each
+        piece at once, but never the last byte: a QEMU that lacks it cannot have loaded the state.
 
         Raises Timeout, Damaged; the guest resumes when this recorder is closed."""
         assert self._cpr is not None
@@ -217,10 +217,9 @@ class Recorder:
                 raise Damaged(f"QEMU's main stream ends after {len(self.main)} bytes, not whole")
             self.main += data
             whole = stream.is_whole(self.main)
-            if forward is not None and not whole:
-                await forward(data)
+            if forward is not None:
+                await forward(data[:-1] if whole else data)
             if whole:
-                self.last_piece = data
                 return
 
     def complete(self) -> None:

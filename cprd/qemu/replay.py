@@ -100,7 +100,7 @@ class Replayer:
         assert self.monitor is not None
         return self.monitor
 
-    async def send_main(self, data: bytes | memoryview) -> None:
+    async def send_main(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data)
         while rest:
             try:

@@ -132,7 +132,7 @@ async def _give(
     replayer = Replayer(process, plumbing.main, plumbing.monitor, timeout)
     renewing = asyncio.ensure_future(_renew(claim))
     try:
-        launch.say(plumbing.talk, go=True, place=place.path, version=list(version))
+        launch.say(plumbing.talk, go=True, place=place.path, version=list(version), guard=guard.pid)
         point("qemu-start:go")
         await replayer.connect_cpr(place.at("cpr"))
         place.close()

@@ -54,7 +54,7 @@ async def save(
     Raises Refused or Failed (the guest is in its QEMU as before), InDoubt, MonitorBusy, Busy."""
     path = os.path.abspath(socket_path(qmp))
     point("qemu-save:begin")
-    name, done = await _make_room(daemon, name, path, replace=replace)
+    name, done = await make_room(daemon, name, path, replace=replace)
     if done is not None:
         return done
     monitor = await Monitor.connect(path)
@@ -73,7 +73,7 @@ async def save(
         await monitor.close()
 
 
-async def _make_room(
+async def make_room(
     daemon: Daemon, name: str, path: str, *, replace: bool
 ) -> tuple[str, Kept | None]:
     """The hold's full name, after what lies there has been settled; a Kept when that is this very

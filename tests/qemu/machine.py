@@ -179,7 +179,9 @@ class Machine:
     def until(self, true: Callable[[], object], what: str) -> None:
         end = time.monotonic() + PATIENCE
         while not true():
-            assert time.monotonic() < end, f"never {what}; tick {self.ticks()}; {self.said()[-2000:]}"
+            assert time.monotonic() < end, (
+                f"never {what}; tick {self.ticks()}; {self.said()[-2000:]}"
+            )
             time.sleep(0.01)
 
     # Its QEMUs
@@ -202,7 +204,7 @@ class Machine:
         return found
 
     def status(self, qmp: str | None = None) -> str:
-        return self.ask(lambda monitor: monitor.status(), qmp)
+        return str(self.ask(lambda monitor: monitor.status(), qmp))
 
     def execute(self, command: str, **arguments: Any) -> Any:
         return self.ask(lambda monitor: monitor.execute(command, **arguments))

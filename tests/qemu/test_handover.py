@@ -25,3 +25,23 @@ def test_five_hand_overs_in_a_row_and_nobody_runs_in_between(
         vm.goes_on()
         assert vm.alive() == [process.pid]
     assert vm.cprctl("show", "vm").returncode == 3
+
+
+def test_an_upgrade_with_the_same_monitor_path_three_times(vm: Machine) -> None:
+    for _ in range(3):
+        before = vm.alive()
+        done = vm.upgrade(vm.qmp, vm.command)
+        assert done.returncode == 0, done.stderr
+        after = vm.alive()
+        assert len(after) == 1
+        assert after != before
+        vm.goes_on()
+        assert vm.status() == "running"  # at the path that both of them had
+    assert vm.cprctl("show", "vm").returncode == 3
+    assert sorted(p.name for p in vm.place.iterdir()) == [
+        "cache",
+        "disk.raw",
+        "qmp",
+        "serial.log",
+        "stderr",
+    ]
