@@ -10,15 +10,18 @@ import socket
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
+from cprd.demo.load import Load
 from cprd.demo.picture import legend, svg, terminal
 from cprd.demo.server import LINE, Tally
 from cprd.demo.timeline import Report, Restart, ceiling, longest_silence, rates, round_up
 
+NO, NO3 = (False, False), (False, True, True)
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -83,6 +86,70 @@ def test_the_demo_ended_half_way_leaves_no_process_behind(
         os.close(pidfd)
     if number != signal.SIGKILL:
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_dies_without_a_word_is_no_success(tmp_path: Path) -> None:
+    process = demo(tmp_path, "--connections", "20", "--restarts", "2", "--seconds", "4")
+    assert process.stdout is not None
+    process.stdout.readline()
+    server = next(
+        pid
+        for pid in children(process.pid)
+        if b"cprd.demo.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    os.kill(server, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("cprctl: ")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+Answer = Callable[[int, int, int], bytes | None]
+
+
+@pytest.mark.parametrize(
+    ("answer", "wrong", "dropped", "owed"),
+    [
+        (lambda count, total, _: b"%d %d\n" % (count, total), False, False, False),
+        (lambda count, total, new: b"%d %d\n" % (count, total - new * (count == 3)), True, *NO),
+        (lambda count, total, _: b"%d %d\n" % (count - (count == 3), total), True, *NO),
+        (lambda count, total, _: b"%d %d\n" % (count, total) * (1 + (count == 3)), True, *NO),
+        (lambda count, total, _: b"%d %d\n" % (count, total) if count < 3 else b"", *NO, True),
+        (lambda count, total, _: b"%d %d\n" % (count, total) if count < 3 else None, *NO3),
+    ],
+    ids=["right", "a number forgotten", "a step back", "said twice", "never said", "hung up"],
+)
+async def test_the_clients_notice(answer: Answer, wrong: bool, dropped: bool, owed: bool) -> None:
+    async def serve(stream: trio.SocketStream) -> None:
+        count, total, unread = 0, 0, b""
+        async for data in stream:
+            *lines, unread = (unread + data).split(b"\n")
+            for line in lines:
+                count += 1
+                total += int(line)
+                said = answer(count, total, int(line))
+                if said is None:
+                    await stream.aclose()
+                    return
+                if said:
+                    await stream.send_all(said)
+
+    load = Load(3, 200.0, trio.current_time)
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, serve, [listener])
+        port = listener.socket.getsockname()[1]
+        await load.connect(port)
+        nursery.start_soon(load.run, port)
+        with trio.move_on_after(1):
+            await trio.sleep(0.5)
+            await load.settle()
+        assert (load.wrong > 0, load.dropped > 0, load.owed > 0) == (wrong, dropped, owed)
+        assert len(load.answers) > 0
+        load.stopping = True
+        nursery.cancel_scope.cancel()
+    load.close()
 
 
 def children(pid: int) -> list[int]:

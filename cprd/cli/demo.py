@@ -79,9 +79,9 @@ class _Live:
         from rich.progress import Progress as Bar
 
         self.bar = Bar(
-            TextColumn("{task.fields[doing]:<44}"),
-            BarColumn(24),
-            TextColumn("{task.completed} of {task.total} restarts, {task.fields[counts]}"),
+            TextColumn("{task.fields[doing]:<28}"),
+            BarColumn(10),
+            TextColumn("{task.completed}/{task.total} restarts, {task.fields[counts]}"),
             console=console,
             auto_refresh=False,
             transient=True,
@@ -96,7 +96,7 @@ class _Live:
         self.bar.stop()
 
     def show(self, now: Progress) -> None:
-        counts = f"{now.connected:,} connected, {now.answers:,} answers"
+        counts = f"{now.answers:,} answers"
         self.bar.update(self.task, completed=now.restarts, doing=now.doing, counts=counts)
         self.bar.refresh()
 

@@ -288,7 +288,7 @@ class _Play:
         gone = self.load.clock()
         with_cprd = self.server.number(b"saved") or 0.0
         if crash:
-            self.doing = "killing a successor right after its claim"
+            self.doing = "killing a fresh claimant"
             victim = self._start("-m", "cprd.demo.server", NAME, CPRD_DEMO_CRASH="1")
             if await victim.gone() != -signal.SIGKILL:
                 raise CprdError("the successor that was to be killed lived on")
