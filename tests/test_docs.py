@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from cprd.holds import TRANSITIONS
 from cprd.wire import REQUESTS
+from tests.conftest import DaemonProcess, until
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,3 +47,41 @@ def test_importing_cprd_pulls_in_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert not heavy & set(said.stdout.split())
+
+
+def test_the_server_of_the_readme_keeps_its_clients(daemon: DaemonProcess, tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert "7000" in code
+    script = tmp_path / "chat.py"
+    script.write_text(code.replace("7000", str(port)))
+    env = {**daemon.env, "CPRD_SOCKET": daemon.path}
+
+    def reachable() -> socket.socket | None:
+        with contextlib.suppress(OSError):
+            return socket.create_connection(("127.0.0.1", port), timeout=20)
+        return None
+
+    clients: list[socket.socket] = []
+    server = subprocess.Popen([sys.executable, str(script)], env=env)
+    try:
+        until(lambda: clients or clients.extend(filter(None, [reachable()])), lambda: "no server")
+        clients.append(socket.create_connection(("127.0.0.1", port), timeout=20))
+        for count in range(1, 4):
+            for number, client in enumerate(clients):
+                client.sendall(b"from %d" % number)
+                if count == 2:  # said while nobody runs
+                    continue
+                assert client.recv(100) == b"%d: from %d" % (count, number)
+            if count == 2:
+                server.send_signal(signal.SIGTERM)
+                assert server.wait(20) == 0
+                server = subprocess.Popen([sys.executable, str(script)], env=env)
+                for number, client in enumerate(clients):
+                    assert client.recv(100) == b"2: from %d" % number
+    finally:
+        server.kill()
+        server.wait()
+        for client in clients:
+            client.close()
