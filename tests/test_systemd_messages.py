@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -273,6 +274,22 @@ async def test_under_trio_a_barrier_ends_when_the_last_copy_is_closed(
             assert (message, len(fds)) == (b"BARRIER=1", 1)
             os.close(fds[0])
         assert open_fds() == before
+
+
+def test_a_witness_knows_whether_another_process_polled_it() -> None:
+    before = open_fds()
+    assert systemd.Witness.works()
+    for somebody_polls in (True, False):
+        with systemd.Witness() as witness:
+            pid = os.fork()
+            if pid == 0:
+                if somebody_polls:
+                    poll = select.epoll()
+                    poll.register(witness, 0)
+                os._exit(0)
+            os.waitpid(pid, 0)
+            assert witness.polled() == somebody_polls
+    assert open_fds() == before
 
 
 def test_too_many_descriptors_in_one_message_are_refused(inbox: socket.socket) -> None:

@@ -96,6 +96,26 @@ def test_without_a_store_nothing_is_said_to_be_kept(systemd: Machine, tmp_path: 
     systemd.await_journal("^kept False$", "x.service")
 
 
+def test_a_store_that_drops_everything_is_never_said_to_keep(
+    systemd: Machine, tmp_path: Path
+) -> None:
+    """From 254 on what is dropped is closed well after the barrier: whoever waits for it to hang up
+    is told "kept" by one canary in six."""
+    program = """
+    say("kept", sum(do(manager.canary()) for _ in range(300)), "of 300")
+    """
+    service(systemd, tmp_path, program, "FileDescriptorStoreMax=0\nLogRateLimitIntervalSec=0")
+    systemd.await_journal("^kept 0 of 300$", "x.service")
+
+
+def test_a_store_with_room_for_one_always_keeps_one(systemd: Machine, tmp_path: Path) -> None:
+    program = """
+    say("kept", sum(do(manager.canary()) for _ in range(300)), "of 300")
+    """
+    service(systemd, tmp_path, program, "FileDescriptorStoreMax=1")
+    systemd.await_journal("^kept 300 of 300$", "x.service")
+
+
 def test_a_child_that_the_manager_does_not_listen_to_is_not_told_kept(
     systemd: Machine, tmp_path: Path
 ) -> None:
@@ -162,8 +182,8 @@ def test_a_canary_left_by_a_killed_process_comes_back_by_name_and_goes(
 ) -> None:
     program = """
     if not held:
-        near, far = socket.socketpair()
-        do(manager.store(systemd.CANARY, far.fileno()))
+        witness = systemd.Witness()
+        do(manager.store(systemd.CANARY, witness.fileno()))
         do(manager.tell(systemd.ready()))
         os.kill(os.getpid(), signal.SIGKILL)
     say("held", *(name for name, _ in held))
