@@ -88,7 +88,7 @@ class Daemon:
         self.registry.blind = blind
         for over in self.registry.adopt(hold for hold, _ in left):
             log.event("over", uid=over.uid, name=over.name, generation=over.generation)
-            self.keeper.let_go([over])
+            self.keeper.forget(over)
         for hold, pidfds in left:
             if self.registry.get(hold.generation) is None:
                 _close_roles(pidfds)
@@ -104,12 +104,9 @@ class Daemon:
                 generation=hold.generation,
                 fds=hold.fds,
             )
-        for outcome in self.keeper.outcomes:
-            if outcome["nonce"]:
-                self.registry.remember(
-                    outcome["uid"], outcome["nonce"], outcome["answer"], outcome["at"]
-                )
-            after = outcome["generation"] + 1
+        for given in self.keeper.answers():
+            self.registry.remember(given["uid"], given["nonce"], given["answer"], given["at"])
+            after = given.get("generation", 0) + 1
             self.registry.next_generation = max(self.registry.next_generation, after)
 
     async def _end_orphans(self) -> None:

@@ -743,8 +743,9 @@ class Registry:
             committed = hold.phase in (HELD, CLAIMED) or (hold.phase == IN_DOUBT and hold.begun)
             if committed:
                 for older in self.of(hold.key):
-                    self._remove(older)
-                    over.append(older)
+                    if older.phase != UNREADABLE:
+                        self._remove(older)
+                        over.append(older)
             self._add(hold)
         return over
 

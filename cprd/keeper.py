@@ -6,8 +6,10 @@ registry apply it and the client hear of it. `let_go` does afterwards what can t
 There is one shelf that counts. Where systemd keeps it, a second one, empty and stored as well, lies
 ready to take its place: so a shelf can be written anew at any moment, at once, and without the
 store growing; that is the two entries of the store which are always free. See `store` for how they
-get there. Without a manager everything is the same, only that the shelf lives no longer than the
-process (which may re-execute itself).
+get there. While the shelf that counts is not stored (the store is full), what an older one that is
+stored leads to stays as it is: a slot is not replaced by one that only the newer shelf knows.
+Without a manager everything is the same, only that the shelf lives no longer than the process
+(which may re-execute itself).
 """
 
 from __future__ import annotations
@@ -15,8 +17,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cprd import log, shelf, slot
 from cprd.closer import Closer
@@ -24,11 +25,13 @@ from cprd.errors import LimitExceeded
 from cprd.holds import UNREADABLE, Hold, Step
 from cprd.pause import point
 from cprd.shelf import Shelf, ShelfFull
-from cprd.slot import Slot, SlotFull, Unreadable
+from cprd.slot import Answered, Slot, SlotFull, Unreadable
 
 MAX_RECORDS = 100  # in one slot, before it is written anew
 OUTCOMES = 512  # remembered across a restart
 OUTCOMES_FOR = 300.0  # s
+FULL = "cprd's shelf is full: raise net.core.wmem_max, or drop holds"
+MANY_MESSAGES = 1024  # on a shelf that has few slots, before it is written anew
 
 Pidfds = Mapping[str, int]
 
@@ -36,8 +39,13 @@ Pidfds = Mapping[str, int]
 class Keeper:
     """The slots of all holds, by generation, and the shelf that they lie on."""
 
-    def __init__(self, closer: Closer, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, closer: Closer, clock: Callable[[], float], *, managed: bool = False
+    ) -> None:
+        """`managed`: a `store.Store` tends it, and takes shelves out of the store before they are
+        closed."""
         self.closer = closer
+        self.managed = managed
         self.clock = clock
         self.slots: dict[int, Slot] = {}
         self._last_number = 1
@@ -46,7 +54,8 @@ class Keeper:
         self.spare: Shelf | None = None
         self.retired: list[Shelf] = []  # to be taken out of the store, then closed
         self.untouchable: list[Shelf] = []  # something on them cannot be read: kept as they are
-        self.outcomes: deque[dict[str, Any]] = deque(maxlen=OUTCOMES)
+        self.beside: list[Shelf] = []  # count as well, until the next one takes over their slots
+        self.outcomes: deque[Answered] = deque(maxlen=OUTCOMES)  # of requests that ended holds
         self.wants_spare: Callable[[], None] = lambda: None
 
     @property
@@ -57,28 +66,52 @@ class Keeper:
     def write(self, step: Step, bundle: int, pidfds: Mapping[int, Pidfds]) -> None:
         """Write a step down. `bundle` (of a hold that is new, else -1) and the pidfds by
         generation and role stay the caller's. Raises LimitExceeded; then nothing has changed."""
-        made: list[int] = []
+        answers = [self._answered(step)] if step.nonce else []
+        made: list[Hold] = []
         try:
             for hold in step.put:
                 roles = pidfds.get(hold.generation, {})
                 old = self.slots.get(hold.generation)
                 if old is None:
-                    self._add(hold, Slot.create(hold, bundle, roles))
-                    made.append(hold.generation)
+                    self._add(hold, Slot.create(hold, bundle, roles, answers))
+                    made.append(hold)
                 else:
-                    self._rewrite(old, hold, roles)
+                    self._rewrite(old, hold, roles, answers)
             point("keeper:put")
-            for ended in step.ended:
-                dying = self.slots.get(ended.hold.generation)
-                if dying is not None:
-                    dying.mark_dead(ended.hold)
-            if step.ended:
-                self._remember(step)
-            point("keeper:ended")
         except BaseException:
-            for generation in made:
-                self._drain(self.slots.pop(generation), 0)
+            for hold in made:
+                self._unmake(hold)
             raise
+        try:
+            self._end([ended.hold for ended in step.ended], [] if step.put else answers)
+        except LimitExceeded as error:
+            if not step.put:
+                raise
+            # What was put says that it ended: it is committed, and newer.
+            log.event("end-not-written", level=log.WARNING, why=str(error))
+        point("keeper:ended")
+
+    def _answered(self, step: Step) -> Answered:
+        return {"uid": step.uid, "nonce": step.nonce, "answer": step.answer, "at": self.clock()}
+
+    def _unmake(self, hold: Hold) -> None:
+        made = self.slots.pop(hold.generation)
+        try:
+            made.mark_dead(hold)
+        except LimitExceeded:
+            pass  # draining it says so as well
+        self._drain(made, hold.uid)
+
+    def _end(self, holds: Iterable[Hold], answers: Sequence[Answered]) -> None:
+        """Holds end: their slots say so, with what was answered (that is what makes it true); then
+        the shelf has the answers too, because the slots will be drained."""
+        outcomes = []
+        for hold in holds:
+            dying = self.slots.get(hold.generation)
+            if dying is not None:
+                dying.mark_dead(hold, answers)
+                outcomes += [{**a, "generation": hold.generation} for a in dying.answers]
+        self._remember(outcomes)
 
     def _add(self, hold: Hold, new: Slot) -> None:
         try:
@@ -89,46 +122,63 @@ class Keeper:
         self.slots[hold.generation] = new
 
     def _append(self, append: Callable[[], None]) -> None:
-        """Append to the shelf; a full one is written anew first."""
-        try:
-            if self.shelf.messages > max(64 + 2 * len(self.slots), self.shelf.room // 2):
+        """Append to the shelf; a full one is written anew first. Raises LimitExceeded."""
+        many = max(MANY_MESSAGES, 2 * len(self.slots))
+        if self.shelf.messages > min(many, self.shelf.room // 2):
+            try:
                 self.compact()
+            except LimitExceeded as error:
+                log.event("shelf-not-compacted", level=log.WARNING, why=str(error))
+        try:
             append()
         except ShelfFull:
             self.compact(must=True)
-            append()
+            try:
+                append()
+            except ShelfFull:
+                raise LimitExceeded(FULL) from None
 
-    def _rewrite(self, old: Slot, hold: Hold, roles: Pidfds) -> None:
+    def _rewrite(self, old: Slot, hold: Hold, roles: Pidfds, answers: Sequence[Answered]) -> None:
         """A new record in the slot; a slot that is full of them is replaced by a fresh one."""
+        stored = any(other.durable for other in (*self.retired, *self.beside))
+        may_replace = self.shelf.durable or not stored
         try:
-            if old.records >= MAX_RECORDS:
+            if old.records >= MAX_RECORDS and may_replace:
                 raise SlotFull
-            old.append(hold, roles)
+            old.append(hold, roles, answers)
         except SlotFull:
+            if not may_replace:  # the shelf that is stored leads to this slot, and to no other
+                old.grow()
+                try:
+                    old.append(hold, roles, answers)
+                except SlotFull:
+                    raise LimitExceeded(
+                        f"the record of {hold.name!r} is full, and the manager's store has no room"
+                        " for a new one: raise FileDescriptorStoreMax= of cprd.service"
+                    ) from None
+                return
             bundle = old.bundle()
             try:
-                fresh = Slot.create(hold, bundle, roles)
+                fresh = Slot.create(hold, bundle, roles, (*old.answers, *answers))
             finally:
                 os.close(bundle)
             self._add(hold, fresh)
-            old.mark_dead(hold)
+            point("keeper:replaced")
+            try:
+                old.mark_dead(hold)
+            except LimitExceeded as error:  # the later one of two counts
+                log.event("end-not-written", level=log.WARNING, why=str(error))
             self._drain(old, hold.uid)
 
-    def _remember(self, step: Step) -> None:
-        """Note the answer to a request that ended a hold; the slots themselves say that it did."""
-        outcome = {
-            "uid": step.uid,
-            "nonce": step.nonce,
-            "answer": step.answer,
-            "at": self.clock(),
-            "how": step.ended[0].how,
-            "generation": max(ended.hold.generation for ended in step.ended),
-        }
-        self.outcomes.append(outcome)
+    def _remember(self, outcomes: Sequence[Answered]) -> None:
+        """Keep answers to requests whose holds have ended."""
+        if not outcomes:
+            return
+        self.outcomes.extend(outcomes)
         try:
-            self._append(lambda: self.shelf.add_outcome(outcome))
-        except (ShelfFull, LimitExceeded) as error:
-            log.event("outcome-not-written", level=log.WARNING, why=str(error) or "shelf full")
+            self._append(lambda: self.shelf.add_outcomes(outcomes))
+        except LimitExceeded as error:
+            log.event("outcome-not-written", level=log.WARNING, why=str(error))
 
     def compact(self, *, must: bool = False) -> None:
         """Write the shelf anew, without what ended. With a store it takes a spare one that is
@@ -140,20 +190,16 @@ class Keeper:
         try:
             new.add_slots([slot.fileno_pair(held) for held in self.slots.values()])
             oldest = self.clock() - OUTCOMES_FOR
-            for outcome in self.outcomes:
-                if outcome["at"] >= oldest:
-                    new.add_outcome(outcome)
-            new.complete()
+            outcomes = [outcome for outcome in self.outcomes if outcome["at"] >= oldest]
+            new.add_outcomes(outcomes[-new.room :])  # so many take a quarter of its room
+            replaced = [self.shelf, *self.beside]
+            new.complete([other.number for other in (*replaced, *self.retired)])
         except BaseException as error:
-            if new is self.spare:
-                self.spare = None
-                self.retired.append(new)
-            else:
-                new.close()
+            self.spare = None
+            self._retire(new)
+            self.wants_spare()
             if isinstance(error, ShelfFull):
-                raise LimitExceeded(
-                    "cprd's shelf is full: raise net.core.wmem_max, or drop holds"
-                ) from None
+                raise LimitExceeded(FULL) from None
             raise
         log.event(
             "shelf",
@@ -162,13 +208,18 @@ class Keeper:
             replaces=self.shelf.number,
             kept="store" if new.durable else "memory",
         )
-        if self.shelf.durable:
-            self.retired.append(self.shelf)
-        else:
-            self.shelf.close()
-        self.shelf, self.spare = new, None
+        self.shelf, self.spare, self.beside = new, None, []
+        for old in replaced:
+            self._retire(old)
         point("keeper:compacted")
         self.wants_spare()
+
+    def _retire(self, old: Shelf) -> None:
+        """Be done with a shelf; what the store may have of it is taken out first."""
+        if self.managed:
+            self.retired.append(old)
+        else:
+            old.close()
 
     def new_spare(self) -> Shelf:
         """An empty shelf, which the caller owns. Numbers are never used twice."""
@@ -182,6 +233,14 @@ class Keeper:
             if old is not None:
                 self._drain(old, hold.uid)
 
+    def forget(self, hold: Hold) -> None:
+        """End a hold that was found to be over already."""
+        try:
+            self._end([hold], [])
+        except LimitExceeded as error:  # draining it says so as well
+            log.event("end-not-written", level=log.WARNING, why=str(error))
+        self.let_go([hold])
+
     def _drain(self, old: Slot, uid: int) -> None:
         self.closer.run(uid, old.drain)
 
@@ -194,7 +253,7 @@ class Keeper:
     def shelves(self) -> list[Shelf]:
         """All that must come along when the daemon re-executes itself."""
         spare = [] if self.spare is None else [self.spare]
-        return [*self.untouchable, *self.retired, *spare, self.shelf]
+        return [*self.untouchable, *self.retired, *self.beside, *spare, self.shelf]
 
     def adopt(
         self, pairs: Mapping[int, tuple[socket.socket, socket.socket]], durable: frozenset[int]
@@ -204,8 +263,8 @@ class Keeper:
         Returns the holds with their pidfds by role (the caller owns them), and why there may be
         holds that nobody can name ("": there are none)."""
         blind = ""
-        found: list[tuple[Hold, dict[str, int]]] = []
-        best: tuple[Shelf, shelf.Read] | None = None
+        counts: dict[int, tuple[Shelf, shelf.Read]] = {}
+        replaced: set[int] = set()
         for number in sorted(pairs):
             outlet, inlet = pairs[number]
             self._last_number = max(self._last_number, number)
@@ -218,32 +277,71 @@ class Keeper:
                 _close_pairs(read.slots)
             elif not read.complete:  # a spare, or one that was being filled: it never counted
                 _close_pairs(read.slots)
-                self.retired.append(old)
+                self._retire(old)
             else:
-                if best is not None:
-                    _close_pairs(best[1].slots)
-                    self.retired.append(best[0])
-                best = (old, read)
-        if best is not None:
-            self.shelf.close()
-            self.shelf, read = best
+                counts[number] = (old, read)
+                replaced.update(read.replaces)
+                self._last_number = max(self._last_number, *read.replaces, 0)
+        # There is more than one where a newer cprd, whose shelf could not be read meanwhile, comes
+        # back to what an older one has kept.
+        found: dict[int, tuple[Hold, dict[str, int]]] = {}
+        ended: list[Slot] = []
+        self.shelf.close()
+        self.shelf = self.new_spare()
+        for number, (old, read) in counts.items():
+            if number in replaced:
+                _close_pairs(read.slots)
+                self._retire(old)
+                continue
+            self.beside.append(old)
             self.outcomes.extend(read.outcomes)
             for fds in read.slots:
-                adopted = self._adopt_slot(*fds)
-                if isinstance(adopted, str):
-                    blind = blind or adopted
-                elif adopted is not None:
-                    found.append(adopted)
-        return found, blind
+                why = self._adopt_slot(fds, found, ended)
+                blind = blind or why
+        if self.beside:
+            self.shelf.close()
+            self.shelf = self.beside.pop()
+        else:
+            self.shelf.complete()
+        known = {outcome["nonce"] for outcome in self.outcomes}
+        self._remember(
+            [
+                {**answer, "generation": 0}
+                for dead in ended
+                for answer in dead.answers
+                if answer["nonce"] not in known
+            ]
+        )
+        for dead in ended:
+            self._drain(dead, 0)
+        if self.beside:
+            try:
+                self.compact()
+            except LimitExceeded as error:
+                log.event("shelf-not-compacted", level=log.WARNING, why=str(error))
+        return list(found.values()), blind
 
-    def _adopt_slot(self, outlet: int, inlet: int) -> tuple[Hold, dict[str, int]] | str | None:
-        """One slot, whose descriptors this owns now. None: it is a husk. A text: nobody can tell
-        whose it is."""
-        ends = [
-            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
-            for fd in (inlet, outlet)
-        ]
-        old = Slot(*ends)
+    def answers(self) -> list[Answered]:
+        """All that were given to requests some of which may be repeated; older first."""
+        every = [*self.outcomes]
+        for held in self.slots.values():
+            every += held.answers
+        every.sort(key=lambda answer: float(answer["at"]))
+        return every
+
+    def _adopt_slot(
+        self,
+        fds: tuple[int, int],
+        found: dict[int, tuple[Hold, dict[str, int]]],
+        ended: list[Slot],
+    ) -> str:
+        """One slot, (outlet, inlet), which this owns now, goes to `found` or to `ended`. Returns
+        why nobody can tell whose it is, as a rule ""."""
+        outlet, inlet = (
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd) for fd in fds
+        )
+        old = Slot(inlet, outlet)
+        pidfds: dict[str, int] = {}
         try:
             hold, pidfds = old.read()
         except Unreadable as error:
@@ -255,21 +353,30 @@ class Keeper:
                 reason=str(error),
                 created=self.clock(),
             )
-            pidfds = {}
         except ValueError as error:
             self.slots[-1 - len(self.slots)] = old  # stays on the shelf, come what may
             return f"a slot cannot be read: {error}"
         if hold is None:
-            self._drain(old, 0)
-            return None
+            ended.append(old)
+            return ""
         earlier = self.slots.get(hold.generation)
-        if earlier is not None:  # the daemon died while it wrote this slot anew
-            self._drain(earlier, hold.uid)
+        if earlier is not None:
+            _close_roles(found[hold.generation][1])
+            if os.path.sameopenfile(earlier.outlet.fileno(), outlet.fileno()):
+                earlier.close()  # the same slot, on two shelves
+            else:
+                self._drain(earlier, hold.uid)  # the daemon died while it wrote this slot anew
         self.slots[hold.generation] = old
-        return hold, pidfds
+        found[hold.generation] = hold, pidfds
+        return ""
 
 
 def _close_pairs(pairs: Iterable[tuple[int, int]]) -> None:
     for pair in pairs:
         for fd in pair:
             os.close(fd)
+
+
+def _close_roles(pidfds: Pidfds) -> None:
+    for fd in pidfds.values():
+        os.close(fd)

@@ -70,7 +70,6 @@ class Given:
         self.path = ""  # of the listener, when it is ours to remove at the end
         self.shelves: dict[int, dict[str, socket.socket]] = {}
         self.durable: set[int] = set()
-        self.canary = False
 
 
 OWN_LISTENER = "cprd-own-listener"
@@ -84,8 +83,9 @@ def _sort(named: list[tuple[str, int]]) -> Given:
         sock = _as_socket(fd)
         local = name.startswith(LOCAL)
         parts = name.removeprefix(LOCAL).split(".")
-        if name == systemd.CANARY:
-            given.canary = True
+        if name == systemd.CANARY:  # left by one that was killed; the store drops it later
+            if sock is not None:
+                sock.detach()
             os.close(fd)
         elif len(parts) == 3 and parts[0] == "shelf" and parts[1].isdigit() and sock is not None:
             ends = given.shelves.setdefault(int(parts[1]), {})
@@ -217,16 +217,14 @@ async def _serve(given: Given, settings: Config) -> Keeper | None:
     assert given.listener is not None
     closer = Closer()
     registry = Registry(settings.quota, first_generation=int(now() * 1e9))
-    keeper = Keeper(closer, now)
+    manager = _manager()
+    keeper = Keeper(closer, now, managed=manager is not None)
     daemon = Daemon(settings, keeper, closer, registry)
     daemon.adopt(*keeper.adopt(_pairs(given), frozenset(given.durable)))
-    manager = systemd.Manager.from_environment(os.environ)
     again = False
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             if manager is not None:
-                if given.canary:
-                    await systemd.adrive(manager.remove(systemd.CANARY))
                 store = Store(keeper, manager)
                 await store.settle()
                 nursery.start_soon(store.tend)
@@ -269,19 +267,28 @@ async def _serve(given: Given, settings: Config) -> Keeper | None:
 
 
 def _pairs(given: Given) -> dict[int, tuple[socket.socket, socket.socket]]:
-    """(outlet, inlet) of each shelf that came in. One without an inlet gets one that leads nowhere:
-    it can be read, and is written anew as soon as anything is to be written."""
+    """(outlet, inlet) of each shelf that came in. Where one end is missing, another takes its place
+    that leads nowhere: without an inlet it can be read, and is written anew as soon as anything is
+    to be written; without an outlet it is empty."""
     pairs = {}
     for number, ends in given.shelves.items():
-        if "out" not in ends:
-            log.event("half-a-shelf", level=log.ERROR, number=number)
-            continue
-        inlet = ends.get("in")
-        if inlet is None:
-            inlet, gone = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if len(ends) != 2:
+            log.event("half-a-shelf", level=log.WARNING, number=number, has=next(iter(ends)))
+            stray, gone = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             gone.close()
-        pairs[number] = (ends["out"], inlet)
+            ends.setdefault("out", stray)
+            ends.setdefault("in", stray)
+        pairs[number] = (ends["out"], ends["in"])
     return pairs
+
+
+def _manager() -> systemd.Manager | None:
+    """The service manager, if there is one that listens."""
+    try:
+        return systemd.Manager.from_environment(os.environ)
+    except CprdError as error:
+        log.event("no-manager", level=log.ERROR, why=str(error))
+        return None
 
 
 def _new_version_works() -> bool:

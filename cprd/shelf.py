@@ -6,8 +6,9 @@ appended to, and the kernel keeps it as long as anybody has the pair: this proce
 systemd's descriptor store across anything.
 
 It is written anew (`Keeper.compact`) by filling an empty spare shelf and ending that with a record
-"complete": a shelf without it never counted, so every moment of the change is safe. docs/bundle.md
-has the layout.
+"complete", which names the shelves that it replaces: a shelf without such a record never counted,
+and one that is replaced does not count any more, so every moment of the change is safe.
+docs/bundle.md has the layout.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from cprd.rights import SO_PEEK_OFF, close_all, receive, send
 MAGIC = b"CPRH"
 VERSION = 1
 PREFIX = struct.Struct("<4sHc")
-HEADER, SLOTS, OUTCOME, COMPLETE = b"h", b"s", b"o", b"c"
+HEADER, SLOTS, OUTCOMES, COMPLETE = b"h", b"s", b"o", b"c"
 SLOTS_A_RECORD = 100  # two descriptors each; the kernel's limit is 253
-MAX_RECORD = 4096
+OUTCOMES_A_RECORD = 20  # of about 100 bytes each
+MAX_RECORD = 16384
 WANTED_BUFFER = 4 << 20  # as much as wmem_max allows is what it gets
 BYTES_A_MESSAGE = 768  # what a message of up to 192 bytes counts in the send buffer (measured)
 PREFIX_OF_NAMES = "shelf."
@@ -85,15 +87,17 @@ class Shelf:
             self._append(SLOTS, {"n": len(part)}, [fd for pair in part for fd in pair])
             point("shelf:slots")
 
-    def add_outcome(self, outcome: dict[str, Any]) -> None:
-        """How a hold ended, for requests that are repeated. Raises ShelfFull."""
-        self._append(OUTCOME, outcome)
-        point("shelf:outcome")
+    def add_outcomes(self, outcomes: Sequence[dict[str, Any]]) -> None:
+        """What was answered for holds that ended, for requests that are repeated. Raises ShelfFull,
+        LimitExceeded."""
+        for start in range(0, len(outcomes), OUTCOMES_A_RECORD):
+            self._append(OUTCOMES, {"all": outcomes[start : start + OUTCOMES_A_RECORD]})
+            point("shelf:outcomes")
 
-    def complete(self) -> None:
-        """From here on it counts, and every shelf of a lower number does not."""
+    def complete(self, replaces: Sequence[int] = ()) -> None:
+        """From here on it counts, and the shelves of these numbers do not any more."""
         point("shelf:filled")
-        self._append(COMPLETE, {})
+        self._append(COMPLETE, {"replaces": list(replaces)})
         point("shelf:complete")
 
     def _append(self, kind: bytes, content: dict[str, Any], fds: Sequence[int] = ()) -> None:
@@ -114,13 +118,14 @@ class Shelf:
 class Read:
     """What lay on a shelf: slots as (outlet, inlet), which the reader owns."""
 
-    __slots__ = ("complete", "number", "outcomes", "slots", "unreadable")
+    __slots__ = ("complete", "number", "outcomes", "replaces", "slots", "unreadable")
 
     def __init__(self) -> None:
         self.number = 0
         self.slots: list[tuple[int, int]] = []
         self.outcomes: list[dict[str, Any]] = []
         self.complete = False
+        self.replaces: list[int] = []
         self.unreadable = ""  # why something on it cannot be read; it must stay as it is then
 
 
@@ -138,10 +143,11 @@ def read(outlet: socket.socket) -> tuple[Read, int]:
             if kind == SLOTS and len(fds) == 2 * content["n"]:
                 found.slots += zip(fds[::2], fds[1::2], strict=True)
                 fds.clear()
-            elif kind == OUTCOME:
-                found.outcomes.append(content)
+            elif kind == OUTCOMES:
+                found.outcomes += content["all"]
             elif kind == COMPLETE:
                 found.complete = True
+                found.replaces += content["replaces"]
             elif kind == HEADER:
                 found.number = content["number"]
             else:

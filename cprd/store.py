@@ -14,7 +14,7 @@ from cprd.errors import CprdError
 from cprd.keeper import Keeper
 from cprd.pause import point
 from cprd.shelf import Shelf
-from cprd.systemd import Manager, adrive
+from cprd.systemd import CANARY, Manager, adrive
 
 RETRY = 60.0  # s until a store that was full is tried again
 PATIENCE = 20.0  # s that the manager may take
@@ -24,7 +24,7 @@ class Store:
     def __init__(self, keeper: Keeper, manager: Manager) -> None:
         self.keeper = keeper
         self.manager = manager
-        self.refused = False
+        self._begun = False
         self._wanted = trio.Event()
         keeper.wants_spare = self.wake
 
@@ -44,24 +44,35 @@ class Store:
         keeper = self.keeper
         try:
             with trio.fail_after(PATIENCE):
+                if not self._begun:  # one may be left by a process that was killed
+                    await adrive(self.manager.remove(CANARY))
+                    self._begun = True
+                await self._remove_retired(durable=False)
                 if not keeper.shelf.durable and not await self._keep(keeper.shelf):
                     return False
-                await self._remove_retired()
-                if keeper.spare is None:
-                    spare = keeper.new_spare()
-                    if not await self._keep(spare):
-                        await self._remove(spare)
-                        spare.close()
-                        return False
-                    if keeper.spare is None and keeper.shelf.durable:
-                        keeper.spare = spare
-                    else:
-                        keeper.retired.append(spare)
-                        return False
+                await self._remove_retired(durable=True)
+                if keeper.spare is None and not await self._keep_spare():
+                    return False
+                if keeper.beside:
+                    keeper.compact()
         except (CprdError, trio.TooSlowError) as error:
             log.event("store-failed", level=log.ERROR, why=str(error) or "the manager is mute")
             return False
         return True
+
+    async def _keep_spare(self) -> bool:
+        keeper = self.keeper
+        spare = keeper.new_spare()
+        try:
+            if not await self._keep(spare):
+                return False
+            if keeper.spare is None and keeper.shelf.durable:
+                keeper.spare = spare
+                return True
+            return False
+        finally:
+            if keeper.spare is not spare:  # refused, not needed any more, or cancelled half-way
+                keeper.retired.append(spare)
 
     async def _keep(self, shelf: Shelf) -> bool:
         """Store a shelf; False when the manager has not taken all of it."""
@@ -71,8 +82,6 @@ class Store:
         taken = await adrive(self.manager.keep(entries))
         point("store:asked")
         shelf.durable = taken
-        if taken != (not self.refused):
-            self.refused = not taken
         if taken:
             log.event("stored", shelf=shelf.number)
         else:
@@ -84,9 +93,9 @@ class Store:
             )
         return taken
 
-    async def _remove_retired(self) -> None:
-        while self.keeper.retired:
-            shelf = self.keeper.retired[0]
+    async def _remove_retired(self, *, durable: bool) -> None:
+        """Those that the store has go only once the one that took over is stored."""
+        for shelf in [old for old in self.keeper.retired if durable or not old.durable]:
             await self._remove(shelf)
             self.keeper.retired.remove(shelf)
             shelf.close()

@@ -1,0 +1,562 @@
+"""The shelf and its slots: killed at each step of each change, full, torn in half, refused.
+
+Where a test kills, it does so in a forked child that has the shelves as systemd's store has them:
+this process keeps its own descriptors of them, and takes over what the child left.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import cprd
+from cprd import bundle, keeper, shelf, slot
+from cprd.closer import Closer
+from cprd.errors import LimitExceeded
+from cprd.holds import HELD, Hold, Peer, Registry, Step
+from cprd.keeper import Keeper
+from cprd.shelf import Shelf
+
+PEER = Peer(1000, 4242)
+NOW = 1000.0
+KILLED = 99
+Point = Callable[[str], None]
+
+
+class AtOnce(Closer):
+    """Drains where it is asked to, so that each step of it is a step of the sweep."""
+
+    def run(self, uid: int, release: Callable[[], object]) -> None:
+        release()
+
+
+class Desk:
+    """What the daemon does with a step, without the daemon."""
+
+    def __init__(self, kept: Keeper | None = None, first_generation: int = 1) -> None:
+        self.keeper = kept or Keeper(AtOnce(), lambda: NOW)
+        self.registry = Registry(first_generation=first_generation)
+        self.pipes: dict[int, int] = {}  # number of a state -> the writing end that is in it
+
+    def adopt(self, pairs: dict[int, tuple[socket.socket, socket.socket]]) -> str:
+        """As at the daemon's start; why there may be holds that nobody can name."""
+        found, blind = self.keeper.adopt(pairs, frozenset(pairs))
+        for over in self.registry.adopt(hold for hold, _ in found):
+            self.keeper.forget(over)
+        for given in self.keeper.answers():
+            self.registry.remember(given["uid"], given["nonce"], given["answer"], given["at"])
+        return blind
+
+    def perform(self, step: Step, number: int = 0) -> dict[str, Any]:
+        if not step.remembered:
+            packed = self.pack(number) if number else None
+            try:
+                self.keeper.write(step, packed.fd if packed else -1, {})
+            finally:
+                if packed is not None:
+                    packed.close()
+            self.registry.apply(step, NOW)
+            self.keeper.let_go([ended.hold for ended in step.ended])
+        return step.answer
+
+    def pack(self, number: int) -> bundle.Packed:
+        state = cprd.State()
+        state["number"] = number
+        if number in self.pipes:
+            state.save_fd("pipe", 0, self.pipes[number])
+        return bundle.pack(state)
+
+    def number(self, hold: Hold) -> int:
+        fd = self.keeper.bundle(hold.generation)
+        try:
+            state = bundle.unpack(fd)
+            try:
+                found: int = state["number"]
+                return found
+            finally:
+                state.close()
+        finally:
+            os.close(fd)
+
+    def snapshot(self) -> list[tuple[str, str, int]]:
+        """(name, phase, number of its state), older first."""
+        holds = sorted(self.registry, key=lambda hold: (hold.name, hold.generation))
+        return [(hold.name, hold.phase, self.number(hold)) for hold in holds]
+
+    def save(
+        self, name: str, number: int, nonce: int = 0, *, how: str = "replace", prepare: bool = False
+    ) -> dict[str, Any]:
+        step = self.registry.save(
+            NOW,
+            PEER,
+            (1000, name),
+            nonce=b"%016d" % nonce if nonce else os.urandom(16),
+            fds=0,
+            size=0,
+            if_exists=how,
+            token=TOKEN if prepare else b"",
+            prepare=prepare,
+        )
+        return self.perform(step, number)
+
+    def load(self, name: str, nonce: int = 0) -> dict[str, Any]:
+        return self.perform(
+            self.registry.load(
+                NOW,
+                PEER,
+                (1000, name),
+                token=TOKEN,
+                nonce=b"%016d" % nonce if nonce else os.urandom(16),
+                lease=30.0,
+            )
+        )
+
+    def drop(self, name: str, nonce: int = 0) -> dict[str, Any]:
+        nonce_bytes = b"%016d" % nonce if nonce else os.urandom(16)
+        step = self.registry.drop(NOW, PEER, (1000, name), force=True, nonce=nonce_bytes)
+        return self.perform(step)
+
+
+TOKEN = b"t" * 16
+
+
+class Op(NamedTuple):
+    verb: str
+    name: str = ""
+    number: int = 0
+
+
+SCRIPT = [
+    Op("save", "a", 1),
+    Op("save", "b", 2),
+    Op("prepare", "c", 3),
+    Op("commit", "c"),
+    Op("load", "a"),
+    Op("reject", "a"),
+    Op("load", "a"),  # its slot is written anew here: it has three records
+    Op("begin", "a"),
+    Op("confirm", "a"),
+    Op("save", "b", 4),
+    Op("load", "b"),
+    Op("confirm_next", "b", 5),
+    Op("prepare", "c", 6),
+    Op("commit", "c"),
+    Op("compact"),
+    Op("prepare", "d", 7),
+    Op("abort", "d"),
+    Op("load", "c"),
+    Op("begin", "c"),
+    Op("drop", "b"),
+    Op("release", "c"),
+    Op("drop", "c"),
+]
+
+
+def act(desk: Desk, index: int, generation: int) -> None:
+    """Do SCRIPT[index] at `desk`: to the hold of that generation, where it is about one."""
+    verb, name, number = SCRIPT[index]
+    nonce = b"%016d" % (index + 1)
+    key = (PEER.uid, name)
+    registry = desk.registry
+    if verb in ("save", "prepare"):
+        desk.save(name, number, index + 1, prepare=verb == "prepare")
+    elif verb == "compact":
+        desk.keeper.compact()
+    elif verb in ("commit", "abort"):
+        walk = registry.commit if verb == "commit" else registry.abort
+        desk.perform(walk(NOW, PEER, key, generation, TOKEN, nonce))
+    elif verb == "load":
+        desk.load(name, index + 1)
+    elif verb == "begin":
+        desk.perform(registry.begin(NOW, PEER, key, generation, TOKEN, nonce))
+    elif verb == "confirm":
+        desk.perform(registry.confirm(NOW, PEER, key, generation, TOKEN, nonce))
+    elif verb == "confirm_next":
+        step = registry.confirm_next(
+            *(NOW, PEER, key, generation, TOKEN, nonce), fds=0, size=0, ttl=None, after_exit=-1
+        )
+        desk.perform(step, number)
+    elif verb == "reject":
+        desk.perform(registry.reject(NOW, PEER, key, generation, TOKEN, nonce, "no"))
+    elif verb == "release":
+        desk.perform(registry.release(NOW, PEER, key, force=True, nonce=nonce))
+    else:
+        assert verb == "drop"
+        desk.drop(name, index + 1)
+
+
+def generation_of(desk: Desk, index: int) -> int:
+    records = desk.registry.of((PEER.uid, SCRIPT[index].name))
+    return records[-1].generation if records else 0
+
+
+def ends(shelves: list[Shelf]) -> dict[int, tuple[socket.socket, socket.socket]]:
+    return {one.number: (one.outlet, one.tx) for one in shelves}
+
+
+def stored(kept: Keeper) -> Keeper:
+    """With a shelf and a spare that count as stored."""
+    kept.shelf.durable = True
+    kept.spare = kept.new_spare()
+    kept.spare.durable = True
+    return kept
+
+
+@pytest.fixture
+def few_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "MAX_RECORDS", 3)
+
+
+def arm(at: int) -> None:
+    """End this process without a word at the `at`-th point from now on."""
+    left = at
+
+    def point(name: str) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            os._exit(KILLED)
+
+    for module in (keeper, shelf, slot):
+        module.point = point  # type: ignore[attr-defined]
+
+
+def has_ended(pipe: int) -> bool:
+    """Whether nobody has the writing end any more."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_killed_at_any_step_of_any_change_all_that_was_answered_is_there(
+    few_records: None,
+) -> None:
+    desk = Desk(stored(Keeper(AtOnce(), lambda: NOW, managed=True)))
+    generations, snapshots = [], [desk.snapshot()]
+    for index in range(len(SCRIPT)):
+        generations.append(generation_of(desk, index))
+        act(desk, index, generations[-1])
+        snapshots.append(desk.snapshot())
+    close(desk)
+
+    at = 0
+    status = KILLED
+    steps = set()
+    while status == KILLED:
+        at += 1
+        status, done = killed_at(at, generations, snapshots)
+        steps.add(done)
+    assert status == 0
+    assert done == len(SCRIPT)
+    assert at > 2 * len(SCRIPT)
+    assert steps == set(range(len(SCRIPT) + 1))  # killed within each of them
+
+
+def close(desk: Desk) -> None:
+    for one in desk.keeper.slots.values():
+        one.close()
+    for other in desk.keeper.shelves():
+        other.close()
+
+
+def killed_at(at: int, generations: list[int], snapshots: list[Any]) -> tuple[int, int]:
+    """The script in a child that is killed at its `at`-th point. How it ended, and how many of its
+    changes were answered."""
+    before = Desk(stored(Keeper(AtOnce(), lambda: NOW, managed=True)))
+    pipes = {op.number: os.pipe() for op in SCRIPT if op.number}
+    answered, answers = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            for number, (_, writing) in pipes.items():
+                before.pipes[number] = writing
+            arm(at)
+            for index in range(len(SCRIPT)):
+                act(before, index, generations[index])
+                os.write(answers, b".")
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+    os.close(answers)
+    for _, writing in pipes.values():
+        os.close(writing)
+    with open(answered, "rb") as file:
+        done = len(file.read())
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    after = Desk(first_generation=1_000_000)
+    assert not after.adopt(ends(before.keeper.shelves()))
+    found = after.snapshot()
+    where = f"killed at point {at}, after {done} answers"
+    assert found in snapshots[done : done + 2], where
+    there = {number for _, _, number in found}
+    assert {n for n, (reading, _) in pipes.items() if not has_ended(reading)} == there, where
+
+    # What was answered, and what was not, is asked for again: it is done once.
+    if done < len(SCRIPT):
+        expected = found == snapshots[done + 1]
+        act(after, done, generations[done])
+        assert after.snapshot() == snapshots[done + 1], (where, expected)
+    close(after)
+    for reading, _ in pipes.values():
+        os.close(reading)
+    return status, done
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_each_answer_is_given_again_after_a_restart(few_records: None) -> None:
+    """Also where the hold has gone on since, or is gone."""
+    for last in range(len(SCRIPT)):
+        desk = Desk(stored(Keeper(AtOnce(), lambda: NOW, managed=True)))
+        generations = []
+        for index in range(last + 1):
+            generations.append(generation_of(desk, index))
+            act(desk, index, generations[-1])
+        before = desk.snapshot()
+        again = Desk(first_generation=1_000_000)
+        left = ends(desk.keeper.shelves())
+        for one in desk.keeper.slots.values():
+            one.close()
+        again.adopt(left)
+        since = [
+            index
+            for index in range(max(0, last - 3), last + 1)
+            if SCRIPT[index].verb in ("save", "commit", "abort", "confirm", "confirm_next")
+            or (SCRIPT[index].verb in ("reject", "drop", "release") and index == last)
+        ]
+        for index in since:
+            act(again, index, generations[index])
+            assert again.snapshot() == before, (SCRIPT[last], SCRIPT[index])
+        close(again)
+
+
+@pytest.fixture
+def small_shelves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "WANTED_BUFFER", 8192)
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    one = Desk()
+    yield one
+    close(one)
+
+
+@pytest.mark.usefixtures("nothing_leaks", "small_shelves")
+def test_a_shelf_of_husks_is_written_anew_without_them(desk: Desk) -> None:
+    first = desk.keeper.shelf.number
+    room = desk.keeper.shelf.room
+    desk.save("stays", 1)
+    for _ in range(5 * room):
+        desk.save("goes", 2)
+        desk.drop("goes")
+    assert desk.keeper.shelf.number > first + 3
+    assert desk.keeper.shelf.messages <= room
+    assert desk.snapshot() == [("stays", HELD, 1)]
+    assert len(desk.keeper.outcomes) > room
+
+
+@pytest.mark.usefixtures("nothing_leaks", "small_shelves")
+def test_more_holds_than_a_shelf_has_room_for_are_refused_and_the_rest_stays(desk: Desk) -> None:
+    kept = 0
+    try:
+        while kept < 100_000:
+            desk.save(f"n{kept}", kept + 1)
+            kept += 1
+    except LimitExceeded as error:
+        refusal = str(error)
+    assert "wmem_max" in refusal
+    assert kept > 500
+    assert len(desk.snapshot()) == kept
+    desk.drop("n0")
+    left = Desk(first_generation=10**6)
+    pairs = ends(desk.keeper.shelves())
+    copies = {number: (out.dup(), tx.dup()) for number, (out, tx) in pairs.items()}
+    left.adopt(copies)
+    assert left.snapshot() == desk.snapshot()
+    close(left)
+
+
+@pytest.mark.usefixtures("nothing_leaks", "small_shelves", "few_records")
+def test_no_stored_slot_is_replaced_while_the_store_is_full() -> None:
+    """The new slot would lie on a shelf that only this process has."""
+    kept = Keeper(AtOnce(), lambda: NOW, managed=True)
+    kept.shelf.durable = True
+    desk = Desk(kept)
+    desk.save("precious", 1)
+    while kept.kept == "store":  # until it has to be written anew, with no spare to be had
+        desk.save("other", 2)
+        desk.drop("other")
+    assert [old.durable for old in kept.retired] == [True]
+    for _ in range(10):
+        desk.load("precious")
+        top = desk.registry.top((1000, "precious"))
+        step = desk.registry.reject(
+            *(NOW, PEER, top.key, top.generation, TOKEN, os.urandom(16), "no")
+        )
+        desk.perform(step)
+    survivor = kept.retired[0]
+    again = Desk()
+    again.adopt({survivor.number: (survivor.outlet.dup(), survivor.tx.dup())})
+    assert ("precious", HELD, 1) in again.snapshot()
+    assert again.registry.top((1000, "precious")).attempts == 10
+    close(again)
+    close(desk)
+
+
+@pytest.mark.usefixtures("nothing_leaks", "few_records")
+def test_two_slots_of_one_generation_count_once() -> None:
+    """Killed between writing a slot anew and ending the old one: neither is taken for the other's
+    predecessor."""
+    desk = Desk()
+    desk.save("a", 1)
+    hold = desk.registry.top((1000, "a"))
+    fd = desk.keeper.bundle(hold.generation)
+    twin = slot.Slot.create(hold, fd, {})
+    desk.keeper.shelf.add_slots([slot.fileno_pair(twin)])
+    twin.close()
+    os.close(fd)
+    for one in desk.keeper.slots.values():
+        one.close()
+    again = Desk()
+    again.adopt(ends(desk.keeper.shelves()))
+    assert again.snapshot() == [("a", HELD, 1)]
+    assert len(again.registry) == 1
+    close(again)
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_a_shelf_without_its_inlet_is_read_and_left_for_another(desk: Desk) -> None:
+    desk.save("a", 1)
+    stray, gone = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    gone.close()
+    again = Desk()
+    number = desk.keeper.shelf.number
+    again.adopt({number: (desk.keeper.shelf.outlet.dup(), stray)})
+    assert again.snapshot() == [("a", HELD, 1)]
+    again.save("b", 2)
+    assert again.keeper.shelf.number > number
+    third = Desk()
+    third.adopt({again.keeper.shelf.number: _copies(again)})
+    assert third.snapshot() == [("a", HELD, 1), ("b", HELD, 2)]
+    close(third)
+    close(again)
+
+
+def _copies(desk: Desk) -> tuple[socket.socket, socket.socket]:
+    return desk.keeper.shelf.outlet.dup(), desk.keeper.shelf.tx.dup()
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_old_answers_are_not_kept_for_ever() -> None:
+    clock = NOW
+    desk = Desk(Keeper(AtOnce(), lambda: clock))
+    desk.save("a", 1)
+    desk.drop("a")
+    clock += 2 * keeper.OUTCOMES_FOR
+    desk.keeper.compact()
+    again = Desk()
+    again.adopt(ends(desk.keeper.shelves()))
+    assert not again.keeper.answers()
+    close(again)
+
+
+def as_another_user(work: Callable[[], None], uid: int, limit: int) -> str:
+    """Run `work` as `uid` without capabilities, with a hard RLIMIT_NOFILE of `limit`; what it
+    raised, or ""."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            work()
+            os._exit(0)
+        except BaseException as error:
+            os.write(writing, repr(error).encode())
+            os._exit(1)
+    os.close(writing)
+    with open(reading) as file:
+        said = file.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_too_many_descriptors_in_flight_are_refused_and_nothing_changes() -> None:
+    """cprd's own limit, not its clients': the error says which, and what is held stays whole."""
+
+    def work() -> None:
+        desk = Desk()
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        others = [socket.socketpair() for _ in range(3)]
+        null = os.open("/dev/null", os.O_RDONLY)
+        desk.save("a", 1)
+        for number, (one, _) in enumerate(others):
+            try:
+                while True:
+                    socket.send_fds(one, [b"x"], [null] * (40 - 13 * number))
+            except OSError:
+                continue
+        try:
+            for number in range(soft):
+                desk.save(f"n{number}", 2)
+            raise AssertionError("no limit was met")
+        except LimitExceeded as error:
+            refusal = str(error)
+        assert "ETOOMANYREFS" in refusal
+        assert desk.snapshot()[0] == ("a", HELD, 1)
+        for one, other in others:
+            one.close()
+            other.close()
+        desk.save("b", 3)
+        assert ("b", HELD, 3) in desk.snapshot()
+        desk.keeper.compact()
+
+    assert as_another_user(work, 61_234, 200) == ""
+
+
+def test_what_cannot_be_written_for_want_of_descriptors_leaves_no_descriptor(
+    tmp_path: Path,
+) -> None:
+    """EMFILE at each of the descriptors that a save needs here."""
+    desk = Desk()
+    desk.save("a", 1)
+    packed = desk.pack(2)
+    step = desk.registry.save(
+        NOW, PEER, (1000, "b"), nonce=os.urandom(16), fds=0, size=0, if_exists="error"
+    )
+    before = len(os.listdir("/proc/self/fd"))
+    highest = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1
+    taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(highest - before + 1)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1, limits[1]))
+        while True:
+            try:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError:
+                break
+        with pytest.raises(LimitExceeded, match="LimitNOFILE"):
+            desk.keeper.write(step, packed.fd, {})
+        os.close(taken.pop())
+        with pytest.raises(LimitExceeded, match="LimitNOFILE"):
+            desk.keeper.write(step, packed.fd, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in taken:
+            os.close(fd)
+    assert len(os.listdir("/proc/self/fd")) == before
+    desk.keeper.write(step, packed.fd, {})
+    packed.close()
+    close(desk)
