@@ -89,14 +89,24 @@ class Load:
             client.stream.socket.close()
 
 
+class Sent:
+    """A number, and when its last byte was sent."""
+
+    __slots__ = ("at", "number")
+
+    def __init__(self, at: float, number: int) -> None:
+        self.at = at
+        self.number = number
+
+
 class Client:
-    """One connection. `pending`: when each number was sent whose answer is still to come."""
+    """One connection. `pending`: the numbers whose answers are still to come."""
 
     def __init__(self, load: Load, stream: trio.SocketStream, seed: int) -> None:
         self.load = load
         self.stream = stream
         self.random = random.Random(seed)
-        self.pending: deque[tuple[float, int]] = deque()
+        self.pending: deque[Sent] = deque()
         self.count = 0
         self.total = 0
         self.sending = False
@@ -123,13 +133,15 @@ class Client:
         many = self.random.choice((1, 2, 3))  # two on average: hence a burst every two periods
         numbers = [self.random.randrange(1, 10**6) for _ in range(many)]
         data = b"".join(b"%d\n" % number for number in numbers)
-        now = self.load.clock()
-        self.pending.extend((now, number) for number in numbers)
+        sent = [Sent(self.load.clock(), number) for number in numbers]
+        self.pending.extend(sent)
         if self.random.random() < 0.25:
             cut = self.random.randrange(1, len(data))
             await self.stream.send_all(data[:cut])
             await trio.sleep(self.random.uniform(0, 0.3))
             data = data[cut:]
+            for one in sent:
+                one.at = self.load.clock()  # nobody could have answered before
         await self.stream.send_all(data)
 
     async def receive(self) -> None:
@@ -148,11 +160,11 @@ class Client:
         if not self.pending:
             self.load.wrong += 1
             return
-        sent, number = self.pending.popleft()
+        sent = self.pending.popleft()
         self.count += 1
-        self.total += number
+        self.total += sent.number
         if line == b"%d %d" % (self.count, self.total):
-            self.load.answered(sent)
+            self.load.answered(sent.at)
         else:
             self.load.wrong += 1
 
