@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from .machine import CHECKOUT, Machine
+from .machine import Machine
+from .ours import UNITS, install
 
-UNITS = CHECKOUT / "systemd"
-SERVED = ["cprd.socket", "cprd.service", "vm@.service", "chat@.service"]
 UNKNOWN_TO_252 = "Unknown key 'FileDescriptorStorePreserve'"
 
 NEEDS = """
@@ -61,20 +60,6 @@ inet = socket.create_server(("127.0.0.1", 0))
 socket.send_fds(own, [b"here"], [os.eventfd(0), inet.fileno(), os.memfd_create("x")])
 print(own.recv(9))
 """
-
-
-def install(machine: Machine) -> None:
-    """As a package would: units, users, directories."""
-    for name in SERVED:
-        machine.unit(name, reload=False)
-    (machine.root / "etc/cprd/vm").mkdir(parents=True)
-    (machine.root / "etc/cprd/vm/test.conf").write_text("QEMU_ARGS=-m 1G\n")
-    users = (UNITS / "cprd.sysusers").read_text()
-    with_examples = machine.root / "run/boot/sysusers.conf"
-    with_examples.write_text(re.sub(r"^#(?=[um] )", "", users, flags=re.MULTILINE))
-    machine.run("systemd-sysusers", "/run/boot/sysusers.conf")
-    machine.run("systemd-tmpfiles", "--create", UNITS / "cprd.tmpfiles")
-    machine.systemctl("daemon-reload")
 
 
 def test_systemd_finds_nothing_wrong(systemd: Machine) -> None:

@@ -1,0 +1,106 @@
+"""The daemon in the unit that we ship, as the user that we ship it for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from .machine import Machine
+from .ours import install
+
+SAVE = """
+import os, socket, sys, cprd
+with cprd.connect() as daemon:
+    state = cprd.State()
+    state.save_fd("event", 0, os.eventfd(7))
+    state.save_fd("listener", 0, socket.create_server(("127.0.0.1", 0)))
+    state["words"] = {"tally": 42}
+    print(daemon.save(sys.argv[1], state, require="store").kept)
+"""
+LOAD = """
+import os, sys, cprd
+with cprd.connect() as daemon:
+    with daemon.load(sys.argv[1], wait=20) as claim:
+        state = claim.state
+        value = os.eventfd_read(state.find_fd("event", 0))
+        print(value, state["words"], len(list(state.fds())))
+"""
+
+
+@pytest.fixture
+def machine(systemd: Machine) -> Machine:
+    """With cprd installed and started."""
+    install(systemd)
+    (systemd.root / "run/boot/save.py").write_text(SAVE)
+    (systemd.root / "run/boot/load.py").write_text(LOAD)
+    systemd.systemctl("start", "cprd.socket", "cprd.service")
+    return systemd
+
+
+def save(machine: Machine, name: str, user: str | None = None) -> None:
+    assert machine.run("test-python", "/run/boot/save.py", name, user=user) == "store\n"
+
+
+def load(machine: Machine, name: str, user: str | None = None) -> str:
+    return machine.run("test-python", "/run/boot/load.py", name, user=user).strip()
+
+
+def names(machine: Machine) -> dict[str, str]:
+    rows = json.loads(machine.run("cprctl", "list", "--json"))
+    return {row["name"]: row["phase"] for row in rows}
+
+
+WHOLE = "7 {'tally': 42} 2"
+
+
+def test_holds_of_several_users_survive_kill_9_restart_and_reload(machine: Machine) -> None:
+    save(machine, "web")
+    save(machine, "web", user="daemon")
+    os.kill(machine.main_pid("cprd.service"), signal.SIGKILL)
+    save(machine, "second")  # waits for the next cprd, without an error
+    machine.systemctl("restart", "cprd.service")
+    pid = machine.main_pid("cprd.service")
+    machine.systemctl("reload", "cprd.service")
+    assert machine.main_pid("cprd.service") == pid
+    machine.systemctl("daemon-reexec")
+    assert load(machine, "web", user="daemon") == WHOLE
+    assert load(machine, "web") == WHOLE
+    assert load(machine, "second") == WHOLE
+    machine.systemctl("restart", "cprd.service")
+    assert names(machine) == {}
+
+
+def test_stopped_and_started_the_holds_are_there_from_254_on(machine: Machine) -> None:
+    save(machine, "web")
+    machine.systemctl("stop", "cprd.socket", "cprd.service")
+    machine.systemctl("start", "cprd.socket", "cprd.service")
+    assert names(machine) == ({"web": "held"} if machine.version >= 254 else {})
+
+
+def test_a_reload_with_a_broken_configuration_leaves_the_old_one_running(
+    machine: Machine, tmp_path: Path
+) -> None:
+    save(machine, "web")
+    machine.run("sh", "-c", "echo 'nonsense = 1' > /etc/cprd/broken.toml")
+    machine.unit(
+        "cprd.service.d/broken.conf",
+        "[Service]\nExecReload=\nExecReload=cprd --check --config /etc/cprd/broken.toml\n"
+        "ExecReload=kill -HUP $MAINPID\n",
+    )
+    pid = machine.main_pid("cprd.service")
+    status, _ = machine.attempt("systemctl", "reload", "cprd.service")
+    assert status != 0
+    assert "nonsense" in machine.journal("cprd.service")
+    assert machine.main_pid("cprd.service") == pid
+    assert load(machine, "web") == WHOLE
+
+
+def test_without_a_store_the_daemon_says_memory(systemd: Machine) -> None:
+    install(systemd)
+    systemd.unit("cprd.service.d/none.conf", "[Service]\nFileDescriptorStoreMax=0\n")
+    systemd.systemctl("start", "cprd.socket", "cprd.service")
+    assert json.loads(systemd.run("cprctl", "status", "--json"))["kept"] == "memory"
