@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 import msgpack
 
-from cprd.errors import Damaged, InvalidInput, LimitExceeded
+from cprd.errors import Busy, Damaged, InvalidInput, LimitExceeded
 from cprd.pause import point
 from cprd.rights import SCM_MAX_FD, SO_PEEK_OFF, close_all, hard_limit, receive, send
 from cprd.state import (
@@ -43,6 +43,7 @@ LEAF, NODE = 1, 2
 MAX_DEPTH = 3  # 253 ** 3 is 16 million: more than any table of descriptors
 INLINE = 16 * 1024  # a section above this gets a memfd of its own
 MAX_MANIFEST = 256 << 20
+_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 HEADER = struct.Struct("<4sHBBIIQQ")
 """magic, version, kind (LEAF: what it carries is the state's; NODE: sockets), depth (0 = leaf),
 descriptors in this message, descriptors in all below it (manifest and sections included), bytes of
@@ -50,18 +51,23 @@ sections in all (root only), number among its siblings."""
 
 
 class Header:
-    """The header of one node. Errors of the layout raise Damaged."""
+    """The header of one node. Errors of the layout raise Damaged; another version raises Busy: that
+    is whole, for a program that can read it."""
 
     __slots__ = ("depth", "here", "index", "kind", "size", "total")
 
     def __init__(self, data: bytes) -> None:
+        version = int.from_bytes(data[4:6], "little")
+        if data[:4] == MAGIC and version != VERSION:
+            raise Busy(
+                f"a bundle of version {version}; this cprd reads version {VERSION}: upgrade the"
+                " program that wants to read it"
+            )
         if len(data) != HEADER.size or data[:4] != MAGIC:
             raise Damaged("not a bundle: what is queued does not begin with its header")
-        _, version, self.kind, self.depth, self.here, self.total, self.size, self.index = (
-            HEADER.unpack(data)
+        _, _, self.kind, self.depth, self.here, self.total, self.size, self.index = HEADER.unpack(
+            data
         )
-        if version != VERSION:
-            raise Damaged(f"a bundle of version {version}; this cprd reads version {VERSION}")
         leaf = self.kind == LEAF and self.depth == 0 and self.total == self.here
         node = self.kind == NODE and 0 < self.depth < MAX_DEPTH and self.total >= self.here
         if not (leaf or node) or not 0 < self.here <= SCM_MAX_FD:
@@ -331,8 +337,7 @@ def _peek_header(sock: socket.socket) -> Header:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
         for attempt in (1, 2):
             try:
-                flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
-                return Header(sock.recv(HEADER.size + 1, flags))
+                return Header(sock.recv(HEADER.size + 1, _PEEK))
             except ConnectionResetError:
                 if attempt == 2:  # once is usual: its sender left something unread
                     raise
@@ -412,11 +417,10 @@ def _peek(fd: int, depth: int, index: int, carried: array[int]) -> None:
 
 
 def _receive(sock: socket.socket) -> tuple[bytes, array[int], int]:
-    flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
     try:
-        return receive(sock, HEADER.size + 1, flags)
+        return receive(sock, HEADER.size + 1, _PEEK)
     except ConnectionResetError:  # said once when its sender left something unread
-        return receive(sock, HEADER.size + 1, flags)
+        return receive(sock, HEADER.size + 1, _PEEK)
 
 
 def _room_for(root: Header) -> None:

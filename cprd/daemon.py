@@ -74,7 +74,8 @@ class Daemon:
         self.watch = peers.Watch()
         self.pidfds: dict[int, dict[str, int]] = {}  # by generation and role; owned here
         self._waiters: dict[Key, deque[Waiter]] = {}
-        self._deadline_moved = trio.Event()
+        self._deadline_moved = trio.Event()  # to before `_sleeps_until`
+        self._sleeps_until = 0.0
         self._overflow_uid = peers.overflow_uid()
         self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         soft = raise_nofile()
@@ -280,11 +281,14 @@ class Daemon:
     async def _serve_request(self, connection: Connection) -> bool:
         """One request and its answer; False at the end of the connection."""
         verb = "?"
-        busy = connection.claims or connection.prepared
+        request: Request | None = None
         try:
-            with trio.move_on_after(float("inf") if busy else wire.IDLE) as idle:
+            if connection.claims or connection.prepared:
                 request = await connection.receive(wire.read_request)
-            if idle.cancelled_caught or request is None:
+            else:
+                with trio.move_on_after(wire.IDLE):
+                    request = await connection.receive(wire.read_request)
+            if request is None:
                 return False
         except ProtocolError as error:
             await self._refuse(connection, verb, error)
@@ -391,7 +395,9 @@ class Daemon:
                 )
             if old is not None and hold.phase == HELD and old.phase in (CLAIMED, IN_DOUBT):
                 self._look_for_damage(hold)
-        self._deadline_moved.set()
+        at = self.registry.next_deadline()
+        if at is not None and at < self._sleeps_until:
+            self._deadline_moved.set()
         for key in {hold.key for hold in (*step.put, *(ended.hold for ended in step.ended))}:
             self._serve_waiters(key)
 
@@ -471,9 +477,11 @@ class Daemon:
             while (step := self.registry.expire(now())) is not None:
                 self._observe(step)
             at = self.registry.next_deadline()
-            self._deadline_moved = trio.Event()
+            start = now()
             # Once a minute at least: the boot clock also counts while the machine sleeps.
-            with trio.move_on_after(60.0 if at is None else min(60.0, max(0.0, at - now()))):
+            self._sleeps_until = start + 60.0 if at is None else min(at, start + 60.0)
+            self._deadline_moved = trio.Event()
+            with trio.move_on_after(max(0.0, self._sleeps_until - start)):
                 await self._deadline_moved.wait()
 
     # Verbs: saving

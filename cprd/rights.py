@@ -19,17 +19,21 @@ from cprd.errors import LimitExceeded
 SCM_MAX_FD = 253
 SO_PEEK_OFF = 42  # asm-generic/socket.h; the socket module does not name it
 _SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
+# As plain integers: the enum's operators cost as much as a system call.
+_NOSIGNAL, _CLOEXEC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
+_DONTWAIT = int(socket.MSG_DONTWAIT)
+_RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
 
 
 def send(
-    sock: socket.socket, payload: bytes, fds: Sequence[int] = (), flags: int = socket.MSG_DONTWAIT
+    sock: socket.socket, payload: bytes, fds: Sequence[int] = (), flags: int = _DONTWAIT
 ) -> None:
     """Send one message with at most 253 descriptors, which stay the caller's.
 
     With too many in flight the soft RLIMIT_NOFILE is raised to the hard one for the moment of
     sending and put back. Raises LimitExceeded (it says what to raise) or OSError."""
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-    flags |= socket.MSG_NOSIGNAL
+    ancillary = [(*_RIGHTS, array("i", fds))] if fds else []
+    flags = int(flags) | _NOSIGNAL
     try:
         sock.sendmsg([payload], ancillary, flags)
     except OSError as error:
@@ -82,10 +86,10 @@ def receive(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, arra
 
     The caller owns the descriptors (close-on-exec is set), also when the flags say that some are
     missing (MSG_CTRUNC) or that the payload was cut (MSG_TRUNC): that must be looked at."""
-    data, ancillary, seen, _ = sock.recvmsg(size, _SPACE, flags | socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, seen, _ = sock.recvmsg(size, _SPACE, int(flags) | _CLOEXEC)
     fds: array[int] = array("i")
     for level, kind, raw in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+        if (level, kind) == _RIGHTS:
             fds.frombytes(raw[: len(raw) - len(raw) % 4])
     return data, fds, seen
 
