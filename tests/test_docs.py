@@ -58,15 +58,16 @@ def test_the_server_of_the_readme_keeps_its_clients(daemon: DaemonProcess, tmp_p
     script.write_text(code.replace("7000", str(port)))
     env = {**daemon.env, "CPRD_SOCKET": daemon.path}
 
-    def reachable() -> socket.socket | None:
-        with contextlib.suppress(OSError):
-            return socket.create_connection(("127.0.0.1", port), timeout=20)
-        return None
-
     clients: list[socket.socket] = []
+
+    def reached() -> bool:
+        with contextlib.suppress(OSError):
+            clients.append(socket.create_connection(("127.0.0.1", port), timeout=20))
+        return bool(clients)
+
     server = subprocess.Popen([sys.executable, str(script)], env=env)
     try:
-        until(lambda: clients or clients.extend(filter(None, [reachable()])), lambda: "no server")
+        until(reached, lambda: "no server")
         clients.append(socket.create_connection(("127.0.0.1", port), timeout=20))
         for count in range(1, 4):
             for number, client in enumerate(clients):
