@@ -106,15 +106,19 @@ class _Connection:
 
     def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
         give_up = 0.0
+        began = time.monotonic()
         while True:
+            tried = time.monotonic()
             try:
                 if self._sock is None:
                     self._open()
-                return self._exchange(call)
+                return self._exchange(call.after(tried - began))
             except (link.Lost, Unavailable) as error:
                 # The daemon restarts, or its idle deadline passed. Every request that changes
                 # something has a nonce, so saying it twice does it once.
                 now = time.monotonic()
+                if now - tried > link.SERVED:  # it was there in between
+                    give_up = 0.0
                 give_up = give_up or now + link.RETRY_FOR
                 if now >= give_up:
                     why = error if isinstance(error, Unavailable) else "the connection is lost"

@@ -16,6 +16,7 @@ from cprd.verbs import Answer, Call
 
 RETRY_FOR = 15.0  # s that a lost daemon is waited for (it may be restarting)
 RETRY_EVERY = 0.05
+SERVED = 1.0  # s after which a connection that is lost had not been refused
 
 _TIMEVAL = struct.Struct("ll")
 

@@ -14,7 +14,7 @@ import msgpack
 
 from cprd.bundle import unpack
 from cprd.describe import describe
-from cprd.errors import Damaged
+from cprd.errors import Busy
 from cprd.state import InlineSection, MemfdSection, State, _Decoded
 
 SMALL = 4096  # bytes of a section whose value is shown
@@ -30,7 +30,7 @@ def describe_bundle(row: dict[str, Any], bundle: int) -> dict[str, Any]:
         return row
     try:
         state = unpack(bundle)
-    except Damaged as error:
+    except Busy as error:  # damaged, or of another version
         os.close(bundle)
         row["reason"] = row["reason"] or str(error)
         return row

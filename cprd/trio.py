@@ -158,18 +158,20 @@ class _Connection:
             verb.close()
 
     async def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
-        give_up = trio.current_time() + link.RETRY_FOR
-        lost = False
+        give_up = 0.0
+        began = trio.current_time()
         while True:
+            tried = trio.current_time()
             try:
                 if self._sock is None:
                     await self._open()
-                return await self._exchange(call)
+                return await self._exchange(call.after(tried - began))
             except (link.Lost, Unavailable) as error:
-                if not lost:
-                    give_up = trio.current_time() + link.RETRY_FOR
-                lost = True
-                if trio.current_time() >= give_up:
+                now = trio.current_time()
+                if now - tried > link.SERVED:  # it was there in between
+                    give_up = 0.0
+                give_up = give_up or now + link.RETRY_FOR
+                if now >= give_up:
                     why = error if isinstance(error, Unavailable) else "the connection is lost"
                     raise Unavailable(f"no answer: {why}") from None
                 await trio.sleep(link.RETRY_EVERY if self._sock is None else 0.0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cprd import wire
 from cprd.bundle import Packed, pack, unpack
-from cprd.errors import Damaged, InvalidInput, LimitExceeded, ProtocolError
+from cprd.errors import Busy, Damaged, InvalidInput, LimitExceeded, ProtocolError
 from cprd.pause import point
 from cprd.state import State
 
@@ -27,14 +27,23 @@ class Call:
     """One request. `fds` are borrowed until the answer is there; `wait` is how long the daemon may
     take for it beyond the usual."""
 
-    __slots__ = ("data", "fds", "wait")
+    __slots__ = ("_message", "data", "fds", "wait")
 
     def __init__(self, message: dict[str, Any], fds: Sequence[int] = (), wait: float = 0.0) -> None:
         self.data = wire.encode(message)
         self.fds = fds
         self.wait = wait
+        self._message = message
         if len(self.data) > wire.MAX_REQUEST:
             raise InvalidInput(f"{message['verb']}: its arguments exceed {wire.MAX_REQUEST} bytes")
+
+    def after(self, seconds: float) -> Call:
+        """The same request, to be said again after so long: it waits no longer than was asked."""
+        if not self.wait:
+            return self
+        left = max(0.0, self.wait - seconds)
+        field = "timeout" if self._message["verb"] == "wait" else "wait"
+        return Call({**self._message, field: left}, self.fds, left)
 
 
 class Answer:
@@ -209,7 +218,7 @@ def load(name: str, wait: float, lease: float, generation: int | None) -> Verb[L
                 why += f"; pid {fields['last_claimant']} had claimed it last"
             yield from _give_back(ticket, why, damaged=True)
             raise Damaged(f"{name!r} is damaged and will not be served again: {why}") from None
-        except LimitExceeded as error:
+        except (LimitExceeded, Busy) as error:  # whole, but not for us: another may read it
             yield from _give_back(ticket, str(error), damaged=False)
             raise
         point("load:unpacked")
