@@ -13,6 +13,10 @@ import select
 import signal
 import socket
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _KEPT = 4096  # bytes of what was said, for the reason of a reject
 _DISARM = b"d"
@@ -27,14 +31,21 @@ class Guard:
         self.pid = pid
 
     @classmethod
-    def fork(cls, said: int, pidfd: int, onward: int = 2) -> Guard:
+    def fork(
+        cls,
+        said: int,
+        pidfd: int,
+        onward: int = 2,
+        after_kill: Callable[[], None] = lambda: None,
+    ) -> Guard:
         """Start it, as a child. `said`: the pipe to read, which becomes the guard's (closed here);
-        `pidfd`: of the QEMU, borrowed; `onward`: where QEMU's words go once the guest runs."""
+        `pidfd`: of the QEMU, borrowed; `onward`: where QEMU's words go once the guest runs;
+        `after_kill`: done by the guard once it has ended the QEMU for a helper that died."""
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
             try:
-                _be_guard(theirs, said, pidfd, onward)
+                _be_guard(theirs, said, pidfd, onward, after_kill)
             finally:
                 os._exit(0)
         theirs.close()
@@ -63,7 +74,9 @@ class Guard:
         self._control.close()
 
 
-def _be_guard(control: socket.socket, said: int, pidfd: int, onward: int) -> None:
+def _be_guard(
+    control: socket.socket, said: int, pidfd: int, onward: int, after_kill: Callable[[], None]
+) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)  # QEMU has something to say when it is ended, too
     _close_others((0, 1, 2, control.fileno(), said, pidfd, onward))
@@ -93,6 +106,10 @@ def _be_guard(control: socket.socket, said: int, pidfd: int, onward: int) -> Non
             elif not word:
                 with suppress(OSError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                ended = select.poll()
+                ended.register(pidfd, select.POLLIN)
+                ended.poll(10_000)
+                after_kill()
             return
 
 
@@ -118,6 +135,7 @@ def _write(data: bytes) -> None:
 def _close_others(kept: tuple[int, ...]) -> None:
     last = -1
     for fd in sorted(set(kept)):
-        os.closerange(last + 1, fd)
+        if last + 1 < fd:  # closerange(0, 0) closes everything on a Linux with close_range(2)
+            os.closerange(last + 1, fd)
         last = fd
     os.closerange(last + 1, os.sysconf("SC_OPEN_MAX"))

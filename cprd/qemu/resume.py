@@ -7,12 +7,12 @@ import sys
 from typing import TYPE_CHECKING
 
 import cprd
-from cprd.errors import Busy, CprdError, NotHeld
+from cprd.errors import Busy, CprdError, Damaged, NotHeld
 from cprd.pause import point
 from cprd.qemu import launch
 from cprd.qemu.failure import Failed, InDoubt, MonitorLost, MonitorRefused, Refused
 from cprd.qemu.guard import Guard
-from cprd.qemu.hold import LIVE, Held
+from cprd.qemu.hold import LIVE, Held, Origin
 from cprd.qemu.private import PrivatePlace
 from cprd.qemu.process import Process, readable
 from cprd.qemu.replay import Replayer
@@ -96,7 +96,12 @@ async def claim_it(daemon: cprd.Daemon, name: str, *, force: bool) -> cprd.Claim
     if force:
         daemon.release(name, force=True)
     try:
-        return daemon.load(name, lease=LEASE)
+        claim = daemon.load(name, lease=LEASE)
+        if not _still_there(claim):
+            return claim
+        claim.reject("the QEMU that it was saved from has not ended yet")
+        claim.close()
+        raise Busy("a QEMU that an upgrade left has not ended yet")
     except Busy:
         settled = await settle(daemon, name)
         if settled.runs is not None:
@@ -107,6 +112,20 @@ async def claim_it(daemon: cprd.Daemon, name: str, *, force: bool) -> cprd.Claim
         if settled.said:
             print(f"cprctl: {name}: {settled.said}", file=sys.stderr)
         return daemon.load(name, wait=2.0, lease=LEASE)
+
+
+def _still_there(claim: cprd.Claim) -> bool:
+    """Whether a QEMU of a killed upgrade lives: its hold is served before the old one has ended."""
+    try:
+        origin = Origin.read(claim.state["qemu"])
+    except (KeyError, Damaged):
+        return False  # said later
+    for record in (origin.old, origin.new):
+        process = Process.find(record)
+        if process is not None:
+            process.close()
+            return True
+    return False
 
 
 async def _give(

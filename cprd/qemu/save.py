@@ -26,7 +26,7 @@ from cprd.qemu.hold import Origin, pack
 from cprd.qemu.private import PrivatePlace
 from cprd.qemu.qmp import Monitor, socket_path
 from cprd.qemu.record import Recorder, Settings, describe
-from cprd.qemu.settle import end, look, owned_name, settle
+from cprd.qemu.settle import end, end_predecessor, look, owned_name, settle
 
 if TYPE_CHECKING:
     from cprd import Daemon, Prepared
@@ -87,6 +87,7 @@ async def make_room(
             return name, None
         acting = process is not None and row.get("acting") == process.pid
         if acting and await monitor.status() != "postmigrate":
+            await end_predecessor(origin)
             return name, None  # it runs what is held there: cprd lets its own save replace that
         same = origin is not None and process is not None and origin.old == process.record()
         status = await monitor.status()

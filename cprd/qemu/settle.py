@@ -185,3 +185,13 @@ async def _end_successor(origin: Origin) -> None:
             )
     finally:
         new.close()
+
+
+async def end_predecessor(origin: Origin | None) -> None:
+    """The QEMU that an upgrade had taken the guest from, when its helper died before it could quit
+    it: it had completed, or the new one would not run. Killed, it leaves the sockets' paths alone."""
+    old = Process.find(origin.old) if origin is not None else None
+    if old is not None:
+        old.kill()
+        await old.wait(QUIT)
+        old.close()

@@ -11,8 +11,8 @@ The order, and no other (docs/qemu.md says what each line is there for):
     new: SHUT(0), it has loaded
     SHUT(0) to old, old says completed                    from here on old cannot resume by itself
     commit, claim, begin                                  a kill before begin: `start` finishes it
-    cont, new runs, confirm                               a kill: in doubt, until new is saved
-    old quits
+    cont, new runs                                        a kill: in doubt, until new is saved
+    old quits, confirm
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class _Move:
         point("qemu-upgrade:forked")
         assert self.new is not None
         stderr = onward(self.old_process, 2)
-        self.guard = Guard.fork(self.plumbing.said, self.new.pidfd, stderr)
+        self.guard = Guard.fork(self.plumbing.said, self.new.pidfd, stderr, self.shared.give_back)
         os.close(stderr)
         self.plumbing.said = -1
         launch.say(
@@ -272,8 +272,6 @@ class _Move:
                 claim.reject(str(failure))
                 raise await self._roll_back(failure, settings) from None
         point("qemu-upgrade:running")
-        await confirm(claim)
-        point("qemu-upgrade:confirmed")
         pause = await self._pause()
         try:
             succeed(self.new.pid, "The guest goes on in a new QEMU.")
@@ -283,6 +281,9 @@ class _Move:
         await end(self.old, self.old_process)
         self.shared.after_quit()
         point("qemu-upgrade:ended")
+        # Last, so that as long as the old QEMU is left, something held says whose it is.
+        await confirm(claim)
+        point("qemu-upgrade:confirmed")
         return Upgraded(self.new.pid, self.status, pause)
 
     async def _pause(self) -> float | None:

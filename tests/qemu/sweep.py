@@ -1,0 +1,51 @@
+"""Stopping cprctl at each of its points in turn, and killing it there.
+
+`points` learns them all from a run that nobody disturbs. `killed_at` starts a command that stops itself
+at one of them and kills what stopped there, be it the command itself or a helper that it forked: this
+process is their subreaper, so that it sees them stop.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+PATIENCE = 30.0
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def points(log: Path) -> list[str]:
+    """NAME, or NAME#K where a name comes more than once, in order."""
+    seen: Counter[str] = Counter()
+    found = []
+    for name in log.read_text().split():
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return found
+
+
+def kill_where_it_stops(process: subprocess.Popen[bytes]) -> int:
+    """Wait until `process` or one of its orphans stops itself; SIGKILL. The pid that was killed."""
+    end = time.monotonic() + PATIENCE
+    over = False
+    while time.monotonic() < end and not over:
+        over = process.poll() not in (None, 0)
+        stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG)
+        if stopped is not None and stopped.si_status == signal.SIGSTOP:
+            os.kill(stopped.si_pid, signal.SIGKILL)
+            if stopped.si_pid != process.pid:
+                os.waitid(os.P_PID, stopped.si_pid, os.WEXITED)
+            else:
+                process.wait(PATIENCE)
+            return stopped.si_pid
+        time.sleep(0.002)
+    raise AssertionError(f"nothing stopped; the command is {process.poll()}")

@@ -1,0 +1,125 @@
+"""cprctl killed at every step of save, start and upgrade: the guest goes on, once, whatever happens.
+
+After each kill the state is one of these, and what an operator does next must lead on: the guest runs in
+a QEMU (then nothing that is held may be started), or it is held, or it is in doubt and says why.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.sweep import adopt_orphans, kill_where_it_stops, points
+
+
+@pytest.fixture(autouse=True)
+def _subreaper() -> None:
+    adopt_orphans()
+
+
+def rows(vm: Machine) -> list[dict[str, Any]]:
+    return list(json.loads(vm.cprctl("list", "--json").stdout))
+
+
+def popen(vm: Machine, *words: str, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    with open(vm.err, "ab") as err:
+        return subprocess.Popen(
+            vm.argv(*words), env={**vm.env, **env}, stdin=subprocess.DEVNULL, stdout=err, stderr=err
+        )
+
+
+def counts(vm: Machine) -> bool:
+    """Whether the guest counts on within 0.3 s."""
+    before = vm.ticks()
+    end = 30
+    import time
+
+    while end and vm.ticks() < before + 5:
+        time.sleep(0.01)
+        end -= 1
+    return vm.ticks() >= before + 5
+
+
+def one_qemu(vm: Machine, where: str) -> None:
+    vm.until(lambda: len(vm.alive()) <= 1, f"one QEMU ({where}), there are {vm.alive()}")
+
+
+def go_on(vm: Machine, where: str) -> None:
+    """From whatever a kill has left to a running guest, as an operator would; nothing twice."""
+    if counts(vm):
+        vm.goes_on(5)
+        held = rows(vm)
+        if held:  # a guest that runs: its older state must not be started beside it
+            again = vm.start()
+            assert again.wait(PATIENCE) == 4, f"{where}: {vm.said()[-500:]}"
+            vm.goes_on(5)
+            saved = vm.save()
+            assert saved.returncode == 0, f"{where}: {saved.stderr}"
+            vm.start()
+    else:
+        held = rows(vm)
+        assert len(held) == 1, f"{where}: the guest stands, and there is {held}"
+        process = vm.start()
+        vm.until(lambda: process.poll() is not None or counts(vm), f"an answer of start ({where})")
+        if process.poll() is not None:
+            assert process.poll() == 4, f"{where}: {process.poll()} {vm.said()[-800:]}"
+            assert rows(vm)[0]["phase"] == "in-doubt", where
+            assert "in doubt" in rows(vm)[0]["reason"], where
+            for pid in vm.alive():  # what the message tells the operator to do
+                import os
+                import signal
+
+                os.kill(pid, signal.SIGKILL)
+            vm.until(lambda: not vm.alive(), "the end of QEMU")
+            vm.start("--force")
+    vm.goes_on(5)
+    one_qemu(vm, where)
+    assert rows(vm) == [], where
+
+
+def test_save_is_killed_at_every_step(vm: Machine, tmp_path: Path) -> None:
+    log = tmp_path / "points"
+    assert vm.save(env={"CPRD_PAUSE_LOG": str(log)}).returncode == 0
+    vm.start()
+    vm.goes_on(5)
+    steps = points(log)
+    assert len(steps) >= 12, steps
+    for step in steps:
+        words = ("qemu", "save", vm.name, "--qmp", vm.qmp)
+        kill_where_it_stops(popen(vm, *words, env={"CPRD_PAUSE": step}))
+        go_on(vm, f"save killed at {step}")
+
+
+def test_start_is_killed_at_every_step(vm: Machine, tmp_path: Path) -> None:
+    log = tmp_path / "points"
+    assert vm.save().returncode == 0
+    vm.start(env={"CPRD_PAUSE_LOG": str(log)})
+    vm.goes_on(5)
+    steps = points(log)
+    assert len(steps) >= 18, steps
+    for step in steps:
+        assert vm.save().returncode == 0
+        process = vm.start(env={"CPRD_PAUSE": step})
+        kill_where_it_stops(process)
+        go_on(vm, f"start killed at {step}")
+
+
+def test_upgrade_is_killed_at_every_step(vm: Machine, tmp_path: Path) -> None:
+    log = tmp_path / "points"
+    done = vm.upgrade(vm.qmp, vm.command, env={"CPRD_PAUSE_LOG": str(log)})
+    assert done.returncode == 0, done.stderr
+    vm.goes_on(5)
+    steps = points(log)
+    assert len(steps) >= 24, steps
+    for step in steps:
+        words = ("qemu", "upgrade", vm.name, "--qmp", vm.qmp, "--", *vm.command)
+        try:
+            kill_where_it_stops(popen(vm, *words, env={"CPRD_PAUSE": step}))
+        except AssertionError as error:
+            raise AssertionError(f"{step}: {error}: {vm.said()}") from None
+        go_on(vm, f"upgrade killed at {step}")
