@@ -77,17 +77,22 @@ class Header:
 class Packed:
     """A packed state. `fd` is owned by whoever holds this object until close()."""
 
-    __slots__ = ("fd", "fds", "size")
+    __slots__ = ("_made", "fd", "fds", "size")
 
-    def __init__(self, fd: int, fds: int, size: int) -> None:
+    def __init__(self, fd: int, fds: int, size: int, made: list[int]) -> None:
         self.fd = fd
         self.fds = fds  # descriptors under keys
         self.size = size  # bytes of all sections
+        self._made = made  # what else was made, of no use any more
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        """Close everything that packing made: not before the bundle has been handed over, for each
+        of these closes makes the kernel look for garbage among its sockets."""
+        made, self._made = self._made, []
+        if self.fd >= 0:
+            made.append(self.fd)
+            self.fd = -1
+        close_all(made)
 
 
 def pack(state: State, forbidden: Sequence[int] = ()) -> Packed:
@@ -117,81 +122,78 @@ def _pack_explained(state: State) -> Packed:
 
 def _pack(state: State) -> Packed:
     names, ids, fds = state._as_columns()
-    numbers = state._as_numbers()
-    made: list[int] = []
+    parking = _Parking(state._as_numbers())
     try:
         manifest, sections, size = _manifest(state, names, ids)
-        made.append(manifest)
-        made += [fd for fd, temporary in sections if temporary]
+        parking.made.append(manifest)
+        parking.made += [fd for fd, temporary in sections if temporary]
         carried = array("i", (manifest, *(fd for fd, _ in sections))) + fds
         point("pack:manifest")
-        _check_new(made, numbers)
-        root = _park(carried, size, numbers)
+        root = parking.tree(carried, size)
         point("pack:parked")
-        return Packed(root, len(fds), size)
-    finally:
-        close_all(made)
+    except BaseException:
+        close_all(parking.made)
+        raise
+    return Packed(root, len(fds), size, parking.made)
 
 
-def _check_new(fds: Sequence[int], numbers: set[int]) -> None:
-    """A descriptor that was just made cannot have the number of one that is to be saved, unless
-    that one was closed since: a file of our own would travel in its place."""
-    if not numbers.isdisjoint(fds):
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+class _Parking:
+    """Puts descriptors into sockets. `made` has all that was opened for it and must be closed."""
 
+    def __init__(self, numbers: set[int]) -> None:
+        self.made: list[int] = []
+        self.numbers = numbers  # of what is to be saved
 
-def _park(carried: array[int], size: int, numbers: set[int]) -> int:
-    """One socket that carries all of `carried`; the caller owns it, and still owns `carried`."""
-    count = len(carried)
-    if count <= SCM_MAX_FD:
-        return _socket_with(LEAF, 0, carried, count, size, 0, numbers)
-    # Whole leaves first, then nodes above them until one is enough.
-    level = array("i")
-    totals: list[int] = []
-    depth = 1
-    try:
+    def tree(self, carried: Sequence[int], size: int) -> int:
+        """One socket (not in `made`) that carries all of `carried`, which stays the caller's."""
+        self.check_new()
+        count = len(carried)
+        if count <= SCM_MAX_FD:
+            return self.socket_with(LEAF, 0, carried, count, size, 0)
+        # Whole leaves first, then nodes above them until one is enough.
+        level: list[int] = []
+        totals: list[int] = []
         for index, start in enumerate(range(0, count, SCM_MAX_FD)):
             part = carried[start : start + SCM_MAX_FD]
-            level.append(_socket_with(LEAF, 0, part, len(part), 0, index, numbers))
+            level.append(self.socket_with(LEAF, 0, part, len(part), 0, index))
+            self.made.append(level[-1])
             totals.append(len(part))
-        while True:
-            if depth >= MAX_DEPTH:
-                raise LimitExceeded(f"{count} descriptors do not fit in one bundle")
+        for depth in range(1, MAX_DEPTH):
             if len(level) <= SCM_MAX_FD:
-                return _socket_with(NODE, depth, level, sum(totals), size, 0, numbers)
-            above = array("i")
+                return self.socket_with(NODE, depth, level, sum(totals), size, 0)
+            above: list[int] = []
             above_totals: list[int] = []
-            try:
-                for index, start in enumerate(range(0, len(level), SCM_MAX_FD)):
-                    total = sum(totals[start : start + SCM_MAX_FD])
-                    part = level[start : start + SCM_MAX_FD]
-                    above.append(_socket_with(NODE, depth, part, total, 0, index, numbers))
-                    above_totals.append(total)
-            finally:
-                close_all(level)
-                level, totals = above, above_totals
-            depth += 1
-    finally:
-        close_all(level)
+            for index, start in enumerate(range(0, len(level), SCM_MAX_FD)):
+                part = level[start : start + SCM_MAX_FD]
+                above_totals.append(sum(totals[start : start + SCM_MAX_FD]))
+                above.append(self.socket_with(NODE, depth, part, above_totals[-1], 0, index))
+                self.made.append(above[-1])
+            level, totals = above, above_totals
+        raise LimitExceeded(f"{count} descriptors do not fit in one bundle")
 
+    def socket_with(
+        self, kind: int, depth: int, fds: Sequence[int], total: int, size: int, index: int
+    ) -> int:
+        """A socket (not in `made`) whose queue holds one message with `fds`, which stay the
+        caller's."""
+        inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.made += (inlet.fileno(), outlet.fileno())
+        try:
+            self.check_new(2)
+            header = HEADER.pack(MAGIC, VERSION, kind, depth, len(fds), total, size, index)
+            send(inlet, header, fds)
+            point("pack:sent")
+        finally:
+            inlet.detach()
+            outlet_fd = outlet.detach()
+        self.made.pop()
+        return outlet_fd
 
-def _socket_with(
-    kind: int,
-    depth: int,
-    fds: Sequence[int],
-    total: int,
-    size: int,
-    index: int,
-    numbers: set[int],
-) -> int:
-    """A socket whose queue holds one message; the caller owns it, and still owns `fds`."""
-    inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with inlet, outlet:
-        _check_new((inlet.fileno(), outlet.fileno()), numbers)
-        header = HEADER.pack(MAGIC, VERSION, kind, depth, len(fds), total, size, index)
-        send(inlet, header, fds)
-        point("pack:sent")
-        return outlet.detach()
+    def check_new(self, last: int = 0) -> None:
+        """What was just made cannot have the number of a descriptor that is to be saved, unless
+        that one was closed since: a file of our own would travel in its place."""
+        if not self.numbers.isdisjoint(self.made[-last:]):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 def _manifest(state: State, names: str, ids: array[int]) -> tuple[int, list[tuple[int, bool]], int]:
@@ -274,13 +276,19 @@ def _explain(error: OSError, state: State) -> Exception:
     if error.errno == errno.EINVAL:
         for name, id, fd in state.fds():
             try:
-                os.close(_socket_with(LEAF, 0, [fd], 1, 0, 0, set()))
+                _try_one(fd)
             except OSError:
                 return InvalidInput(
                     f"fd {fd} of ({name!r}, {id}) cannot be passed to another process (the kernel"
                     " refuses some kinds, io_uring for one)"
                 )
     return LimitExceeded(f"cannot park the descriptors: {error.strerror}")
+
+
+def _try_one(fd: int) -> None:
+    inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with inlet, outlet:
+        send(inlet, b"x", [fd])
 
 
 def check(fd: int, *, seal: bool) -> Header:
