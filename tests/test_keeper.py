@@ -457,6 +457,45 @@ def _copies(desk: Desk) -> tuple[socket.socket, socket.socket]:
 
 
 @pytest.mark.usefixtures("nothing_leaks")
+def test_two_shelves_of_which_none_replaces_the_other_become_one() -> None:
+    """A newer cprd comes back to its own, and to that of the older one which could not read it."""
+    desks = []
+    for number, name in ((3, "a"), (6, "b")):
+        one = Desk(first_generation=number)
+        one.keeper._last_number = number - 1
+        one.keeper.compact()
+        one.save(name, number)
+        assert one.keeper.shelf.number == number
+        for lying in one.keeper.slots.values():
+            lying.close()
+        desks.append(one)
+    both = Desk()
+    both.adopt(ends([one.keeper.shelf for one in desks]))
+    assert both.snapshot() == [("a", HELD, 3), ("b", HELD, 6)]
+    assert both.keeper.shelf.number > 6
+    last = Desk()
+    last.adopt({both.keeper.shelf.number: _copies(both)})
+    assert last.snapshot() == both.snapshot()
+    close(both)
+    close(last)
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_a_slot_on_two_shelves_is_one(desk: Desk) -> None:
+    """Killed between the new shelf's completion and the old one's end, with what is in between
+    lost: each of them leads to the same slots."""
+    desk.save("a", 1)
+    first = desk.keeper.shelf.number, _copies(desk)
+    twin = Shelf.create(first[0] + 5)
+    twin.add_slots([slot.fileno_pair(one) for one in desk.keeper.slots.values()])
+    twin.complete()
+    again = Desk()
+    again.adopt({first[0]: first[1], twin.number: (twin.outlet, twin.tx)})
+    assert again.snapshot() == [("a", HELD, 1)]
+    close(again)
+
+
+@pytest.mark.usefixtures("nothing_leaks")
 def test_old_answers_are_not_kept_for_ever() -> None:
     clock = NOW
     desk = Desk(Keeper(AtOnce(), lambda: clock))
