@@ -302,7 +302,7 @@ def bind(root: Path, source: str, target: str) -> None:
 
 def link_units(root: Path, options: argparse.Namespace) -> None:
     units = root / UNITS
-    wanted = ["systemd-journald.service", *(BUS if options.bus else [])]
+    wanted = ["systemd-journald.service", "multi-user.target", *(BUS if options.bus else [])]
     for name in [*STOCK, *(BUS if options.bus else [])]:
         stock = f"/usr/lib/systemd/system/{name}"
         if (root / stock.lstrip("/")).exists():

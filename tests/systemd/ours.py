@@ -11,9 +11,13 @@ SERVED = ["cprd.socket", "cprd.service", "vm@.service", "chat@.service"]
 
 
 def install(machine: Machine) -> None:
-    """As a package would: units, users, directories."""
+    """As a package would: units, enabled; users, directories. Nothing is started."""
     for name in SERVED:
         machine.unit(name, reload=False)
+    for target, name in (("sockets", "cprd.socket"), ("multi-user", "cprd.service")):
+        wants = machine.units / f"{target}.target.wants"  # what `systemctl enable` makes
+        wants.mkdir(exist_ok=True)
+        (wants / name).symlink_to(f"../{name}")
     (machine.root / "etc/cprd/vm").mkdir(parents=True)
     (machine.root / "etc/cprd/vm/test.conf").write_text("QEMU_ARGS=-m 1G\n")
     users = (UNITS / "cprd.sysusers").read_text()

@@ -104,3 +104,18 @@ def test_without_a_store_the_daemon_says_memory(systemd: Machine) -> None:
     systemd.unit("cprd.service.d/none.conf", "[Service]\nFileDescriptorStoreMax=0\n")
     systemd.systemctl("start", "cprd.socket", "cprd.service")
     assert json.loads(systemd.run("cprctl", "status", "--json"))["kept"] == "memory"
+
+
+@pytest.mark.parametrize("program", ["/run/boot/missing", "false"])
+def test_a_version_that_does_not_start_loses_nothing_while_it_is_tried(
+    machine: Machine, program: str
+) -> None:
+    save(machine, "web")
+    broken = machine.unit(
+        "cprd.service.d/broken.conf", f"[Service]\nExecStart=\nExecStart={program}\n"
+    )
+    machine.attempt("systemctl", "restart", "cprd.service")
+    machine.await_journal("restart counter is at 8", "cprd.service")
+    broken.unlink()
+    machine.systemctl("daemon-reload")
+    assert load(machine, "web") == WHOLE
