@@ -51,11 +51,12 @@ def now() -> float:
 class Waiter:
     """A load (or wait) that waits for its turn. First come, first served."""
 
-    __slots__ = ("done", "result", "take")
+    __slots__ = ("done", "result", "scope", "take")
 
     def __init__(self, take: Callable[[], Step | Hold]) -> None:
         self.take = take
-        self.done = trio.Event()
+        self.done = False
+        self.scope = trio.CancelScope()  # of the wait, which its turn ends
         self.result: Step | Hold | CprdError | None = None
 
 
@@ -675,25 +676,18 @@ class Daemon:
         queue = self._waiters.setdefault(key, deque())
         queue.append(waiter)
         gone = ""
-
-        async def watch_connection(scope: trio.CancelScope) -> None:
-            nonlocal gone
-            gone = await connection.hung_up()
-            scope.cancel()
-
         try:
-            with trio.move_on_after(seconds):
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(watch_connection, nursery.cancel_scope)
-                    self._serve_waiters(key)
-                    await waiter.done.wait()
-                    nursery.cancel_scope.cancel()
+            waiter.scope.deadline = trio.current_time() + seconds
+            with waiter.scope:
+                self._serve_waiters(key)
+                if not waiter.done:
+                    gone = await connection.hung_up()
         finally:
             if waiter in queue:
                 queue.remove(waiter)
             if not queue and self._waiters.get(key) is queue:
                 del self._waiters[key]
-        if gone == "gone" and not waiter.done.is_set():
+        if gone == "gone" and not waiter.done:
             raise BrokenPipeError("the client has gone")
         if gone == "early":
             raise ProtocolError("a request came before the answer to the one before")
@@ -717,7 +711,8 @@ class Daemon:
                 waiter.result = error
             except OSError as error:  # theirs alone, not of whoever made this step
                 waiter.result = _no_descriptor(error)
-            waiter.done.set()
+            waiter.done = True
+            waiter.scope.cancel()
 
     async def wait(self, connection: Connection, request: Request) -> None:
         """Until a load would get it; nothing is claimed."""
