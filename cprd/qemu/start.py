@@ -57,6 +57,8 @@ def start(
                 )
             else:
                 code = 0
+        except Exception as error:
+            say(plumbing.talk, fail=f"{name}: {type(error).__name__}: {error}", status=1)
         finally:
             os._exit(code)
     plumbing.keep_qemus()
