@@ -45,9 +45,11 @@ class Desk:
         self.registry = Registry(first_generation=first_generation)
         self.pipes: dict[int, int] = {}  # number of a state -> the writing end that is in it
 
-    def adopt(self, pairs: dict[int, tuple[socket.socket, socket.socket]]) -> str:
+    def adopt(
+        self, pairs: dict[int, tuple[socket.socket, socket.socket]], *, stored: bool = True
+    ) -> str:
         """As at the daemon's start; why there may be holds that nobody can name."""
-        found, blind = self.keeper.adopt(pairs, frozenset(pairs))
+        found, blind = self.keeper.adopt(pairs, frozenset(pairs if stored else ()))
         for over in self.registry.adopt(hold for hold, _ in found):
             self.keeper.forget(over)
         for given in self.keeper.answers():
@@ -470,7 +472,7 @@ def test_two_shelves_of_which_none_replaces_the_other_become_one() -> None:
             lying.close()
         desks.append(one)
     both = Desk()
-    both.adopt(ends([one.keeper.shelf for one in desks]))
+    both.adopt(ends([one.keeper.shelf for one in desks]), stored=False)
     assert both.snapshot() == [("a", HELD, 3), ("b", HELD, 6)]
     assert both.keeper.shelf.number > 6
     last = Desk()
