@@ -11,7 +11,6 @@ hit,
 from __future__ import annotations
 
 import os
-import signal
 
 _where = os.environ.get("CPRD_PAUSE", "")
 _log = os.environ.get("CPRD_PAUSE_LOG", "")
@@ -33,4 +32,6 @@ def point(name: str) -> None:
         return
     _hits[wanted] = _hits.get(wanted, 0) + 1
     if _hits[wanted] == int(number or 1):
+        import signal
+
         os.kill(os.getpid(), signal.SIGSTOP)

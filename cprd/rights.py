@@ -6,13 +6,12 @@ sending *uid* and the soft RLIMIT_NOFILE of the sending process (ETOOMANYREFS).
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import socket
-import threading
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 from cprd.errors import LimitExceeded
 
@@ -59,26 +58,35 @@ def _send_with_hard_limit(
             ) from None
 
 
-_raised = threading.RLock()
+_raised = _thread.RLock()
 
 
-@contextmanager
-def hard_limit() -> Iterator[tuple[int, int]]:
+class hard_limit:
     """A block with the soft RLIMIT_NOFILE at the hard one, and as before after it: for parking,
     not for longer (select() and programs that are started trust in a low one). Gives both as they
     were. One thread at a time, so that none takes another's raised limit for its own."""
-    import resource
 
-    with _raised:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft == hard:
-            yield soft, hard
-            return
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    def __enter__(self) -> tuple[int, int]:
+        import resource
+
+        _raised.acquire()
         try:
-            yield soft, hard
+            self._before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft != hard:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except BaseException:
+            _raised.release()
+            raise
+        return self._before
+
+    def __exit__(self, *exc: object) -> None:
+        import resource
+
+        try:
+            if self._before[0] != self._before[1]:
+                resource.setrlimit(resource.RLIMIT_NOFILE, self._before)
         finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            _raised.release()
 
 
 def receive(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, array[int], int]:

@@ -1,0 +1,67 @@
+"""What the benchmarks share: a private cprd, pairs of measurements, and the verdict on a figure."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@contextlib.contextmanager
+def private_cprd() -> Iterator[tuple[str, int]]:
+    """A cprd of our own: (path of its socket, pid)."""
+    with tempfile.TemporaryDirectory(prefix="cprd-bench.") as place:
+        path = os.path.join(place, "cprd.sock")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("CPRD_", "LISTEN_"))}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cprd.main", "--socket", path],
+            stderr=subprocess.PIPE,
+            env={**kept, "PYTHONPATH": ROOT},
+        )
+        try:
+            assert process.stderr is not None
+            if not process.stderr.readline().startswith(b"ready"):
+                raise SystemExit("cprd did not start")
+            # Its log goes to somebody who reads it, as a service's does.
+            reader = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
+            process.stderr.close()
+            yield path, process.pid
+        finally:
+            process.terminate()
+            process.wait()
+        reader.wait()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process with all its threads, ended ones too: what clock_getcpuclockid(3)
+    names."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def pairs(
+    count: int, ours: Callable[[], float], yardstick: Callable[[], float]
+) -> list[tuple[float, float]]:
+    """`count` measurements of each, by turns: whatever disturbs the machine disturbs both."""
+    for _ in range(3):  # to warm up
+        ours()
+        yardstick()
+    return [(ours(), yardstick()) for _ in range(count)]
+
+
+def median(measured: list[tuple[float, float]], which: int) -> float:
+    return statistics.median(pair[which] for pair in measured)
+
+
+def verdict(what: str, value: float, bound: float, unit: str, detail: str) -> bool:
+    """Print one figure; whether it is within its bound."""
+    good = value <= bound
+    print(f"{what}: {value:.2f}{unit} (at most {bound:g}{unit}){'' if good else '  MISSED'}")
+    print(f"    {detail}", flush=True)
+    return good
