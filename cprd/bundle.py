@@ -57,8 +57,10 @@ class Header:
     __slots__ = ("depth", "here", "index", "kind", "size", "total")
 
     def __init__(self, data: bytes) -> None:
+        if not data:
+            raise Damaged("not a whole bundle: nothing is queued in a part of it")
         version = int.from_bytes(data[4:6], "little")
-        if data[:4] == MAGIC and version != VERSION:
+        if data[:4] == MAGIC and len(data) >= 6 and version != VERSION:
             raise Busy(
                 f"a bundle of version {version}; this cprd reads version {VERSION}: upgrade the"
                 " program that wants to read it"
@@ -350,7 +352,7 @@ def _peek_header(sock: socket.socket) -> Header:
                 if attempt == 2:  # once is usual: its sender left something unread
                     raise
     except BlockingIOError:
-        raise Damaged("not a bundle: nothing is queued in it") from None
+        raise Damaged("not a whole bundle: nothing is queued in it") from None
     except OSError as error:
         raise Damaged(f"not a bundle: {error.strerror}") from None
     raise AssertionError

@@ -604,7 +604,7 @@ class Registry:
             last_reject=why[:1024],
             reason="",
             claimant=0,
-            last_claimant=hold.claimant,
+            last_claimant=hold.claimant or hold.last_claimant,  # gone while in doubt
             token=b"",
             lease=0.0,
             deadline=0.0,
