@@ -138,37 +138,51 @@ class Keeper:
             except ShelfFull:
                 raise LimitExceeded(FULL) from None
 
+    @property
+    def _may_replace(self) -> bool:
+        """Whether a new slot would be as safe as an old one: not when the shelf that counts is not
+        stored, and an older one is."""
+        older = (*self.retired, *self.beside)
+        return self.shelf.durable or not any(one.durable for one in older)
+
     def _rewrite(self, old: Slot, hold: Hold, roles: Pidfds, answers: Sequence[Answered]) -> None:
         """A new record in the slot; a slot that is full of them is replaced by a fresh one."""
-        stored = any(other.durable for other in (*self.retired, *self.beside))
-        may_replace = self.shelf.durable or not stored
         try:
-            if old.records >= MAX_RECORDS and may_replace:
+            if old.records >= MAX_RECORDS and self._may_replace:
                 raise SlotFull
             old.append(hold, roles, answers)
         except SlotFull:
-            if not may_replace:  # the shelf that is stored leads to this slot, and to no other
-                old.grow()
-                try:
-                    old.append(hold, roles, answers)
-                except SlotFull:
-                    raise LimitExceeded(
-                        f"the record of {hold.name!r} is full, and the manager's store has no room"
-                        " for a new one: raise FileDescriptorStoreMax= of cprd.service"
-                    ) from None
+            if self._may_replace and self._replace(old, hold, roles, answers):
                 return
-            bundle = old.bundle()
             try:
-                fresh = Slot.create(hold, bundle, roles, (*old.answers, *answers))
-            finally:
-                os.close(bundle)
-            self._add(hold, fresh)
-            point("keeper:replaced")
-            try:
-                old.mark_dead(hold)
-            except LimitExceeded as error:  # the later one of two counts
-                log.event("end-not-written", level=log.WARNING, why=str(error))
-            self._drain(old, hold.uid)
+                old.grow()
+                old.append(hold, roles, answers)
+            except SlotFull:
+                raise LimitExceeded(
+                    f"the record of {hold.name!r} is full, and the manager's store has no room for"
+                    " a new one: raise FileDescriptorStoreMax= of cprd.service"
+                ) from None
+
+    def _replace(self, old: Slot, hold: Hold, roles: Pidfds, answers: Sequence[Answered]) -> bool:
+        """A fresh slot instead of a full one. False, with nothing changed, when the shelf had to be
+        written anew for it, and could not be to the store."""
+        bundle = old.bundle()
+        try:
+            fresh = Slot.create(hold, bundle, roles, (*old.answers, *answers))
+        finally:
+            os.close(bundle)
+        self._add(hold, fresh)
+        point("keeper:replaced")
+        if not self._may_replace:
+            self._unmake(hold)
+            self.slots[hold.generation] = old
+            return False
+        try:
+            old.mark_dead(hold)
+        except LimitExceeded as error:  # the later one of two counts
+            log.event("end-not-written", level=log.WARNING, why=str(error))
+        self._drain(old, hold.uid)
+        return True
 
     def _remember(self, outcomes: Sequence[Answered]) -> None:
         """Keep answers to requests whose holds have ended."""
