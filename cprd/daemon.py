@@ -990,7 +990,7 @@ def _roles(hold: Hold) -> tuple[str, ...]:
     roles: tuple[str, ...] = ("after_exit",) if hold.after_exit >= 0 else ()
     if hold.phase == PREPARED:
         roles += ("saver",)
-    if hold.claimant:
+    if hold.claimant or hold.phase == CLAIMED:  # pid 0: not seen, and watched all the same
         roles += ("claimant",)
     if hold.acting:
         roles += ("acting",)

@@ -1,0 +1,1 @@
+"""Processes that the tests start, stop and kill, and what they hand over."""
