@@ -47,13 +47,19 @@ async def examine(monitor: Monitor) -> Report:
     migration = await monitor.migration()
     if migration in UNDER_WAY:
         problems.append(f"a migration is under way ({migration}): wait for it, or migrate_cancel")
+    before = len(problems)
     await _memory(monitor, problems, notes)
+    explained = len(problems) > before
     for job in await _ask(monitor, "query-block-jobs", []):
         problems.append(
             f"block job {job.get('device', '?')!r} ({job.get('type', '?')}) is active and would be"
             " lost: wait for it, or block-job-cancel"
         )
-    problems += [f"QEMU says: {why}" for why in await _blockers(monitor)]
+    problems += [
+        f"QEMU says: {why}"
+        for why in await _blockers(monitor)
+        if not (explained and "not compatible with CPR" in why)  # the same, without the cure
+    ]
     return Report(status, problems, notes)
 
 
@@ -71,16 +77,18 @@ async def _memory(monitor: Monitor, problems: list[str], notes: list[str]) -> No
             "start the VM without suppress-vmdesc=on: the end of its stream could not be told"
         )
     backends = await _ask(monitor, "query-memdev", [])
-    # Without -object QEMU makes one of its own, which has no id and is not shared.
-    if not any("id" in backend for backend in backends):
+    # Without -object QEMU makes one of its own, which is not shared and has no id, or a machine's.
+    machines = await _ask(monitor, "query-machines", [])
+    defaults = {row["default-ram-id"] for row in machines if "default-ram-id" in row}
+    own = [row for row in backends if row.get("id") in defaults and not row.get("share")]
+    backends = [row for row in backends if "id" in row and row not in own]
+    if own or not backends:
         problems.append(
             "the guest's memory is QEMU's own: start the VM with -object memory-backend-memfd,"
             "id=ram0,size=SIZE,share=on -machine ...,memory-backend=ram0"
         )
     for backend in backends:
-        name = backend.get("id")
-        if name is None:
-            continue
+        name = backend["id"]
         if not backend.get("share"):
             problems.append(
                 f"memory backend {name!r} is private: add share=on to its -object (and let it be a"

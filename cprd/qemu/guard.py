@@ -53,10 +53,10 @@ class Guard:
         return cls(ours, pid)
 
     def disarm(self) -> None:
-        """From now on QEMU may outlive us: say it before the guest runs, never after."""
+        """From now on QEMU may outlive us: say it before the guest runs, never after. No answer is
+        waited for: the guard reads this before it can see our end."""
         with suppress(OSError):
             self._control.sendall(_DISARM)
-            self._control.recv(1)
 
     def said(self) -> str:
         """What QEMU said, once it has ended: the last of it, on one line."""
@@ -96,7 +96,6 @@ def _be_guard(
                 continue
             word = control.recv(1)
             if word == _DISARM:
-                control.send(_DISARM)
                 _be_cat(said, onward)
             if word == _SAID:
                 while data := os.read(said, 65536):

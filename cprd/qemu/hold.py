@@ -27,9 +27,11 @@ LIVE = ("running", "suspended")
 class Origin:
     """The section "qemu": where the state came from, and what the guest was doing.
 
-    `old` and `new` are records of processes (pid and start time); `new` is there for an upgrade."""
+    `old` and `new` are records of processes (pid and start time); `new` is there for an upgrade,
+    and so is `untouched`, a file that goes before the new QEMU may run: without it nobody can say
+    that it has not."""
 
-    __slots__ = ("machine", "new", "old", "qmp", "status", "uid", "version")
+    __slots__ = ("machine", "new", "old", "qmp", "status", "uid", "untouched", "version")
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class Origin:
         old: dict[str, int] | None,
         new: dict[str, int] | None = None,
         uid: int = -1,
+        untouched: str = "",
     ) -> None:
         self.version = tuple(version)
         self.qmp = qmp
@@ -49,6 +52,7 @@ class Origin:
         self.old = old
         self.new = new
         self.uid = uid
+        self.untouched = untouched
 
     def section(self) -> dict[str, Any]:
         return {
@@ -60,6 +64,7 @@ class Origin:
             "uid": self.uid,
             "old": self.old,
             "new": self.new,
+            "untouched": self.untouched,
         }
 
     @classmethod
@@ -79,6 +84,7 @@ class Origin:
                 old=value["old"],
                 new=value.get("new"),
                 uid=int(value["uid"]),
+                untouched=str(value.get("untouched", "")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise Damaged(f'its section "qemu" lacks or garbles {error}') from None

@@ -67,11 +67,14 @@ def say(talk: socket.socket, **words: Any) -> bool:
 
 def hear(talk: socket.socket) -> dict[str, Any] | None:
     """The next word; None when the other side has ended."""
-    try:
-        data = talk.recv(PIECE)
-    except OSError:
-        return None
-    return dict(msgpack.unpackb(data)) if data else None
+    while True:
+        try:
+            data = talk.recv(PIECE)
+        except ConnectionResetError:
+            continue  # it ended without hearing us; what it said before comes next
+        except OSError:
+            return None
+        return dict(msgpack.unpackb(data)) if data else None
 
 
 def execute(command: Command, plumbing: Plumbing, word: dict[str, Any]) -> OSError:

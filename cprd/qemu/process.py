@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 async def readable(fd: int, timeout: float | None = None) -> bool:
     """Wait until `fd` is readable or hung up. False when `timeout` seconds are over before."""
     return await _ready(fd, timeout, write=False)
+
+
+async def soon_readable(fd: int, timeout: float, *, at_once: float = 0.02) -> bool:
+    """As `readable`, for what is expected within milliseconds while a guest stands still: waits
+    `at_once` seconds in poll itself, with nothing else in between."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(min(timeout, at_once) * 1000)) or await readable(fd, timeout)
 
 
 async def writable(fd: int, timeout: float | None = None) -> bool:

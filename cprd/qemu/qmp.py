@@ -112,38 +112,44 @@ class Monitor:
 
     async def event(self, wanted: Callable[[Event], bool], timeout: float) -> Event:
         """The next event that is `wanted`, also of those that came before. Raises MonitorLost."""
+        self.gather_events()
         for at, event in enumerate(self._seen):
             if wanted(event):
                 return self._seen.pop(at)
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout
-        ended = asyncio.ensure_future(self._client.runstate_changed())
+        while True:
+            if not self._running():
+                raise MonitorLost("QEMU's monitor broke while an event was awaited")
+            latest = await self._next_event(max(0.0, until - loop.time()))
+            if latest is not None and wanted(latest):
+                self._seen.remove(latest)
+                return latest
+            if latest is None and loop.time() >= until:
+                raise MonitorLost(f"QEMU sent no such event within {timeout:g} s")
+
+    async def _next_event(self, timeout: float) -> Event | None:
+        """The next event, which is among those seen then, also when this wait is cancelled; None
+        when there is none in time, or the connection changed."""
+        getting = asyncio.ensure_future(self._client.events.get())
+        changed = asyncio.ensure_future(self._client.runstate_changed())
+        event: Event | None = None
         try:
-            while True:
-                if not self._running():
-                    raise MonitorLost("QEMU's monitor broke while an event was awaited")
-                getting = asyncio.ensure_future(self._client.events.get())
-                try:
-                    await asyncio.wait(
-                        (getting, ended),
-                        timeout=max(0.0, until - loop.time()),
-                        return_when=asyncio.FIRST_COMPLETED,
-                    )
-                    if getting.done():
-                        event = dict(getting.result())
-                        if wanted(event):
-                            return event
-                        self._seen.append(event)
-                    elif not ended.done():
-                        raise MonitorLost(f"QEMU sent no such event within {timeout:g} s")
-                    elif ended.done() and not self._running():
-                        raise MonitorLost("QEMU's monitor broke while an event was awaited")
-                    else:
-                        ended = asyncio.ensure_future(self._client.runstate_changed())
-                finally:
-                    getting.cancel()
+            await asyncio.wait(
+                (getting, changed), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
-            ended.cancel()
+            changed.cancel()
+            if getting.done():
+                event = dict(getting.result())
+                self._seen.append(event)
+            else:
+                getting.cancel()
+        return event
+
+    def gather_events(self) -> None:
+        """Move what has arrived to those seen: at once, where one wait for each would cost more."""
+        self._seen += [dict(event) for event in self._client.events.clear()]
 
     def forget_events(self) -> None:
         """Only what comes from now on counts."""

@@ -20,7 +20,7 @@ from cprd import cpr, rights
 from cprd.errors import CprdError, Damaged, LimitExceeded, Timeout
 from cprd.qemu import stream
 from cprd.qemu.failure import MonitorRefused, Refused
-from cprd.qemu.process import readable
+from cprd.qemu.process import readable, soon_readable
 from cprd.qemu.qmp import migration_is
 from cprd.rights import close_all
 from cprd.vmstate.channel import Tape
@@ -179,30 +179,19 @@ class Recorder:
 
     async def take_main(self, forward: Callable[[bytes], Awaitable[None]] | None = None) -> None:
         """Hang up on the CPR channel; QEMU stops the guest and sends the rest. `forward` gets each
-        piece at once, but never the last byte: a QEMU that lacks it cannot have loaded the state.
+        piece at once.
 
         Raises Timeout, Damaged; the guest resumes when this recorder is closed."""
         assert self._cpr is not None
         self._cpr.close()
-        failing = asyncio.ensure_future(
-            self.monitor.event(migration_is("failed", "cancelled"), self.timeout)
-        )
-        arriving = asyncio.ensure_future(readable(self._main_listener.fileno(), self.timeout))
-        try:
-            await asyncio.wait((failing, arriving), return_when=asyncio.FIRST_COMPLETED)
-            if not arriving.done() or not arriving.result():
-                raise Timeout("QEMU did not connect to its main channel")
-        finally:
-            for task in (failing, arriving):
-                task.cancel()
-            with suppress(Exception, asyncio.CancelledError):
-                await failing
+        if not await soon_readable(self._main_listener.fileno(), 0.02):
+            await self._connecting()
         self._main = self._main_listener.accept()[0]
         self._main.setblocking(False)
         loop = asyncio.get_running_loop()
         until = loop.time() + self.timeout
         while True:
-            if not await readable(self._main.fileno(), until - loop.time()):
+            if not await soon_readable(self._main.fileno(), until - loop.time()):
                 raise Timeout(
                     f"QEMU's main stream did not end within {self.timeout:g} s; without the"
                     " description at its end (suppress-vmdesc=on) its end cannot be told"
@@ -216,11 +205,26 @@ class Recorder:
             if not data:
                 raise Damaged(f"QEMU's main stream ends after {len(self.main)} bytes, not whole")
             self.main += data
-            whole = stream.is_whole(self.main)
             if forward is not None:
-                await forward(data[:-1] if whole else data)
-            if whole:
+                await forward(data)
+            if stream.is_whole(self.main):
                 return
+
+    async def _connecting(self) -> None:
+        """Wait for QEMU's main connection, or for its word that there will be none."""
+        failing = asyncio.ensure_future(
+            self.monitor.event(migration_is("failed", "cancelled"), self.timeout)
+        )
+        arriving = asyncio.ensure_future(readable(self._main_listener.fileno(), self.timeout))
+        try:
+            await asyncio.wait((failing, arriving), return_when=asyncio.FIRST_COMPLETED)
+            if not arriving.done() or not arriving.result():
+                raise Timeout("QEMU did not connect to its main channel")
+        finally:
+            for task in (failing, arriving):
+                task.cancel()
+            with suppress(Exception, asyncio.CancelledError):
+                await failing
 
     def complete(self) -> None:
         """SHUT(0) on the return path. Sent is not yet completed: see `completed`."""

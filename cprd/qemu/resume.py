@@ -18,6 +18,7 @@ from cprd.qemu.process import Process, readable
 from cprd.qemu.replay import Replayer
 from cprd.qemu.settle import full_name, settle
 from cprd.qemu.supervisor import tell
+from cprd.qemu.taken import refuse_taken
 
 if TYPE_CHECKING:
     from cprd.qemu.command import Command
@@ -71,6 +72,7 @@ async def _help(
 
         try:
             point("qemu-start:claimed")
+            refuse_taken(command)
             await _give(plumbing, process, claim, command, timeout)
         except InDoubt as error:
             print(f"cprctl: {name}: {error}", file=sys.stderr)

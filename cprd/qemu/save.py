@@ -85,6 +85,11 @@ async def make_room(
         row, origin = look(daemon, name)
         if row is None:
             return name, None
+        if origin is not None and process is not None and origin.new == process.record():
+            # An upgrade whose helper was killed after the guest had gone on, in this QEMU.
+            await end_predecessor(origin)
+            daemon.drop(name, force=True)
+            return name, None
         acting = process is not None and row.get("acting") == process.pid
         if acting and await monitor.status() != "postmigrate":
             await end_predecessor(origin)

@@ -129,6 +129,12 @@ async def _ask(
         status = await _at_rest(monitor)
         if status == "postmigrate":
             if row["phase"] == "in-doubt":
+                if origin.untouched and not os.path.exists(origin.untouched):
+                    raise InDoubt(
+                        f"{name!r}: an upgrade was killed when its new QEMU had the guest, and that"
+                        " one is gone: nobody can tell whether it has run; when you are sure that"
+                        " it has not, use --force"
+                    )
                 daemon.release(name, force=True)
             await end(monitor, old)
             return Settled(said=f"the old QEMU (pid {old.pid}) had stopped its guest; it has quit")

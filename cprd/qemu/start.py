@@ -16,10 +16,12 @@ from __future__ import annotations
 import os
 import sys
 
+from cprd.errors import Busy
 from cprd.pause import point
 from cprd.qemu.command import Command
 from cprd.qemu.failure import Refused
 from cprd.qemu.launch import Plumbing, execute, hear, say
+from cprd.qemu.taken import refuse_taken
 from cprd.qemu.version import version_of
 
 TOLD = "NOTIFY_SOCKET"
@@ -84,6 +86,11 @@ def start(
 
 
 def _become_cold(command: Command) -> int:
+    try:
+        refuse_taken(command)
+    except Busy as error:
+        print(f"cprctl: {error}", file=sys.stderr)
+        return 1
     _ready()
     try:
         os.execvp(command.words[0], command.words)

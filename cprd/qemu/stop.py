@@ -37,21 +37,21 @@ async def stop(
     finally:
         await monitor.close()
     if os.path.exists(down_marker):
-        why = "the machine goes down for good"
-    else:
-        try:
-            with cprd.connect(socket_path) as daemon:
-                kept = await save(daemon, name, qmp, timeout=timeout)
-            return f"held ({kept.status}, generation {kept.generation})"
-        except (InDoubt, MonitorBusy):
-            raise
-        except CprdError as error:
-            why = f"not saved: {' '.join(str(error).split())}"
+        return f"the machine goes down for good; {await shut_down(qmp, powerdown, insist=True)}"
+    try:
+        with cprd.connect(socket_path) as daemon:
+            kept = await save(daemon, name, qmp, timeout=timeout)
+        return f"held ({kept.status}, generation {kept.generation})"
+    except (InDoubt, MonitorBusy):
+        raise
+    except CprdError as error:
+        why = f"not saved: {' '.join(str(error).split())}"
     return f"{why}; {await shut_down(qmp, powerdown)}"
 
 
-async def shut_down(qmp: str, timeout: float) -> str:
-    """Press the power button, and wait for the end of QEMU. Raises Failed after `timeout` s."""
+async def shut_down(qmp: str, timeout: float, *, insist: bool = False) -> str:
+    """Press the power button, and wait for the end of QEMU. After `timeout` s: raises Failed, or
+    (`insist`: it would be killed soon, its images left as they are) lets QEMU quit."""
     try:
         monitor = await Monitor.connect(qmp)
     except Refused:
@@ -66,6 +66,12 @@ async def shut_down(qmp: str, timeout: float) -> str:
         elif not await monitor.process.wait(timeout):
             if await monitor.status() in _OVER:
                 await end(monitor, monitor.process)
+            elif insist:
+                await end(monitor, monitor.process)
+                return (
+                    f"the guest did not shut down within {timeout:g} s of its power button: its"
+                    " QEMU has quit, with its images closed"
+                )
             else:
                 raise Failed(
                     f"the guest did not shut down within {timeout:g} s of its power button: it"

@@ -7,21 +7,22 @@ The order, and no other (docs/qemu.md says what each line is there for):
     new: devices made, monitor answers                    from here on new is known to be good
     hang up on old's CPR channel                          old stops the guest
     main stream forwarded and stored, each piece at once
-    prepare in cprd; only then new gets the last byte     a kill before: new dies, old resumes
+    prepare in cprd, while new loads                      a kill: new is ended, old resumes
     new: SHUT(0), it has loaded
-    SHUT(0) to old, old says completed                    from here on old cannot resume by itself
-    commit, claim, begin                                  a kill before begin: `start` finishes it
-    cont, new runs                                        a kill: in doubt, until new is saved
-    old quits, confirm
+    SHUT(0) to old, old says completed                    a kill: `start` finishes it
+    the mark goes                                         a kill: in doubt
+    cont, new runs                                        the same, until new is saved
+    old quits, what was prepared is forgotten
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from cprd.errors import CprdError
+from cprd.errors import CprdError, Fenced, Timeout, Unavailable
 from cprd.pause import point
 from cprd.qemu import launch, stream
 from cprd.qemu.check import about_command_line, examine
@@ -34,15 +35,15 @@ from cprd.qemu.process import Process
 from cprd.qemu.qmp import Monitor, event_is, socket_path, stamp
 from cprd.qemu.record import Recorder, Settings, describe
 from cprd.qemu.replay import Replayer
-from cprd.qemu.resume import LEASE, confirm
-from cprd.qemu.save import commit, complete, make_room, take_back
+from cprd.qemu.resume import let_run
+from cprd.qemu.save import complete, make_room, take_back
 from cprd.qemu.settle import end
 from cprd.qemu.supervisor import succeed
 from cprd.qemu.version import version_of
 from cprd.qemu.voice import onward
 
 if TYPE_CHECKING:
-    from cprd import Claim, Daemon
+    from cprd import Daemon
     from cprd.qemu.command import Command
 
 TIMEOUT = 30.0
@@ -124,6 +125,7 @@ class _Move:
         self.shared = SharedPaths(found for _, found in command.listening())
         self.place = PrivatePlace(path, old.process.uid)
         self.new_place = PrivatePlace(command.monitor_path() or path, old.process.uid)
+        self.mark = os.path.join(self.place.path, "untouched")
         self.plumbing = launch.Plumbing()
         self.recorder: Recorder | None = None
         self.replayer: Replayer | None = None
@@ -176,8 +178,36 @@ class _Move:
         self.monitor = await self.replayer.greet()
         if (now := await self.monitor.status()) != "inmigrate":
             raise Failed(f"the new QEMU is {now!r} where it should wait for its state")
+        os.close(os.open(self.mark, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        self._rehearse()
         # New is good, as far as one can know without the guest's state. Nothing has stopped yet.
         point("qemu-upgrade:ready")
+
+    def _rehearse(self) -> None:
+        """Ask cprd now, while the guest runs, what it will be asked while the guest stands still:
+        a refusal costs nothing yet, and the first time takes longer. Without a main stream it
+        could not be started from, whatever happens to it."""
+        assert self.recorder is not None
+        tape = self.recorder.tape
+        main = bytes(1 << 17)
+        state = pack(bytes(tape.data), tape.fds, main, self._origin(""))
+        del state["main"]
+        state["rehearsal"] = main
+        stream.is_whole(main)
+        self.daemon.prepare(self.name, state, after_exit=self.old_process.pidfd).abort()
+
+    def _origin(self, machine: str) -> Origin:
+        assert self.new is not None
+        return Origin(
+            version=self.old.version,
+            qmp=self.path,
+            status=self.status,
+            machine=machine,
+            old=self.old_process.record(),
+            new=self.new.record(),
+            uid=self.old_process.uid,
+            untouched=self.mark,
+        )
 
     def _pieces(self) -> list[tuple[bytes, int]]:
         from cprd import cpr
@@ -197,24 +227,15 @@ class _Move:
         replayer.restart_clock()
         await recorder.take_main(replayer.send_main)
         point("qemu-upgrade:main")
-        origin = Origin(
-            version=self.old.version,
-            qmp=self.path,
-            status=self.status,
-            machine=stream.machine(recorder.main),
-            old=self.old_process.record(),
-            new=self.new.record(),
-            uid=self.old_process.uid,
-        )
+        origin = self._origin(stream.machine(recorder.main))
         tape = recorder.tape
-        # No after_exit: we are to claim it ourselves while the old QEMU still lives. Whoever else
-        # does, after our death, asks that QEMU first (settle.py).
         self.prepared = self.daemon.prepare(
-            self.name, pack(bytes(tape.data), tape.fds, recorder.main, origin)
+            self.name,
+            pack(bytes(tape.data), tape.fds, recorder.main, origin),
+            after_exit=self.old_process.pidfd,
         )
         point("qemu-upgrade:prepared")
         try:
-            await replayer.send_main(recorder.main[-1:])
             await replayer.loaded()
             point("qemu-upgrade:loaded")
         except BaseException:
@@ -222,55 +243,15 @@ class _Move:
             raise
 
     async def _finish(self, settings: Settings) -> Upgraded:
-        """The old QEMU cannot resume any more: whatever fails now, the state is held or in doubt."""
+        """The old QEMU has completed. What was prepared is never served; whether it may be after our
+        death is told by the untouched mark, which goes before the new QEMU may run."""
         assert self.new is not None
         assert self.guard is not None
-        await self._committed(settings)
-        point("qemu-upgrade:committed")
-        try:
-            claim = self.daemon.load(self.name, lease=LEASE)
-        except CprdError as error:
-            raise await self._roll_back(error, settings) from None
-        try:
-            return await self._let_run(claim, settings)
-        finally:
-            claim.close()
-
-    async def _committed(self, settings: Settings) -> None:
-        try:
-            await commit(self.daemon, self.prepared, self.old, settings, self.name)
-        except CprdError as error:
-            raise await self._give_up_new(error) from None
-
-    async def _let_run(self, claim: Claim, settings: Settings) -> Upgraded:
-        assert self.new is not None
-        assert self.guard is not None
-        try:
-            if claim.generation != self.prepared.generation:
-                raise Failed("somebody else saved under this name meanwhile")
-            point("qemu-upgrade:claimed")
-            claim.begin(self.new.pidfd)
-        except CprdError as error:
-            await self._give_up_new(error)
-            claim.reject(str(error))
-            raise await self._roll_back(error, settings) from None
-        point("qemu-upgrade:begun")
+        os.unlink(self.mark)
         self.guard.disarm()
         point("qemu-upgrade:disarmed")
         if self.status in LIVE:
-            try:
-                await self.monitor.execute("cont")
-                if (now := await self.monitor.status()) not in LIVE:
-                    raise Failed(f"the new QEMU answered cont, and is {now!r}")
-            except MonitorLost as error:
-                raise InDoubt(
-                    f"the new QEMU (pid {self.new.pid}) was told to run its guest and did not"
-                    f" answer ({error}); the hold is in doubt"
-                ) from None
-            except CprdError as error:
-                failure = await self._give_up_new(error)
-                claim.reject(str(failure))
-                raise await self._roll_back(failure, settings) from None
+            await self._let_run(settings)
         point("qemu-upgrade:running")
         pause = await self._pause()
         try:
@@ -281,10 +262,50 @@ class _Move:
         await end(self.old, self.old_process)
         self.shared.after_quit()
         point("qemu-upgrade:ended")
-        # Last, so that as long as the old QEMU is left, something held says whose it is.
-        await confirm(claim)
-        point("qemu-upgrade:confirmed")
+        await self._forget()
+        point("qemu-upgrade:forgotten")
         return Upgraded(self.new.pid, self.status, pause)
+
+    async def _let_run(self, settings: Settings) -> None:
+        assert self.new is not None
+        try:
+            await let_run(self.monitor)
+        except MonitorLost as error:
+            raise InDoubt(
+                f"the new QEMU (pid {self.new.pid}) was told to run its guest and did not answer"
+                f" ({error}); the hold is in doubt until that QEMU is saved, or released by force"
+            ) from None
+        except CprdError as error:
+            failure = await self._give_up_new(error)
+            self.prepared.abort()  # answered, or the old one must not go on
+            try:
+                await self.old.execute("cont")
+            except CprdError as refused:
+                raise Failed(
+                    f"{failure}; the guest is stopped in its old QEMU, which cannot run it either"
+                    f" ({refused}): end what is in the way, then `cont` there"
+                ) from None
+            await settings.restore(self.old)
+            raise Failed(f"{failure}; {describe(await self.old.status())}") from None
+
+    async def _forget(self) -> None:
+        """The guest runs elsewhere now. Until cprd knows, the hold is prepared or in doubt, which
+        nobody serves."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + 60.0
+        while True:
+            try:
+                self.prepared.abort()
+                return
+            except Fenced:
+                return  # it is gone already: a cprd that keeps its holds in memory was restarted
+            except (Unavailable, Timeout) as error:
+                if loop.time() > until:
+                    raise InDoubt(
+                        f"the guest runs, and cprd could not be told ({error}): the hold stays in"
+                        " doubt until this QEMU is saved; drop it by force if you like"
+                    ) from None
+                await asyncio.sleep(0.2)
 
     async def _pause(self) -> float | None:
         """How long the guest stood still, by the clocks of both QEMUs."""
@@ -307,22 +328,6 @@ class _Move:
         self.shared.give_back()
         text = " ".join(str(error).split()) + (f": {said}" if said else "")
         return type(error)(text) if isinstance(error, InDoubt) else Failed(text)
-
-    async def _roll_back(self, error: Exception, settings: Settings) -> CprdError:
-        """Committed, and not acted on: the new QEMU has to go, and the old one goes on, if cprd says
-        that the hold is dropped; else it stays held."""
-        failure = await self._give_up_new(error)
-        try:
-            self.daemon.drop(self.name)
-            await self.old.execute("cont")
-            await settings.restore(self.old)
-            where = describe(await self.old.status())
-        except CprdError as kept:
-            where = (
-                f"the guest is stopped, and held under {self.name!r} ({kept}): go on with"
-                " `cprctl qemu start`"
-            )
-        return Failed(f"{failure}; {where}")
 
     def _fork(self) -> None:
         """Twice, so that the new QEMU is nobody's child when we end. It waits for its word."""

@@ -1,0 +1,132 @@
+"""How long a guest stands still in `cprctl qemu upgrade`, against QEMU's own cpr-transfer.
+
+    python benchmarks/qemu_upgrade.py [--pairs N] [--machine TYPE] [--memory SIZE]
+
+Both by QEMU's clocks: STOP of the old to RESUME of the new. The yardstick: the new QEMU waits already,
+old and new speak with each other directly, with the return path.
+
+Exit status: 0 when the ratio is within its bound, 1 when not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks.stage import private_cprd, verdict
+from cprd.qemu.qmp import Monitor, event_is, migration_is, stamp
+from cprd.qemu.record import Settings
+from tests.qemu.machine import Machine
+
+RATIO = 1.4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--machine", default="q35")
+    parser.add_argument("--memory", default="128M")
+    args = parser.parse_args()
+    ours: list[float] = []
+    plain: list[float] = []
+    with private_cprd() as (path, _), tempfile.TemporaryDirectory(prefix="cprd-vm.") as place:
+        vm = Machine(Path(place), path, machine=args.machine, memory=args.memory)
+        try:
+            vm.start()
+            vm.goes_on()
+            for turn in range(args.pairs + 2):
+                mine = _upgrade(vm)
+                vm.goes_on(5)
+                theirs = _plain(vm)
+                vm.goes_on(5)
+                if turn >= 2:
+                    ours.append(mine)
+                    plain.append(theirs)
+        finally:
+            vm.close()
+    detail = ", ".join(
+        f"{what} {statistics.median(found):.2f} ms ({min(found):.2f} to {max(found):.2f})"
+        for what, found in (("cprctl", ours), ("QEMU to QEMU", plain))
+    )
+    ratio = statistics.median(ours) / statistics.median(plain)
+    return (
+        0 if verdict("upgrade, the guest's pause, against plain", ratio, RATIO, "", detail) else 1
+    )
+
+
+def _upgrade(vm: Machine) -> float:
+    done = vm.upgrade(vm.qmp, vm.command)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"([0-9.]+) ms", done.stdout)
+    assert found, done.stdout
+    return float(found[1])
+
+
+def _plain(vm: Machine) -> float:
+    """ms; afterwards the new QEMU is the VM's only one, at the same monitor path."""
+    cpr, main, qmp = (str(vm.place / name) for name in ("cpr", "main", "qmp-next"))
+    ours, theirs = socket.socketpair()
+    words = [word.replace(f"unix:{vm.qmp},", f"unix:{qmp},") for word in vm.command]
+    words += ["-chardev", f"socket,id=bench,fd={theirs.fileno()}", "-mon", "bench,mode=control"]
+    for kind, path in (("main", main), ("cpr", cpr)):
+        addr = {"transport": "socket", "type": "unix", "path": path}
+        words += ["-incoming", json.dumps({"channel-type": kind, "addr": addr})]
+    process = subprocess.Popen(
+        words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    vm.processes.append(process)
+    theirs.close()
+    ours.sendall(b'{"execute":"qmp_capabilities"}')
+    while not os.path.exists(cpr):
+        time.sleep(0.001)
+    time.sleep(0.05)  # it waits already
+
+    async def hand_over() -> float:
+        old = await Monitor.connect(vm.qmp)
+        await Settings.prepare(old)
+        old.forget_events()
+        unix = {"transport": "socket", "type": "unix"}
+        channels = [
+            {"channel-type": kind, "addr": {**unix, "path": path}}
+            for kind, path in (("main", main), ("cpr", cpr))
+        ]
+        await old.execute("migrate", channels=channels)
+        await old.event(migration_is("completed"), 10.0)
+        stopped = await old.event(event_is("STOP"), 10.0)
+        await old.execute("quit")
+        await old.close()
+        return stamp(stopped)
+
+    stopped = asyncio.run(hand_over())
+    resumed = stamp(_raw_event(ours, "RESUME"))
+    ours.close()
+    vm.until(lambda: len(vm.alive()) == 1, "the old QEMU's end")
+    os.rename(qmp, vm.qmp)
+    return (resumed - stopped) * 1e3
+
+
+def _raw_event(sock: socket.socket, name: str) -> dict[str, Any]:
+    sock.settimeout(10)
+    file = sock.makefile("rb")
+    for line in file:
+        message: dict[str, Any] = json.loads(line)
+        if message.get("event") == name:
+            return message
+    raise SystemExit(f"no {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
