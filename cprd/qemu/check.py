@@ -50,11 +50,11 @@ async def examine(monitor: Monitor) -> Report:
     before = len(problems)
     await _memory(monitor, problems, notes)
     explained = len(problems) > before
-    for job in await _ask(monitor, "query-block-jobs", []):
-        problems.append(
-            f"block job {job.get('device', '?')!r} ({job.get('type', '?')}) is active and would be"
-            " lost: wait for it, or block-job-cancel"
-        )
+    problems += [
+        f"block job {job.get('device', '?')!r} ({job.get('type', '?')}) is active and would be"
+        " lost: wait for it, or block-job-cancel"
+        for job in await _ask(monitor, "query-block-jobs", [])
+    ]
     problems += [
         f"QEMU says: {why}"
         for why in await _blockers(monitor)
@@ -152,12 +152,17 @@ def about_command_line(words: list[str]) -> tuple[list[str], list[str]]:
                     f"tap {options.get('ifname', '?')!r} is opened by the old QEMU: two at a time"
                     " need a multi-queue tap; else save and start"
                 )
-        for forward in (part for part in value.split(",") if part.startswith("hostfwd=")):
-            upgrade.append(f"{forward} listens in the old QEMU: save and start instead")
+        upgrade += [
+            f"{part} listens in the old QEMU: save and start instead"
+            for part in value.split(",")
+            if part.startswith("hostfwd=")
+        ]
     for option in ("vnc", "gdb", "spice"):
-        for value in command.values(option):
-            if not value.startswith(("unix:", "none")):
-                upgrade.append(f"-{option} {value} listens in the old QEMU: save and start instead")
+        upgrade += [
+            f"-{option} {value} listens in the old QEMU: save and start instead"
+            for value in command.values(option)
+            if not value.startswith(("unix:", "none"))
+        ]
     return upgrade, notes
 
 
