@@ -143,7 +143,7 @@ class Keeper:
         """Whether a new slot would be as safe as an old one: not when the shelf that counts is not
         stored, and an older one is."""
         older = (*self.retired, *self.beside)
-        return self.shelf.durable or not any(one.durable for one in older)
+        return self.shelf.durable or not any(one.was_durable for one in older)
 
     def _rewrite(self, old: Slot, hold: Hold, roles: Pidfds, answers: Sequence[Answered]) -> None:
         """A new record in the slot; a slot that is full of them is replaced by a fresh one."""
@@ -283,7 +283,7 @@ class Keeper:
             outlet, inlet = pairs[number]
             self._last_number = max(self._last_number, number)
             old = Shelf(number, inlet, outlet)
-            old.durable = number in durable
+            old.durable = old.was_durable = number in durable
             read, old.messages = shelf.read(outlet)
             if read.unreadable:
                 blind = f"shelf {number} cannot be read: {read.unreadable}"

@@ -42,15 +42,16 @@ class ShelfFull(Exception):
 
 
 class Shelf:
-    """Owns both ends of the pair. `durable`: systemd's store has them, too."""
+    """Owns both ends of the pair. `durable`: systemd's store has them, too, as was seen lately;
+    `was_durable`: it had them once, so that what lies here was called stored."""
 
-    __slots__ = ("durable", "messages", "number", "outlet", "tx")
+    __slots__ = ("durable", "messages", "number", "outlet", "tx", "was_durable")
 
     def __init__(self, number: int, tx: socket.socket, outlet: socket.socket) -> None:
         self.number = number
         self.tx = tx
         self.outlet = outlet
-        self.durable = False
+        self.durable = self.was_durable = False
         self.messages = 0
         for end in (tx, outlet):
             end.setblocking(False)

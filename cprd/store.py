@@ -3,6 +3,10 @@
 The store never answers, so a shelf counts as stored only once a canary that went in behind it was
 seen alive (systemd.Manager.keep). The order keeps every moment safe: what takes over is stored
 before what it replaces is taken out. It runs beside the daemon's requests, which never wait for it.
+
+What is stored is offered again from time to time, which changes nothing as long as it is there: a
+manager that reads its configuration again with a lower FileDescriptorStoreMax= drops what exceeds
+it, and says so to nobody (seen on 252).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from cprd.shelf import Shelf
 from cprd.systemd import CANARY, Manager, adrive
 
 RETRY = 60.0  # s until a store that was full is tried again
+RECHECK = 10.0  # s until what is stored is offered again
 PATIENCE = 20.0  # s that the manager may take
 
 
@@ -24,7 +29,7 @@ class Store:
     def __init__(self, keeper: Keeper, manager: Manager) -> None:
         self.keeper = keeper
         self.manager = manager
-        self._begun = False
+        self._begun = False  # nothing asked for yet
         self._wanted = trio.Event()
         keeper.wants_spare = self.wake
 
@@ -33,14 +38,21 @@ class Store:
 
     async def tend(self) -> None:
         """For ever: store what should be, and take out what need not be there any more."""
+        checked = trio.current_time()
+        complete = True
         while True:
-            self._wanted = trio.Event()
-            complete = await self.settle()
-            with trio.move_on_after(float("inf") if complete else RETRY):
+            pause = RECHECK if complete else RETRY
+            with trio.move_on_after(checked + pause - trio.current_time()):
                 await self._wanted.wait()
+            self._wanted = trio.Event()
+            again = trio.current_time() >= checked + pause
+            complete = await self.settle(again=again)
+            if again:
+                checked = trio.current_time()
 
-    async def settle(self) -> bool:
-        """Bring the store up to date. Whether there is nothing left to be done."""
+    async def settle(self, *, again: bool = False) -> bool:
+        """Bring the store up to date. Whether there is nothing left to be done. `again`: offer what
+        is stored once more."""
         keeper = self.keeper
         try:
             with trio.fail_after(PATIENCE):
@@ -48,9 +60,11 @@ class Store:
                     await adrive(self.manager.remove(CANARY))
                     self._begun = True
                 await self._remove_retired(durable=False)
-                if not keeper.shelf.durable and not await self._keep(keeper.shelf):
+                if (again or not keeper.shelf.durable) and not await self._keep(keeper.shelf):
                     return False
                 await self._remove_retired(durable=True)
+                if again and keeper.spare is not None:
+                    await self._check_spare(keeper.spare)
                 if keeper.spare is None and not await self._keep_spare():
                     return False
                 if keeper.beside:
@@ -74,6 +88,12 @@ class Store:
             if keeper.spare is not spare:  # refused, not needed any more, or cancelled half-way
                 keeper.retired.append(spare)
 
+    async def _check_spare(self, spare: Shelf) -> None:
+        """One that the store has no more is no use, unless it took over meanwhile."""
+        if not await self._keep(spare) and self.keeper.spare is spare:
+            self.keeper.spare = None
+            self.keeper.retired.append(spare)
+
     async def _keep(self, shelf: Shelf) -> bool:
         """Store a shelf; False when the manager has not taken all of it."""
         out, inlet = shelf.names
@@ -81,10 +101,11 @@ class Store:
         entries = [(out, shelf.outlet.fileno()), (inlet, shelf.tx.fileno())]
         taken = await adrive(self.manager.keep(entries))
         point("store:asked")
-        shelf.durable = taken
-        if taken:
+        if taken and not shelf.durable:
             log.event("stored", shelf=shelf.number)
-        else:
+        shelf.durable = taken
+        shelf.was_durable = shelf.was_durable or taken
+        if not taken:
             log.event(
                 "not-stored",
                 level=log.WARNING,
@@ -95,7 +116,7 @@ class Store:
 
     async def _remove_retired(self, *, durable: bool) -> None:
         """Those that the store has go only once the one that took over is stored."""
-        for shelf in [old for old in self.keeper.retired if durable or not old.durable]:
+        for shelf in [old for old in self.keeper.retired if durable or not old.was_durable]:
             await self._remove(shelf)
             self.keeper.retired.remove(shelf)
             shelf.close()

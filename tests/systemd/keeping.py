@@ -27,7 +27,7 @@ UNIT = "cprd.service"
 
 PROGRAM = """
 import os, signal, sys
-import cprd.pause, cprd.shelf, cprd.keeper
+import cprd.pause, cprd.shelf, cprd.keeper, cprd.store
 
 def arm(*_):
     with open("/run/cprd/pause") as file:

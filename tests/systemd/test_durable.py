@@ -1,0 +1,301 @@
+"""What the descriptor store of a real systemd makes of cprd's shelves: full, small, absent, lost
+and found again; many holds, and a large one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+import cprd
+from cprd.holds import HELD
+
+from .keeping import UNIT, Keeping, Task, things
+from .machine import Machine
+
+SMALL = "cprd.shelf.WANTED_BUFFER = 8192\ncprd.keeper.MAX_RECORDS = 3\n"
+
+
+def entries(keeping: Keeping) -> int:
+    """How many descriptors the manager has stored for cprd."""
+    return int(keeping.machine.show(UNIT, "NFileDescriptorStore"))
+
+
+def churn(keeping: Keeping, times: int = 40) -> str:
+    """Save, load, reject and drop so often that small shelves and slots are written anew several
+    times. Where the last one was kept."""
+    with keeping.connect() as daemon:
+        for _ in range(times):
+            saved = daemon.save("churn", cprd.State())
+            daemon.drop("churn")
+        return saved.kept
+
+
+def reject(keeping: Keeping, name: str, times: int) -> None:
+    with keeping.connect() as daemon:
+        for _ in range(times):
+            claim = daemon.load(name)
+            claim.reject("again")
+            claim.close()
+
+
+def await_kept(keeping: Keeping, where: str) -> None:
+    """Wait until it says so: shelves go to the store beside the requests."""
+    keeping_until(lambda: keeping.kept() == where, f"not kept in the {where}")
+
+
+def keeping_until(true: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+def whole(keeping: Keeping, name: str, number: int) -> bool:
+    """Whether it is held and all there; it stays held."""
+    with keeping.connect() as daemon:
+        claim = daemon.load(name)
+        try:
+            assert claim.state["number"] == number
+            return claim.state.fd_count == 1
+        finally:
+            claim.reject("and back")
+            claim.close()
+
+
+def test_the_store_stays_small_however_much_is_held_and_ended(systemd: Machine) -> None:
+    keeping = Keeping(systemd, settings=SMALL)
+    assert churn(keeping, 200) == "store"
+    for _ in range(3):
+        keeping.kill()
+        assert churn(keeping, 50) == "store"
+    await_kept(keeping, "store")
+    keeping_until(lambda: entries(keeping) == 4, f"{entries(keeping)} entries, not 4")
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3, 4, 5])
+def test_in_a_store_with_hardly_any_room_what_is_called_stored_is(
+    systemd: Machine, room: int
+) -> None:
+    """Whatever the answers say is true afterwards; with room for a shelf, its successor and a
+    canary there is nothing to complain of."""
+    drop_in = f"FileDescriptorStoreMax={room}\n"
+    keeping = Keeping(systemd, settings=SMALL, drop_in=drop_in)
+    with things(1) as (thing,):
+        with keeping.connect() as daemon:
+            kept = daemon.save("first", thing.state).kept
+            assert kept == ("memory" if room < 3 else "store")
+            if kept == "memory":
+                with pytest.raises(cprd.LimitExceeded, match="FileDescriptorStoreMax"):
+                    daemon.save("never", cprd.State(), require="store")
+        thing.saved()
+        for _ in range(3):
+            churn(keeping)
+            reject(keeping, "first", 5)
+            if kept == "store":
+                keeping.kill()
+                assert whole(keeping, "first", 1)
+        assert keeping.phases() == {"first": HELD}
+        if room == 5:
+            assert keeping.kept() == "store"
+        with keeping.connect() as daemon:
+            daemon.drop("first")
+        assert thing.let_go()
+
+
+def test_room_taken_away_is_noticed_and_used_again_when_it_is_back(systemd: Machine) -> None:
+    """With FileDescriptorStoreMax= lowered, `systemctl daemon-reload` drops what exceeds it."""
+    keeping = Keeping(systemd, settings=SMALL + "cprd.store.RECHECK = cprd.store.RETRY = 0.2\n")
+    with things(1) as (thing,), keeping.connect() as daemon:
+        assert daemon.save("first", thing.state, require="store").kept == "store"
+        thing.saved()
+        for room in (0, 1, 2):
+            systemd.unit(f"{UNIT}.d/zz.conf", f"[Service]\nFileDescriptorStoreMax={room}\n")
+            await_kept(keeping, "memory")
+            assert daemon.save("second", cprd.State()).kept == "memory"
+            churn(keeping)
+            reject(keeping, "first", 10)
+            assert keeping.kept() == "memory"
+
+            systemd.unit(f"{UNIT}.d/zz.conf", "[Service]\nFileDescriptorStoreMax=64\n")
+            await_kept(keeping, "store")
+            keeping.kill()
+            assert whole(keeping, "first", 1)
+            daemon.drop("second")
+        daemon.drop("first")
+        assert thing.let_go()
+
+
+def test_filled_by_strangers_it_loses_nothing_that_was_stored(systemd: Machine) -> None:
+    """Whoever may notify for the unit (NotifyAccess=all) can fill its store. Shelves and slots that
+    are full then are not written anew where that would be less safe."""
+    drop_in = "FileDescriptorStoreMax=12\nNotifyAccess=all\n"
+    keeping = Keeping(systemd, settings=SMALL, drop_in=drop_in)
+    program = (
+        "import os; from cprd import systemd as s; m = s.Manager.from_environment(os.environ)\n"
+        "for n in range(12): s.drive(m.store('x', os.memfd_create('x')), 5)\n"
+        "s.drive(m.barrier(), 5)\n"
+    )
+    (systemd.root / "run/boot/fill.py").write_text(program)
+    systemd.unit(
+        f"{UNIT}.d/fill.conf", "[Service]\nExecReload=\nExecReload=test-python /run/boot/fill.py\n"
+    )
+    with things(1) as (thing,), keeping.connect() as daemon:
+        assert daemon.save("first", thing.state, require="store").kept == "store"
+        thing.saved()
+        await_kept(keeping, "store")
+        keeping.systemctl("reload", UNIT)
+        assert entries(keeping) == 12
+        said = set()
+        for _ in range(10):
+            said.add(churn(keeping, 15))
+            reject(keeping, "first", 4)
+        assert "memory" in said
+        keeping.kill()
+        assert whole(keeping, "first", 1)
+        for _ in range(10):
+            churn(keeping, 15)
+            reject(keeping, "first", 4)
+        keeping.systemctl("restart", UNIT)
+        assert whole(keeping, "first", 1)
+        daemon.drop("first")
+        assert thing.let_go()
+
+
+def test_a_start_limit_loses_all_before_254_and_nothing_since(systemd: Machine) -> None:
+    """The unit has no start limit, for that reason. With one, a crash loop of the new version ends
+    in "failed", and 252 forgets the store with it."""
+    keeping = Keeping(systemd)
+    with things(1) as (thing,):
+        with keeping.connect() as daemon:
+            daemon.save("first", thing.state, require="store")
+        thing.saved()
+        broken = systemd.unit(
+            f"{UNIT}.d/zz.conf",
+            "[Unit]\nStartLimitIntervalSec=60\nStartLimitBurst=3\n[Service]\nExecStart=\n"
+            "ExecStart=false\n",
+        )
+        os.kill(keeping.pid, signal.SIGKILL)
+        keeping_until(
+            lambda: systemd.show(UNIT, "ActiveState") == "failed", "the start limit is not met"
+        )
+        assert thing.let_go() == (systemd.version < 254)
+        broken.unlink()
+        systemd.systemctl("daemon-reload")
+        systemd.systemctl("reset-failed", "cprd.socket", UNIT)
+        keeping.systemctl("start", "cprd.socket", UNIT)
+        assert keeping.phases() == ({} if systemd.version < 254 else {"first": HELD})
+
+
+def test_ended_ones_free_their_memory_though_cprd_is_killed_over_it(systemd: Machine) -> None:
+    """A memfd of 64 MiB, in nobody's /proc/PID/fd: Shmem of the whole machine goes back."""
+    keeping = Keeping(systemd)
+    size = 64 << 20
+    for where in ("slot:dead", "slot:drain"):
+        with keeping.connect() as daemon:
+            state = cprd.State()
+            memfd = os.memfd_create("large")
+            os.posix_fallocate(memfd, 0, size)
+            before = shmem()
+            state.save_fd("ram", 0, memfd)
+            daemon.save("large", state, require="store")
+            os.close(memfd)
+            keeping.arm(where)
+            task = Task(lambda daemon=daemon: daemon.drop("large"))  # type: ignore[misc]
+            assert keeping.await_stop(task.done)
+            assert shmem() > before - size / 2
+            keeping.kill()
+            task.result()
+            end = time.monotonic() + 1
+            while shmem() > before - size / 2:
+                assert time.monotonic() < end, f"killed at {where}: not freed within 1 s"
+                time.sleep(0.01)
+        assert not keeping.phases()
+
+
+def shmem() -> int:
+    with open("/proc/meminfo") as file:
+        found = re.search(r"^Shmem:\s+(\d+) kB", file.read(), re.MULTILINE)
+    assert found
+    return int(found[1]) * 1024
+
+
+def seconds_to_ready(keeping: Keeping, how: Callable[[], None]) -> float:
+    """From exec of cprd to its READY=1, as the manager saw them."""
+    how()
+    keeping.phases()
+    keeping_until(
+        lambda: keeping.machine.show(UNIT, "ActiveState") == "active", "it does not become active"
+    )
+    show = keeping.machine.show
+    started = int(show(UNIT, "ExecMainStartTimestampMonotonic"))
+    ready = int(show(UNIT, "ActiveEnterTimestampMonotonic"))
+    return (ready - started) / 1e6
+
+
+def test_two_thousand_holds_come_back_within_a_second(systemd: Machine) -> None:
+    keeping = Keeping(systemd)
+    count = 2000
+    with things(7) as (thing,):
+        with keeping.connect() as daemon:
+            for number in range(count):
+                saved = daemon.save(f"n{number}", thing.state)
+                assert saved.kept == "store", number
+        thing.saved()
+        took = [seconds_to_ready(keeping, keeping.kill) for _ in range(3)]
+        took.append(seconds_to_ready(keeping, lambda: keeping.systemctl("restart", UNIT)))
+        print(f"exec to READY with {count} holds: {', '.join(f'{t:.2f}' for t in took)} s")
+        rows = keeping.rows()
+        assert len(rows) == count
+        assert {row["phase"] for row in rows.values()} == {HELD}
+        assert min(took) <= 1.0
+        assert whole(keeping, "n0", 7)
+        assert whole(keeping, f"n{count - 1}", 7)
+        assert not thing.let_go(0.0)
+        with keeping.connect() as daemon:
+            for number in range(count):
+                daemon.drop(f"n{number}")
+        assert thing.let_go()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="so many in flight want root")
+def test_one_hold_of_fifteen_thousand_descriptors_comes_back_whole(systemd: Machine) -> None:
+    keeping = Keeping(systemd)
+    count = 15_000
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < count + 1000:
+        pytest.skip("RLIMIT_NOFILE is too low here")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    reading, writing = os.pipe()
+    try:
+        with contextlib.ExitStack() as stack:
+            state = cprd.State()
+            made = [os.dup(writing) for _ in range(count)]
+            os.close(writing)
+            for number, fd in enumerate(made):
+                state.save_fd("conn", number, fd)
+            daemon = stack.enter_context(keeping.connect())
+            assert daemon.save("large", state).kept == "store"
+            for fd in made:
+                os.close(fd)
+            keeping.kill()
+            keeping.systemctl("restart", UNIT)
+            with daemon.load("large") as claim:
+                keys = [(name, number) for name, number, _ in claim.state.fds()]
+                assert keys == [("conn", number) for number in range(count)]
+                os.write(claim.state.find_fd("conn", count - 1), b"x")
+                assert os.read(reading, 9) == b"x"
+                keeping.kill()
+            assert not keeping.phases()
+            end = time.monotonic()
+            assert os.read(reading, 9) == b""
+            assert time.monotonic() - end < 1
+    finally:
+        os.close(reading)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
