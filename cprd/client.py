@@ -48,12 +48,15 @@ class _Connection:
         self.users = 1
         self.greeting: dict[str, Any] = {}
         self._sock: socket.socket | None = None
-        try:
-            self._open()
-        except link.Lost:
-            raise Unavailable(
-                f"cprd at {path} closed the connection before it said hello"
-            ) from None
+        for tries in range(link.HELLOS):
+            if tries:
+                time.sleep(link.RETRY_EVERY)
+            try:
+                self._open()
+                return
+            except link.Lost:
+                continue
+        raise Unavailable(f"cprd at {path} closed the connection before it said hello")
 
     def _open(self) -> None:
         self._sock = link.open_socket(self.path)

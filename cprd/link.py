@@ -16,6 +16,7 @@ from cprd.verbs import Answer, Call
 
 RETRY_FOR = 15.0  # s that a lost daemon is waited for (it may be restarting)
 RETRY_EVERY = 0.05
+HELLOS = 6  # tries until a cprd is believed not to want us: each may have met one that was killed
 SERVED = 1.0  # s after which a connection that is lost had not been refused
 
 _TIMEVAL = struct.Struct("ll")

@@ -99,11 +99,15 @@ class _Connection:
         self._turn = trio.Lock()
 
     async def open(self) -> None:
-        try:
-            await self._open()
-        except link.Lost:
-            why = f"cprd at {self.path} closed the connection before it said hello"
-            raise Unavailable(why) from None
+        for tries in range(link.HELLOS):
+            if tries:
+                await trio.sleep(link.RETRY_EVERY)
+            try:
+                await self._open()
+                return
+            except link.Lost:
+                continue
+        raise Unavailable(f"cprd at {self.path} closed the connection before it said hello")
 
     async def _open(self) -> None:
         # connect() to a UNIX socket waits only while the backlog is full.

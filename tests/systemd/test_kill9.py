@@ -471,7 +471,8 @@ class Stream:
 
     def end(self) -> None:
         for client in self.clients:
-            self.machine.signal(client, signal.SIGKILL)
+            if client.poll() is None:
+                self.machine.signal(client, signal.SIGKILL)
         for client in self.clients:
             client.wait()
         os.close(self.dots)
