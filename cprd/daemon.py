@@ -41,6 +41,7 @@ from cprd.pause import point
 
 RESERVED_FOR_ROOT = 8  # connections
 ORPHANED = 60.0  # s after a restart
+CROWD = 8  # connections of one uid from which on its requests take turns
 MAX_PENDING = 1000  # closes of one uid that may wait before it is refused more
 
 
@@ -72,6 +73,8 @@ class Daemon:
         self.refused_accepts = 0
         self.stopping = False  # claims outlive this process: their connections' end is not theirs
         self.connections: set[Connection] = set()
+        self._crowds: dict[int, int] = {}  # connections by uid
+        self._turns: dict[int, trio.Lock] = {}
         self.watch = peers.Watch()
         self.pidfds: dict[int, dict[str, int]] = {}  # by generation and role; owned here
         self._waiters: dict[Key, deque[Waiter]] = {}
@@ -189,6 +192,7 @@ class Daemon:
         try:
             refused = self._why_refused(peer)
             self.connections.add(connection)
+            self._crowds[peer.uid] = self._crowds.get(peer.uid, 0) + 1
             if refused is not None:
                 log.event("refused", level=log.WARNING, uid=peer.uid, pid=peer.pid, why=refused)
                 await connection.answer(wire.refusal(refused))
@@ -208,7 +212,12 @@ class Daemon:
         except Exception as error:
             log.event("failed", level=log.ERROR, uid=peer.uid, pid=peer.pid, why=repr(error))
         finally:
-            self.connections.discard(connection)
+            if connection in self.connections:
+                self.connections.discard(connection)
+                self._crowds[peer.uid] -= 1
+                if not self._crowds[peer.uid]:
+                    del self._crowds[peer.uid]
+                    self._turns.pop(peer.uid, None)
             if not self.stopping:
                 self._end_claims(connection)
             connection.close()
@@ -219,7 +228,7 @@ class Daemon:
                 f"uid {peer.uid} is what every unmapped uid of another user namespace looks like:"
                 " connect from a process whose uid is mapped here"
             )
-        mine = sum(1 for other in self.connections if other.peer.uid == peer.uid)
+        mine = self._crowds.get(peer.uid, 0)
         if mine >= self.config.connections:
             return LimitExceeded(
                 f"uid {peer.uid} has {mine} connections; the quota is {self.config.connections}:"
@@ -299,6 +308,7 @@ class Daemon:
             return not isinstance(error, Blocked)
         verb = request.message["verb"]
         try:
+            await self._turn(connection)
             if request.fds and verb not in _WITH_DESCRIPTORS:
                 raise ProtocolError(f"{verb}: wants no descriptors with it, has {len(request.fds)}")
             await _VERBS[verb](self, connection, request)
@@ -311,6 +321,14 @@ class Daemon:
         finally:
             connection.release(request.fds)
         return True
+
+    async def _turn(self, connection: Connection) -> None:
+        """Of a uid with many connections one request is served in each round of the event loop: a
+        crowd makes its own members wait, and nobody else."""
+        uid = connection.peer.uid
+        if self._crowds.get(uid, 0) > CROWD:
+            async with self._turns.setdefault(uid, trio.Lock()):
+                await trio.lowlevel.checkpoint()
 
     async def _refuse(self, connection: Connection, verb: str, error: CprdError) -> None:
         peer = connection.peer
