@@ -1,7 +1,8 @@
 """QEMU's command line: what we must know of it, and what we add to it. Pure.
 
-COMMAND may begin with wrappers (chroot, prlimit, taskset, setpriv, ...); the QEMU is the first word that
-is called like one. Only the options named here are understood; all others pass through as they are.
+COMMAND may begin with wrappers (chroot, prlimit, taskset, setpriv, ...); the QEMU is the first word
+that is called like one. Only the options named here are understood; all others pass through as they
+are.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ if TYPE_CHECKING:
 
 MONITOR = "cprd-monitor"
 FDS_FOR_CPR = (10, 2)
-"""From this version on the CPR channel may be an inherited listening socket. Before: only a path."""
+"""From this version on the CPR channel may be an inherited listening socket. Before: only a
+path."""
 
 _PROGRAM = re.compile(r"(qemu-system-\w+|qemu-kvm|kvm)$")
 
 # Options without an argument (qemu-options.hx); every other one takes the next word.
 _BARE = frozenset(
-    "h help version S s snapshot nodefaults nographic full-screen no-user-config no-reboot"
-    " no-shutdown daemonize only-migratable preconfig enable-kvm no-acpi no-hpet win2k-hack"
-    " no-fd-bootchk semihosting old-param singlestep curses sdl usb xen-domid-restrict xen-attach"
-    " mem-prealloc audio-help nouserconfig async-teardown no-kvm enable-fips alt-grab ctrl-grab"
-    " no-frame no-quit portrait tdf".split()
+    (  # noqa: SIM905
+        "S alt-grab async-teardown audio-help ctrl-grab curses daemonize enable-fips enable-kvm"
+        " full-screen h help mem-prealloc no-acpi no-fd-bootchk no-frame no-hpet no-kvm no-quit"
+        " no-reboot no-shutdown no-user-config nodefaults nographic nouserconfig old-param"
+        " only-migratable portrait preconfig s sdl semihosting singlestep snapshot tdf usb version"
+        " win2k-hack xen-attach xen-domid-restrict"
+    ).split()
 )
 
 _REFUSED = {
@@ -88,10 +92,10 @@ class Command:
                     found.append((f"-{option}", path))
         for options in self.chardevs().values():
             if options[""] == "socket" and _is_on(options, "server") and options.get("path"):
-                found.append(("-chardev", options["path"]))
+                found.append(("-chardev", options["path"]))  # noqa: PERF401
         for value in self.values("vnc"):
             if value.startswith("unix:"):
-                found.append(("-vnc", value[5:].partition(",")[0]))
+                found.append(("-vnc", value[5:].partition(",")[0]))  # noqa: PERF401
         return found
 
     def monitor_path(self) -> str:
@@ -117,7 +121,7 @@ class Command:
         ]
         for value in self.values("serial", "monitor", "debugcon"):
             if value.startswith("file:"):
-                files.append(value[5:])
+                files.append(value[5:])  # noqa: PERF401
         return files
 
     def incoming(self, *, monitor: int, main: int, cpr: int | str) -> list[str]:

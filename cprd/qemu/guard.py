@@ -1,9 +1,9 @@
 """What stands between a new QEMU and its helper's death: a small process that reads QEMU's stderr.
 
-Until it is told that the guest is about to run, the end of the helper (however it comes) ends that QEMU:
-a QEMU that waits for a state which nobody will send would otherwise stand there for ever. From then on
-it only passes on what QEMU says on stderr, as `cat`, until QEMU ends: the pipe cannot be taken out of a
-running QEMU again.
+Until it is told that the guest is about to run, the end of the helper (however it comes) ends that
+QEMU: a QEMU that waits for a state which nobody will send would otherwise stand there for ever.
+From then on it only passes on what QEMU says on stderr, as `cat`, until QEMU ends: the pipe cannot
+be taken out of a running QEMU again.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cprd import cpr
 from cprd.errors import Damaged
-from cprd.qemu.stream import machine
+from cprd.qemu.stream import is_whole, machine
 from cprd.state import State
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ class Held:
         if named != keys:
             raise Damaged("its CPR stream names other descriptors than those that are held")
         machine(self.main)
+        if not is_whole(self.main):
+            raise Damaged("its main stream ends too early: a QEMU would wait for the rest")
 
     def stream(self, version: tuple[int, ...]) -> Stream:
         """The CPR stream for a QEMU of that version. Raises VMStateError when it cannot be: QEMU

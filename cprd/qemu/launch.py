@@ -1,10 +1,9 @@
 """The process that becomes the new QEMU: it waits for a word over `talk`, then executes.
 
 Words are msgpack maps: {"cold": True}; {"go": True, "place": path, "version": [10, 0, 2], "guard":
-pid}; {"fail": why,
-"status": n}. The descriptors are made before this process is forked (or by it), so that none has to be
-sent: a connected monitor, a connected main channel, a pipe for stderr. `talk` closes on exec, so that
-its end says "executed"; anything that is said instead is why not.
+pid}; {"fail": why, "status": n}. The descriptors are made before this process is forked (or by it),
+so that none has to be sent: a connected monitor, a connected main channel, a pipe for stderr.
+`talk` closes on exec, so that its end says "executed"; anything that is said instead is why not.
 """
 
 from __future__ import annotations

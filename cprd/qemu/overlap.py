@@ -1,8 +1,9 @@
 """Sockets that the old QEMU and the new one both call theirs.
 
-The new QEMU, binding the path of the old one's socket, takes the path away from it; and the old one, when
-it quits, removes the path, which is the new one's by then. So each such socket gets a second name before
-the new QEMU starts (to give the path back, should it fail) and again before the old one quits.
+The new QEMU, binding the path of the old one's socket, takes the path away from it; and the old
+one, when it quits, removes the path, which is the new one's by then. So each such socket gets a
+second name before the new QEMU starts (to give the path back, should it fail) and again before the
+old one quits.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ class PrivatePlace:
     """Owns the directory and what is in it; close() removes both."""
 
     def __init__(self, beside: str, uid: int = -1) -> None:
-        """`beside`: the path of a socket. `uid`: whose QEMU it is for (-1: ours). Raises Refused."""
+        """`beside`: the path of a socket. `uid`: whose QEMU it is for (-1: ours). Raises
+        Refused."""
         parent = os.path.dirname(os.path.abspath(beside))
         self.path = os.path.join(parent, f".cprd-{os.urandom(4).hex()}")
         try:

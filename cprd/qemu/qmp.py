@@ -1,7 +1,7 @@
 """QEMU's monitor, through qemu.qmp: each wait bounded, each failure saying which kind it is.
 
-An answered error (MonitorRefused) means that nothing was done; silence (MonitorLost) means that nobody
-knows. Which of the two it was decides whether a hand-over may be taken back.
+An answered error (MonitorRefused) means that nothing was done; silence (MonitorLost) means that
+nobody knows. Which of the two it was decides whether a hand-over may be taken back.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Taking a VM out of a running QEMU, up to the point from which it can no more be taken back.
 
-Who waits for whom (facts observed on 10.0 and 11.1; docs/qemu.md draws it): `migrate` connects to the CPR
-channel and writes to it from QEMU's main loop, so we accept and read at once; the guest runs. QEMU
-stops the guest when we hang up on that channel, connects to the main channel and writes it; then it
-waits, paused, for the return path. SHUT(0) there completes it; closing there makes it resume.
+Who waits for whom (facts observed on 10.0 and 11.1; docs/qemu.md draws it): `migrate` connects to
+the CPR channel and writes to it from QEMU's main loop, so we accept and read at once; the guest
+runs. QEMU stops the guest when we hang up on that channel, connects to the main channel and writes
+it; then it waits, paused, for the return path. SHUT(0) there completes it; closing there makes it
+resume.
 
-What must never happen: hanging up on the CPR channel before its end (QEMU 11.1 may crash), and, after a
-CPR stream that is no good, hanging up while our main listener still listens (the guest would stop).
+What must never happen: hanging up on the CPR channel before its end (QEMU 11.1 may crash), and,
+after a CPR stream that is no good, hanging up while our main listener still listens (the guest
+would stop).
 """
 
 from __future__ import annotations

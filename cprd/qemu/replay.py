@@ -1,8 +1,8 @@
 """Giving a state to a new QEMU that waits for it, stopped, and hearing that it has loaded it.
 
-The new QEMU listens at a path (or on an inherited socket), takes the CPR stream to its end, makes its
-devices and hangs up; its main channel and monitor are connected already, because we made both. After
-the main stream it says SHUT on the return path: 0 when it has loaded. It does not run: -S.
+The new QEMU listens at a path (or on an inherited socket), takes the CPR stream to its end, makes
+its devices and hangs up; its main channel and monitor are connected already, because we made both.
+After the main stream it says SHUT on the return path: 0 when it has loaded. It does not run: -S.
 """
 
 from __future__ import annotations

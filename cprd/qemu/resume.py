@@ -93,7 +93,8 @@ async def _help(
 
 
 async def claim_it(daemon: cprd.Daemon, name: str, *, force: bool) -> cprd.Claim:
-    """Claim NAME, after settling what a killed helper left. Raises NotHeld (cold is right), Busy."""
+    """Claim NAME, after settling what a killed helper left. Raises NotHeld (cold is right),
+    Busy."""
     name = full_name(daemon, name)
     if force:
         daemon.release(name, force=True)
@@ -195,6 +196,8 @@ async def _run(
     point("qemu-start:begun")
     guard.disarm()
     point("qemu-start:disarmed")
+    if process.ended():
+        raise Failed("the new QEMU ended before it was told to run its guest")
     if status in LIVE:
         try:
             await let_run(monitor)

@@ -194,7 +194,8 @@ async def take_back(
 async def complete(
     recorder: Recorder, prepared: Prepared, settings: Settings, monitor: Monitor, name: str
 ) -> None:
-    """SHUT(0), and QEMU's word that it has completed. Raises Failed (the guest runs on) or InDoubt."""
+    """SHUT(0), and QEMU's word that it has completed. Raises Failed (the guest runs on) or
+    InDoubt."""
     try:
         recorder.complete()
     except OSError as error:

@@ -1,8 +1,9 @@
 """What is already there under a VM's name: whether that leaves room for what is to be done now.
 
-A killed helper leaves a hold in doubt. Who can end the doubt is the QEMU that was saved: if its guest
-runs, the state is stale, and dropped; if it is `postmigrate`, nobody has run since, and the state is
-good; if it is gone, nobody can tell any more. While we ask, we are the only client of its monitor.
+A killed helper leaves a hold in doubt. Who can end the doubt is the QEMU that was saved: if its
+guest runs, the state is stale, and dropped; if it is `postmigrate`, nobody has run since, and the
+state is good; if it is gone, nobody can tell any more. While we ask, we are the only client of its
+monitor.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Settled:
 
 async def settle(daemon: Daemon, name: str) -> Settled:
     """End what a killed helper left under `name`. Afterwards it is free, or held and loadable, or
-    (a guest runs) dropped. Raises Busy or InDoubt with the reason; NotHeld when nothing is there."""
+    (a guest runs) dropped. Raises Busy or InDoubt with the reason; NotHeld when nothing is."""
     row, origin = look(daemon, name)
     if row is None:
         raise NotHeld(f"nothing is held under {name!r}")
@@ -195,7 +196,8 @@ async def _end_successor(origin: Origin) -> None:
 
 async def end_predecessor(origin: Origin | None) -> None:
     """The QEMU that an upgrade had taken the guest from, when its helper died before it could quit
-    it: it had completed, or the new one would not run. Killed, it leaves the sockets' paths alone."""
+    it: it had completed, or the new one would not run. Killed, it leaves the sockets' paths
+    alone."""
     old = Process.find(origin.old) if origin is not None else None
     if old is not None:
         old.kill()

@@ -1,8 +1,8 @@
 """`cprctl qemu start`: become the QEMU of a VM, with what is held under its name, or cold.
 
-Two processes. This one becomes the QEMU (same PID, its exit status the QEMU's). A helper, forked twice so
-that the QEMU never has a child it does not know, speaks to cprd, replays the state and lets the guest
-run. The claim is the helper's: it ends with the helper.
+Two processes. This one becomes the QEMU (same PID, its exit status the QEMU's). A helper, forked
+twice so that the QEMU never has a child it does not know, speaks to cprd, replays the state and
+lets the guest run. The claim is the helper's: it ends with the helper.
 
     helper: load ... go     hold claimed           a kill -> held again; the QEMU is ended (guard)
     helper: replay, loaded  QEMU has it, stopped   the same

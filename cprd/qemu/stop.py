@@ -1,5 +1,6 @@
-"""`cprctl qemu stop`, for ExecStop=: the guest goes into a hold; when that makes no sense or fails, it is
-shut down as by its power button, and waited for. A supervisor kills what is left afterwards."""
+"""`cprctl qemu stop`, for ExecStop=: the guest goes into a hold; when that makes no sense or fails,
+it is shut down as by its power button, and waited for. A supervisor kills what is left
+afterwards."""
 
 from __future__ import annotations
 

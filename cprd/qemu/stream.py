@@ -2,8 +2,8 @@
 
 Layout (QEMU's migration/savevm.c and migration/migration.c; integers are big-endian): "QEVM", u32
 version 3, 07 and the machine's name, sections, 00 (end), then 06, u32 length and that many bytes of
-JSON, the description. The sender keeps the channel open until the return path says SHUT, so that there
-is no end of file to tell the end by: the description's length does.
+JSON, the description. The sender keeps the channel open until the return path says SHUT, so that
+there is no end of file to tell the end by: the description's length does.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ SHUT = 1
 PONG = 2
 _HEAD = struct.Struct(">HH")
 DONE = _HEAD.pack(SHUT, 4) + bytes(4)
-"""The return path's SHUT(0): "I have it all". The source completes by it, and can no more go back."""
+"""The return path's SHUT(0): "I have it all". The source completes by it, and can no more go
+back."""
 
 _TAIL = re.compile(rb"\x00\x06(....)\{", re.DOTALL)
 
 
-def is_whole(data: bytes | bytearray) -> bool:
+def is_whole(data: bytes | bytearray | memoryview) -> bool:
     """Whether the stream ends exactly here: in a description of the length that it announces."""
-    if not data.endswith(b"}"):
+    if data[-1:] != b"}":
         return False
     return any(
         int.from_bytes(found[1], "big") == len(data) - found.end() + 1

@@ -1,4 +1,5 @@
-"""`cprctl qemu upgrade`: old and new QEMU overlap, and the guest stands still for a few milliseconds.
+"""`cprctl qemu upgrade`: old and new QEMU overlap, and the guest stands still for a few
+milliseconds.
 
 The order, and no other (docs/qemu.md says what each line is there for):
 
@@ -243,8 +244,8 @@ class _Move:
             raise
 
     async def _finish(self, settings: Settings) -> Upgraded:
-        """The old QEMU has completed. What was prepared is never served; whether it may be after our
-        death is told by the untouched mark, which goes before the new QEMU may run."""
+        """The old QEMU has completed. What was prepared is never served; whether it may be after
+        our death is told by the untouched mark, which goes before the new QEMU may run."""
         assert self.new is not None
         assert self.guard is not None
         os.unlink(self.mark)
@@ -319,7 +320,7 @@ class _Move:
         return stamp(resumed) - stamp(stopped)
 
     async def _give_up_new(self, error: Exception) -> CprdError:
-        """End the new QEMU, give the old one its paths back; the error with what the new one said."""
+        """End the new QEMU, give the old one its paths back; the error with what it said."""
         if self.new is not None:
             self.new.kill()
             await self.new.wait(10.0)

@@ -1,6 +1,6 @@
 """Which version a QEMU command is: all of it is run with -version, and the answer remembered by the
-program's inode and mtime. A package upgrade changes both; where the file cannot be told (a wrapper that
-we do not know), it is asked each time (some 20 ms)."""
+program's inode and mtime. A package upgrade changes both; where the file cannot be told (a wrapper
+that we do not know), it is asked each time (some 20 ms)."""
 
 from __future__ import annotations
 

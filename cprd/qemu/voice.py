@@ -1,9 +1,9 @@
 """Where a QEMU's stderr and stdout go, for the QEMU that takes its place.
 
-`cprctl qemu upgrade` ends while the new QEMU lives, so that one must not keep our own output open: who
-reads us through a pipe would wait for its end. It goes on with what the old QEMU has. Where the
-old one's stderr is the pipe of a guard (guard.py), it is the guard's own output, so that guards do not
-queue up with each upgrade; $CPRD_GUARD in a QEMU's environment names it.
+`cprctl qemu upgrade` ends while the new QEMU lives, so that one must not keep our own output open:
+who reads us through a pipe would wait for its end. It goes on with what the old QEMU has. Where the
+old one's stderr is the pipe of a guard (guard.py), it is the guard's own output, so that guards do
+not queue up with each upgrade; $CPRD_GUARD in a QEMU's environment names it.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 """The test guest: one boot sector that counts in RAM *and* in a CPU register.
 
-RAM is shared between the old QEMU and the new one, so a counter in RAM alone goes on even when a stale
-CPU state is replayed over it. The guest therefore counts in both places, prints both a hundred times a
-second on the first serial port, and appends `DIFF` when they disagree. `BOOT` is printed once a boot.
-Every 16th tick it writes the counter to sector 1 of its disk through the BIOS, when it has a disk that
-takes it, and prints `W` after it was written (`E`: the BIOS reported an error). A pressed power button
-switches the machine off. Between ticks the CPU is halted: an idle guest costs next to nothing.
+RAM is shared between the old QEMU and the new one, so a counter in RAM alone goes on even when a
+stale CPU state is replayed over it. The guest therefore counts in both places, prints both a
+hundred times a second on the first serial port, and appends `DIFF` when they disagree. `BOOT` is
+printed once a boot. Every 16th tick it writes the counter to sector 1 of its disk through the BIOS,
+when it has a disk that takes it, and prints `W` after it was written (`E`: the BIOS reported an
+error). A pressed power button switches the machine off. Between ticks the CPU is halted: an idle
+guest costs next to nothing.
 
-The bytes are spelled out beside their mnemonics, so that the tests need no toolchain; `listing()` gives
-them in order for whoever wants to check them with a disassembler:
+The bytes are spelled out beside their mnemonics, so that the tests need no toolchain. To check them
+with a disassembler:
 
-    python -m tests.qemu.guest | objdump -D -b binary -m i8086 -M intel --adjust-vma=0x7c00 /dev/stdin
+    python -m tests.qemu.guest > guest.bin
+    objdump -D -b binary -m i8086 -M intel --adjust-vma=0x7c00 guest.bin
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import struct
 ORIGIN = 0x7C00
 SECTOR = 512
 
-# One row an instruction: its bytes, the label it needs (with the width of the reference: 1 is relative
-# to the next instruction, 2 likewise, "abs" is an absolute 16-bit address), what it says.
+# One row an instruction: its bytes; the label it needs, with the width of the reference (1 and 2:
+# relative to the next instruction, "abs": a 16-bit address); what it says.
 _Row = tuple[str, str, str]
 PROGRAM: list[_Row] = [
     ("fa", "", "cli"),

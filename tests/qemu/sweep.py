@@ -1,8 +1,8 @@
 """Stopping cprctl at each of its points in turn, and killing it there.
 
-`points` learns them all from a run that nobody disturbs. `killed_at` starts a command that stops itself
-at one of them and kills what stopped there, be it the command itself or a helper that it forked: this
-process is their subreaper, so that it sees them stop.
+`points` learns them all from a run that nobody disturbs. `killed_at` starts a command that stops
+itself at one of them and kills what stopped there, be it the command itself or a helper that it
+forked: this process is their subreaper, so that it sees them stop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""cprctl killed at every step of save, start and upgrade: the guest goes on, once, whatever happens.
+"""cprctl killed at every step of save, start and upgrade: the guest goes on, once, whatever
+happens.
 
-After each kill the state is one of these, and what an operator does next must lead on: the guest runs in
-a QEMU (then nothing that is held may be started), or it is held, or it is in doubt and says why.
+After each kill the state is one of these, and what an operator does next must lead on: the guest
+runs in a QEMU (then nothing that is held may be started), or it is held, or it is in doubt and says
+why.
 """
 
 from __future__ import annotations
