@@ -242,21 +242,33 @@ def _manifest(state: State, names: str, ids: array[int]) -> tuple[int, list[tupl
 
 def _refuse_cycles(state: State, forbidden: Sequence[int]) -> None:
     """A socket may not lie in a queue that it is the way to: the kernel would take the cycle for
-    garbage. Copies of such a socket are looked for in small states only (2 us a descriptor, by
-    readlink, which does not touch the file itself); in large ones just the descriptor itself."""
-    few = state.fd_count <= 1024
-    bad = {os.readlink(f"/proc/self/fd/{fd}") for fd in forbidden} if few else set()
-    if not few and state._as_numbers().isdisjoint(forbidden):
-        return
+    garbage. Copies of such a socket are looked for in small states only; in large ones just the
+    descriptor itself.
+
+    Copies share the flags of the open file, and O_APPEND means nothing to a socket: it is set on
+    the forbidden ones, and only what has it is looked at more closely (0.2 us a descriptor instead
+    of the 3 us of a readlink; neither touches the file itself, which could block)."""
+    if state._as_numbers().isdisjoint(forbidden):
+        if state.fd_count > 1024:
+            return
+        for fd in forbidden:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            if not flags & os.O_APPEND:
+                fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_APPEND)
+    bad = {os.readlink(f"/proc/self/fd/{fd}") for fd in forbidden}
     for name, id, fd in state.fds():
         try:
-            if fd in forbidden or (few and os.readlink(f"/proc/self/fd/{fd}") in bad):
-                raise InvalidInput(
-                    f"({name!r}, {id}): fd {fd} is a connection to cprd itself; a bundle may not"
-                    " come to hold itself"
-                )
+            if fd not in forbidden:
+                if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
+                    continue
+                if os.readlink(f"/proc/self/fd/{fd}") not in bad:
+                    continue
         except OSError:
             continue  # not open: the kernel says so in a moment, and then it is explained
+        raise InvalidInput(
+            f"({name!r}, {id}): fd {fd} is a connection to cprd itself; a bundle may not come to"
+            " hold itself"
+        )
 
 
 def _explain(error: OSError, state: State) -> Exception:
