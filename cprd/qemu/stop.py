@@ -47,7 +47,10 @@ async def stop(
         raise
     except CprdError as error:
         why = f"not saved: {' '.join(str(error).split())}"
-    return f"{why}; {await shut_down(qmp, powerdown)}"
+    try:
+        return f"{why}; {await shut_down(qmp, powerdown)}"
+    except Failed as error:
+        raise Failed(f"{why}; {error}") from None
 
 
 async def shut_down(qmp: str, timeout: float, *, insist: bool = False) -> str:
