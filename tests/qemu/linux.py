@@ -43,6 +43,7 @@ until port=$(ls /dev/vport*p1 2> /dev/null) && [ -b /dev/vda ] &&
 n=0
 while true; do
     n=$((n + 1))
+    [ $n != "$sleep_at" ] || echo mem > /sys/power/state
     disk=FAILED net=FAILED port_=FAILED memory=FAILED
     printf '%-512s' $n | dd of=/dev/vda bs=512 seek=$(({FIRST_SECTOR} + n % {SECTORS})) \\
         conv=notrunc,fsync 2> /dev/null && disk=ok
@@ -67,11 +68,12 @@ class Linux:
         self.kernel = kernel
         self.initramfs = initramfs
 
-    def arguments(self) -> list[str]:
-        """For QEMU: direct boot, quiet, and an end (not a loop) where the guest panics."""
+    def arguments(self, sleep_at: int = 0) -> list[str]:
+        """For QEMU: direct boot, quiet, and an end (not a loop) where the guest panics. The guest
+        puts itself to sleep (S3) before round `sleep_at`."""
         return [
             *("-kernel", str(self.kernel), "-initrd", str(self.initramfs), "-no-reboot"),
-            *("-append", "console=ttyS0 quiet panic=-1"),
+            *("-append", f"console=ttyS0 quiet panic=-1 sleep_at={sleep_at}"),
         ]
 
 

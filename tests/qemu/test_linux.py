@@ -78,11 +78,11 @@ class Guest:
 
 
 @pytest.fixture
-def boot(make_machine: MakeMachine, linux: Linux, tmp_path: Path) -> Callable[[str], Guest]:
-    def make(machine: str) -> Guest:
+def boot(make_machine: MakeMachine, linux: Linux, tmp_path: Path) -> Callable[..., Guest]:
+    def make(machine: str = "q35", sleep_at: int = 0) -> Guest:
         port = tmp_path / "port"
         vm = make_machine(
-            *linux.arguments(),
+            *linux.arguments(sleep_at),
             *("-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0"),
             *("-device", "virtio-serial-pci", "-chardev", f"file,id=p0,path={port},append=on"),
             *("-device", "virtserialport,chardev=p0,name=t"),
@@ -101,7 +101,7 @@ def boot(make_machine: MakeMachine, linux: Linux, tmp_path: Path) -> Callable[[s
 
 @pytest.mark.parametrize("machine", ["q35", "pc"])
 def test_linux_at_work_goes_through_holds_and_an_upgrade(
-    boot: Callable[[str], Guest], machine: str, tmp_path: Path
+    boot: Callable[..., Guest], machine: str, tmp_path: Path
 ) -> None:
     guest = boot(machine)
     vm = guest.vm
@@ -117,3 +117,22 @@ def test_linux_at_work_goes_through_holds_and_an_upgrade(
     guest.goes_on()
     assert vm.save().returncode == 0
     guest.wrote_everything(tmp_path)
+
+
+def test_a_guest_that_sleeps_is_held_asleep_and_wakes_in_the_next_qemu(
+    boot: Callable[..., Guest],
+) -> None:
+    guest = boot(sleep_at=10)
+    vm = guest.vm
+    vm.await_status("suspended")
+    done = guest.rounds()
+    for _ in range(2):
+        saved = vm.save()
+        assert saved.returncode == 0, saved.stderr
+        vm.start()
+        vm.until(lambda: vm.cprctl("show", vm.name).returncode == 3, "confirmed")
+        assert vm.status() == "suspended"
+    assert guest.rounds() == done
+    vm.execute("system_wakeup")
+    guest.goes_on()
+    assert vm.status() == "running"
