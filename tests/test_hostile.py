@@ -37,10 +37,12 @@ def asks(line: Line, path: str) -> None:
     with cprd.connect(path) as daemon:
         line.say("here")
         waits = []
-        while not select.select([line.sock], [], [], 0.002)[0]:
+        while True:
             begin = time.monotonic()
             daemon.status()
             waits.append(time.monotonic() - begin)
+            if select.select([line.sock], [], [], 0.002)[0]:
+                break
         line.hear()
         line.say(" ".join(f"{wait:.4f}" for wait in sorted(waits)[-5:]))
 
@@ -280,20 +282,20 @@ def test_files_that_block_on_close_block_nobody(daemon: DaemonProcess) -> None:
             for number in range(3):
                 ours, theirs = lingering()
                 peers.enter_context(theirs)
+                if number == 1:
+                    connection.save("x", state_of("", [], [ours.fileno()]))
+                    os.close(ours.detach())
+                    continue
+                # It stands still until ours is closed: so the last copy, which waits, is its own.
+                os.kill(daemon.pid, signal.SIGSTOP)
                 if number == 0:
                     send(sock, packed(verb="status"), [ours.fileno()], 0)
-                elif number == 1:
-                    connection.save("x", state_of("", [], [ours.fileno()]))
-                else:
-                    # The first one ends the connection; the second is in its queue by then.
-                    os.kill(daemon.pid, signal.SIGSTOP)
-                    with silent(daemon.path) as left:
-                        send(left, b"noise", [])
-                        send(left, b"noise", [ours.fileno()], 0)
-                        os.kill(daemon.pid, signal.SIGCONT)
-                        answer(left)
-                # The last copy of ours is cprd's, so that our close does not wait.
+                else:  # the first message ends the connection, with the second one in its queue
+                    left = peers.enter_context(silent(daemon.path))
+                    send(left, b"noise", [])
+                    send(left, b"noise", [ours.fileno()], 0)
                 os.close(ours.detach())
+                os.kill(daemon.pid, signal.SIGCONT)
             connection.drop("x")
             assert before == {}
             until(lambda: connection.status()["closing"], lambda: "nothing blocks")
@@ -308,8 +310,10 @@ def test_a_uid_whose_files_block_is_not_served_further(daemon: DaemonProcess) ->
     """Otherwise what it sends would pile up in cprd, until nothing is left for others."""
     ours, theirs = lingering()
     with theirs, raw(daemon.path) as sock:
+        os.kill(daemon.pid, signal.SIGSTOP)
         send(sock, packed(verb="status"), [ours.fileno()], 0)
         os.close(ours.detach())
+        os.kill(daemon.pid, signal.SIGCONT)
         answer(sock)
         before = daemon.fds()
         fds = nulls(253)
