@@ -56,14 +56,14 @@ with open("/run/boot/go") as go, open("/run/boot/took", "w") as took:
 
 def saves(daemon: cprd.Daemon, state: cprd.State, kept: str) -> float:
     """Seconds that a save takes; what it made is dropped again, uncounted."""
-    took = 0.0
+    took = []
     for _ in range(TURN):
         start = time.perf_counter()
         saved = daemon.save("bench", state)
-        took += time.perf_counter() - start
+        took.append(time.perf_counter() - start)
         assert saved.kept == kept, saved
         daemon.drop("bench")
-    return took / TURN
+    return statistics.median(took)
 
 
 def measure(machine: Machine, count: int) -> list[tuple[float, float, float]]:
@@ -99,12 +99,12 @@ def measure(machine: Machine, count: int) -> list[tuple[float, float, float]]:
         took = stack.enter_context(open(root / "run/boot/took"))
 
         def fdstore() -> float:
-            seconds = 0.0
+            seconds = []
             for _ in range(TURN):
                 print("go", file=go, flush=True)
-                seconds += float(took.readline())
+                seconds.append(float(took.readline()))
                 assert took.readline() == "removed\n"
-            return seconds / TURN
+            return statistics.median(seconds)
 
         def one_round() -> tuple[float, float, float]:
             return saves(stored, state, "store"), saves(memory, state, "memory"), fdstore()
