@@ -24,6 +24,7 @@ from cprd.qemu import stream
 from cprd.qemu.failure import MonitorRefused, Refused
 from cprd.qemu.process import readable, soon_readable
 from cprd.qemu.qmp import migration_is
+from cprd.qemu.unstick import unstick, why
 from cprd.rights import close_all
 from cprd.vmstate.channel import Tape
 
@@ -38,6 +39,7 @@ WANTED = {"events": True, "return-path": True}
 HARMLESS = frozenset(("events", "return-path", "x-ignore-shared", "validate-uuid"))
 UNDER_WAY = ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling", "failing")
 MODE = "cpr-transfer"
+RESUMES = 1.0  # s in which QEMU resumes its guest after a migration that failed; it takes 1 ms
 
 
 class Settings:
@@ -95,6 +97,8 @@ class Recorder:
         self.state = cpr.CprState()
         self.main = bytearray()
         self._paths = (place.at("cpr-in"), place.at("main-in"))
+        self._way_out = place.at("gdb")
+        self._ran = False
         self._cpr_listener = place.listen("cpr-in")
         self._main_listener = place.listen("main-in")
         for listener in (self._cpr_listener, self._main_listener):
@@ -108,6 +112,7 @@ class Recorder:
         """`migrate`, and the CPR stream to its end. The guest runs on. `forward` sees each piece.
 
         Raises MonitorRefused (QEMU will not), Timeout, Damaged, LimitExceeded."""
+        self._ran = await self.monitor.status() in ("running", "suspended")
         unix = {"transport": "socket", "type": "unix"}
         channels = [
             {"channel-type": kind, "addr": {**unix, "path": path}}
@@ -205,7 +210,10 @@ class Recorder:
             except OSError as error:
                 raise Damaged(f"QEMU's main stream broke: {error}") from None
             if not data:
-                raise Damaged(f"QEMU's main stream ends after {len(self.main)} bytes, not whole")
+                raise Damaged(
+                    f"QEMU's main stream ends after {len(self.main)} bytes, not whole"
+                    f"{await self._why()}"
+                )
             self.main += data
             if forward is not None:
                 await forward(data)
@@ -227,6 +235,14 @@ class Recorder:
                 task.cancel()
             with suppress(Exception, asyncio.CancelledError):
                 await failing
+
+    async def _why(self) -> str:
+        """What QEMU says of its migration's failure."""
+        with suppress(MonitorRefused):
+            said = (await self.monitor.execute("query-migrate")).get("error-desc")
+            if said:
+                return f": {why(str(said))}"
+        return ""
 
     def complete(self) -> None:
         """SHUT(0) on the return path. Sent is not yet completed: see `completed`."""
@@ -256,8 +272,11 @@ class Recorder:
         until = loop.time() + self.timeout
         while await self.monitor.migration() in UNDER_WAY and loop.time() < until:
             await asyncio.sleep(0.01)
+        until = min(until, loop.time() + RESUMES)
         while (status := await self.monitor.status()) == "finish-migrate" and loop.time() < until:
             await asyncio.sleep(0.005)
+        if status == "finish-migrate" and await self.monitor.migration() not in UNDER_WAY:
+            status = await unstick(self.monitor, self._way_out, live=self._ran)
         return status
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
 
@@ -40,3 +42,37 @@ def test_a_write_that_failed_is_repeated_in_the_next_qemu(make_machine: MakeMach
     vm.goes_on(40)
     written = [int(line[:8], 16) for line in vm.lines() if line.endswith("W")]
     assert written[:2] == [16, 32]
+
+
+CANNOT_FLUSH = '[inject-error]\nevent = "flush_to_disk"\niotype = "flush"\nerrno = "5"\n'
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_disk_that_cannot_be_flushed_does_not_cost_the_guest(
+    make_machine: MakeMachine, paused: bool
+) -> None:
+    """QEMU stops the guest for the hand-over, fails, and refuses to let it go on; we know a way."""
+    vm = make_machine()
+    faulty(vm, CANNOT_FLUSH)
+    vm.start()
+    vm.goes_on()
+    if paused:
+        vm.execute("stop")
+    for _ in range(2):
+        saved = vm.save()
+        assert saved.returncode == 1
+        assert "the guest's disks could not be flushed (Input/output error)" in saved.stderr
+        assert vm.cprctl("show", vm.name).returncode == 3
+        assert vm.execute("query-migrate-parameters")["mode"] == "normal"
+        if paused:
+            assert "the guest is in its QEMU as before (paused)" in saved.stderr
+            assert vm.status() == "paused"
+            vm.stands(0.3)
+        else:
+            assert "the guest runs on in its QEMU" in saved.stderr
+            vm.goes_on()
+    if paused:
+        vm.execute("cont")
+    vm.goes_on()
+    assert [row for row in vm.execute("query-chardev") if row["label"] == "gdb"] == []
+    assert not [place for place in vm.place.iterdir() if place.name.startswith(".cprd-")]
