@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     Event = dict[str, Any]
 
 ANSWER = 10.0  # s for a command; QEMU's main loop can be busy with a slow disk
+_LOST = "CPRD_LOST"  # among the events: the connection has ended
 GREETING = 5.0  # s; a monitor that has a client already never greets
 
 
@@ -32,6 +33,7 @@ class Monitor:
         self._seen: list[Event] = []
         self.where = where
         self.process = process
+        self._watching = asyncio.ensure_future(self._watch())
 
     @classmethod
     async def connect(cls, path: str, timeout: float = GREETING) -> Monitor:
@@ -102,7 +104,8 @@ class Monitor:
         from qemu.qmp import ExecuteError, QMPError
 
         try:
-            return await asyncio.wait_for(self._client.execute(command, arguments or None), timeout)
+            async with asyncio.timeout(timeout):
+                return await self._client.execute(command, arguments or None)
         except ExecuteError as error:
             raise MonitorRefused(f"QEMU refuses {command}: {error}") from None
         except TimeoutError:
@@ -116,36 +119,24 @@ class Monitor:
         for at, event in enumerate(self._seen):
             if wanted(event):
                 return self._seen.pop(at)
-        loop = asyncio.get_running_loop()
-        until = loop.time() + timeout
-        while True:
-            if not self._running():
-                raise MonitorLost("QEMU's monitor broke while an event was awaited")
-            latest = await self._next_event(max(0.0, until - loop.time()))
-            if latest is not None and wanted(latest):
-                self._seen.remove(latest)
-                return latest
-            if latest is None and loop.time() >= until:
-                raise MonitorLost(f"QEMU sent no such event within {timeout:g} s")
-
-    async def _next_event(self, timeout: float) -> Event | None:
-        """The next event, which is among those seen then, also when this wait is cancelled; None
-        when there is none in time, or the connection changed."""
-        getting = asyncio.ensure_future(self._client.events.get())
-        changed = asyncio.ensure_future(self._client.runstate_changed())
-        event: Event | None = None
         try:
-            await asyncio.wait(
-                (getting, changed), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            changed.cancel()
-            if getting.done():
-                event = dict(getting.result())
-                self._seen.append(event)
-            else:
-                getting.cancel()
-        return event
+            async with asyncio.timeout(timeout):
+                while self._running():
+                    event = dict(await self._client.events.get())
+                    if wanted(event):
+                        return event
+                    if event["event"] != _LOST:
+                        self._seen.append(event)
+        except TimeoutError:
+            raise MonitorLost(f"QEMU sent no such event within {timeout:g} s") from None
+        raise MonitorLost("QEMU's monitor broke while an event was awaited")
+
+    async def _watch(self) -> None:
+        """Whoever waits for an event is woken when the connection ends."""
+        from qemu.qmp import Message
+
+        await self._client.runstate_changed()
+        await self._client.events.put(Message({"event": _LOST}))
 
     def gather_events(self) -> None:
         """Move what has arrived to those seen: at once, where one wait for each would cost more."""
@@ -173,6 +164,7 @@ class Monitor:
         """Hang up; QEMU serves the next client then. `process` is closed too."""
         with suppress(Exception):
             await asyncio.wait_for(self._client.disconnect(), 1.0)
+        self._watching.cancel()
         if self.process is not None:
             self.process.close()
 

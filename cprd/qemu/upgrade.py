@@ -196,6 +196,8 @@ class _Move:
         state["rehearsal"] = main
         stream.is_whole(main)
         self.daemon.prepare(self.name, state, after_exit=self.old_process.pidfd).abort()
+        del state["rehearsal"]
+        self.state = state
 
     def _origin(self, machine: str) -> Origin:
         assert self.new is not None
@@ -228,12 +230,10 @@ class _Move:
         replayer.restart_clock()
         await recorder.take_main(replayer.send_main)
         point("qemu-upgrade:main")
-        origin = self._origin(stream.machine(recorder.main))
-        tape = recorder.tape
+        self.state["main"] = recorder.main
+        self.state["qemu"] = self._origin(stream.machine(recorder.main)).section()
         self.prepared = self.daemon.prepare(
-            self.name,
-            pack(bytes(tape.data), tape.fds, recorder.main, origin),
-            after_exit=self.old_process.pidfd,
+            self.name, self.state, after_exit=self.old_process.pidfd
         )
         point("qemu-upgrade:prepared")
         try:
