@@ -350,7 +350,7 @@ def test_a_ttl_ends_a_hold_and_stands_still_while_it_is_claimed(daemon: DaemonPr
 
 def test_a_save_by_the_process_that_acts_replaces_the_doubt(daemon: DaemonProcess) -> None:
     def begins(line: Line, pid: int) -> None:
-        claim = cprd.connect(daemon.path).load("web")
+        claim = cprd.connect(daemon.path).load("web", wait=5)
         claim.begin(process=os.pidfd_open(pid))
         line.say("begun")
         line.hear()
