@@ -2,8 +2,8 @@
 
     python benchmarks/qemu_upgrade.py [--pairs N] [--machine TYPE] [--memory SIZE]
 
-Both by QEMU's clocks: STOP of the old to RESUME of the new. The yardstick: the new QEMU waits already,
-old and new speak with each other directly, with the return path.
+Both by QEMU's clocks: STOP of the old to RESUME of the new. The yardstick: the new QEMU waits
+already, old and new speak with each other directly, with the return path.
 
 Exit status: 0 when the ratio is within its bound, 1 when not.
 """
