@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,52 @@ def test_two_guests_restarted_at_once_keep_to_themselves(make_guest: MakeGuest) 
         guest.runs_in_the_unit()
 
 
+def test_a_guest_paused_by_its_user_stays_paused(guest: Guest) -> None:
+    guest.execute("stop")
+    for verb in ("restart", "reload"):
+        guest.systemctl(verb)
+        assert guest.status() == "paused"
+    assert guest.state() == "active"
+    guest.execute("cont")
+    guest.runs_in_the_unit()
+
+
+def test_restarted_with_a_broken_configuration_it_goes_on_once_that_is_mended(
+    guest: Guest,
+) -> None:
+    guest.configure(guest.arguments.replace("128M", "256M"))
+    assert guest.attempt("restart") != 0
+    assert guest.phases() == {"test": "held"}
+    guest.configure()
+    guest.await_state("active")  # by itself: it is tried again
+    guest.runs_in_the_unit()
+    assert guest.phases() == {}
+
+
+def kill_cprd_during(verb: str, guest: Guest, after: float) -> None:
+    """A job of the VM's unit; `after` seconds from its start on, cprd is killed."""
+    pid = guest.systemd.main_pid("cprd.service")
+    job = guest.systemd.popen("systemctl", verb, guest.unit)
+    time.sleep(after)  # for any moment will do (those that matter are in the sweeps of both sides)
+    os.kill(pid, signal.SIGKILL)
+    assert job.wait(60) == 0, f"killed after {after} s: {guest.systemd.journal()}"
+    guest.runs_in_the_unit()
+    assert guest.phases() == {}
+
+
+@pytest.mark.parametrize("verb", ["restart", "reload"])
+def test_cprd_killed_in_the_midst_of_it_the_guest_goes_on(guest: Guest, verb: str) -> None:
+    for after in (0.15, 0.25, 0.4):
+        kill_cprd_during(verb, guest, after)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_a_hundred_restarts_and_reloads_while_cprd_is_killed(guest: Guest) -> None:
+    for turn in range(100):
+        kill_cprd_during(("restart", "reload")[turn % 2], guest, turn // 2 / 80)
+
+
 # It cannot be saved
 
 
@@ -164,6 +211,8 @@ def test_a_guest_that_can_neither_be_saved_nor_shut_down_goes_on(make_guest: Mak
     stop_cprd(guest.systemd)
     guest.attempt("stop")
     assert guest.state() == "failed"
+    assert "not saved: " in guest.said()
+    assert "it still runs" in guest.said()
     guest.goes_on()
     start_cprd(guest.systemd)
     assert guest.attempt("start") != 0  # systemd's own word: it would not kill what is left
