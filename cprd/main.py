@@ -48,7 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     import trio
 
-    again = trio.run(_serve, given, settings)
+    try:
+        again = trio.run(_serve, given, settings)
+    except CprdError as error:
+        print(f"cprd: {error}", file=sys.stderr)
+        return 1
     sys.stdout.flush()
     sys.stderr.flush()
     if again is not None:

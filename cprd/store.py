@@ -61,6 +61,8 @@ class Store:
                     self._begun = True
                 await self._remove_retired(durable=False)
                 if (again or not keeper.shelf.durable) and not await self._keep(keeper.shelf):
+                    if keeper.spare is not None:
+                        keeper.spare.durable = False  # until it is seen to be there
                     return False
                 await self._remove_retired(durable=True)
                 if again and keeper.spare is not None:
