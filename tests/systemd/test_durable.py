@@ -204,6 +204,25 @@ def test_a_start_limit_loses_all_before_254_and_nothing_since(systemd: Machine) 
         assert keeping.phases() == ({} if systemd.version < 254 else {"first": HELD})
 
 
+def test_with_too_few_descriptors_to_start_it_loses_nothing(systemd: Machine) -> None:
+    """A limit lowered by mistake: it says so, again and again, until it is raised."""
+    keeping = Keeping(systemd)
+    with things(1) as (thing,):
+        with keeping.connect() as daemon:
+            for number in range(60):
+                daemon.save(f"n{number}", thing.state, require="store")
+        thing.saved()
+        limit = systemd.unit(f"{UNIT}.d/zz.conf", "[Service]\nLimitNOFILE=60\n")
+        os.kill(keeping.pid, signal.SIGKILL)
+        systemd.await_journal("raise LimitNOFILE= of cprd.service", UNIT)
+        systemd.await_journal("restart counter is at 5", UNIT)
+        limit.unlink()
+        systemd.systemctl("daemon-reload")
+        assert len(keeping.phases()) == 60
+        assert whole(keeping, "n0", 1)
+        assert whole(keeping, "n59", 1)
+
+
 def test_ended_ones_free_their_memory_though_cprd_is_killed_over_it(systemd: Machine) -> None:
     """A memfd of 64 MiB, in nobody's /proc/PID/fd: Shmem of the whole machine goes back."""
     keeping = Keeping(systemd)
