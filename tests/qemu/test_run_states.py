@@ -76,3 +76,20 @@ def test_a_disk_that_cannot_be_flushed_does_not_cost_the_guest(
     vm.goes_on()
     assert [row for row in vm.execute("query-chardev") if row["label"] == "gdb"] == []
     assert not [place for place in vm.place.iterdir() if place.name.startswith(".cprd-")]
+
+
+def test_an_upgrade_of_a_guest_whose_disk_cannot_be_flushed_leaves_it_running(
+    make_machine: MakeMachine,
+) -> None:
+    vm = make_machine()
+    healthy = vm.command
+    faulty(vm, CANNOT_FLUSH)
+    vm.start()
+    vm.goes_on()
+    before = vm.alive()
+    done = vm.upgrade(vm.qmp, healthy)
+    assert done.returncode == 1
+    assert "could not be flushed" in done.stderr
+    vm.goes_on()
+    assert vm.alive() == before
+    assert vm.cprctl("show", vm.name).returncode == 3
