@@ -4,16 +4,18 @@ afterwards."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 import cprd
-from cprd.errors import CprdError
+from cprd.errors import CprdError, Unavailable
 from cprd.qemu.failure import Failed, InDoubt, MonitorBusy, Refused
 from cprd.qemu.qmp import Monitor, event_is
 from cprd.qemu.save import save
 from cprd.qemu.settle import end
 
 _OVER = ("shutdown", "guest-panicked", "internal-error")
+RESTARTED = 3.0  # s for cprd's socket to come back: it may be restarted together with us
 
 
 async def stop(
@@ -40,7 +42,7 @@ async def stop(
     if os.path.exists(down_marker):
         return f"the machine goes down for good; {await shut_down(qmp, powerdown, insist=True)}"
     try:
-        with cprd.connect(socket_path) as daemon:
+        with await connect(socket_path) as daemon:
             kept = await save(daemon, name, qmp, timeout=timeout)
         return f"held ({kept.status}, generation {kept.generation})"
     except (InDoubt, MonitorBusy):
@@ -51,6 +53,19 @@ async def stop(
         return f"{why}; {await shut_down(qmp, powerdown)}"
     except Failed as error:
         raise Failed(f"{why}; {error}") from None
+
+
+async def connect(path: str) -> cprd.Daemon:
+    """As cprd.connect; tries for a while when nobody listens."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + RESTARTED
+    while True:
+        try:
+            return cprd.connect(path)
+        except Unavailable:
+            if loop.time() > until:
+                raise
+        await asyncio.sleep(0.05)
 
 
 async def shut_down(qmp: str, timeout: float, *, insist: bool = False) -> str:

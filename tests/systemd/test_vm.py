@@ -85,7 +85,12 @@ def test_restart_reload_and_restart_again_the_guest_goes_on(guest: Guest) -> Non
 
 def test_cprd_and_the_machine_restarted_together_in_both_orders(guest: Guest) -> None:
     seen = {guest.runs_in_the_unit()}
-    for units in (("cprd.service", guest.unit), (guest.unit, "cprd.service")):
+    for units in (
+        ("cprd.service", guest.unit),
+        (guest.unit, "cprd.service"),
+        ("cprd.socket", "cprd.service", guest.unit),
+        (guest.unit, "cprd.socket", "cprd.service"),
+    ):
         keeper = guest.systemd.main_pid("cprd.service")
         guest.systemd.systemctl("restart", *units)
         assert guest.systemd.main_pid("cprd.service") != keeper
