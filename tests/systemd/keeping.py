@@ -83,6 +83,13 @@ class Keeping:
         with self.connect() as daemon:
             return str(daemon.status()["kept"])
 
+    def await_kept(self, where: str) -> None:
+        """Wait until it says so: shelves go to the store beside the requests."""
+        end = time.monotonic() + PATIENCE
+        while self.kept() != where:
+            assert time.monotonic() < end, f"not kept in the {where}"
+            time.sleep(0.01)
+
     # Stopping and killing
 
     def arm(self, where: str) -> None:

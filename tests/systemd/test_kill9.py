@@ -259,7 +259,7 @@ def clean(daemon: cprd.Daemon, name: str, at: int) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_at_each_step_it_is_done_once(keeping: Keeping, verb: type[Step]) -> None:
     assert sweep(keeping, verb) >= 2
-    assert keeping.kept() == "store"
+    keeping.await_kept("store")
 
 
 SMALL = "cprd.shelf.WANTED_BUFFER = 8192\ncprd.keeper.MAX_RECORDS = 2\n"
@@ -311,7 +311,7 @@ def test_killed_at_each_step_of_writing_a_shelf_anew(systemd: Machine) -> None:
             task.result()
             expected = {"held": HELD, "rejected": HELD, "doubted": IN_DOUBT}
             assert keeping.phases() == expected, where
-            assert keeping.kept() == "store", where
+            keeping.await_kept("store")
         claim.confirm()
         claim.close()
         assert doubted.let_go()
@@ -344,10 +344,10 @@ def test_killed_at_each_step_of_its_start(keeping: Keeping) -> None:
         assert at > 4
         keeping.arm_at_start("")
         assert ready.result() == {"held": HELD, "doubted": IN_DOUBT}
-        assert keeping.kept() == "store"
+        keeping.await_kept("store")
         # Nothing gathers in the store: a shelf, a spare one, and for a moment a canary.
         keeping.kill()
-        assert keeping.kept() == "store"
+        keeping.await_kept("store")
         assert int(keeping.machine.show(UNIT, "NFileDescriptorStore")) <= 7
         with daemon.load("held") as loaded:
             assert held.is_in(loaded)
