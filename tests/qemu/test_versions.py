@@ -1,0 +1,48 @@
+"""A guest goes to a QEMU of another version and back.
+
+$CPRD_TEST_OTHER_QEMU is the command of another QEMU that can hand over, wrappers and all, for example
+"chroot /srv/trixie qemu-system-x86_64". A chroot must see the directory of temporary files at the
+same path (mount --bind /tmp /srv/trixie/tmp), and /dev and /proc. How to make one: docs/qemu.md.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from cprd.qemu.command import Command
+from cprd.qemu.version import version_of
+from tests.qemu.conftest import MakeMachine
+
+OTHER = os.environ.get("CPRD_TEST_OTHER_QEMU", "").split()
+
+pytestmark = pytest.mark.skipif(not OTHER, reason="$CPRD_TEST_OTHER_QEMU names no other QEMU")
+
+
+@pytest.mark.parametrize("machine", ["pc-q35-10.0", "pc-i440fx-10.0"])
+@pytest.mark.parametrize("how", ["start", "upgrade"])
+def test_there_and_back_and_there_again(make_machine: MakeMachine, machine: str, how: str) -> None:
+    vm = make_machine(machine=machine)
+    mine = vm.command
+    other = [*OTHER, *mine[1:]]
+    assert version_of(Command(mine)) != version_of(Command(other))
+    vm.start()
+    vm.goes_on()
+    for command in (other, mine, other, other, mine):
+        if how == "start":
+            saved = vm.save()
+            assert saved.returncode == 0, saved.stderr
+            assert vm.alive() == []
+            vm.start(command=command)
+        else:
+            done = vm.upgrade(vm.qmp, command)
+            assert done.returncode == 0, done.stderr
+        vm.goes_on()
+        assert len(vm.alive()) == 1
+        version = vm.ask(_version)
+        assert version == version_of(Command(command))
+
+
+async def _version(monitor: object) -> object:
+    return monitor.version  # type: ignore[attr-defined]
