@@ -1,6 +1,6 @@
 """A guest goes to a QEMU of another version and back.
 
-$CPRD_TEST_OTHER_QEMU is the command of another QEMU that can hand over, wrappers and all, for example
+$CPRD_TEST_OTHER_QEMU is the command of another QEMU that can hand over, wrappers and all, such as
 "chroot /srv/trixie qemu-system-x86_64". A chroot must see the directory of temporary files at the
 same path (mount --bind /tmp /srv/trixie/tmp), and /dev and /proc. How to make one: docs/qemu.md.
 """
