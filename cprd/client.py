@@ -61,7 +61,7 @@ class _Connection:
     def _open(self) -> None:
         self._sock = link.open_socket(self.path)
         try:
-            self.greeting = self._steps(verbs.hello(), retry=False)
+            self.greeting = self._steps(verbs.hello(), 0.0)
         except BaseException:
             self._break()
             raise
@@ -77,23 +77,23 @@ class _Connection:
     def forbidden(self) -> tuple[int, ...]:
         return () if self._sock is None else (self._sock.fileno(),)
 
-    def run(self, verb: verbs.Verb[T], *, retry: bool = True) -> T:
+    def run(self, verb: verbs.Verb[T], *, patience: float = link.RETRY_FOR) -> T:
         """Run a verb to its end; requests are said again where their connection is lost."""
         if self.pid != os.getpid():
             raise InvalidInput("this connection belongs to the parent process: connect() anew")
         if not self.users:
             raise Unavailable("the connection has been closed: connect() anew")
         try:
-            return self._steps(verb, retry=retry)
+            return self._steps(verb, patience)
         except link.Lost:
             raise Unavailable("the connection is lost") from None
 
-    def _steps(self, verb: verbs.Verb[T], *, retry: bool) -> T:
+    def _steps(self, verb: verbs.Verb[T], patience: float) -> T:
         try:
             call = next(verb)
             while True:
                 try:
-                    answer = self._exchange(call) if not retry else self._exchange_again(call)
+                    answer = self._exchange_again(call, patience)
                 except CprdError as error:
                     call = verb.throw(error)
                 else:
@@ -107,7 +107,9 @@ class _Connection:
         finally:
             verb.close()
 
-    def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
+    def _exchange_again(self, call: verbs.Call, patience: float) -> verbs.Answer:
+        if not patience:
+            return self._exchange(call)
         give_up = 0.0
         began = time.monotonic()
         while True:
@@ -122,7 +124,7 @@ class _Connection:
                 now = time.monotonic()
                 if now - tried > link.SERVED:  # it was there in between
                     give_up = 0.0
-                give_up = give_up or now + link.RETRY_FOR
+                give_up = give_up or now + patience
                 if now >= give_up:
                     why = error if isinstance(error, Unavailable) else "the connection is lost"
                     raise Unavailable(f"no answer: {why}") from None
@@ -402,7 +404,7 @@ class Claim:
         if self._open and not self._begun:
             try:
                 why = "closed without confirm"
-                self._connection.run(verbs.reject(self._ticket, why), retry=False)
+                self._connection.run(verbs.reject(self._ticket, why), patience=link.GIVE_BACK)
             except CprdError:
                 pass  # its end says it as well
         self._open = False
@@ -429,7 +431,7 @@ class Claim:
                 self._open = False
                 try:
                     why = verbs.cut(f"{type(error).__name__}: {error}")
-                    self._connection.run(verbs.reject(self._ticket, why), retry=False)
+                    self._connection.run(verbs.reject(self._ticket, why), patience=link.GIVE_BACK)
                 except CprdError:
                     pass  # the exception that is on its way says more, and the end says it too
         finally:

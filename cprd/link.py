@@ -15,6 +15,7 @@ from cprd.rights import close_all, receive, send
 from cprd.verbs import Answer, Call
 
 RETRY_FOR = 15.0  # s that a lost daemon is waited for (it may be restarting)
+GIVE_BACK = 1.0  # the same when a claim is only given back: its process's end says so as well
 RETRY_EVERY = 0.05
 HELLOS = 6  # tries until a cprd is believed not to want us: each may have met one that was killed
 SERVED = 1.0  # s after which a connection that is lost had not been refused

@@ -114,7 +114,7 @@ class _Connection:
         self._sock = await trio.to_thread.run_sync(link.open_socket, self.path)
         self._sock.setblocking(False)
         try:
-            self.greeting = await self._steps(verbs.hello(), retry=False)
+            self.greeting = await self._steps(verbs.hello(), 0.0)
         except BaseException:
             self._break()
             raise
@@ -131,23 +131,23 @@ class _Connection:
     def forbidden(self) -> tuple[int, ...]:
         return () if self._sock is None else (self._sock.fileno(),)
 
-    async def run(self, verb: verbs.Verb[T], *, retry: bool = True) -> T:
+    async def run(self, verb: verbs.Verb[T], *, patience: float = link.RETRY_FOR) -> T:
         if self.pid != os.getpid():
             raise InvalidInput("this connection belongs to the parent process: connect() anew")
         if not self.users:
             raise Unavailable("the connection has been closed: connect() anew")
         async with self._turn:
             try:
-                return await self._steps(verb, retry=retry)
+                return await self._steps(verb, patience)
             except link.Lost:
                 raise Unavailable("the connection is lost") from None
 
-    async def _steps(self, verb: verbs.Verb[T], *, retry: bool) -> T:
+    async def _steps(self, verb: verbs.Verb[T], patience: float) -> T:
         try:
             call = next(verb)
             while True:
                 try:
-                    answer = await (self._exchange_again(call) if retry else self._exchange(call))
+                    answer = await self._exchange_again(call, patience)
                 except CprdError as error:
                     call = verb.throw(error)
                 else:
@@ -161,7 +161,9 @@ class _Connection:
         finally:
             verb.close()
 
-    async def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
+    async def _exchange_again(self, call: verbs.Call, patience: float) -> verbs.Answer:
+        if not patience:
+            return await self._exchange(call)
         give_up = 0.0
         began = trio.current_time()
         while True:
@@ -174,7 +176,7 @@ class _Connection:
                 now = trio.current_time()
                 if now - tried > link.SERVED:  # it was there in between
                     give_up = 0.0
-                give_up = give_up or now + link.RETRY_FOR
+                give_up = give_up or now + patience
                 if now >= give_up:
                     why = error if isinstance(error, Unavailable) else "the connection is lost"
                     raise Unavailable(f"no answer: {why}") from None
@@ -425,7 +427,7 @@ class Claim:
     async def _give_back(self, why: str) -> None:
         with trio.move_on_after(2.0, shield=True):
             try:
-                await self._connection.run(verbs.reject(self._ticket, why), retry=False)
+                await self._connection.run(verbs.reject(self._ticket, why), patience=link.GIVE_BACK)
             except CprdError:
                 pass  # the end of the claim says it as well
 
