@@ -95,8 +95,8 @@ class Replayer:
             self.monitor = await Monitor.over(
                 self._monitor, f"the new QEMU (pid {self.process.pid})", max(0.1, self._left())
             )
-        except (MonitorBusy, MonitorLost) as error:
-            await self._gone(f"before its monitor answered ({error})")
+        except (MonitorBusy, MonitorLost):
+            await self._gone("before its monitor answered")
         assert self.monitor is not None
         return self.monitor
 
