@@ -205,9 +205,9 @@ def ends(shelves: list[Shelf]) -> dict[int, tuple[socket.socket, socket.socket]]
 
 def stored(kept: Keeper) -> Keeper:
     """With a shelf and a spare that count as stored."""
-    kept.shelf.durable = True
+    kept.shelf.durable = kept.shelf.was_durable = True
     kept.spare = kept.new_spare()
-    kept.spare.durable = True
+    kept.spare.durable = kept.spare.was_durable = True
     return kept
 
 
@@ -392,7 +392,7 @@ def test_more_holds_than_a_shelf_has_room_for_are_refused_and_the_rest_stays(des
 def test_no_stored_slot_is_replaced_while_the_store_is_full() -> None:
     """The new slot would lie on a shelf that only this process has."""
     kept = Keeper(AtOnce(), lambda: NOW, managed=True)
-    kept.shelf.durable = True
+    kept.shelf.durable = kept.shelf.was_durable = True
     desk = Desk(kept)
     desk.save("precious", 1)
     while kept.kept == "store":  # until it has to be written anew, with no spare to be had
