@@ -18,7 +18,7 @@ import pytest
 from tests.qemu.machine import QEMU
 
 from .machine import Machine
-from .vm import Guest, install_cprd, needs_qemu, unit_line
+from .vm import Guest, install_cprd, needs_qemu, processes, unit_line
 
 MakeGuest = Callable[..., Guest]
 
@@ -247,6 +247,80 @@ def test_without_an_answer_from_cprd_nothing_is_booted(guest: Guest) -> None:
     guest.systemd.systemctl("daemon-reload")
     guest.await_state("active")  # by itself
     guest.runs_in_the_unit()
+
+
+def pausing(guest: Guest, point: str) -> Path:
+    """From now on what cprctl does for this unit stops at a pause point; until the file is gone."""
+    return guest.systemd.unit(
+        f"{guest.unit}.d/pausing.conf", f"[Service]\nEnvironment=CPRD_PAUSE={point}\n"
+    )
+
+
+def paused(guest: Guest) -> int:
+    """The process that stopped there, once it did."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found.extend(pid for pid in processes(guest.systemd) if is_stopped(pid))
+        return bool(found)
+
+    guest.until(look, "at the pause point")
+    return found[0]
+
+
+def is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+@pytest.mark.full
+def test_cprd_hangs_in_the_last_moment_of_a_save_and_the_guest_is_saved_by_hand(
+    guest: Guest,
+) -> None:
+    """In doubt: the guest is stopped, and lies whole in its QEMU, which nobody ends."""
+    patience = pausing(guest, "qemu-save:completed")
+    stop = guest.systemd.popen("systemctl", "stop", guest.unit)
+    saver = paused(guest)
+    keeper = guest.systemd.main_pid("cprd.service")
+    os.kill(keeper, signal.SIGSTOP)
+    os.kill(saver, signal.SIGCONT)
+    guest.systemd.await_journal("Control process exited", guest.unit, timeout=60)
+    os.kill(keeper, signal.SIGCONT)
+    assert guest.status() == "postmigrate"
+    saved, words = guest.ctl("qemu", "save", "test", "--qmp", "/run/vm/test/qmp")
+    assert saved == 0, words
+    stop.wait()
+    patience.unlink()
+    guest.systemd.systemctl("daemon-reload")
+    guest.systemctl("start")
+    guest.runs_in_the_unit()
+    assert guest.phases() == {}
+
+
+@pytest.mark.full
+def test_stopped_while_it_was_still_starting_the_guest_is_left_alone(guest: Guest) -> None:
+    guest.systemctl("stop")
+    impatient(guest)
+    patience = pausing(guest, "qemu-start:loaded")
+    start = guest.systemd.popen("systemctl", "start", guest.unit)
+    helper = paused(guest)
+    stop = guest.systemd.popen("systemctl", "stop", guest.unit)
+    guest.await_state("deactivating")
+    os.kill(helper, signal.SIGCONT)
+    assert start.wait() != 0
+    stop.wait()
+    assert guest.state() == "failed"
+    guest.goes_on()
+    [pid] = guest.alive()
+    patience.unlink()
+    guest.systemd.systemctl("daemon-reload")
+    assert guest.attempt("start") != 0
+    saved, words = guest.ctl("qemu", "save", "test", "--qmp", "/run/vm/test/qmp")
+    assert saved == 0, words
+    guest.systemctl("start")
+    assert guest.runs_in_the_unit() != pid
 
 
 # It ends

@@ -131,19 +131,16 @@ class Guest(Vm):
 
     def alive(self) -> list[int]:
         """The QEMUs of this VM (their pids out here), in this machine."""
-        own = os.readlink(f"/proc/{self.systemd.pid}/ns/pid")
         found = []
-        for pid in filter(str.isdigit, os.listdir("/proc")):
+        for pid in processes(self.systemd):
             try:
-                if os.readlink(f"/proc/{pid}/ns/pid") != own:
-                    continue
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
             # (A zombie has no command line.)
-            is_qemu = any(os.path.basename(word).startswith(b"qemu-system") for word in words[:1])
+            is_qemu = os.path.basename(words[0]).startswith(b"qemu-system")
             if is_qemu and any(f"/vm/{self.name}/".encode() in word for word in words):
-                found.append(int(pid))
+                found.append(pid)
         return found
 
     def runs_in_the_unit(self) -> int:
@@ -184,6 +181,19 @@ class Guest(Vm):
     def close(self) -> None:
         self._log.close()
         self._image.close()
+
+
+def processes(machine: Machine) -> list[int]:
+    """All of the machine's, by their pids out here."""
+    own = os.readlink(f"/proc/{machine.pid}/ns/pid")
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink(f"/proc/{pid}/ns/pid") == own:
+                found.append(int(pid))
+        except OSError:
+            continue
+    return found
 
 
 def install_cprd(machine: Machine) -> None:
