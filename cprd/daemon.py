@@ -8,6 +8,7 @@ connection concerned.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -38,8 +39,10 @@ from cprd.errors import (
 from cprd.holds import CLAIMED, DAMAGED, HELD, IN_DOUBT, PREPARED, Hold, Key, Peer, Registry, Step
 from cprd.keeper import Keeper
 from cprd.pause import point
+from cprd.rights import close_all
 
 RESERVED_FOR_ROOT = 8  # connections
+LET_GO_FIRST = 0.05  # s
 ORPHANED = 60.0  # s after a restart
 CROWD = 8  # connections of one uid from which on its requests take turns
 MAX_PENDING = 1000  # closes of one uid that may wait before it is refused more
@@ -587,6 +590,7 @@ class Daemon:
         else:
             generation = step.put[0].generation
             self._perform(step, bundle_fd=fds[0], pidfds={generation: roles})
+            _close_parked(fds)
         if prepare:
             connection.prepared.add(step.answer["generation"])
         point("daemon:saved")
@@ -815,6 +819,7 @@ class Daemon:
         )
         if not step.remembered:
             self._perform(step)
+            await self._let_go_first(step.ended[0].hold.uid)
         connection.claims.discard((message["generation"], message["token"]))
         point("daemon:confirmed")
         await connection.answer(wire.ok(kept=self.keeper.kept))
@@ -845,9 +850,26 @@ class Daemon:
             _close_roles(roles)
         else:
             self._perform(step, bundle_fd=fds[0], pidfds={step.put[0].generation: roles})
+            _close_parked(fds)
+            await self._let_go_first(step.ended[0].hold.uid)
         connection.claims.discard((message["generation"], message["token"]))
         point("daemon:confirmed")
         await connection.answer(wire.ok(**step.answer, kept=self.keeper.kept))
+
+    async def _let_go_first(self, uid: int) -> None:
+        """Wait a moment for what a confirm let go of, before the claimant hears of it and closes
+        its own copy: whoever closes last pays for every descriptor, and here that is whoever they
+        belong to. Only worth a moment: another of this uid's files may block."""
+        done = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+
+        def tell() -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(done.set)
+
+        self.closer.run(uid, tell)
+        with trio.move_on_after(LET_GO_FIRST):
+            await done.wait()
 
     async def reject(self, connection: Connection, request: Request) -> None:
         message = request.message
@@ -1013,6 +1035,13 @@ def _roles(hold: Hold) -> tuple[str, ...]:
     if hold.acting:
         roles += ("acting",)
     return roles
+
+
+def _close_parked(fds: array[int]) -> None:
+    """Close what came with a save: the bundle lies in a slot now and the rest are pidfds, so none
+    of these is a last copy that could block."""
+    close_all(fds)
+    del fds[:]
 
 
 def _close_roles(roles: dict[str, int]) -> None:
