@@ -27,3 +27,7 @@ class MonitorRefused(CprdError):
 
 class MonitorLost(CprdError):
     """No answer: the command may have been done or not."""
+
+
+class MonitorGone(MonitorLost):
+    """The connection had ended before the command was sent: it was not done."""

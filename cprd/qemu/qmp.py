@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cprd.errors import InvalidInput
-from cprd.qemu.failure import MonitorBusy, MonitorLost, MonitorRefused, Refused
+from cprd.qemu.failure import MonitorBusy, MonitorGone, MonitorLost, MonitorRefused, Refused
 from cprd.qemu.process import Process
 
 if TYPE_CHECKING:
@@ -101,13 +101,15 @@ class Monitor:
 
     async def execute(self, command: str, timeout: float = ANSWER, /, **arguments: Any) -> Any:
         """Run one command; what it returns. Raises MonitorRefused or MonitorLost."""
-        from qemu.qmp import ExecuteError, QMPError
+        from qemu.qmp import ExecuteError, QMPError, StateError
 
         try:
             async with asyncio.timeout(timeout):
                 return await self._client.execute(command, arguments or None)
         except ExecuteError as error:
             raise MonitorRefused(f"QEMU refuses {command}: {error}") from None
+        except StateError:
+            raise MonitorGone(f"QEMU's monitor broke before {command} was sent") from None
         except TimeoutError:
             raise MonitorLost(f"QEMU did not answer {command} within {timeout:g} s") from None
         except (QMPError, OSError, EOFError) as error:

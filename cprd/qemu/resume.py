@@ -10,7 +10,7 @@ import cprd
 from cprd.errors import Busy, CprdError, Damaged, NotHeld
 from cprd.pause import point
 from cprd.qemu import launch
-from cprd.qemu.failure import Failed, InDoubt, MonitorLost, MonitorRefused, Refused
+from cprd.qemu.failure import Failed, InDoubt, MonitorGone, MonitorLost, MonitorRefused, Refused
 from cprd.qemu.guard import Guard
 from cprd.qemu.hold import LIVE, Held, Origin
 from cprd.qemu.private import PrivatePlace
@@ -213,8 +213,11 @@ async def _run(
 
 
 async def let_run(monitor: Monitor) -> None:
-    """`cont`, and that it does. MonitorRefused: it does not run, and never did."""
-    await monitor.execute("cont")
+    """`cont`, and that it does. MonitorRefused, Failed: it does not run, and never did."""
+    try:
+        await monitor.execute("cont")
+    except MonitorGone as error:
+        raise Failed(f"the new QEMU ended before it was told to run its guest ({error})") from None
     status = await monitor.status()
     if status not in LIVE:
         raise MonitorRefused(f"the new QEMU answered cont, and is {status!r}")

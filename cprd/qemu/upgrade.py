@@ -270,6 +270,8 @@ class _Move:
     async def _let_run(self, settings: Settings) -> None:
         assert self.new is not None
         try:
+            if self.new.ended():
+                raise Failed("the new QEMU ended before it was told to run its guest")
             await let_run(self.monitor)
         except MonitorLost as error:
             raise InDoubt(

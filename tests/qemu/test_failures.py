@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -223,6 +224,18 @@ def test_a_command_that_does_not_fit_costs_nothing_and_says_why(
     vm.goes_on()
 
 
+def test_the_old_qemu_is_killed_in_the_middle_of_an_upgrade(vm: Machine) -> None:
+    (old,) = vm.alive()
+    words = ("qemu", "upgrade", "vm", "--qmp", vm.qmp, "--", *vm.command)
+    process = popen(vm, *words, env={"CPRD_PAUSE": "qemu-upgrade:completed"})
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    os.kill(old, signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(PATIENCE) == 0  # it was no longer needed
+    vm.goes_on()
+    assert rows(vm) == []
+
+
 def test_the_image_is_locked_by_somebody(vm: Machine) -> None:
     assert vm.save().returncode == 0
     locker = subprocess.Popen(
@@ -330,6 +343,28 @@ def test_an_upgrade_to_what_does_not_fit_leaves_the_guest_where_it_is(
     assert vm.alive() == before
     vm.goes_on()
     assert parameters(vm) == settings
+    assert rows(vm) == []
+
+
+@pytest.mark.parametrize(
+    "where", ["listening", "cpr", "ready", "main", "prepared", "loaded", "completed", "disarmed"]
+)
+def test_the_new_qemu_of_an_upgrade_is_killed(vm: Machine, where: str) -> None:
+    before = vm.alive()
+    words = ("qemu", "upgrade", "vm", "--qmp", vm.qmp, "--", *vm.command)
+    process = popen(vm, *words, env={"CPRD_PAUSE": f"qemu-upgrade:{where}"})
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    (new,) = set(vm.alive()) - set(before)
+    end = os.pidfd_open(new)
+    os.kill(new, signal.SIGKILL)
+    assert select.select([end], [], [], PATIENCE)[0]
+    os.close(end)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(PATIENCE) == 1, vm.said()
+    assert "the guest runs on in its QEMU" in vm.said()
+    vm.goes_on()
+    assert vm.alive() == before
+    assert vm.status() == "running"  # at its old path
     assert rows(vm) == []
 
 
