@@ -27,7 +27,7 @@ from cprd.pause import point
 from cprd.shelf import Shelf, ShelfFull
 from cprd.slot import Answered, Slot, SlotFull, Unreadable
 
-MAX_RECORDS = 100  # in one slot, before it is written anew
+MAX_RECORDS = 30  # in one slot, before it is written anew; each parks up to three pidfds again
 OUTCOMES = 512  # remembered across a restart
 OUTCOMES_FOR = 300.0  # s
 FULL = "cprd's shelf is full: raise net.core.wmem_max, or drop holds"
