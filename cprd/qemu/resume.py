@@ -105,16 +105,24 @@ async def claim_it(daemon: cprd.Daemon, name: str, *, force: bool) -> cprd.Claim
         claim.reject("the QEMU that it was saved from has not ended yet")
         claim.close()
         raise Busy("a QEMU that an upgrade left has not ended yet")
-    except Busy:
-        settled = await settle(daemon, name)
-        if settled.runs is not None:
-            raise Busy(
-                f"nothing to start: {settled.said}; what was held under {name!r} was older than"
-                " that guest and has been dropped"
-            ) from None
-        if settled.said:
-            print(f"cprctl: {name}: {settled.said}", file=sys.stderr)
-        return daemon.load(name, wait=2.0, lease=LEASE)
+    except Busy as busy:
+        try:
+            return await _after_settling(daemon, name)
+        except NotHeld:
+            # It was held when we came: who had it runs it, or has dropped it. Not for us to boot.
+            raise Busy(f"{busy}; it went away meanwhile: look, and try again") from None
+
+
+async def _after_settling(daemon: cprd.Daemon, name: str) -> cprd.Claim:
+    settled = await settle(daemon, name)
+    if settled.runs is not None:
+        raise Busy(
+            f"nothing to start: {settled.said}; what was held under {name!r} was older than"
+            " that guest and has been dropped"
+        )
+    if settled.said:
+        print(f"cprctl: {name}: {settled.said}", file=sys.stderr)
+    return daemon.load(name, wait=2.0, lease=LEASE)
 
 
 def _still_there(claim: cprd.Claim) -> bool:

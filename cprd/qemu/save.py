@@ -22,7 +22,7 @@ from cprd.pause import point
 from cprd.qemu import stream
 from cprd.qemu.check import examine
 from cprd.qemu.failure import Failed, InDoubt, MonitorLost, Refused
-from cprd.qemu.hold import Origin, pack
+from cprd.qemu.hold import LIVE, Origin, pack
 from cprd.qemu.private import PrivatePlace
 from cprd.qemu.qmp import Monitor, socket_path
 from cprd.qemu.record import Recorder, Settings, describe
@@ -90,12 +90,14 @@ async def make_room(
             await end_predecessor(origin)
             daemon.drop(name, force=True)
             return name, None
-        acting = process is not None and row.get("acting") == process.pid
-        if acting and await monitor.status() != "postmigrate":
-            await end_predecessor(origin)
-            return name, None  # it runs what is held there: cprd lets its own save replace that
-        same = origin is not None and process is not None and origin.old == process.record()
         status = await monitor.status()
+        acting = process is not None and row.get("acting") == process.pid
+        if acting and status != "postmigrate":
+            await end_predecessor(origin)
+            if status in LIVE:
+                daemon.drop(name, force=True)  # it runs: what is held is older than its memory
+            return name, None  # (what it may not have run yet, its own save replaces)
+        same = origin is not None and process is not None and origin.old == process.record()
     finally:
         await monitor.close()
     if row["phase"] in ("held", "in-doubt") and same:

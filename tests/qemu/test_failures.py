@@ -368,6 +368,29 @@ def test_the_new_qemu_of_an_upgrade_is_killed(vm: Machine, where: str) -> None:
     assert rows(vm) == []
 
 
+@pytest.mark.parametrize("next_step", ["upgrade", "save", "start"])
+def test_what_a_killed_helper_left_in_doubt_ends_with_the_next_step(
+    vm: Machine, next_step: str
+) -> None:
+    adopt_orphans()
+    assert vm.save().returncode == 0
+    kill_where_it_stops(vm.start(env={"CPRD_PAUSE": "qemu-start:running"}))
+    vm.goes_on()
+    assert rows(vm)[0]["phase"] == "in-doubt"
+    if next_step == "upgrade":
+        assert vm.upgrade(vm.qmp, vm.command).returncode == 0
+        assert rows(vm) == []
+    elif next_step == "save":
+        assert vm.save().returncode == 0
+        assert [row["phase"] for row in rows(vm)] == ["held"]
+        vm.start()
+    else:
+        assert vm.start().wait(PATIENCE) == 4
+        assert "has taken this state" in vm.said()
+    vm.goes_on()
+    assert len(vm.alive()) == 1
+
+
 def test_an_upgrade_of_a_paused_guest(vm: Machine) -> None:
     vm.execute("stop")
     assert vm.upgrade(vm.qmp, vm.command).returncode == 0

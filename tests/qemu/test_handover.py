@@ -45,3 +45,25 @@ def test_an_upgrade_with_the_same_monitor_path_three_times(vm: Machine) -> None:
         "serial.log",
         "stderr",
     ]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("machine", ["q35", "pc"])
+@pytest.mark.parametrize("smp", [1, 2])
+def test_a_hundred_upgrades_and_twenty_restarts(
+    make_machine: MakeMachine, machine: str, smp: int
+) -> None:
+    vm = make_machine(machine=machine, smp=smp)
+    vm.start()
+    vm.goes_on()
+    for turn in range(100):
+        done = vm.upgrade(vm.qmp, vm.command)
+        assert done.returncode == 0, done.stderr
+        vm.goes_on(2)
+        if turn % 5 == 0:
+            assert vm.save().returncode == 0
+            assert vm.alive() == []
+            vm.start()
+            vm.goes_on(2)
+    assert len(vm.alive()) == 1
