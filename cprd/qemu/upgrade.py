@@ -19,6 +19,7 @@ The order, and no other (docs/qemu.md says what each line is there for):
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -227,6 +228,7 @@ class _Move:
         assert self.replayer is not None
         assert self.new is not None
         recorder, replayer = self.recorder, self.replayer
+        gc.disable()  # a collection takes a millisecond or two, and the guest stands from here
         replayer.restart_clock()
         await recorder.take_main(replayer.send_main)
         point("qemu-upgrade:main")
