@@ -25,7 +25,7 @@ _RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
 
 
 def send(
-    sock: socket.socket, payload: bytes, fds: Sequence[int] = (), flags: int = _DONTWAIT
+    sock: socket.SocketType, payload: bytes, fds: Sequence[int] = (), flags: int = _DONTWAIT
 ) -> None:
     """Send one message with at most 253 descriptors, which stay the caller's.
 
@@ -42,7 +42,10 @@ def send(
 
 
 def _send_with_hard_limit(
-    sock: socket.socket, payload: bytes, ancillary: list[tuple[int, int, array[int]]], flags: int
+    sock: socket.SocketType,
+    payload: bytes,
+    ancillary: list[tuple[int, int, array[int]]],
+    flags: int,
 ) -> None:
     with hard_limit() as (_, hard):
         try:
@@ -89,7 +92,7 @@ class hard_limit:
             _raised.release()
 
 
-def receive(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, array[int], int]:
+def receive(sock: socket.SocketType, size: int, flags: int = 0) -> tuple[bytes, array[int], int]:
     """Receive (or, with MSG_PEEK, copy) one message: payload, descriptors, message flags.
 
     The caller owns the descriptors (close-on-exec is set), also when the flags say that some are
