@@ -53,7 +53,7 @@ class SharedPaths:
 
 def _is_socket(path: str) -> bool:
     try:
-        return stat.S_ISSOCK(os.stat(path).st_mode)
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
     except OSError:
         return False
 
@@ -61,4 +61,4 @@ def _is_socket(path: str) -> bool:
 def _link(path: str, other: str) -> None:
     with suppress(FileNotFoundError):
         os.unlink(other)
-    os.link(path, other)
+    os.link(path, other, follow_symlinks=False)

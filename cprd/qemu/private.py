@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 
 from cprd.errors import LimitExceeded
 from cprd.qemu.failure import Refused
@@ -22,20 +23,23 @@ class PrivatePlace:
         self.path = os.path.join(parent, f".cprd-{os.urandom(4).hex()}")
         try:
             os.mkdir(self.path, 0o700)
+            # From here on by this descriptor: whose QEMU it is may own the directory above, and put
+            # a link in our place; what we do as root there must not reach elsewhere.
+            self._fd = os.open(self.path, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise Refused(
                 f"{parent}: {error.strerror}: our sockets lie beside the QEMU's monitor, so that"
                 " directory must be writable"
             ) from None
-        self.give_to(uid)
-
-    def give_to(self, uid: int) -> None:
-        """Let a QEMU of that uid use it (as root; otherwise it is ours anyway)."""
-        if uid >= 0 and uid != os.geteuid() and os.geteuid() == 0:
-            os.chown(self.path, uid, -1)
-            self._uid = uid
-        else:
-            self._uid = -1
+        try:
+            self._uid = uid if uid not in (-1, os.geteuid()) and os.geteuid() == 0 else -1
+            if self._uid >= 0:
+                if os.fstat(self._fd).st_uid != 0:
+                    raise Refused(f"{self.path}: somebody put another directory in its place")
+                os.chown(self._fd, self._uid, -1)
+        except BaseException:
+            self.close()
+            raise
 
     def at(self, name: str) -> str:
         path = os.path.join(self.path, name)
@@ -49,24 +53,35 @@ class PrivatePlace:
 
     def listen(self, name: str) -> socket.socket:
         """A listening socket there, the caller's."""
-        path = self.at(name)
+        self.at(name)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.bind(path)
-            os.chmod(path, 0o600)
+            sock.bind(f"/proc/self/fd/{self._fd}/{name}")
             if self._uid >= 0:
-                os.chown(path, self._uid, -1)
+                os.chown(name, self._uid, -1, dir_fd=self._fd, follow_symlinks=False)
             sock.listen(1)
         except BaseException:
             sock.close()
             raise
         return sock
 
+    def create(self, name: str) -> str:
+        """An empty file there; its path."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        os.close(os.open(name, flags, 0o600, dir_fd=self._fd))
+        return os.path.join(self.path, name)
+
+    def remove(self, name: str) -> None:
+        os.unlink(name, dir_fd=self._fd)
+
     def close(self) -> None:
         """Harmless again, and when somebody removed it."""
-        try:
-            for name in os.listdir(self.path):
-                os.unlink(os.path.join(self.path, name))
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        with suppress(OSError):
+            for name in os.listdir(fd):
+                os.unlink(name, dir_fd=fd)
+        os.close(fd)
+        with suppress(OSError):
             os.rmdir(self.path)
-        except OSError:
-            pass

@@ -93,14 +93,16 @@ class Process:
             return None
 
     @classmethod
-    def find(cls, record: dict[str, Any] | None) -> Process | None:
-        """The process that `record` describes, if it still is that one and has not ended."""
+    def find(cls, record: dict[str, Any] | None, uid: int = 0) -> Process | None:
+        """The process that `record` describes, if it still is that one and has not ended. `uid`:
+        whose word the record is; only root's is taken for another uid's process."""
         if not record or not isinstance(record.get("pid"), int):
             return None
         found = cls.open(record["pid"])
         if found is None:
             return None
-        if found.ended() or found.started != record.get("start"):
+        other = uid != 0 and _owner(found.pid) != uid
+        if other or found.ended() or found.started != record.get("start"):
             found.close()
             return None
         return found
@@ -126,6 +128,13 @@ class Process:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+def _owner(pid: int) -> int:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return -1
 
 
 def start_time(pid: int) -> int:

@@ -87,13 +87,13 @@ async def make_room(
             return name, None
         if origin is not None and process is not None and origin.new == process.record():
             # An upgrade whose helper was killed after the guest had gone on, in this QEMU.
-            await end_predecessor(origin)
+            await end_predecessor(origin, row["uid"])
             daemon.drop(name, force=True)
             return name, None
         status = await monitor.status()
         acting = process is not None and row.get("acting") == process.pid
         if acting and status != "postmigrate":
-            await end_predecessor(origin)
+            await end_predecessor(origin, row["uid"])
             if status in LIVE:
                 daemon.drop(name, force=True)  # it runs: what is held is older than its memory
             return name, None  # (what it may not have run yet, its own save replaces)

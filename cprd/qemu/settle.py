@@ -76,8 +76,8 @@ async def settle(daemon: Daemon, name: str) -> Settled:
         raise NotHeld(f"nothing is held under {name!r}")
     phase = row["phase"]
     if phase in ("held", "in-doubt") and origin is not None:
-        await _end_successor(origin)
-    old = Process.find(origin.old) if origin is not None else None
+        await _end_successor(origin, row["uid"])
+    old = Process.find(origin.old, row["uid"]) if origin is not None else None
     try:
         if phase == "held":
             if old is not None and origin is not None:
@@ -179,9 +179,9 @@ async def end(monitor: Monitor, process: Process | None) -> None:
         await process.wait(QUIT)
 
 
-async def _end_successor(origin: Origin) -> None:
+async def _end_successor(origin: Origin, uid: int) -> None:
     """The QEMU that an upgrade was making ends with its helper; wait until it has."""
-    new = Process.find(origin.new)
+    new = Process.find(origin.new, uid)
     if new is None:
         return
     try:
@@ -194,11 +194,11 @@ async def _end_successor(origin: Origin) -> None:
         new.close()
 
 
-async def end_predecessor(origin: Origin | None) -> None:
+async def end_predecessor(origin: Origin | None, uid: int) -> None:
     """The QEMU that an upgrade had taken the guest from, when its helper died before it could quit
     it: it had completed, or the new one would not run. Killed, it leaves the sockets' paths
     alone."""
-    old = Process.find(origin.old) if origin is not None else None
+    old = Process.find(origin.old, uid) if origin is not None else None
     if old is not None:
         old.kill()
         await old.wait(QUIT)

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from cprd.qemu.command import Command
 
 TIMEOUT = 30.0
+MARK = "untouched"
 
 
 class Upgraded:
@@ -127,7 +128,7 @@ class _Move:
         self.shared = SharedPaths(found for _, found in command.listening())
         self.place = PrivatePlace(path, old.process.uid)
         self.new_place = PrivatePlace(command.monitor_path() or path, old.process.uid)
-        self.mark = os.path.join(self.place.path, "untouched")
+        self.mark = os.path.join(self.place.path, MARK)
         self.plumbing = launch.Plumbing()
         self.recorder: Recorder | None = None
         self.replayer: Replayer | None = None
@@ -180,7 +181,7 @@ class _Move:
         self.monitor = await self.replayer.greet()
         if (now := await self.monitor.status()) != "inmigrate":
             raise Failed(f"the new QEMU is {now!r} where it should wait for its state")
-        os.close(os.open(self.mark, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        self.place.create(MARK)
         self._rehearse()
         # New is good, as far as one can know without the guest's state. Nothing has stopped yet.
         point("qemu-upgrade:ready")
@@ -250,7 +251,7 @@ class _Move:
         our death is told by the untouched mark, which goes before the new QEMU may run."""
         assert self.new is not None
         assert self.guard is not None
-        os.unlink(self.mark)
+        self.place.remove(MARK)
         self.guard.disarm()
         point("qemu-upgrade:disarmed")
         if self.status in LIVE:
