@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from tests.qemu.sweep import adopt_orphans, kill_where_it_stops, points
 
 
 @pytest.fixture(autouse=True)
-def _subreaper() -> None:
+def _subreaper() -> Iterator[None]:
     adopt_orphans()
+    yield
+    adopt_orphans(False)  # other tests look at the children that they leave
 
 
 @pytest.fixture(params=["q35-1", pytest.param("pc-2", marks=pytest.mark.full)])
