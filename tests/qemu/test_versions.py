@@ -17,7 +17,10 @@ from tests.qemu.conftest import MakeMachine
 
 OTHER = os.environ.get("CPRD_TEST_OTHER_QEMU", "").split()
 
-pytestmark = pytest.mark.skipif(not OTHER, reason="$CPRD_TEST_OTHER_QEMU names no other QEMU")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(not OTHER, reason="$CPRD_TEST_OTHER_QEMU names no other QEMU"),
+]
 
 
 @pytest.mark.parametrize("machine", ["pc-q35-10.0", "pc-i440fx-10.0"])
