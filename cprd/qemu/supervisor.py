@@ -25,11 +25,12 @@ def tell(message: str) -> None:
 def succeed(pid: int, status: str) -> None:
     """Say that `pid` is the service from now on, and wait until the manager has seen it: the old
     main process may end only then."""
-    from cprd.systemd import Manager, drive
+    from cprd.systemd import Manager, drive, mainpid
+    from cprd.systemd import status as status_line
 
     manager = Manager.from_environment(os.environ)
     if manager is None:
         return
     with manager:
-        drive(manager.tell(f"MAINPID={pid}\nSTATUS={status}".encode()), timeout=10.0)
+        drive(manager.tell(mainpid(pid) + b"\n" + status_line(status)), timeout=10.0)
         drive(manager.barrier(), timeout=10.0)
