@@ -16,6 +16,7 @@ from __future__ import annotations
 import _socket  # socket.socketpair() wraps each end anew: 10 us a pair, 40 pairs for 10,000
 import errno
 import fcntl
+import mmap
 import os
 import socket
 import struct
@@ -199,7 +200,9 @@ class _Parking:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
-def _manifest(state: State, names: str, ids: array[int]) -> tuple[int, list[tuple[int, bool]], int]:
+def _manifest(
+    state: State, names: bytearray | bytes, ids: array[int]
+) -> tuple[int, list[tuple[int, bool]], int]:
     """The manifest's memfd (the caller owns it), the memfds of sections as (fd, made here for this
     bundle), the bytes of all sections."""
     described: list[tuple[str, int, int, bytes]] = []  # key, packed, memfd?, data
@@ -223,22 +226,28 @@ def _manifest(state: State, names: str, ids: array[int]) -> tuple[int, list[tupl
         if sys.byteorder == "big":
             ids = ids[:]
             ids.byteswap()
-        manifest = msgpack.packb(
-            {
-                "names": names.encode("utf-8", "surrogateescape"),
-                "ids": ids.tobytes(),
-                "sections": described,
-            },
-            use_bin_type=True,
-        )
-        if len(manifest) > MAX_MANIFEST:
+        # One map, written piece by piece: the columns are not copied on their way.
+        packer = msgpack.Packer(use_bin_type=True, autoreset=False)
+        packer.pack_map_header(3)
+        packer.pack("sections")
+        packer.pack(described)
+        raw_ids = memoryview(ids).cast("B")
+        manifest: list[bytes | memoryview] = [packer.bytes(), *_binary("ids", raw_ids)]
+        manifest += _binary("names", memoryview(names))
+        length = sum(map(len, manifest))
+        if length > MAX_MANIFEST:
             raise LimitExceeded(
-                f"keys and small sections take {len(manifest)} bytes; the limit is {MAX_MANIFEST}"
+                f"keys and small sections take {length} bytes; the limit is {MAX_MANIFEST}"
             )
-        return sealed_memfd("cprd-manifest", [manifest]), memfds, size
+        return sealed_memfd("cprd-manifest", manifest), memfds, size
     except BaseException:
         close_all(fd for fd, temporary in memfds if temporary)
         raise
+
+
+def _binary(key: str, data: memoryview) -> tuple[bytes, memoryview]:
+    """A key of a msgpack map and its binary value: what goes before it, and it."""
+    return msgpack.packb(key) + struct.pack(">BI", 0xC6, len(data)), data  # 0xC6: bin 32
 
 
 def _refuse_cycles(state: State, forbidden: Sequence[int]) -> None:
@@ -483,7 +492,8 @@ def _state_of(root: Header, carried: array[int]) -> State:
         size = os.fstat(manifest).st_size
         if size > MAX_MANIFEST:
             raise Damaged(f"a manifest of {size} bytes; the limit is {MAX_MANIFEST}")
-        said = msgpack.unpackb(os.pread(manifest, size, 0), raw=False, strict_map_key=True)
+        with mmap.mmap(manifest, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as mapped:
+            said = msgpack.unpackb(mapped, raw=False, strict_map_key=True)
         for key, packed, memfd, data in said["sections"]:
             if not isinstance(key, str) or not isinstance(data, bytes) or key in sections:
                 raise ValueError(f"section {key!r:.300}")
@@ -499,10 +509,15 @@ def _state_of(root: Header, carried: array[int]) -> State:
         if sys.byteorder == "big":
             ids.byteswap()
         fds = carried[1 + memfds :]
-        names = said["names"].decode("utf-8", "surrogateescape")
-        if len(ids) != len(fds) or (names.count("\0") + 1 if fds else len(names)) != len(fds):
+        names = said["names"]
+        if not isinstance(names, bytes):
+            raise ValueError(f"names {names!r:.300}")
+        if len(ids) != len(fds) or (names.count(b"\0") + 1 if fds else len(names)) != len(fds):
             raise Damaged(f"the manifest names {len(ids)} descriptors; there are {len(fds)}")
-    except (ValueError, TypeError, LookupError, AttributeError, msgpack.UnpackException) as error:
+    except (
+        *(OSError, ValueError, TypeError, LookupError, AttributeError),
+        msgpack.UnpackException,
+    ) as error:
         raise Damaged(f"the manifest cannot be read: {error!r}") from None
     state = State()
     state._adopt(names, ids, fds, sections)

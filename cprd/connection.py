@@ -92,11 +92,8 @@ class Connection:
     async def answer(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         """Send an answer; `fds` stay the caller's. Raises BrokenPipeError when the client has
         gone, or leaves its answers unread."""
-        try:
-            send(self.sock, data, fds)
+        if self.answer_now(data, fds):
             return  # as nearly always; the rest is for whoever does not read
-        except OSError:
-            pass
         with trio.move_on_after(SLOW):
             while True:
                 try:
@@ -110,6 +107,14 @@ class Connection:
                         continue
                     raise BrokenPipeError(str(error)) from None
         raise BrokenPipeError("the client does not read its answers")
+
+    def answer_now(self, data: bytes, fds: tuple[int, ...] = ()) -> bool:
+        """Send an answer if that can be done at once; `fds` stay the caller's."""
+        try:
+            send(self.sock, data, fds)
+        except OSError:
+            return False
+        return True
 
     async def hung_up(self) -> str:
         """Wait for the end of the connection, or for a message where none may come."""

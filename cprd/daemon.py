@@ -53,13 +53,19 @@ def now() -> float:
 
 
 class Waiter:
-    """A load (or wait) that waits for its turn. First come, first served."""
+    """A load (or wait) that waits for its turn. First come, first served.
 
-    __slots__ = ("done", "result", "scope", "take")
+    `tell` answers what was taken there and then, if the client reads: it waits no longer than it
+    must, not for its task's turn."""
 
-    def __init__(self, take: Callable[[], Step | Hold]) -> None:
+    __slots__ = ("done", "result", "scope", "take", "tell", "told")
+
+    def __init__(
+        self, take: Callable[[], Step | Hold], tell: Callable[[Step | Hold], bool] | None = None
+    ) -> None:
         self.take = take
-        self.done = False
+        self.tell = tell
+        self.done = self.told = False
         self.scope = trio.CancelScope()  # of the wait, which its turn ends
         self.result: Step | Hold | CprdError | None = None
 
@@ -136,6 +142,7 @@ class Daemon:
         """Serve until cancelled. `listener` is borrowed."""
         listener.setblocking(False)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(log.write_behind)
             nursery.start_soon(self._watch_processes)
             nursery.start_soon(self._watch_deadlines)
             nursery.start_soon(self._end_orphans)
@@ -664,12 +671,15 @@ class Daemon:
         except (NotHeld, Busy) as error:
             if not message["wait"] or isinstance(error, Damaged):
                 raise
-            waiter = Waiter(partial(self._claim, connection, message, key))
+            tell = partial(self._tell_claim, connection)
+            waiter = Waiter(partial(self._claim, connection, message, key), tell)
             found = await self._wait(connection, key, waiter, message["wait"])
             if found is None:  # the answer is the one that a load would get now
                 self._refresh(key)
                 found = self._claim(connection, message, key)
             assert isinstance(found, Step)
+            if waiter.told:
+                return
             step = found
         generation, token = step.answer["generation"], step.answer["token"]
         point("daemon:claimed")
@@ -690,6 +700,16 @@ class Daemon:
             how = f"cprd could not serve it: {error}"
             self._observe(self.registry.claimant_gone(now(), generation, token, how))
             raise
+
+    def _tell_claim(self, connection: Connection, step: Step | Hold) -> bool:
+        """Answer a claim that was waited for, at once. False: its task has to see to it."""
+        assert isinstance(step, Step)
+        point("daemon:claimed")
+        fd = self.keeper.bundle(step.answer["generation"])
+        try:
+            return connection.answer_now(wire.ok(**step.answer, kept=self.keeper.kept), (fd,))
+        finally:
+            os.close(fd)
 
     async def _wait(
         self, connection: Connection, key: Key, waiter: Waiter, seconds: float
@@ -733,6 +753,9 @@ class Daemon:
                 waiter.result = error
             except OSError as error:  # theirs alone, not of whoever made this step
                 waiter.result = _no_descriptor(error)
+            else:
+                with contextlib.suppress(CprdError, OSError):  # its task meets it again
+                    waiter.told = waiter.tell is not None and waiter.tell(waiter.result)
             waiter.done = True
             waiter.scope.cancel()
 

@@ -1,14 +1,24 @@
 """One line an event on stderr: `event key=value ...`, for people and for grep. Never what a state
-contains. Under systemd the line begins with its priority (sd-daemon(3))."""
+contains. Under systemd the line begins with its priority (sd-daemon(3)).
+
+While `write_behind` runs, lines are written once those that wait for an answer have it: a write to
+stderr and waking up who reads it take as long as a whole step.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import trio
 
 _journal = "JOURNAL_STREAM" in os.environ
 INFO, WARNING, ERROR = 6, 4, 3
+
+_behind: list[bytes] = []
+_writer: trio.lowlevel.ParkingLot | None = None
 
 
 def event(what: str, *, level: int = INFO, **fields: Any) -> None:
@@ -20,7 +30,33 @@ def event(what: str, *, level: int = INFO, **fields: Any) -> None:
         if not text or not text.isprintable() or any(c in text for c in ' "='):
             text = ascii(text) if not text.isprintable() else '"' + text.replace('"', "'") + '"'
         line += f" {key}={text}"
+    _behind.append(line.encode("utf-8", "replace") + b"\n")
+    if _writer is None:
+        _write()
+    else:
+        _writer.unpark()
+
+
+def _write() -> None:
+    lines = b"".join(_behind)
+    _behind.clear()
     try:
-        os.write(2, line.encode("utf-8", "replace") + b"\n")
+        while lines:
+            lines = lines[os.write(2, lines) :]
     except OSError:
         sys.stderr = None  # nobody reads it: go on without
+
+
+async def write_behind() -> None:
+    """Write the lines of what else runs in this event loop, a moment later. Until cancelled."""
+    global _writer
+    import trio
+
+    _writer = trio.lowlevel.ParkingLot()
+    try:
+        while True:
+            _write()
+            await _writer.park()
+    finally:
+        _writer = None
+        _write()

@@ -98,6 +98,7 @@ class DaemonProcess:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(number)
+            self.process.send_signal(signal.SIGCONT)  # it may stand at a pause point
         status = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
         assert self.process.stderr is not None

@@ -48,9 +48,10 @@ class Walker:
         """Wait until it has stopped at its pause point."""
         stops(self.process.pid)
 
-    def kill(self) -> None:
+    def kill(self, *, may_have_ended: bool = False) -> None:
         self.process.kill()
-        assert self.process.wait(30) == -signal.SIGKILL
+        status = self.process.wait(30)
+        assert status == -signal.SIGKILL or (may_have_ended and status == 0)
 
 
 def stops(pid: int) -> None:
@@ -274,6 +275,8 @@ def test_a_client_killed_while_the_daemon_stands_still_leaves_one_whole_state(
             first.await_log("ended")
     first.stop()
     points = log.read_text().split()
+    # What comes after it (letting go of the old one, in a thread) the client need not live to see.
+    before_the_answer = already + points[already:].index("daemon:saved") + 1
     for number in range(already + 1, len(points) + 1):
         daemon = start_daemon(env={"CPRD_PAUSE": f"#{number}"})
         with goods("old", base=1000) as old, goods("new") as new:
@@ -281,7 +284,7 @@ def test_a_client_killed_while_the_daemon_stands_still_leaves_one_whole_state(
                 connection.save(NAME, old.state())
             walker = Walker(daemon.path, "blocking", "save", new)
             stops(daemon.pid)
-            walker.kill()
+            walker.kill(may_have_ended=number > before_the_answer)
             os.kill(daemon.pid, signal.SIGCONT)
             with daemon.connect() as connection:
                 assert phases(connection) == ["held"]
