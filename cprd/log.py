@@ -7,8 +7,10 @@ stderr and waking up who reads it take as long as a whole step.
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 _journal = "JOURNAL_STREAM" in os.environ
 INFO, WARNING, ERROR = 6, 4, 3
 
-_behind: list[bytes] = []
+_behind: deque[bytes] = deque()
 _writer: trio.lowlevel.ParkingLot | None = None
+_loop = 0  # its thread; another one writes at once
 
 
 def event(what: str, *, level: int = INFO, **fields: Any) -> None:
@@ -31,15 +34,16 @@ def event(what: str, *, level: int = INFO, **fields: Any) -> None:
             text = ascii(text) if not text.isprintable() else '"' + text.replace('"', "'") + '"'
         line += f" {key}={text}"
     _behind.append(line.encode("utf-8", "replace") + b"\n")
-    if _writer is None:
-        _write()
-    else:
+    if _writer is not None and _thread.get_ident() == _loop:
         _writer.unpark()
+    else:
+        _write()
 
 
 def _write() -> None:
-    lines = b"".join(_behind)
-    _behind.clear()
+    lines = b""
+    while _behind:
+        lines += _behind.popleft()
     try:
         while lines:
             lines = lines[os.write(2, lines) :]
@@ -49,9 +53,10 @@ def _write() -> None:
 
 async def write_behind() -> None:
     """Write the lines of what else runs in this event loop, a moment later. Until cancelled."""
-    global _writer
+    global _writer, _loop
     import trio
 
+    _loop = _thread.get_ident()
     _writer = trio.lowlevel.ParkingLot()
     try:
         while True:

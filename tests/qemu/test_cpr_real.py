@@ -241,6 +241,7 @@ def test_a_qemu_runs_on_when_its_descriptors_do_not_fit_this_process(transfer: A
     between = transfer()
     cpr.save_fd("mine", 0, 0)
     channel, answer = between.migrate()
+    answer.result(PATIENCE)  # its thread has given back the descriptors of the monitor
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     first_free = os.dup(0)
     os.close(first_free)
@@ -253,7 +254,6 @@ def test_a_qemu_runs_on_when_its_descriptors_do_not_fit_this_process(transfer: A
     assert list(cpr.fds()) == [("mine", 0, 0)]  # what was there before
     between.stop_listening()  # in this order: QEMU must find no main channel
     channel.close()
-    answer.result(PATIENCE)
     between.vm.until(
         lambda: between.vm.ask(lambda monitor: monitor.migration()) == "failed", "failed"
     )
