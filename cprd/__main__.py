@@ -20,7 +20,8 @@ def main() -> int:
     if not __package__:  # run as a directory, which Python then puts first: cprd/trio.py hides trio
         sys.path[0] = os.path.dirname(PACKAGE)
     prepared = os.environ.pop(PREPARED, None)
-    if prepared is None and any(find_spec(name) is None for name in ("msgpack", "trio", "rich")):
+    wanted = ["msgpack", "trio", "rich", *(["qemu"] if "qemu" in sys.argv[1:] else [])]
+    if prepared is None and any(find_spec(name) is None for name in wanted):
         bootstrap = [sys.executable, "-I", os.path.join(PACKAGE, "bootstrap.py"), "qemu"]
         answer = subprocess.run(bootstrap, stdout=subprocess.PIPE, text=True, check=False)
         if answer.returncode:

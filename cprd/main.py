@@ -339,7 +339,7 @@ async def _tell(manager: systemd.Manager, message: bytes) -> None:
 
 
 def _status(daemon: Daemon) -> str:
-    return f"{len(daemon.registry)} holds, kept in the {daemon.keeper.kept}"
+    return f"{len(daemon.registry)} holds, kept: {daemon.keeper.kept}"
 
 
 async def _report(manager: systemd.Manager, daemon: Daemon) -> None:

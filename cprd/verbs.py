@@ -79,7 +79,7 @@ class Saved:
         self.kept: str = fields["kept"]
 
     def __repr__(self) -> str:
-        return f"<cprd.Saved: generation {self.generation}, kept in the {self.kept}>"
+        return f"<cprd.Saved: generation {self.generation}, kept: {self.kept}>"
 
 
 class Ticket:

@@ -236,8 +236,16 @@ def some_report() -> Report:
 
 def test_a_blackout_is_the_longest_silence_of_everybody() -> None:
     assert some_report().blackouts() == pytest.approx([0.31, 0.81])
-    assert longest_silence([], 1.0, 3.0) == 2.0
-    assert longest_silence([1.5], 1.0, 3.0) == 1.5
+    assert longest_silence([], 1.0, 3.0, 4.0) == 4.0
+    assert longest_silence([1.5], 1.0, 3.0, 4.0) == 2.5
+    assert longest_silence([0.9, 1.5, 3.5], 1.0, 3.0) == 2.0
+
+
+def test_a_blackout_that_lasts_into_the_next_restart_is_not_cut_short_by_it() -> None:
+    answers = [n / 100 for n in range(100)] + [1.8 + n / 100 for n in range(50)]
+    restarts = [Restart(1.0, 1.05, 1.2, False), Restart(1.21, 1.3, 1.7, False)]
+    report = some_report()._replace(answers=answers, restarts=restarts)
+    assert report.blackouts() == pytest.approx([0.81, 0.81])
 
 
 def test_one_lost_answer_is_no_success() -> None:

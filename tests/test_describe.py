@@ -224,6 +224,7 @@ def test_namespaces_speak_for_themselves() -> None:
         assert describe(fd).startswith("net:[")
 
 
+@pytest.mark.hardware
 @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm to open")
 def test_kvm_system_vm_and_vcpu() -> None:
     with owned(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) as kvm:

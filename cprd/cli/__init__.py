@@ -27,7 +27,7 @@ VERBS = {
     "run": "start a service: with what is held, or cold",
     "wait": "wait until a hold can be loaded",
     "drop": "end a hold and let go of what it holds",
-    "release": "give a hold in doubt, or a claim, back by force",
+    "release": "serve again what is in doubt",
     "status": "the daemon: limits, and how much of them is used",
     "demo": "restart a server under load again and again, and watch nobody notice",
     "qemu": "hand a running guest from one QEMU to the next",

@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from cprd.demo.picture import svg
 
     settings = _settings(args)
+    if args.svg:
+        open(args.svg, "a", encoding="utf-8").close()  # better now than after all is done
     console = Console(highlight=False)
     try:
         if console.is_terminal:
@@ -66,8 +68,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     if args.connections < 1 or args.restarts < 1 or not 0 < args.seconds <= 3600:
         raise InvalidInput("--connections and --restarts want at least 1, --seconds 1 to 3600")
     rate = min(3.0 * args.connections, 1500.0) if args.rate is None else args.rate
-    if rate <= 0:
-        raise InvalidInput("--rate wants more than 0 requests a second")
+    if not 0 < rate < 1e6:
+        raise InvalidInput("--rate wants more than 0 requests a second, and less than a million")
     return Settings(args.connections, args.restarts, args.seconds, rate)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from cprd.cli import Verbs
 
@@ -17,19 +18,19 @@ def add_parser(verbs: Verbs) -> None:
 
     check = actions.add_parser("check", help="can this VM be handed over, and if not, why")
     check.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
-    check.set_defaults(run=run_check)
+    check.set_defaults(run=_with_qmp(run_check))
 
     save = actions.add_parser("save", help="running QEMU -> hold; the QEMU quits")
     save.add_argument("name", metavar="NAME")
     save.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
     save.add_argument("--replace", action="store_true", help="end what is held under NAME")
     save.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
-    save.set_defaults(run=run_save)
+    save.set_defaults(run=_with_qmp(run_save))
 
     start = actions.add_parser(
         "start",
         help="hold -> new QEMU, or a cold boot; becomes that QEMU",
-        usage="cprctl qemu start NAME [--cold | --force] -- QEMU COMMAND",
+        usage="cprctl qemu start NAME [--cold | --force] [--timeout S] -- QEMU COMMAND",
     )
     start.add_argument("name", metavar="NAME")
     how = start.add_mutually_exclusive_group()
@@ -38,17 +39,17 @@ def add_parser(verbs: Verbs) -> None:
         "--force", action="store_true", help="take a state in doubt: nothing may run from it"
     )
     start.add_argument("--timeout", type=float, default=60.0, metavar="S", help="to load a state")
-    start.set_defaults(run=run_start)
+    start.set_defaults(run=_with_qmp(run_start))
 
     upgrade = actions.add_parser(
         "upgrade",
         help="old and new QEMU overlap: the shortest pause",
-        usage="cprctl qemu upgrade NAME --qmp PATH -- QEMU COMMAND",
+        usage="cprctl qemu upgrade NAME --qmp PATH [--timeout S] -- QEMU COMMAND",
     )
     upgrade.add_argument("name", metavar="NAME")
     upgrade.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the old QEMU")
     upgrade.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
-    upgrade.set_defaults(run=run_upgrade)
+    upgrade.set_defaults(run=_with_qmp(run_upgrade))
 
     stop = actions.add_parser("stop", help="for ExecStop=: save, or else shut the guest down")
     stop.add_argument("name", metavar="NAME")
@@ -67,7 +68,25 @@ def add_parser(verbs: Verbs) -> None:
         metavar="PATH",
         help="when this exists the machine goes down for good: shut the guest down, do not save",
     )
-    stop.set_defaults(run=run_stop)
+    stop.set_defaults(run=_with_qmp(run_stop))
+
+
+def _with_qmp(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Say what is missing before anything is asked of cprd or of a QEMU."""
+
+    def checked(args: argparse.Namespace) -> int:
+        from importlib.util import find_spec
+
+        from cprd.errors import CprdError
+
+        if find_spec("qemu") is None or find_spec("qemu.qmp") is None:
+            raise CprdError(
+                "cprctl qemu needs the Python package qemu.qmp: pip install 'qemu.qmp>=0.0.3', or"
+                " cprd with its extra: pip install '.[qemu]'"
+            )
+        return run(args)
+
+    return checked
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -107,7 +126,7 @@ def run_save(args: argparse.Namespace) -> int:
         kept = asyncio.run(
             save(daemon, args.name, args.qmp, replace=args.replace, timeout=args.timeout)
         )
-    where = f", kept in the {kept.kept}" if kept.kept else ""
+    where = f", kept: {kept.kept}" if kept.kept else ""
     print(f"{kept.name} is held ({kept.status}, generation {kept.generation}{where})")
     return 0
 

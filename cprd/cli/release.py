@@ -1,4 +1,4 @@
-"""cprctl release: give back by force what is claimed, prepared or in doubt.
+"""cprctl release: give back by force what is in doubt.
 
 Only after making sure that nobody acts on it: a state served twice is acted on twice.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("release", help="give a hold back by force", description=__doc__)
+    parser = verbs.add_parser("release", help="serve again what is in doubt", description=__doc__)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument(
         "--force",

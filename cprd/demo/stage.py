@@ -60,11 +60,9 @@ class Child:
 
     def __init__(self, arguments: list[str], folder: Path, **extra: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("CPRD_")}
-        paths = [str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)  # a plain clone is not installed
         environment |= {"CPRD_SOCKET": str(folder / "cprd.sock"), **extra}
         # The same cprd as here, wherever the demo is called from.
-        paths = [str(Path(cprd.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(CLONE), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         self.log = folder / "log"
         with self.log.open("ab") as log:

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from itertools import pairwise
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-BEFORE = 0.25  # seconds around a restart in which its blackout is looked for
-AFTER = 1.0
 
 
 class Restart(NamedTuple):
@@ -45,22 +43,22 @@ class Report(NamedTuple):
         return bool(self.answers) and not (self.lost or self.wrong or self.dropped)
 
     def blackouts(self) -> list[float]:
-        """For each restart the longest time in which no client got any answer."""
-        spans = []
-        for i, restart in enumerate(self.restarts):
-            end = restart.ready + AFTER
-            if i + 1 < len(self.restarts):
-                end = min(end, self.restarts[i + 1].asked)
-            spans.append(longest_silence(self.answers, restart.asked - BEFORE, end))
-        return spans
+        """For each restart the longest time in which no client got any answer: from the last one
+        before it was asked for to the first one after the new server served. Where answers have
+        not come back before the next restart, both have the same silence."""
+        return [
+            longest_silence(self.answers, restart.asked, restart.ready, self.seconds)
+            for restart in self.restarts
+        ]
 
 
-def longest_silence(answers: Sequence[float], begin: float, end: float) -> float:
-    """The longest gap between neighbouring answers of begin..end, both ends counting as answers
-    where nothing came before or after them."""
-    inside = answers[bisect_left(answers, begin) : bisect_right(answers, end)]
-    points = [begin, *inside, end] if len(inside) < 2 else inside
-    return max(b - a for a, b in pairwise(points))
+def longest_silence(answers: Sequence[float], begin: float, end: float, over: float = inf) -> float:
+    """The longest gap between neighbouring answers, of the last one until `begin`, those after it,
+    and the first one from `end` on. Where there is none before or after, 0 and `over` count."""
+    first, last = bisect_right(answers, begin), bisect_left(answers, end)
+    before = answers[first - 1] if first else min(0.0, begin)
+    after = answers[last] if last < len(answers) else max(over, end)
+    return max(b - a for a, b in pairwise([before, *answers[first:last], after]))
 
 
 def rates(answers: Sequence[float], seconds: float, buckets: int) -> list[float]:

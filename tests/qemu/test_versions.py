@@ -19,6 +19,7 @@ OTHER = os.environ.get("CPRD_TEST_OTHER_QEMU", "").split()
 
 pytestmark = [
     pytest.mark.full,
+    pytest.mark.hardware,  # as good as: it is not in Debian's release
     pytest.mark.skipif(not OTHER, reason="$CPRD_TEST_OTHER_QEMU names no other QEMU"),
 ]
 
