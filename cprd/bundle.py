@@ -81,10 +81,14 @@ class Header:
 class Packed:
     """A packed state. `fd` is owned by whoever holds this object until close()."""
 
-    __slots__ = ("_made", "fd", "fds", "size")
+    __slots__ = ("_made", "depth", "fd", "fds", "parked", "size")
 
-    def __init__(self, fd: int, fds: int, size: int, made: list[int]) -> None:
+    def __init__(
+        self, fd: int, parked: int, depth: int, fds: int, size: int, made: list[int]
+    ) -> None:
         self.fd = fd
+        self.parked = parked  # descriptors in the root's message
+        self.depth = depth  # of the root; 0: it is a leaf
         self.fds = fds  # descriptors under keys
         self.size = size  # bytes of all sections
         self._made = made  # what else was made, of no use any more
@@ -138,7 +142,7 @@ def _pack(state: State) -> Packed:
     except BaseException:
         close_all(parking.made)
         raise
-    return Packed(root, len(fds), size, parking.made)
+    return Packed(root, parking.parked, parking.depth, len(fds), size, parking.made)
 
 
 class _Parking:
@@ -147,6 +151,7 @@ class _Parking:
     def __init__(self, numbers: set[int]) -> None:
         self.made: list[int] = []
         self.numbers = numbers  # of what is to be saved
+        self.parked = self.depth = 0  # of the socket that was made last: the root, in the end
 
     def tree(self, carried: Sequence[int], size: int) -> int:
         """One socket (not in `made`) that carries all of `carried`, which stays the caller's."""
@@ -186,6 +191,7 @@ class _Parking:
             self.check_new(2)
             header = HEADER.pack(MAGIC, VERSION, kind, depth, len(fds), total, size, index)
             send(inlet, header, fds)
+            self.parked, self.depth = len(fds), depth
             point("pack:sent")
         finally:
             inlet.detach()
@@ -315,17 +321,46 @@ def _try_one(fd: int) -> None:
         send(inlet, b"x", [fd])
 
 
-def check(fd: int, *, seal: bool) -> Header:
-    """Look at a bundle without taking a descriptor out of it: what cprd does with what is saved.
+def check(fd: int, parked: int, *, seal: bool) -> None:
+    """Look at the outside of a bundle, whose root holds `parked` descriptors as its saver says:
+    what cprd does with what is saved, O(1) in what lies below the root.
 
     `fd` is borrowed. With `seal`, nothing can be appended afterwards. Raises Damaged when it is
-    not a whole bundle, OSError (EMFILE) when there is no descriptor left to look with. O(1) in
-    the number of descriptors below the root."""
+    not a whole bundle, OSError (EMFILE) when there is no descriptor left to look with.
+
+    The header is not read. A read takes the socket's lock, and whoever else has the socket can
+    sleep with that lock in hand (in recv(), in a page of a file system of its own); so can the
+    owner of a TCP socket in send(), and getsockname() waits for it. Nothing here takes either."""
+    if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+        raise Damaged("not a bundle: not a socket")
+    if scm_fds(fd) < 0:
+        raise Damaged("not a bundle: not an AF_UNIX socket")
     sock = _as_socket(fd)
     try:
-        return _check(sock, seal)
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_SEQPACKET:
+            raise Damaged("not a bundle: not a SOCK_SEQPACKET socket")
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise Damaged("not a bundle: a listening socket")
+        _check_counts(sock, parked)
+        if seal:  # not before: what is no bundle stays as it was
+            try:
+                sock.shutdown(socket.SHUT_RD)
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:
+                    raise
+            _check_counts(sock, parked)
     finally:
         sock.detach()
+
+
+def _check_counts(sock: socket.SocketType, parked: int) -> None:
+    queued, found = _queued(sock), scm_fds(sock.fileno())
+    if not queued:
+        raise Damaged("not a whole bundle: nothing is queued in it")
+    if queued != HEADER.size:
+        raise Damaged(f"not a whole bundle: {queued} bytes are queued in it, not {HEADER.size}")
+    if found != parked:
+        raise Damaged(f"not a whole bundle: it should hold {parked} descriptors and holds {found}")
 
 
 def _as_socket(fd: int) -> socket.SocketType:
@@ -334,29 +369,6 @@ def _as_socket(fd: int) -> socket.SocketType:
         return socket.SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
     except OSError as error:
         raise Damaged(f"not a bundle: {error.strerror}") from None
-
-
-def _check(sock: socket.SocketType, seal: bool) -> Header:
-    kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-    domain = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
-    if domain != socket.AF_UNIX or kind != socket.SOCK_SEQPACKET:
-        raise Damaged("not a bundle: not an AF_UNIX SOCK_SEQPACKET socket")
-    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise Damaged("not a bundle: a listening socket")
-    header = _peek_header(sock)
-    if seal:
-        try:
-            sock.shutdown(socket.SHUT_RD)
-        except OSError as error:
-            if error.errno != errno.ENOTCONN:
-                raise
-        header = _peek_header(sock)
-    if _queued(sock) != HEADER.size:
-        raise Damaged("not a whole bundle: more than one message is queued in it")
-    parked = scm_fds(sock.fileno())
-    if parked != header.here:
-        raise Damaged(f"not a whole bundle: it says {header.here} descriptors and holds {parked}")
-    return header
 
 
 def _queued(sock: socket.SocketType) -> int:

@@ -39,7 +39,7 @@ from cprd.errors import (
 from cprd.holds import CLAIMED, DAMAGED, HELD, IN_DOUBT, PREPARED, Hold, Key, Peer, Registry, Step
 from cprd.keeper import Keeper
 from cprd.pause import point
-from cprd.rights import close_all
+from cprd.rights import SCM_MAX_FD, close_all
 
 RESERVED_FOR_ROOT = 8  # connections
 LET_GO_FIRST = 0.05  # s
@@ -312,7 +312,7 @@ class Daemon:
                 return False
         except ProtocolError as error:
             await self._refuse(connection, verb, error)
-            return False  # what follows noise is noise
+            return isinstance(error, wire.BadRequest)  # what follows noise is noise
         except LimitExceeded as error:
             await self._refuse(connection, verb, error)
             return not isinstance(error, Blocked)
@@ -400,6 +400,7 @@ class Daemon:
         for generation, fds in known.items():
             self._keep_pidfds(generation, fds, wanted[generation])
         for ended in step.ended:
+            self._disown(ended.hold)
             self._keep_pidfds(ended.hold.generation, self.pidfds.get(ended.hold.generation, {}), ())
             log.event(
                 "ended",
@@ -424,6 +425,8 @@ class Daemon:
                 )
             if old is not None and hold.phase == HELD and old.phase in (CLAIMED, IN_DOUBT):
                 self._look_for_damage(hold)
+            if old is not None and old.token and old.token != hold.token:
+                self._disown(old)
         at = self.registry.next_deadline()
         if at is not None and at < self._sleeps_until:
             self._deadline_moved.set()
@@ -475,10 +478,12 @@ class Daemon:
 
     def _look_for_damage(self, hold: Hold) -> None:
         """A claimant that received instead of peeking has destroyed what it was given."""
+        if not hold.parked:
+            return
         try:
             fd = self.keeper.bundle(hold.generation)
             try:
-                bundle.check(fd, seal=False)
+                bundle.check(fd, hold.parked, seal=False)
             finally:
                 os.close(fd)  # the slot has another: never the last one
         except Damaged as error:
@@ -546,17 +551,16 @@ class Daemon:
         except ValueError:
             raise InvalidInput(f"{what}: the descriptor that came with it is not a pidfd") from None
 
-    def _offered(self, request: Request, pidfds: int) -> bundle.Header:
+    def _offered(self, request: Request, pidfds: int) -> None:
         """Check and seal the bundle that came with a request."""
         message, fds = request
         if len(fds) != 1 + pidfds:
             raise ProtocolError(
                 f"{message['verb']}: wants {1 + pidfds} descriptors with it, has {len(fds)}"
             )
-        header = bundle.check(fds[0], seal=True)
-        if header.total <= message["fds"] or header.size != message["bytes"]:
+        if message["fds"] >= message["parked"] * SCM_MAX_FD ** message["depth"]:
             raise Damaged("not the bundle that the request describes: counts differ")
-        return header
+        bundle.check(fds[0], message["parked"], seal=True)
 
     async def save(self, connection: Connection, request: Request) -> None:
         """save and prepare."""
@@ -578,6 +582,7 @@ class Daemon:
                 nonce=message["nonce"],
                 fds=message["fds"],
                 size=message["bytes"],
+                parked=message["parked"],
                 if_exists=message["if_exists"],
                 ttl=message["ttl"],
                 after_exit=pid,
@@ -687,11 +692,7 @@ class Daemon:
         if hold is None or hold.token != token:  # it ended between its turn and now
             raise Fenced(f"the claim on {key[1]!r} is over already: it was released or dropped")
         try:
-            fd = self.keeper.bundle(generation)
-            try:
-                await connection.answer(wire.ok(**step.answer, kept=self.keeper.kept), (fd,))
-            finally:
-                os.close(fd)  # the slot has another: never the last one
+            await self._answer_with_bundle(connection, hold, wire.ok(**self._claimed(step)))
         except BrokenPipeError:
             raise  # the end of the connection says it
         except (CprdError, OSError) as error:
@@ -707,9 +708,23 @@ class Daemon:
         point("daemon:claimed")
         fd = self.keeper.bundle(step.answer["generation"])
         try:
-            return connection.answer_now(wire.ok(**step.answer, kept=self.keeper.kept), (fd,))
+            return connection.answer_now(wire.ok(**self._claimed(step)), (fd,))
         finally:
             os.close(fd)
+
+    def _claimed(self, step: Step) -> dict[str, Any]:
+        return {**step.answer, "kept": self.keeper.kept}
+
+    async def _answer_with_bundle(self, connection: Connection, hold: Hold, data: bytes) -> None:
+        """An answer that brings a copy of a hold's bundle."""
+        fd = self.keeper.bundle(hold.generation)
+        if connection.answer_now(data, (fd,)):
+            os.close(fd)  # the slot has another: not the last one
+            return
+        try:
+            await connection.answer(data, (fd,))
+        finally:  # while the client did not read, the hold may have ended
+            self.closer.run(hold.uid, partial(os.close, fd))
 
     async def _wait(
         self, connection: Connection, key: Key, waiter: Waiter, seconds: float
@@ -799,6 +814,13 @@ class Daemon:
         if hold is not None and hold.token == message["token"]:
             self._own_claim(connection, hold.generation, hold.token)
 
+    def _disown(self, hold: Hold) -> None:
+        """What a token spoke for is over: no connection's end means anything to it any more."""
+        if hold.token:
+            for connection in self.connections:
+                connection.claims.discard((hold.generation, hold.token))
+                connection.prepared.discard(hold.generation)
+
     def _own_claim(self, connection: Connection, generation: int, token: bytes) -> None:
         """The end of this connection ends the claim from now on, and that of no other."""
         if (generation, token) not in connection.claims:
@@ -863,6 +885,7 @@ class Daemon:
                 message["nonce"],
                 fds=message["fds"],
                 size=message["bytes"],
+                parked=message["parked"],
                 ttl=message["ttl"],
                 after_exit=pid,
             )
@@ -961,11 +984,7 @@ class Daemon:
         if hold.generation not in self.keeper.slots or hold.phase == DAMAGED:
             await connection.answer(wire.ok(hold=row))
             return
-        fd = self.keeper.bundle(hold.generation)
-        try:
-            await connection.answer(wire.ok(hold=row), (fd,))
-        finally:
-            os.close(fd)
+        await self._answer_with_bundle(connection, hold, wire.ok(hold=row))
 
     async def status(self, connection: Connection, request: Request) -> None:
         del request

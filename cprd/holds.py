@@ -92,6 +92,7 @@ class Hold:
     lease: float = 0.0
     deadline: float = 0.0  # when the lease ends (claimed)
     acting: int = 0  # pid of the process that acts on it (begin)
+    parked: int = 0  # descriptors in the root of its bundle, as the saver said; 0: not known
     begun: bool = False  # in doubt by begin, not by a saver that vanished
     born: bytes = b""  # nonce of the request that made it
     last: bytes = b""  # nonce of the request that made it what it is
@@ -251,6 +252,7 @@ class Registry:
         nonce: bytes,
         fds: int,
         size: int,
+        parked: int = 0,
         if_exists: str = "error",
         ttl: float | None = None,
         after_exit: int = -1,
@@ -279,6 +281,7 @@ class Registry:
             phase=TRANSITIONS[NOTHING, "prepare" if prepare else "save"],
             fds=fds,
             size=size,
+            parked=parked,
             created=now,
             expires=None if ttl is None or prepare else now + ttl,
             ttl_left=ttl if prepare else None,
@@ -517,6 +520,7 @@ class Registry:
         *,
         fds: int,
         size: int,
+        parked: int = 0,
         ttl: float | None,
         after_exit: int,
     ) -> Step:
@@ -539,6 +543,7 @@ class Registry:
             phase=TRANSITIONS[NOTHING, "save"],
             fds=fds,
             size=size,
+            parked=parked,
             created=now,
             expires=None if ttl is None else now + ttl,
             saver=peer.pid,

@@ -2,14 +2,15 @@
 contains. Under systemd the line begins with its priority (sd-daemon(3)).
 
 While `write_behind` runs, lines are written once those that wait for an answer have it: a write to
-stderr and waking up who reads it take as long as a whole step.
+stderr and waking up who reads it take as long as a whole step. And no line is worth waiting for:
+where nobody reads stderr the last thousand stay, and the rest are counted.
 """
 
 from __future__ import annotations
 
 import _thread
 import os
-import sys
+import select
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,31 @@ if TYPE_CHECKING:
 
 _journal = "JOURNAL_STREAM" in os.environ
 INFO, WARNING, ERROR = 6, 4, 3
+MOST = 1000  # lines that wait for a reader
+PIECE = 4096  # bytes that a pipe takes at once when it says that it takes any (PIPE_BUF)
+RETRY = 0.5  # s until a reader that did not read is tried again
 
 _behind: deque[bytes] = deque()
+_missing = 0  # lines that were not kept
+_one_at_a_time = _thread.allocate_lock()
 _writer: trio.lowlevel.ParkingLot | None = None
 _loop = 0  # its thread; another one writes at once
 
 
 def event(what: str, *, level: int = INFO, **fields: Any) -> None:
+    """Say it, now or in a moment. Never blocks."""
+    global _missing
+    if len(_behind) >= MOST:
+        _behind.popleft()
+        _missing += 1
+    _behind.append(_line(what, level, fields))
+    if _writer is not None and _thread.get_ident() == _loop:
+        _writer.unpark()
+    else:
+        _write()
+
+
+def _line(what: str, level: int, fields: dict[str, Any]) -> bytes:
     line = f"<{level}>{what}" if _journal else what
     for key, value in fields.items():
         if value is None:
@@ -33,22 +52,36 @@ def event(what: str, *, level: int = INFO, **fields: Any) -> None:
         if not text or not text.isprintable() or any(c in text for c in ' "='):
             text = ascii(text) if not text.isprintable() else '"' + text.replace('"', "'") + '"'
         line += f" {key}={text}"
-    _behind.append(line.encode("utf-8", "replace") + b"\n")
-    if _writer is not None and _thread.get_ident() == _loop:
-        _writer.unpark()
-    else:
-        _write()
+    return line.encode("utf-8", "replace") + b"\n"
 
 
-def _write() -> None:
-    lines = b""
-    while _behind:
-        lines += _behind.popleft()
-    try:
-        while lines:
-            lines = lines[os.write(2, lines) :]
-    except OSError:
-        sys.stderr = None  # nobody reads it: go on without
+def _write() -> bool:
+    """Write what waits, as far as that does not block. Whether nothing is left."""
+    global _missing
+    stderr = select.poll()
+    stderr.register(2, select.POLLOUT)
+    with _one_at_a_time:
+        while _behind:
+            events = stderr.poll(0)
+            if not events:
+                return False
+            piece = _behind.popleft()
+            if _missing:
+                piece = _line("log-lines-lost", WARNING, {"count": _missing}) + piece
+                _missing = 0
+            while _behind and len(piece) + len(_behind[0]) <= PIECE:
+                piece += _behind.popleft()
+            try:
+                written = os.write(2, piece[:PIECE])
+            except BlockingIOError:
+                written = 0
+            except OSError:  # nobody reads it any more, or it was closed
+                written = len(piece)
+            if written < len(piece):
+                _behind.appendleft(piece[written:])
+                if not written:
+                    return False
+    return True
 
 
 async def write_behind() -> None:
@@ -60,8 +93,10 @@ async def write_behind() -> None:
     _writer = trio.lowlevel.ParkingLot()
     try:
         while True:
-            _write()
-            await _writer.park()
+            with trio.CancelScope() as waiting:
+                if not _write():
+                    waiting.deadline = trio.current_time() + RETRY
+                await _writer.park()
     finally:
         _writer = None
         _write()

@@ -25,6 +25,7 @@ BACKLOG = 512
 
 def main(argv: list[str] | None = None) -> int:
     """Run the daemon until SIGTERM. Exit status: 0 stopped as asked, 1 failed, 2 usage."""
+    _have_standard_files()
     options = _parser().parse_args(argv)
     try:
         _check_kernel()
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             given.listener, given.path = _listen(options), _path(options)
         elif given.path:
             given.path = _path(options)
+        given.look()
     except CprdError as error:
         print(f"cprd: {error}", file=sys.stderr)
         return 1
@@ -53,15 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     except CprdError as error:
         print(f"cprd: {error}", file=sys.stderr)
         return 1
-    sys.stdout.flush()
-    sys.stderr.flush()
     if again is not None:
         _become_new(again, given)
     if given.path:
-        try:
-            os.unlink(given.path)
-        except OSError:
-            pass
+        given.unlink()
     # Not the interpreter's own end: a thread that is still closing a foreign file must not keep it.
     os._exit(0)
 
@@ -72,8 +69,40 @@ class Given:
     def __init__(self) -> None:
         self.listener: socket.socket | None = None
         self.path = ""  # of the listener, when it is ours to remove at the end
+        self.inode = (0, 0)  # of the socket's file
         self.shelves: dict[int, dict[str, socket.socket]] = {}
         self.durable: set[int] = set()
+
+    def look(self) -> None:
+        """Remember which file it is."""
+        if self.path:
+            try:
+                self.inode = _inode(self.path)
+            except OSError:
+                pass  # removed meanwhile
+
+    def unlink(self) -> None:
+        """Remove the socket's file, unless another daemon has made one of its own there."""
+        try:
+            if _inode(self.path) == self.inode:
+                os.unlink(self.path)
+        except OSError:
+            pass
+
+
+def _inode(path: str) -> tuple[int, int]:
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
+
+
+def _have_standard_files() -> None:
+    """Open /dev/null where stdin, stdout or stderr are closed: else a socket of ours would be what
+    the log is written to."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
 OWN_LISTENER = "cprd-own-listener"

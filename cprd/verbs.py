@@ -155,7 +155,10 @@ def _bundle(packed: Packed, ttl: float | None, after_exit: Any) -> tuple[dict[st
         how = "pidfd"
         fds.append(after_exit if isinstance(after_exit, int) else after_exit.fileno())
     check_seconds("ttl", ttl, wire.MAX_TTL)
-    fields = {"fds": packed.fds, "bytes": packed.size, "ttl": ttl, "after_exit": how}
+    fields = {
+        **{"fds": packed.fds, "bytes": packed.size, "parked": packed.parked},
+        **{"depth": packed.depth, "ttl": ttl, "after_exit": how},
+    }
     return fields, fds
 
 

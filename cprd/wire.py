@@ -37,6 +37,10 @@ IDLE = 300.0  # s without a request, for a connection with no claim, prepared sa
 MUTE = 20.0  # s that a client waits for an answer before it calls the daemon mute
 
 
+class BadRequest(ProtocolError):
+    """A message that can be read, and asks for what makes no sense: the next one may be good."""
+
+
 # What a field may be: the function returns the value as it is used, or raises ValueError with what
 # is wanted. bool is an int in Python, and never meant as one here.
 
@@ -108,6 +112,8 @@ _CLAIM = {"name": _NAME, "generation": _U64, "token": _bytes(NONCE)}
 _BUNDLE: dict[str, Callable[[Any], Any]] = {
     "fds": _count(1 << 32),
     "bytes": _U64,
+    "parked": _count(253),  # descriptors in the root of the bundle
+    "depth": _count(2),  # of the root; 0: nothing below it
     "ttl": _or_none(_seconds(MAX_TTL)),
     # none; the peer itself; the process whose pidfd is the message's last descriptor
     "after_exit": _one_of("no", "peer", "pidfd"),
@@ -161,7 +167,8 @@ def decode(data: bytes, limit: int) -> Message:
     try:
         message = msgpack.unpackb(data, raw=False, strict_map_key=True)
     except Exception as error:  # msgpack raises several unrelated classes, RecursionError too
-        raise ProtocolError(f"not a msgpack message: {error}"[:300]) from None
+        why = str(error) or type(error).__name__
+        raise ProtocolError(f"not a msgpack message: {why}"[:300]) from None
     if not isinstance(message, dict):
         raise ProtocolError("a message is a map")
     return message
@@ -175,18 +182,18 @@ def read_request(data: bytes) -> Message:
     verb = message.get("verb")
     fields = REQUESTS.get(verb) if isinstance(verb, str) else None
     if fields is None:
-        raise ProtocolError(f"unknown verb {verb!r:.100}; this cprd speaks version {VERSION}")
+        raise BadRequest(f"unknown verb {verb!r:.100}; this cprd speaks version {VERSION}")
     read: Message = {"verb": verb}
     for field, check in fields.items():
         if field not in message:
-            raise ProtocolError(f"{verb}: the field {field!r} is missing")
+            raise BadRequest(f"{verb}: the field {field!r} is missing")
         try:
             read[field] = check(message[field])
         except ValueError as error:
-            raise ProtocolError(f"{verb}: the field {field!r} wants {error}") from None
+            raise BadRequest(f"{verb}: the field {field!r} wants {error}") from None
     if len(message) != len(read):
         extra = sorted(set(message) - set(read), key=repr)  # keys may be bytes, too
-        raise ProtocolError(f"{verb}: unknown field {extra[0]!r:.100}")
+        raise BadRequest(f"{verb}: unknown field {extra[0]!r:.100}")
     return read
 
 

@@ -84,6 +84,7 @@ class DaemonProcess:
         self.env = {**kept, "PYTHONPATH": str(CHECKOUT), **(env or {})}
         self._lines: list[str] = []
         self._news = threading.Condition()
+        self._reading = threading.Lock()
         self.process: subprocess.Popen[str] | None = None
         self.start()
 
@@ -159,10 +160,17 @@ class DaemonProcess:
                 assert not over, f"{text!r} is not in cprd's log: {self._lines}"
                 self._news.wait(min(left, 0.2))
 
+    def leave_log_unread(self, leave: bool) -> None:
+        """Read no more of its log; or (False) go on with it."""
+        if leave:
+            self._reading.acquire()
+        else:
+            self._reading.release()
+
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
         for line in process.stderr:
-            with self._news:
+            with self._reading, self._news:
                 self._lines.append(line.rstrip("\n"))
                 self._news.notify_all()
 

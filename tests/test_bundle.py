@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import mmap
 import os
+import platform
 import resource
+import select
 import signal
 import socket
+import struct
 import tempfile
 import threading
 from array import array
@@ -71,7 +77,8 @@ def values(state: State) -> list[int]:
 @pytest.mark.parametrize("count", [0, 1, 251, 252, 253, 254, 505, 506, 5000, 9000])
 def test_every_number_of_descriptors_comes_back_in_order(count: int) -> None:
     with opened(count) as fds, packed(of(fds)) as fd:
-        assert bundle.check(fd, seal=False).total == count + 1
+        assert HEADER.unpack(_first(fd))[5] == count + 1
+        bundle.check(fd, count + 1 if count < 253 else -(-(count + 1) // 253), seal=False)
         state = unpack(fd)
         assert [(name, id) for name, id, _ in state.fds()] == [("fd", n) for n in range(count)]
         assert values(state) == list(range(1, count + 1))
@@ -304,6 +311,10 @@ SPOILT: dict[str, Spoil] = {
     "a longer record": lambda hand: hand.node(
         [hand.queue((header(1, 1) + b"more", [hand.manifest()]))], 1
     ),
+    "noise": lambda hand: hand.queue((b"\0" * HEADER.size, [0])),
+    "a header that contradicts itself": lambda hand: hand.queue((header(1, 7), [0])),
+    "a depth without end": lambda hand: hand.queue((header(1, 1, kind=NODE, depth=9), [0])),
+    "a message missing": lambda hand: hand.queue((header(2, 2), [0])),
     "no manifest": lambda hand: hand.leaf([0, 1]),
     "a manifest that is not sealed": lambda hand: hand.leaf([_unsealed(hand)]),
     "a manifest of noise": lambda hand: hand.leaf([_memfd(hand, b"\xc1\xff")]),
@@ -357,9 +368,12 @@ def test_a_spoilt_bundle_is_never_served_in_part_by_cprd(
     """The daemon sees the root only; what is wrong below it, the first reader sees: both ways it
     ends in Damaged, and later loads hear of it without another look."""
     fd = SPOILT[how](hand)
-    total, size = HEADER.unpack(_first(fd))[5:7]
+    first = _first(fd)
+    fds = HEADER.unpack(first)[5] - 1 if first[:4] == MAGIC else 0
+    parked = bundle.scm_fds(fd)
+    depth = 0 if fds < parked else 1
     with daemon.connect() as client:
-        say(client, "save", save_message("web", total - 1, size), [fd])
+        say(client, "save", save_message("web", fds, 0, parked=parked, depth=depth), [fd])
         with pytest.raises(Damaged, match="will not be served again"):
             client.load("web")
         with pytest.raises(Damaged):
@@ -378,11 +392,9 @@ def test_a_bundle_of_a_version_to_come_is_refused_and_stays_whole(
 ) -> None:
     fd = hand.leaf([0], version=2)
     with daemon.connect() as client:
-        if where == "root":
-            with pytest.raises(Busy, match="of version 2; this cprd reads version 1"):
-                say(client, "save", save_message("web", 0, 0), [fd])
-            return
-        say(client, "save", save_message("web", 0, 0), [hand.node([fd], 1)])
+        depth = 0 if where == "root" else 1
+        root = fd if where == "root" else hand.node([fd], 1)
+        say(client, "save", save_message("web", 0, 0, depth=depth), [root])
         for _ in range(2):
             with pytest.raises(Busy, match="of version 2; this cprd reads version 1"):
                 client.load("web")
@@ -405,11 +417,15 @@ def _first(fd: int) -> bytes:
         return sock.recv(HEADER.size, socket.MSG_PEEK)
 
 
-def save_message(name: str, fds: int, size: int) -> dict[str, Any]:
+def save_message(
+    name: str, fds: int, size: int, *, parked: int | None = None, depth: int = 0
+) -> dict[str, Any]:
     return {
         "name": name,
         "fds": fds,
         "bytes": size,
+        "parked": fds + 1 if parked is None else parked,
+        "depth": depth,
         "ttl": None,
         "after_exit": "no",
         "if_exists": "error",
@@ -485,11 +501,8 @@ NO_BUNDLES: dict[str, Spoil] = {
     "a pidfd": _pidfd,
     "a path": _o_path,
     "an empty queue": lambda hand: hand.queue(),
-    "noise": lambda hand: hand.queue((b"\0" * HEADER.size, [0])),
     "a short message": lambda hand: hand.queue((b"CPRB", [0])),
-    "a header that contradicts itself": lambda hand: hand.queue((header(1, 7), [0])),
-    "a depth without end": lambda hand: hand.queue((header(1, 1, kind=NODE, depth=9), [0])),
-    "a message missing": lambda hand: hand.queue((header(2, 2), [0])),
+    "a descriptor too many": lambda hand: hand.queue((header(1, 1), [0, 0])),
     "no descriptor at all": lambda hand: hand.queue((header(1, 1), [])),
     "the message doubled": lambda hand: hand.queue((header(1, 1), [0]), (header(1, 1), [0])),
 }
@@ -518,14 +531,80 @@ def test_the_daemons_own_connection_is_no_bundle(daemon: DaemonProcess) -> None:
         assert client.status()["connections"] == 2
 
 
-@pytest.mark.parametrize("lie", [{"fds": 2}, {"fds": 0, "bytes": 1}, {"fds": 99, "bytes": 99}])
+@pytest.mark.parametrize("lie", [{"fds": 2}, {"parked": 3}, {"parked": 1, "fds": 0}, {"fds": 99}])
 def test_counts_that_differ_from_the_bundle_are_refused(
     lie: dict[str, int], daemon: DaemonProcess
 ) -> None:
     with packed(of([0])) as fd, daemon.connect() as client:
-        with pytest.raises(Damaged, match="counts differ"):
+        with pytest.raises(Damaged, match=r"counts differ|should hold"):
             say(client, "save", {**save_message("web", 1, 0), **lie}, [fd])
         assert client.list() == []
+
+
+def test_counts_that_only_a_reader_can_check_are_found_by_the_first_one(
+    daemon: DaemonProcess,
+) -> None:
+    with packed(of([0])) as fd, daemon.connect() as client:
+        say(client, "save", save_message("web", 0, 0, parked=2), [fd])
+        with pytest.raises(Damaged, match="its saver said 0 descriptors; there are 1"):
+            client.load("web")
+
+
+@contextmanager
+def asleep_in_a_page(use: Callable[[int], object]) -> Iterator[None]:
+    """A thread that calls use(address), and sleeps in the kernel when that touches the page."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    number = {"x86_64": 323, "aarch64": 282}[platform.machine()]
+    fd = libc.syscall(number, os.O_CLOEXEC)  # userfaultfd
+    if fd < 0:
+        pytest.skip("this user may not use userfaultfd")
+    with opened_fd(fd):
+        fcntl.ioctl(fd, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))  # UFFDIO_API
+        page = libc.mmap(None, 4096, mmap.PROT_READ | mmap.PROT_WRITE, 0x22, -1, 0)
+        registered = bytearray(struct.pack("QQQQ", page, 4096, 1, 0))
+        fcntl.ioctl(fd, 0xC020AA00, registered)  # UFFDIO_REGISTER, missing pages
+        thread = threading.Thread(target=use, args=(page,), daemon=True)
+        thread.start()
+        assert select.select([fd], [], [], 20)[0], "it does not sleep in the page"
+        try:
+            yield
+        finally:
+            fcntl.ioctl(fd, 0xC020AA04, bytearray(struct.pack("QQQq", page, 4096, 0, 0)))  # zeros
+            thread.join(20)
+
+
+@contextmanager
+def opened_fd(fd: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def test_a_saver_that_sleeps_with_its_sockets_lock_in_hand_delays_nobody(
+    hand: Hand, daemon: DaemonProcess
+) -> None:
+    """Whoever has a socket can hold its lock for as long as a page takes to come."""
+    libc = ctypes.CDLL(None)
+    root = hand.leaf([hand.manifest()])
+    tcp = _tcp(hand)
+
+    def peek(page: int) -> None:
+        libc.recv(root, ctypes.c_void_p(page), 32, int(socket.MSG_PEEK))
+
+    def send(page: int) -> None:
+        libc.send(tcp, ctypes.c_void_p(page), 4096, 0)
+
+    with daemon.connect() as client:
+        with asleep_in_a_page(peek):
+            say(client, "save", save_message("web", 0, 0), [root])
+            assert client.list()[0]["fds"] == 0
+        with asleep_in_a_page(send):
+            with pytest.raises(Damaged, match="not an AF_UNIX socket"):
+                say(client, "save", save_message("tcp", 0, 0), [tcp])
+        with client.load("web") as claim:
+            assert claim.state.fd_count == 0
 
 
 def test_a_bundle_cannot_grow_after_it_was_saved(hand: Hand, daemon: DaemonProcess) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import pytest
 
 import cprd
 from cprd import main
-from tests.conftest import CHECKOUT, DaemonProcess
+from tests.conftest import CHECKOUT, PATIENCE, DaemonProcess, until
 from tests.programs.goods import goods, state_of
+
+Start = Callable[..., DaemonProcess]
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -215,3 +218,64 @@ def test_it_accepts_again_when_descriptors_are_free_again(
     assert daemon.alive()
     with daemon.connect() as connection:
         assert connection.list() == []
+
+
+# Its log
+
+
+def test_a_log_that_nobody_reads_makes_nobody_wait(start_daemon: Start) -> None:
+    daemon = start_daemon()
+    with daemon.connect() as connection:
+        daemon.leave_log_unread(True)
+        try:
+            for _ in range(1500):  # more than the pipe takes, and a thousand lines
+                connection.save("web", cprd.State())
+                connection.drop("web")
+        finally:
+            daemon.leave_log_unread(False)
+        assert daemon.await_log("log-lines-lost")
+        connection.save("last", cprd.State())
+        assert daemon.await_log("name=last")
+
+
+@pytest.mark.parametrize("closed", ["its reader", "stdin, stdout and stderr"])
+def test_a_log_that_has_gone_costs_nothing(tmp_path: Path, closed: str) -> None:
+    path = str(tmp_path / "sock")
+    command = [sys.executable, "-m", "cprd.main", "--socket", path]
+    if closed != "its reader":
+        command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    )
+    assert process.stderr is not None
+    process.stderr.close()
+    try:
+        until(lambda: os.path.exists(path), lambda: "no socket")
+        with cprd.connect(path) as connection:
+            connection.save("web", cprd.State())
+
+            def started() -> float:
+                return time.monotonic() - float(connection.status()["uptime"])
+
+            before = started()
+            os.kill(process.pid, signal.SIGHUP)
+            until(lambda: started() > before + 0.03, lambda: "not re-executed")
+            assert [row["name"] for row in connection.list()] == ["web"]
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+        assert not os.path.exists(path)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_socket_of_another_daemon_stays_where_it_is(start_daemon: Start) -> None:
+    """Somebody removed the file, and started another one in its place."""
+    first = start_daemon()
+    os.unlink(first.path)
+    start_daemon("--socket", first.path)
+    with cprd.connect(first.path) as connection:
+        connection.save("web", cprd.State())
+        first.stop()
+        with cprd.connect(first.path) as second:
+            assert [row["name"] for row in second.list()] == ["web"]

@@ -122,6 +122,11 @@ NOISE = {
     "a timestamp": msgpack.packb({"verb": msgpack.Timestamp(1, 1)}),
     "hello again": next(verbs.hello()).data,
 }
+UNREADABLE = [
+    *("nothing msgpack", "a number", "an array", "truncated", "with a tail", "oversized"),
+    *("promises 4 GiB", "deeply nested", "deeply nested maps", "keys that are numbers"),
+    "broken UTF-8",
+]
 
 
 @pytest.mark.parametrize("said_hello", [True, False], ids=["after hello", "as hello"])
@@ -136,8 +141,13 @@ def test_noise_gets_a_reason_or_an_end(daemon: DaemonProcess, said_hello: bool) 
                 assert got is not None, what
                 assert got["error"] == "ProtocolError", (what, got)
                 assert got["why"], what
-                if what != "hello again":  # what follows noise is noise
+                if not said_hello or what in UNREADABLE:  # what follows noise is noise
                     assert answer(sock) is None, what
+                else:
+                    sock.send(packed(verb="status"))
+                    got = answer(sock)
+                    assert got is not None, what
+                    assert "ok" in got, what
 
 
 def test_random_noise_of_64_kib(daemon: DaemonProcess) -> None:
@@ -203,6 +213,8 @@ SAVE = {
     "name": "x",
     "fds": 0,
     "bytes": 0,
+    "parked": 1,
+    "depth": 0,
     "ttl": None,
     "after_exit": "no",
     "if_exists": "error",
@@ -304,6 +316,50 @@ def test_files_that_block_on_close_block_nobody(daemon: DaemonProcess) -> None:
         peers.close()  # their peers end, and with them the waiting
         with daemon.connect() as connection:
             until(lambda: not connection.status()["closing"], lambda: "blocked still")
+
+
+def answers_that_fit(daemon: DaemonProcess, request: bytes) -> int:
+    """How many answers a client can leave unread before cprd has to wait for it."""
+    with raw(daemon.path) as sock:
+        for _ in range(300):
+            sock.send(request)
+        time.sleep(0.5)
+        os.kill(daemon.pid, signal.SIGSTOP)
+        count = 0
+        sock.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while answer(sock) is not None:
+                count += 1
+        os.kill(daemon.pid, signal.SIGCONT)
+    return count
+
+
+@pytest.mark.parametrize("verb", ["show", "load"])
+def test_a_hold_that_ends_while_its_answer_is_not_read_blocks_nobody(
+    daemon: DaemonProcess, verb: str
+) -> None:
+    """A copy of its bundle is on its way to a client that does not read: the last one, by the time
+    that it hangs up."""
+    small = packed(verb="show", name="small")
+    with contextlib.ExitStack() as stack, nobody_else_waits(daemon):
+        ours, theirs = lingering()
+        stack.enter_context(theirs)
+        connection = stack.enter_context(daemon.connect())
+        connection.save("small", state_of("", [], []))
+        connection.save("x", state_of("", [], [ours.fileno()]))
+        fit = answers_that_fit(daemon, small)
+        assert 10 < fit < 300
+        with raw(daemon.path) as sock:
+            for _ in range(fit):
+                sock.send(small)
+            show = {"verb": "show", "name": "x"}
+            sock.send(packed(**(show if verb == "show" else {**LOAD, "lease": 60})))
+            time.sleep(0.5)
+            connection.drop("x", force=True)
+            os.close(ours.detach())
+        until(lambda: connection.status()["closing"], lambda: "nothing blocks")
+        theirs.close()
+        until(lambda: not connection.status()["closing"], lambda: "blocked still")
 
 
 def test_a_uid_whose_files_block_is_not_served_further(daemon: DaemonProcess) -> None:

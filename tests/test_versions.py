@@ -21,7 +21,7 @@ import pytest
 import cprd
 from cprd import bundle
 
-from .conftest import CHECKOUT, DaemonProcess
+from .conftest import CHECKOUT, PATIENCE, DaemonProcess
 
 PROGRAM = """
 import os, sys
@@ -219,10 +219,17 @@ def test_a_program_too_old_for_a_bundle_leaves_it_whole(daemon: Versioned) -> No
             assert claim.state["text"] == "from version 1"
 
 
-def test_a_bundle_that_cprd_does_not_know_is_refused_when_it_is_saved(daemon: Versioned) -> None:
-    program = "daemon.save('web', cprd.State())"
-    with newer_program(daemon.path, program) as process:
-        assert process.stderr is not None
-        assert f"this cprd reads version {bundle.VERSION}" in process.stderr.read()
+def test_a_bundle_of_a_newer_program_is_kept_for_programs_that_can_read_it(
+    daemon: Versioned,
+) -> None:
+    """cprd itself looks at no more than the outside of a bundle."""
+    with newer_program(daemon.path, "daemon.save('web', cprd.State())") as process:
+        assert process.wait(PATIENCE) == 0
+    with daemon.connect() as connection:
+        with pytest.raises(cprd.Busy, match=f"this cprd reads version {bundle.VERSION}"):
+            connection.load("web")
+        assert phases(connection) == {"web": "held"}
+    with newer_program(daemon.path, "daemon.load('web').confirm()") as process:
+        assert process.wait(PATIENCE) == 0
     with daemon.connect() as connection:
         assert phases(connection) == {}
