@@ -47,6 +47,7 @@ class Connection:
         self.closer = closer
         self.claims: set[tuple[int, bytes]] = set()  # (generation, token)
         self.prepared: set[int] = set()
+        self.nonce = b""  # of the last request
 
     async def receive(self, parse: Callable[[bytes], wire.Message]) -> Request | None:
         """The next request; None at the end of the connection. Raises ProtocolError."""

@@ -37,7 +37,7 @@ from cprd.errors import (
     ProtocolError,
 )
 from cprd.holds import CLAIMED, DAMAGED, HELD, IN_DOUBT, PREPARED, Hold, Key, Peer, Registry, Step
-from cprd.keeper import Keeper
+from cprd.keeper import NOT_STORED, Keeper
 from cprd.pause import point
 from cprd.rights import SCM_MAX_FD, close_all
 
@@ -317,6 +317,10 @@ class Daemon:
             await self._refuse(connection, verb, error)
             return not isinstance(error, Blocked)
         verb = request.message["verb"]
+        if connection.nonce:  # it has got that answer
+            self.registry.settled(connection.peer.uid, connection.nonce)
+            self.keeper.settled(connection.peer.uid, connection.nonce)
+        connection.nonce = request.message.get("nonce", b"")
         try:
             await self._turn(connection)
             if request.fds and verb not in _WITH_DESCRIPTORS:
@@ -357,7 +361,12 @@ class Daemon:
     # Changing
 
     def _perform(
-        self, step: Step, *, bundle_fd: int = -1, pidfds: dict[int, dict[str, int]] | None = None
+        self,
+        step: Step,
+        *,
+        bundle_fd: int = -1,
+        pidfds: dict[int, dict[str, int]] | None = None,
+        require_store: bool = False,
     ) -> None:
         """Write a step down, then make it true. `bundle_fd` is borrowed; `pidfds` (by generation
         and role; new ones only) are taken over, whatever comes of it. Raises LimitExceeded; then
@@ -379,6 +388,7 @@ class Daemon:
                     generation: {role: fd for role, fd in fds.items() if role in wanted[generation]}
                     for generation, fds in known.items()
                 },
+                require_store=require_store,
             )
         except BaseException:
             for roles in added.values():
@@ -510,6 +520,7 @@ class Daemon:
         while True:
             while (step := self.registry.expire(now())) is not None:
                 self._observe(step)
+            self.registry.forget_old(now())
             at = self.registry.next_deadline()
             start = now()
             # Once a minute at least: the boot clock also counts while the machine sleeps.
@@ -601,7 +612,12 @@ class Daemon:
             _close_roles(roles)
         else:
             generation = step.put[0].generation
-            self._perform(step, bundle_fd=fds[0], pidfds={generation: roles})
+            self._perform(
+                step,
+                bundle_fd=fds[0],
+                pidfds={generation: roles},
+                require_store=message["require"] == "store",
+            )
             _close_parked(fds)
         if prepare:
             connection.prepared.add(step.answer["generation"])
@@ -610,10 +626,7 @@ class Daemon:
 
     def _require(self, place: str | None) -> None:
         if place == "store" and self.keeper.kept != "store":
-            raise LimitExceeded(
-                'require="store": this cprd keeps holds in memory only; run it as a systemd service'
-                " with FileDescriptorStoreMax= (see cprctl status)"
-            )
+            raise LimitExceeded(NOT_STORED)
 
     async def commit(self, connection: Connection, request: Request) -> None:
         """commit and abort."""

@@ -186,8 +186,32 @@ class Usage:
     fds: int = 0
 
 
-REMEMBERED = 256  # answers a uid
+REMEMBERED = 256  # answers a uid that have arrived, as far as is known
+UNSETTLED = 4096  # answers a uid that may not have arrived
 REMEMBERED_FOR = 300.0  # s
+
+
+class _Answers:
+    """The first answers to one uid's requests, by nonce, older first: (when, answer).
+
+    Whoever goes on asking on the same connection has got the answer before; the others may be
+    asked for again, however much else goes on meanwhile."""
+
+    __slots__ = ("settled", "unsettled")
+
+    def __init__(self) -> None:
+        self.unsettled: OrderedDict[bytes, tuple[float, dict[str, Any]]] = OrderedDict()
+        self.settled: OrderedDict[bytes, tuple[float, dict[str, Any]]] = OrderedDict()
+
+    def get(self, nonce: bytes) -> tuple[float, dict[str, Any]] | None:
+        return self.unsettled.get(nonce) or self.settled.get(nonce)
+
+    def prune(self, now: float) -> None:
+        for answers, most in ((self.unsettled, UNSETTLED), (self.settled, REMEMBERED)):
+            while len(answers) > most or (
+                answers and now - next(iter(answers.values()))[0] > REMEMBERED_FOR
+            ):
+                answers.popitem(last=False)
 
 
 class Registry:
@@ -201,7 +225,7 @@ class Registry:
         self._by_generation: dict[int, Hold] = {}
         self._usage: dict[int, Usage] = {}
         self._deadlines: list[tuple[float, int]] = []
-        self._answers: dict[int, OrderedDict[bytes, tuple[float, dict[str, Any]]]] = {}
+        self._answers: dict[int, _Answers] = {}
 
     # Looking
 
@@ -756,14 +780,28 @@ class Registry:
 
     def remember(self, uid: int, nonce: bytes, answer: dict[str, Any], now: float) -> None:
         """Keep the first answer of a request for a while, should it be repeated."""
-        answers = self._answers.setdefault(uid, OrderedDict())
-        answers[nonce] = (now, answer)
-        while len(answers) > REMEMBERED or now - next(iter(answers.values()))[0] > REMEMBERED_FOR:
-            answers.popitem(last=False)
+        answers = self._answers.setdefault(uid, _Answers())
+        answers.unsettled[nonce] = (now, answer)
+        answers.prune(now)
+
+    def settled(self, uid: int, nonce: bytes) -> None:
+        """Its answer has arrived. It is remembered for a while all the same."""
+        answers = self._answers.get(uid)
+        found = answers.unsettled.pop(nonce, None) if answers is not None else None
+        if answers is not None and found is not None:
+            answers.settled[nonce] = found
+            answers.prune(found[0])
+
+    def forget_old(self, now: float) -> None:
+        """Forget answers that nobody has asked for in time; to be called now and then."""
+        for uid, answers in list(self._answers.items()):
+            answers.prune(now)
+            if not answers.unsettled and not answers.settled:
+                del self._answers[uid]
 
     def _recall(self, uid: int, nonce: bytes) -> Step | None:
         answers = self._answers.get(uid)
-        found = answers.get(nonce) if answers and nonce else None
+        found = answers.get(nonce) if answers is not None and nonce else None
         return None if found is None else Step(answer=found[1], remembered=True)
 
     def _mine(

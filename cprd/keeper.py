@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cprd import log, shelf, slot
@@ -28,9 +28,13 @@ from cprd.shelf import Shelf, ShelfFull
 from cprd.slot import Answered, Slot, SlotFull, Unreadable
 
 MAX_RECORDS = 30  # in one slot, before it is written anew; each parks up to three pidfds again
-OUTCOMES = 512  # remembered across a restart
+OUTCOMES = 512  # of one uid that are remembered across a restart
 OUTCOMES_FOR = 300.0  # s
 FULL = "cprd's shelf is full: raise net.core.wmem_max, or drop holds"
+NOT_STORED = (
+    'require="store": this cprd keeps holds in memory only; run it as a systemd service with'
+    " FileDescriptorStoreMax= (see cprctl status)"
+)
 MANY_MESSAGES = 1024  # on a shelf that has few slots, before it is written anew
 
 Pidfds = Mapping[str, int]
@@ -55,7 +59,8 @@ class Keeper:
         self.retired: list[Shelf] = []  # to be taken out of the store, then closed
         self.untouchable: list[Shelf] = []  # something on them cannot be read: kept as they are
         self.beside: list[Shelf] = []  # count as well, until the next one takes over their slots
-        self.outcomes: deque[Answered] = deque(maxlen=OUTCOMES)  # of requests that ended holds
+        # Of requests that ended holds: by uid, and by nonce, older first.
+        self.outcomes: dict[int, OrderedDict[bytes, Answered]] = {}
         self.wants_spare: Callable[[], None] = lambda: None
 
     @property
@@ -63,7 +68,14 @@ class Keeper:
         """Where what is written now is kept."""
         return "store" if self.shelf.durable else "memory"
 
-    def write(self, step: Step, bundle: int, pidfds: Mapping[int, Pidfds]) -> None:
+    def write(
+        self,
+        step: Step,
+        bundle: int,
+        pidfds: Mapping[int, Pidfds],
+        *,
+        require_store: bool = False,
+    ) -> None:
         """Write a step down. `bundle` (of a hold that is new, else -1) and the pidfds by
         generation and role stay the caller's. Raises LimitExceeded; then nothing has changed."""
         answers = [self._answered(step)] if step.nonce else []
@@ -75,6 +87,8 @@ class Keeper:
                 if old is None:
                     self._add(hold, Slot.create(hold, bundle, roles, answers))
                     made.append(hold)
+                    if require_store and not self.shelf.durable:
+                        raise LimitExceeded(NOT_STORED)
                 else:
                     self._rewrite(old, hold, roles, answers)
             point("keeper:put")
@@ -188,11 +202,36 @@ class Keeper:
         """Keep answers to requests whose holds have ended."""
         if not outcomes:
             return
-        self.outcomes.extend(outcomes)
+        self._know(outcomes)
         try:
             self._append(lambda: self.shelf.add_outcomes(outcomes))
         except LimitExceeded as error:
             log.event("outcome-not-written", level=log.WARNING, why=str(error))
+
+    def _know(self, outcomes: Iterable[Answered]) -> None:
+        for outcome in outcomes:
+            of_uid = self.outcomes.setdefault(outcome["uid"], OrderedDict())
+            of_uid[outcome["nonce"]] = outcome
+            if len(of_uid) > OUTCOMES:
+                of_uid.popitem(last=False)
+
+    def settled(self, uid: int, nonce: bytes) -> None:
+        """The answer to this request has arrived: nobody will ask for it again."""
+        of_uid = self.outcomes.get(uid)
+        if of_uid is not None and of_uid.pop(nonce, None) is not None and not of_uid:
+            del self.outcomes[uid]
+
+    def _outcomes(self) -> list[Answered]:
+        """Those that may still be asked for, older first; the others are forgotten."""
+        oldest = self.clock() - OUTCOMES_FOR
+        for uid, of_uid in list(self.outcomes.items()):
+            while of_uid and next(iter(of_uid.values()))["at"] < oldest:
+                of_uid.popitem(last=False)
+            if not of_uid:
+                del self.outcomes[uid]
+        every = [outcome for of_uid in self.outcomes.values() for outcome in of_uid.values()]
+        every.sort(key=lambda outcome: float(outcome["at"]))
+        return every
 
     def compact(self, *, must: bool = False) -> None:
         """Write the shelf anew, without what ended. With a store it takes a spare one that is
@@ -203,9 +242,7 @@ class Keeper:
         new = self.spare or self.new_spare()
         try:
             new.add_slots([slot.fileno_pair(held) for held in self.slots.values()])
-            oldest = self.clock() - OUTCOMES_FOR
-            outcomes = [outcome for outcome in self.outcomes if outcome["at"] >= oldest]
-            new.add_outcomes(outcomes[-new.room :])  # so many take a quarter of its room
+            new.add_outcomes(self._outcomes()[-new.room :])  # so many take a quarter of its room
             replaced = [self.shelf, *self.beside]
             new.complete([other.number for other in (*replaced, *self.retired)])
         except BaseException as error:
@@ -270,9 +307,13 @@ class Keeper:
         return [*self.untouchable, *self.retired, *self.beside, *spare, self.shelf]
 
     def adopt(
-        self, pairs: Mapping[int, tuple[socket.socket, socket.socket]], durable: frozenset[int]
+        self,
+        pairs: Mapping[int, tuple[socket.socket, socket.socket]],
+        durable: frozenset[int],
+        once: frozenset[int] = frozenset(),
     ) -> tuple[list[tuple[Hold, dict[str, int]]], str]:
-        """Take over the shelves that an earlier daemon left: (outlet, inlet) by number.
+        """Take over the shelves that an earlier daemon left: (outlet, inlet) by number. The store
+        has those of `durable`, and had those of `once`.
 
         Returns the holds with their pidfds by role (the caller owns them), and why there may be
         holds that nobody can name ("": there are none)."""
@@ -283,7 +324,8 @@ class Keeper:
             outlet, inlet = pairs[number]
             self._last_number = max(self._last_number, number)
             old = Shelf(number, inlet, outlet)
-            old.durable = old.was_durable = number in durable
+            old.durable = number in durable
+            old.was_durable = old.durable or number in once
             read, old.messages = shelf.read(outlet)
             if read.unreadable:
                 blind = f"shelf {number} cannot be read: {read.unreadable}"
@@ -308,7 +350,7 @@ class Keeper:
                 self._retire(old)
                 continue
             self.beside.append(old)
-            self.outcomes.extend(read.outcomes)
+            self._know(read.outcomes)
             for fds in read.slots:
                 why = self._adopt_slot(fds, found, ended)
                 blind = blind or why
@@ -317,7 +359,7 @@ class Keeper:
             self.shelf = self.beside.pop()
         else:
             self.shelf.complete()
-        known = {outcome["nonce"] for outcome in self.outcomes}
+        known = {outcome["nonce"] for outcome in self._outcomes()}
         self._remember(
             [
                 {**answer, "generation": 0}
@@ -337,7 +379,7 @@ class Keeper:
 
     def answers(self) -> list[Answered]:
         """All that were given to requests some of which may be repeated; older first."""
-        every = [*self.outcomes]
+        every = self._outcomes()
         for held in self.slots.values():
             every += held.answers
         every.sort(key=lambda answer: float(answer["at"]))

@@ -50,11 +50,18 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     import trio
 
+    # Signals that come while the event loop ends find these handlers.
+    late: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: late.append(number))
     try:
         again = trio.run(_serve, given, settings)
     except CprdError as error:
         print(f"cprd: {error}", file=sys.stderr)
         return 1
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes now is for the next one
+    if signal.SIGTERM in late or signal.SIGINT in late:
+        again = None
     if again is not None:
         _become_new(again, given)
     if given.path:
@@ -71,7 +78,8 @@ class Given:
         self.path = ""  # of the listener, when it is ours to remove at the end
         self.inode = (0, 0)  # of the socket's file
         self.shelves: dict[int, dict[str, socket.socket]] = {}
-        self.durable: set[int] = set()
+        self.durable: set[int] = set()  # of these, those that the store has
+        self.once: set[int] = set()  # those that it had once, as far as is known
 
     def look(self) -> None:
         """Remember which file it is."""
@@ -105,8 +113,10 @@ def _have_standard_files() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 OWN_LISTENER = "cprd-own-listener"
 LOCAL = "local."  # before the names of shelves that no store has
+ONCE = "once."  # of those that it had once, and may have still
 
 
 def _sort(named: list[tuple[str, int]]) -> Given:
@@ -114,8 +124,7 @@ def _sort(named: list[tuple[str, int]]) -> Given:
     given = Given()
     for name, fd in named:
         sock = _as_socket(fd)
-        local = name.startswith(LOCAL)
-        parts = name.removeprefix(LOCAL).split(".")
+        parts = name.removeprefix(LOCAL).removeprefix(ONCE).split(".")
         if name == systemd.CANARY:  # left by one that was killed; the store drops it later
             if sock is not None:
                 sock.detach()
@@ -126,7 +135,9 @@ def _sort(named: list[tuple[str, int]]) -> Given:
                 sock.close()
                 continue
             ends[parts[2]] = sock
-            if not local:
+            if name.startswith(ONCE):
+                given.once.add(int(parts[1]))
+            elif not name.startswith(LOCAL):
                 given.durable.add(int(parts[1]))
         elif sock is not None and _listens(sock) and given.listener is None:
             if sock.type != socket.SOCK_SEQPACKET or sock.family != socket.AF_UNIX:
@@ -253,9 +264,10 @@ async def _serve(given: Given, settings: Config) -> Keeper | None:
     manager = _manager()
     keeper = Keeper(closer, now, managed=manager is not None)
     daemon = Daemon(settings, keeper, closer, registry)
-    daemon.adopt(*keeper.adopt(_pairs(given), frozenset(given.durable)))
+    daemon.adopt(*keeper.adopt(_pairs(given), frozenset(given.durable), frozenset(given.once)))
     again = False
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by the one that became us
         async with trio.open_nursery() as nursery:
             if manager is not None:
                 store = Store(keeper, manager)
@@ -349,9 +361,9 @@ def _become_new(keeper: Keeper, given: Given) -> None:
     named = [(OWN_LISTENER if given.path else "cprd.socket", given.listener.fileno())]
     for shelf in keeper.shelves():
         for name, end in zip(shelf.names, (shelf.outlet, shelf.tx), strict=True):
-            named.append((name if shelf.durable else LOCAL + name, end.fileno()))
+            mark = "" if shelf.durable else ONCE if shelf.was_durable else LOCAL
+            named.append((mark + name, end.fileno()))
     log.event("re-executing", pid=os.getpid())
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the new code has a handler
     systemd.pass_on(named, os.environ)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -21,7 +21,7 @@ from cprd.shelf import Shelf
 from cprd.systemd import CANARY, Manager, adrive
 
 RETRY = 60.0  # s until a store that was full is tried again
-RECHECK = 10.0  # s until what is stored is offered again
+RECHECK = 3.0  # s until what is stored is offered again
 PATIENCE = 20.0  # s that the manager may take
 
 
@@ -59,19 +59,23 @@ class Store:
                 if not self._begun:  # one may be left by a process that was killed
                     await adrive(self.manager.remove(CANARY))
                     self._begun = True
-                await self._remove_retired(durable=False)
-                if (again or not keeper.shelf.durable) and not await self._keep(keeper.shelf):
+                await self._remove([old for old in keeper.retired if not old.was_durable])
+                # What the shelf that counts has taken over goes once that one is seen to be stored,
+                # now and not some time ago: another may take over meanwhile, and a manager drops
+                # what exceeds a store that was made smaller.
+                replaced, shelf = list(keeper.retired), keeper.shelf
+                if (again or replaced or not shelf.durable) and not await self._keep(shelf):
                     if keeper.spare is not None:
                         keeper.spare.durable = False  # until it is seen to be there
                     return False
-                await self._remove_retired(durable=True)
+                await self._remove(replaced)
                 if again and keeper.spare is not None:
                     await self._check_spare(keeper.spare)
                 if keeper.spare is None and not await self._keep_spare():
                     return False
                 if keeper.beside:
                     keeper.compact()
-        except (CprdError, trio.TooSlowError) as error:
+        except (CprdError, OSError, trio.TooSlowError) as error:
             log.event("store-failed", level=log.ERROR, why=str(error) or "the manager is mute")
             return False
         return True
@@ -116,15 +120,12 @@ class Store:
             )
         return taken
 
-    async def _remove_retired(self, *, durable: bool) -> None:
-        """Those that the store has go only once the one that took over is stored."""
-        for shelf in [old for old in self.keeper.retired if durable or not old.was_durable]:
-            await self._remove(shelf)
+    async def _remove(self, shelves: list[Shelf]) -> None:
+        """Take retired ones out of the store, and let go of them."""
+        for shelf in shelves:
+            point("store:remove")
+            for name in shelf.names:
+                await adrive(self.manager.remove(name))
+            point("store:removed")
             self.keeper.retired.remove(shelf)
             shelf.close()
-
-    async def _remove(self, shelf: Shelf) -> None:
-        point("store:remove")
-        for name in shelf.names:
-            await adrive(self.manager.remove(name))
-        point("store:removed")

@@ -22,6 +22,7 @@ from cprd.holds import (
     REMEMBERED_FOR,
     TRANSITIONS,
     UNREADABLE,
+    UNSETTLED,
     Hold,
     Peer,
     Quota,
@@ -642,9 +643,27 @@ def test_remembered_answers_are_bounded_in_number_and_time() -> None:
     registry = Registry()
     for number in range(3 * REMEMBERED):
         registry.remember(1000, number.to_bytes(16, "big"), {}, 1000.0)
-    assert len(registry._answers[1000]) == REMEMBERED
-    registry.remember(1000, b"late" * 4, {}, 1000.0 + REMEMBERED_FOR + 1)
-    assert len(registry._answers[1000]) == 1
+        registry.settled(1000, number.to_bytes(16, "big"))
+    assert len(registry._answers[1000].settled) == REMEMBERED
+    late = 1000.0 + REMEMBERED_FOR + 1
+    registry.remember(1000, b"late" * 4, {}, late)
+    assert not registry._answers[1000].settled
+    for number in range(UNSETTLED + 10):
+        registry.remember(2000, number.to_bytes(16, "big"), {}, late)
+    assert len(registry._answers[2000].unsettled) == UNSETTLED
+    registry.forget_old(late + REMEMBERED_FOR + 1)  # whoever they belong to
+    assert not registry._answers
+
+
+def test_an_answer_that_may_not_have_arrived_outlives_any_traffic() -> None:
+    world = held()
+    lost = b"lost" * 4
+    world.do(world.registry.drop(world.now, THIRD, KEY, force=False, nonce=lost))
+    for number in range(10 * REMEMBERED):
+        nonce = number.to_bytes(16, "big")
+        world.registry.remember(THIRD.uid, nonce, {}, world.now)
+        world.registry.settled(THIRD.uid, nonce)
+    assert world.registry.drop(world.now, THIRD, KEY, force=False, nonce=lost).remembered
 
 
 def test_one_uids_nonce_means_nothing_to_another() -> None:

@@ -283,6 +283,27 @@ def test_a_broken_new_version_leaves_the_old_one_running(tmp_path: Path) -> None
         daemon.stop()
 
 
+@pytest.mark.parametrize("gap", [0.0, 0.02, 0.1, 0.3])
+def test_asked_again_while_it_is_at_it_keeps_everything(daemon: DaemonProcess, gap: float) -> None:
+    with daemon.connect() as connection:
+        connection.save("web", state(1))
+        for _ in range(4):
+            os.kill(daemon.pid, signal.SIGHUP)
+            time.sleep(gap)
+        for _ in range(20):
+            assert [row["name"] for row in connection.list()] == ["web"]
+            time.sleep(0.05)
+    assert daemon.alive()
+
+
+@pytest.mark.parametrize("after", [0.0, 0.05, 0.2, 0.4])
+def test_told_to_end_while_it_is_at_it_ends_cleanly(daemon: DaemonProcess, after: float) -> None:
+    os.kill(daemon.pid, signal.SIGHUP)
+    time.sleep(after)
+    assert daemon.stop() == 0
+    assert not os.path.exists(daemon.path)
+
+
 def test_nothing_grows_over_twenty_of_them(daemon: DaemonProcess) -> None:
     with daemon.connect() as connection:
         for number in range(10):
