@@ -19,7 +19,7 @@ import pytest
 
 import cprd
 from cprd.cli.peek import in_a_child
-from tests.conftest import CHECKOUT, DaemonProcess
+from tests.conftest import CHECKOUT, DaemonProcess, until
 
 CPRCTL = [sys.executable, "-m", "cprd.cli"]
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -230,9 +230,11 @@ def test_a_ttl_shows_and_ends_it(daemon: DaemonProcess) -> None:
         (["save", "web", "--fd", "conn"], "KEY"),
         (["save", "web", "--fd", "conn=x"], "KEY"),
         (["save", "web", "--fd", "conn=999"], "999"),
-        (["save", "web", "--fd", "a=0", "--fd", "a=1"], "twice|already"),
+        (["save", "web", "--fd", "a=0", "--fd", "a=1"], r"--fd a=1: a is given twice.* a:1=1$"),
+        (["save", "web", "--fd", "a:7=0", "--fd", "a:7=1"], r"a:7 is given twice.* a:8=1$"),
         (["save", "web", "--section", "a"], "KEY=FILE"),
         (["save", "web", "--fd", "a=0", "--after-exit=x"], "process"),
+        (["save", "web", "--fd", "a=0", "--after-exit=0"], "process"),
         (["save", "we/b/c", "--fd", "a=0"], "name"),
         (["load", ".web", "--", "true"], "name"),
         (["load", "web"], "after --"),
@@ -251,6 +253,41 @@ def test_usage_is_2(daemon: DaemonProcess, arguments: list[str]) -> None:
     done = cprctl(daemon, *arguments)
     assert done.returncode == 2
     assert "usage:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("load web true -v", "put the command after --: cprctl load web -- true -v"),
+        ("--user load web web", "put the command after --: cprctl --user load web -- web"),
+        (
+            "run web --listen 80 true",
+            "put the command after --: cprctl run web --listen 80 -- true",
+        ),
+        (
+            "qemu start web qemu -m 1G",
+            "put the command after --: cprctl qemu start web -- qemu -m 1G",
+        ),
+        ("load web true -- true", "unrecognized arguments: true"),
+        ("status --jsn", "usage: cprctl status .*unrecognized arguments: --jsn"),
+        ("demo extra", "usage: cprctl demo .*unrecognized arguments: extra"),
+        ("qemu check --qmp a b", "usage: cprctl qemu check .*unrecognized arguments: b"),
+        ("save web --fd a=0 --ttl -1", "--ttl: -1 is not a number of seconds, 0 to 315360000"),
+        ("load web --wait nan -- true", "--wait: nan is not a number of seconds, 0 to 86400"),
+    ],
+)
+def test_a_usage_error_is_about_the_verb_and_says_what_to_write(
+    daemon: DaemonProcess, line: str, says: str
+) -> None:
+    done = cprctl(daemon, *line.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: cprctl ")
+    assert re.search(says, done.stderr, re.DOTALL), done.stderr
+
+
+def test_the_version_and_the_help_of_save(daemon: DaemonProcess) -> None:
+    assert cprctl(daemon, "--version").stdout == f"cprctl {cprd.__version__}\n"
+    assert cprctl(daemon, "save", "--help").stdout.count("--after-exit[=PID]") == 2
 
 
 def test_nobody_at_the_socket_is_1_and_the_option_beats_the_variable(
@@ -301,7 +338,9 @@ def test_status_in_both_forms(daemon: DaemonProcess) -> None:
     hold(daemon, "web")
     status = json.loads(cprctl(daemon, "status", "--json").stdout)
     assert status["pid"] == daemon.pid
-    assert re.search(rf"^pid +{daemon.pid}$", cprctl(daemon, "status").stdout, re.MULTILINE)
+    text = cprctl(daemon, "status").stdout
+    assert re.search(rf"^pid +{daemon.pid}$", text, re.MULTILINE)
+    assert re.search(r"^uptime +[0-9.]+ s$", text, re.MULTILINE)
 
 
 # -- load ----------------------------------------------------------------------------------------
@@ -319,6 +358,43 @@ def test_load_waits_as_long_as_told(daemon: DaemonProcess) -> None:
     )
     hold(daemon, "web", 1)
     assert json.loads(loading.communicate(timeout=30)[0])["fds"] == [1]
+
+
+def test_of_several_that_wait_each_gets_its_turn(daemon: DaemonProcess) -> None:
+    waiting = [
+        subprocess.Popen(
+            [*CPRCTL, "load", "web", "--wait", "60", "--", *COMMAND],
+            env=environment(daemon),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    time.sleep(1)  # they are on their way; should one come later, it is served all the same
+    while waiting:
+        hold(daemon, "web", 1)
+        until(lambda: any(one.poll() is not None for one in waiting), lambda: "nobody")
+        [done] = [one for one in waiting if one.poll() is not None]
+        assert json.loads(done.communicate()[0])["fds"] == [1]
+        waiting.remove(done)
+
+
+def test_who_was_too_late_waits_on_until_its_time_is_over(daemon: DaemonProcess) -> None:
+    begun = time.monotonic()
+    waiting = [
+        subprocess.Popen(
+            [*CPRCTL, "load", "web", "--wait", "2.5", "--", "true"],
+            env=environment(daemon),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    hold(daemon, "web", 1)
+    said = [one.communicate(timeout=30)[1] for one in waiting]
+    assert time.monotonic() - begun > 2.5
+    assert sorted(one.returncode for one in waiting) == [0, 3, 3]
+    assert sum("nothing is held" in text for text in said) == 2, said
 
 
 def test_a_hold_that_somebody_has_claimed_is_4(daemon: DaemonProcess) -> None:
@@ -348,6 +424,118 @@ def test_when_exec_fails_after_all_everything_is_held_again(
         assert [os.eventfd_read(fd) for _, _, fd in claim.state.fds("e")] == list(range(1, 41))
         assert claim.state["table"] == {"a": [1, 2]}
         assert bytes(claim.state["raw"]) == b"\0\1\2"
+
+
+CLOSED = [">&-", "2>&-", "<&- >&- 2>&-"]
+
+
+@pytest.mark.parametrize("verb", ["load", "run"])
+@pytest.mark.parametrize("closed", CLOSED)
+def test_a_closed_standard_stream_costs_nothing(
+    daemon: DaemonProcess, tmp_path: Path, verb: str, closed: str
+) -> None:
+    hold(daemon, "web", 20, raw=b"abc")
+    told_to = tmp_path / "told"
+    tell = f"import sys; sys.stdout = open({str(told_to)!r}, 'w')\n{TELL}"
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *CPRCTL, verb, "web", "--", *COMMAND[:-1], tell],
+        env=environment(daemon),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert json.loads(told_to.read_text())["fds"] == [*range(1, 21), "abc"]
+
+
+def test_other_verbs_with_closed_streams_and_what_is_not_open_is_not_saved(
+    daemon: DaemonProcess,
+) -> None:
+    def run(*words: str) -> int:
+        line = [*CPRCTL, *words]
+        script = 'exec "$@" <&- >&- 2>&-'
+        return subprocess.call(["sh", "-c", script, "sh", *line], env=environment(daemon))
+
+    hold(daemon, "web")
+    assert [run("list"), run("show", "web"), run("show", "no"), run("status")] == [0, 0, 3, 0]
+    assert run("save", "null", "--fd", "a=1") == 2
+    refused(cprctl(daemon, "show", "null"), 3, "null")
+
+
+# What goes wrong after the confirm, in ways that nobody has thought of.
+BROKEN = """
+import os, sys
+from cprd.cli import main
+
+def execve(*words):
+    raise RuntimeError("no such luck")
+
+os.execve = execve
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("verb", ["load", "run"])
+def test_any_failure_after_the_confirm_gives_everything_back(
+    daemon: DaemonProcess, verb: str
+) -> None:
+    generation = hold(daemon, "web", 10, table={"a": 1})
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, verb, "web", "--", "true"],
+        env=environment(daemon),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    refused(done, 1, "did not start.*no such luck.*held again")
+    assert row(daemon, "web")["generation"] > generation
+    assert told(cprctl(daemon, "load", "web", "--", *COMMAND))["fds"][:10] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("verb", ["load", "run"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_ended_by_a_signal_right_after_the_confirm_it_gives_everything_back(
+    daemon: DaemonProcess, verb: str, number: signal.Signals
+) -> None:
+    generation = hold(daemon, "web", 10)
+    process = subprocess.Popen(
+        [*CPRCTL, verb, "web", "--", "true"],
+        env=environment(daemon, CPRD_PAUSE="confirm:answered"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == -number
+    assert re.search(rf"did not start \({number.name}\); web is held again", said), said
+    assert row(daemon, "web")["generation"] > generation
+    assert told(cprctl(daemon, "load", "web", "--", *COMMAND))["fds"] == list(range(1, 11))
+
+
+def test_an_ignored_sigchld_is_no_hindrance(daemon: DaemonProcess) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*CPRCTL, *words],
+            env=environment(daemon),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+        )
+
+    hold(daemon, "web", 2)
+    assert json.loads(run("show", "web", "--json").stdout)["fds"] == 2
+    assert told(run("load", "web", "--", *COMMAND))["fds"] == [1, 2]
+    hold(daemon, "web", 2)
+    done = run("run", "web", "--", "grep", "SigIgn", "/proc/self/status")
+    assert done.returncode == 0, done.stderr
+    mask = int(done.stdout.split()[1], 16)
+    assert mask & 1 << (signal.SIGCHLD - 1), "for CMD it is as whoever started us chose"
 
 
 def test_names_beyond_one_variable_are_refused_before_the_claim(daemon: DaemonProcess) -> None:
@@ -625,6 +813,17 @@ def test_saved_after_exit_is_busy_until_that_process_is_gone(daemon: DaemonProce
         sleeper.kill()
         sleeper.wait()
     assert told(cprctl(daemon, "load", "web", "--wait", "10", "--", *COMMAND))["fds"] == [1]
+
+
+def test_saved_after_the_exit_of_one_that_has_ended_it_is_served(daemon: DaemonProcess) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with eventfds(1) as (fd,):
+        option = f"--after-exit={ended.pid}"
+        done = cprctl(daemon, "save", "web", "--fd", f"e={fd}", option, fds=(fd,))
+    assert done.returncode == 0
+    assert f"no process {ended.pid}" in done.stderr
+    assert told(cprctl(daemon, "load", "web", "--", *COMMAND))["fds"] == [1]
 
 
 def test_a_look_that_hangs_is_given_up_and_ended(tmp_path: Path) -> None:

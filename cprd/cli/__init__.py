@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cprd.errors import Busy, CprdError, InvalidInput, NotHeld
+from cprd.streams import note, stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ _TAKES_COMMAND = {"load", "run", "qemu"}  # what follows "--" is theirs, whateve
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status. `load` and `run` do not return when all goes well."""
+    stand_ins = stand_in()
     words = list(sys.argv[1:] if argv is None else argv)
     verb = _verb(words)
     command: list[str] | None = None
@@ -45,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         words, command = words[:cut], words[cut + 1 :]
     if verb == "save":  # --after-exit takes a value only after '=', argparse would take NAME
         words = ["--after-exit=" if word == "--after-exit" else word for word in words]
-    args = _parser(verb).parse_args(words)
+    try:
+        args = _parser(verb).parse_args(words)
+    except _Unknown as unknown:
+        unknown.refuse(words, has_command=command is not None)
     args.command = command
+    args.stand_ins = stand_ins
     try:
         status = int(args.run(args))
         sys.stdout.flush()
@@ -76,7 +82,7 @@ def fail(why: str, status: int) -> int:
     """Say why on one line of stderr; returns `status`."""
     from cprd.describe import printable
 
-    print("cprctl:", printable(" ".join(why.split())), file=sys.stderr)
+    note(f"cprctl: {printable(' '.join(why.split()))}")
     return status
 
 
@@ -91,8 +97,45 @@ def _verb(words: list[str]) -> str:
     return ""
 
 
+class _Unknown(Exception):
+    """Words that a parser has no use for: (the parser, what it did understand, those words)."""
+
+    def __init__(
+        self, parser: argparse.ArgumentParser, found: argparse.Namespace, extra: list[str]
+    ) -> None:
+        super().__init__()
+        self.parser = parser
+        self.found = found
+        self.extra = extra
+
+    def refuse(self, words: list[str], *, has_command: bool) -> NoReturn:
+        """Say so, under the usage of the verb that they were given to, and exit with 2."""
+        first = self.extra[0]
+        wants = self.parser.get_default("takes_command") and not has_command
+        if wants and not first.startswith("-"):
+            import shlex
+
+            cut = words.index(first, words.index(self.found.name) + 1)
+            line = f"{shlex.join(words[:cut])} -- {shlex.join(words[cut:])}"
+            self.parser.error(f"put the command after --: cprctl {line}")
+        self.parser.error(f"unrecognized arguments: {' '.join(self.extra)}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Knows itself what is too much. Argparse leaves that to the parser above all verbs, whose
+    usage tells nobody anything."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, extra = super().parse_known_args(args, namespace)
+        if extra:
+            raise _Unknown(self, found, extra)
+        return found, extra
+
+
 def _parser(chosen: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    from cprd import __version__
+
+    parser: argparse.ArgumentParser = _Parser(
         prog="cprctl",
         description="Look at and use what cprd holds.",
         epilog="Exit status: 0 done, 1 it failed, 2 usage, 3 nothing held under that name, 4 busy.",
@@ -103,6 +146,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--user", action="store_true", help="default to $XDG_RUNTIME_DIR/cprd/cprd.sock"
     )
+    parser.add_argument("--version", action="version", version=f"cprctl {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", dest="verb", required=True)
     for name, summary in VERBS.items():
         if name == chosen:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
+import signal
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cprd.cli.names import listen_fdnames
 from cprd.errors import CprdError, InvalidInput, LimitExceeded
+from cprd.streams import flush, note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -60,10 +61,9 @@ class RaisedLimit:
         soft = self.soft
         if count and FIRST + count >= soft:
             soft = min(self.hard, FIRST + count + self.soft)
-            print(
+            note(
                 f"cprctl: the soft RLIMIT_NOFILE of {self.soft} is too low for {count} descriptors:"
-                f" the command starts with {soft} (set LimitNOFILE= or ulimit -Sn to choose)",
-                file=sys.stderr,
+                f" the command starts with {soft} (set LimitNOFILE= or ulimit -Sn to choose)"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, self.hard))
 
@@ -75,6 +75,9 @@ class Crew:
         self.keys: list[tuple[str, int]] = []
         self.fds: list[int] = []
         self.sections: dict[str, tuple[bool, Any]] = {}  # key: (raw bytes?, the value)
+        # Whether something was held before; None until cprd has been told that it is ours now: from
+        # then on whatever goes wrong has to be put right by us.
+        self.warm: bool | None = None
 
     def add(self, name: str, id: int, fd: int) -> None:
         """One more descriptor, owned by the crew from now on."""
@@ -133,10 +136,35 @@ class Crew:
             at[target] = i
 
 
-def become(file: str, command: Sequence[str], crew: Crew, limit: RaisedLimit) -> NoReturn:
-    """Exec `file` with `crew`. Raises OSError when that fails; the crew is whole then."""
-    import signal
+class Interrupted(BaseException):
+    """A signal came that ends a process (its number is the argument)."""
 
+
+class Deferred:
+    """From now on a signal that ends a process is only noted: once confirmed, what was taken is in
+    nobody's hands but ours, and to be killed by SIGTERM would lose it. Exec makes an end of it."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        del frame
+        self.number = number
+
+    def check(self) -> None:
+        """Raises Interrupted if one came."""
+        if self.number:
+            raise Interrupted(self.number)
+
+
+def become(
+    file: str, command: Sequence[str], crew: Crew, limit: RaisedLimit, deferred: Deferred
+) -> NoReturn:
+    """Exec `file` with `crew`. Raises when that fails (OSError) or a signal came before it
+    (Interrupted); the crew is whole then."""
     environment = {key: value for key, value in os.environ.items() if key not in _OLD}
     names = crew.fdnames()
     crew.place()
@@ -145,33 +173,43 @@ def become(file: str, command: Sequence[str], crew: Crew, limit: RaisedLimit) ->
         environment["LISTEN_PID"] = str(os.getpid())
         environment["LISTEN_FDNAMES"] = names
     limit.restore(len(crew.fds))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     # Python ignores these two, and what is ignored stays ignored across exec.
-    old = [(number, signal.signal(number, signal.SIG_DFL)) for number in _ignored(signal)]
+    old = [(number, signal.signal(number, signal.SIG_DFL)) for number in _ignored()]
     try:
+        deferred.check()
         os.execve(file, list(command), environment)
     finally:
         for number, handler in old:
             signal.signal(number, handler)
 
 
-def _ignored(signal: Any) -> Iterator[int]:
+def _ignored() -> Iterator[int]:
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         if signal.getsignal(number) == signal.SIG_IGN:
             yield number
 
 
-def not_become(error: OSError, name: str, back: Callable[[], str]) -> NoReturn:
-    """After a failed exec: `back` saves what was taken, and says what is held now. Raises."""
-    why = error.strerror or str(error)
+def not_become(error: BaseException, name: str, back: Callable[[], str]) -> NoReturn:
+    """After whatever came between the confirm and the command: `back` saves what was taken, and
+    says what is held now. Raises, or ends us by the signal that came."""
+    if isinstance(error, Interrupted):
+        signal.signal(error.args[0], signal.SIG_DFL)  # a second one ends us at once
+        why = signal.Signals(error.args[0]).name
+    else:
+        why = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    RaisedLimit()  # what it takes to save may be more than the command was to get
     try:
         result = back()
-    except CprdError as lost:
+    except Exception as lost:
         raise CprdError(
             f"the command did not start ({why}), and {name} could not be saved back: {lost}"
         ) from None
-    raise CprdError(f"the command did not start ({why}); {result}") from None
+    said = f"the command did not start ({why}); {result}"
+    if isinstance(error, Interrupted):
+        note(f"cprctl: {said}")
+        os.kill(os.getpid(), error.args[0])
+    raise CprdError(said) from None
 
 
 def check_names(shown: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ TRIES = 5  # replaced again and again between look and claim: somebody saves in 
 
 
 def add_parser(verbs: Verbs) -> None:
+    from cprd.cli.spans import DAY, seconds
+
     parser = verbs.add_parser(
         "load",
         help="take a hold and become a command",
@@ -29,30 +31,34 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument("name", metavar="NAME")
     parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="S", help="wait up to S seconds for it"
+        "--wait", type=seconds(DAY), default=0.0, metavar="S", help="wait up to S seconds for it"
     )
     parser.add_argument(
-        "--lease", type=float, default=30.0, metavar="S", help="the claim's longest life"
+        "--lease", type=seconds(DAY), default=30.0, metavar="S", help="the claim's longest life"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, takes_command=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    from cprd.cli.become import Crew, RaisedLimit, become, not_become, program
+    from cprd.cli.become import Crew, Deferred, RaisedLimit, become, not_become, program
     from cprd.cli.connection import connect
 
     file = program(args.command)
     limit = RaisedLimit()
     crew = Crew()
-    with connect(args) as daemon:
-        look = look_at(args)
-        claim = claim_that_fits(daemon, args.name, look, limit, wait=args.wait, lease=args.lease)
-        with claim:
-            crew.take(claim.state)
     try:
-        become(file, args.command, crew, limit)
-    except OSError as error:
-        RaisedLimit()
+        with connect(args) as daemon:
+            look = look_at(args)
+            wait, lease = args.wait, args.lease
+            with claim_that_fits(daemon, args.name, look, limit, wait=wait, lease=lease) as claim:
+                crew.take(claim.state)
+                deferred = Deferred()
+                claim.confirm()
+                crew.warm = True
+        become(file, args.command, crew, limit, deferred)
+    except BaseException as error:
+        if crew.warm is None:
+            raise
         not_become(error, args.name, lambda: save_back(args, crew))
 
 
@@ -83,22 +89,27 @@ def claim_that_fits(
     from time import monotonic
 
     from cprd.cli.become import check_names, check_room
-    from cprd.errors import Fenced
+    from cprd.errors import Fenced, NotHeld
 
     end = monotonic() + wait
-    for tries in range(TRIES, 0, -1):
+    tries = TRIES
+    while True:
         if wait:
             daemon.wait(name, max(0.0, end - monotonic()))
-        shown = look()
-        check_names(shown)
-        check_room(len(shown["descriptors"]) + len(shown["sections"]), limit)
         left = max(0.0, end - monotonic())
         try:
+            shown = look()
+            check_names(shown)
+            check_room(len(shown["descriptors"]) + len(shown["sections"]), limit)
             return daemon.load(name, wait=left, lease=lease, generation=shown["generation"])
-        except Fenced:
-            if tries == 1:
+        except NotHeld:
+            # Of all who waited for it one has had it, which is no reason to wait no longer.
+            if not left:
                 raise
-    raise AssertionError("unreachable")
+        except Fenced:
+            tries -= not left
+            if not tries:
+                raise
 
 
 def save_back(args: argparse.Namespace, crew: Crew) -> str:

@@ -39,7 +39,7 @@ def add_parser(verbs: Verbs) -> None:
         "--force", action="store_true", help="take a state in doubt: nothing may run from it"
     )
     start.add_argument("--timeout", type=float, default=60.0, metavar="S", help="to load a state")
-    start.set_defaults(run=_with_qmp(run_start))
+    start.set_defaults(run=_with_qmp(run_start), takes_command=True)
 
     upgrade = actions.add_parser(
         "upgrade",
@@ -49,7 +49,7 @@ def add_parser(verbs: Verbs) -> None:
     upgrade.add_argument("name", metavar="NAME")
     upgrade.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the old QEMU")
     upgrade.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
-    upgrade.set_defaults(run=_with_qmp(run_upgrade))
+    upgrade.set_defaults(run=_with_qmp(run_upgrade), takes_command=True)
 
     stop = actions.add_parser("stop", help="for ExecStop=: save, or else shut the guest down")
     stop.add_argument("name", metavar="NAME")

@@ -7,7 +7,8 @@ crashes, there is no moment without a hold, and a second `run` while CMD lives i
 
 from __future__ import annotations
 
-import sys
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from cprd import Daemon, State
     from cprd.cli import Verbs
     from cprd.cli.addresses import Address
-    from cprd.cli.become import Crew, RaisedLimit
+    from cprd.cli.become import Crew, Deferred, RaisedLimit
     from cprd.cli.load import Look
 
 KEY = "listener"
@@ -34,7 +35,7 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--listen", action="append", default=[], metavar="ADDR")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, takes_command=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,13 +49,15 @@ def run(args: argparse.Namespace) -> int:
     limit = RaisedLimit()
     crew = Crew()
     look = look_at(args)
-    with connect(args) as daemon:
-        warm = start(daemon, args.name, addresses, crew, look=look, limit=limit)
     try:
-        become(file, args.command, crew, limit)
-    except OSError as error:
-        RaisedLimit()
-        not_become(error, args.name, lambda: save_back(args, crew) if warm else _undo(args, crew))
+        with connect(args) as daemon:
+            deferred = start(daemon, args.name, addresses, crew, look=look, limit=limit)
+        become(file, args.command, crew, limit, deferred)
+    except BaseException as error:
+        if crew.warm is None:
+            raise
+        back = save_back if crew.warm else _undo
+        not_become(error, args.name, lambda: back(args, crew))
 
 
 def start(
@@ -65,31 +68,26 @@ def start(
     *,
     look: Look,
     limit: RaisedLimit,
-) -> bool:
-    """Fill `crew` from the hold, or with new listeners; True when there was a hold."""
+) -> Deferred:
+    """Fill `crew` from the hold, or with new listeners; crew.warm says which."""
     from cprd.errors import AlreadyHeld, CprdError, NotHeld
 
+    warm = partial(_warm, daemon, name, addresses, crew, look=look, limit=limit)
     try:
-        _warm(daemon, name, addresses, crew, look=look, limit=limit)
-        return True
+        return warm()
     except NotHeld:
         pass
     try:
-        _cold(daemon, name, addresses, crew)
-        return False
+        return _cold(daemon, name, addresses, crew)
     except AlreadyHeld:
         pass  # somebody else was faster
     except CprdError:
         # It may be a service that started between our look and now which has the address: then
         # its hold says so, better than "address in use".
-        try:
-            _warm(daemon, name, addresses, crew, look=look, limit=limit)
-            return True
-        except NotHeld:
-            pass
+        with suppress(NotHeld):
+            return warm()
         raise
-    _warm(daemon, name, addresses, crew, look=look, limit=limit)
-    return True
+    return warm()
 
 
 def _warm(
@@ -100,15 +98,19 @@ def _warm(
     *,
     look: Look,
     limit: RaisedLimit,
-) -> None:
+) -> Deferred:
     """Claim, and confirm with the listeners as the next hold. Raises NotHeld, Busy."""
+    from cprd.cli.become import Deferred
     from cprd.cli.load import claim_that_fits
 
     with claim_that_fits(daemon, name, look, limit) as claim:
         _adopt(claim.state, addresses, crew)
         crew.fdnames()
         kept = _listeners(crew)
+        deferred = Deferred()
         claim.confirm(next=kept, after_exit=True)
+        crew.warm = True
+    return deferred
 
 
 def _adopt(state: State, addresses: list[Address], crew: Crew) -> None:
@@ -116,6 +118,7 @@ def _adopt(state: State, addresses: list[Address], crew: Crew) -> None:
     import os
 
     from cprd.cli.addresses import match, open_listener
+    from cprd.streams import note
 
     if addresses:
         ids = match(addresses, {id: fd for _, id, fd in state.fds(KEY)})
@@ -123,10 +126,9 @@ def _adopt(state: State, addresses: list[Address], crew: Crew) -> None:
             fd = state.take_fd(KEY, id) if id >= 0 else open_listener(address).detach()
             crew.add(KEY, position, fd)
         for _, id, fd in list(state.fds(KEY)):
-            print(
+            note(
                 f"cprctl: the held listener {KEY}.{id} (descriptor {fd}) is not asked for by any"
-                " --listen any more: closed",
-                file=sys.stderr,
+                " --listen any more: closed"
             )
             os.close(state.take_fd(KEY, id))
     crew.take(state)
@@ -144,11 +146,12 @@ def _listeners(crew: Crew) -> State | None:
     return state if state.fd_count else None
 
 
-def _cold(daemon: Daemon, name: str, addresses: list[Address], crew: Crew) -> None:
+def _cold(daemon: Daemon, name: str, addresses: list[Address], crew: Crew) -> Deferred:
     """Open the listeners and hold them. Raises AlreadyHeld, or CprdError for a bad address."""
     import os
 
     from cprd.cli.addresses import open_listener
+    from cprd.cli.become import Deferred
 
     try:
         for position, address in enumerate(addresses):
@@ -156,6 +159,8 @@ def _cold(daemon: Daemon, name: str, addresses: list[Address], crew: Crew) -> No
         state = _listeners(crew)
         if state is not None:
             daemon.save(name, state, if_exists="error", after_exit=True)
+        crew.warm = False
+        return Deferred()
     except BaseException:
         for fd in crew.fds:
             os.close(fd)

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import argparse
-
     from cprd import State
     from cprd.cli import Verbs
 
 INLINE = 64 * 1024  # bytes; a larger file goes into a memfd of its own, in pieces
 
 
+class _Help(argparse.HelpFormatter):
+    """--after-exit[=PID] as it has to be written: argparse would put a blank before the bracket."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return super()._format_action_invocation(action).replace(" [=", "[=")
+
+
 def add_parser(verbs: Verbs) -> None:
+    from cprd.cli.spans import YEARS, seconds
+
     parser = verbs.add_parser(
         "save",
         help="hold descriptors of the shell",
         usage="cprctl save NAME --fd KEY[:ID]=N ... [--section KEY=FILE] [--replace] [--ttl S]"
         " [--after-exit[=PID]]",
         description=__doc__,
-        epilog="Example: exec 7<>/dev/tcp/127.0.0.1/80; cprctl save web --fd conn=7",
+        epilog="Example: exec 7<>/dev/tcp/127.0.0.1/80; cprctl save web --fd conn=7. Exit status 1"
+        " also when NAME is held already: --replace it, or drop it.",
+        formatter_class=_Help,
     )
     parser.add_argument("name", metavar="NAME")
     parser.add_argument(
@@ -30,13 +40,15 @@ def add_parser(verbs: Verbs) -> None:
         "--section", action="append", default=[], metavar="KEY=FILE", help="a file's content"
     )
     parser.add_argument("--replace", action="store_true", help="even when the name is held")
-    parser.add_argument("--ttl", type=float, metavar="S", help="let go of it after S seconds")
+    parser.add_argument(
+        "--ttl", type=seconds(YEARS), metavar="S", help="let go of it after S seconds"
+    )
     parser.add_argument(
         "--after-exit",
         nargs="?",
         const="",
-        metavar="PID",
-        help="not to be loaded while PID lives (default: the process that started cprctl)",
+        metavar="=PID",
+        help="not to be loaded while PID lives (without =PID: the process that started cprctl)",
     )
     parser.set_defaults(run=run)
 
@@ -74,6 +86,12 @@ def _state(args: argparse.Namespace) -> tuple[State, list[int]]:
     state = State()
     for text in args.fd:
         name, id, fd = fd_argument(text)
+        if fd in args.stand_ins:
+            raise InvalidInput(f"--fd {text}: descriptor {fd} is not open")
+        if state.find_fd(name, id) >= 0:
+            given = f"{name}:{id}" if id else name
+            apart = f"{name}:{id + 1}={fd}"
+            raise InvalidInput(f"--fd {text}: {given} is given twice; tell them apart as {apart}")
         state.save_fd(name, id, fd)
     files: list[int] = []
     for text in args.section:
@@ -133,13 +151,24 @@ def _process(after_exit: str | None) -> int:
     import os
 
     from cprd.errors import InvalidInput
+    from cprd.streams import note
 
     if after_exit is None:
         return -1
-    if after_exit and not (after_exit.isascii() and after_exit.isdigit()):
+    if not after_exit:
+        try:
+            return os.pidfd_open(os.getppid())
+        except OSError:
+            raise InvalidInput(
+                "--after-exit: the process that started cprctl cannot be seen (another pid"
+                " namespace?): say which one is meant, --after-exit=PID"
+            ) from None
+    if not (after_exit.isascii() and after_exit.isdigit()) or not 0 < int(after_exit) < 1 << 31:
         raise InvalidInput(f"--after-exit={after_exit}: wants a process id")
-    pid = int(after_exit) if after_exit else os.getppid()
     try:
-        return os.pidfd_open(pid)
-    except (OSError, OverflowError) as error:
-        raise InvalidInput(f"--after-exit: process {pid} cannot be watched: {error}") from None
+        return os.pidfd_open(int(after_exit))
+    except ProcessLookupError:
+        note(f"cprctl: there is no process {after_exit} (any more): its end is not waited for")
+        return -1
+    except OSError:  # a thread's
+        raise InvalidInput(f"--after-exit={after_exit}: is not the id of a process") from None

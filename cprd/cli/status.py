@@ -40,4 +40,8 @@ def _lines(prefix: str, value: object) -> list[tuple[str, str]]:
         return [line for lines in deeper for line in lines]
     if isinstance(value, list | tuple):
         return [line for i, item in enumerate(value) for line in _lines(f"{prefix}.{i}", item)]
+    if prefix == "uptime":
+        from cprd.cli.table import seconds
+
+        return [(prefix, seconds(value))]
     return [(prefix, "-" if value is None else str(value))]

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
 
 
 def add_parser(verbs: Verbs) -> None:
+    from cprd.cli.spans import DAY, seconds
+
     parser = verbs.add_parser("wait", help="wait until a hold can be loaded", description=__doc__)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument(
         "--timeout",
-        type=float,
-        default=24 * 3600.0,
+        type=seconds(DAY),
+        default=float(DAY),
         metavar="S",
         help="give up after S seconds, with exit status 3 or 4 (default: a day)",
     )

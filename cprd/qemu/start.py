@@ -23,6 +23,7 @@ from cprd.qemu.failure import Refused
 from cprd.qemu.launch import Plumbing, execute, hear, say
 from cprd.qemu.taken import refuse_taken
 from cprd.qemu.version import version_of
+from cprd.streams import flush
 
 TOLD = "NOTIFY_SOCKET"
 
@@ -43,8 +44,7 @@ def start(
         return _become_cold(command)
     point("qemu-start:begin")
     plumbing = Plumbing()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     qemu = os.getpid()
     child = os.fork()
     if child == 0:

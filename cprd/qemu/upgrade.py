@@ -43,6 +43,7 @@ from cprd.qemu.settle import end
 from cprd.qemu.supervisor import succeed
 from cprd.qemu.version import version_of
 from cprd.qemu.voice import onward
+from cprd.streams import flush
 
 if TYPE_CHECKING:
     from cprd import Daemon
@@ -338,8 +339,7 @@ class _Move:
     def _fork(self) -> None:
         """Twice, so that the new QEMU is nobody's child when we end. It waits for its word."""
         plumbing = self.plumbing
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         child = os.fork()
         if child == 0:
             try:

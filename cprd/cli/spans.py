@@ -1,0 +1,28 @@
+"""Spans of time on the command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DAY = 24 * 3600  # cprd.wire.MAX_WAIT, MAX_LEASE
+YEARS = 10 * 365 * DAY  # cprd.wire.MAX_TTL
+
+
+def seconds(most: int) -> Callable[[str], float]:
+    """For argparse: a number of seconds, 0 to `most`."""
+
+    def parse(text: str) -> float:
+        import argparse
+
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= most:  # nan is not, either
+            raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, 0 to {most}")
+        return value
+
+    return parse
