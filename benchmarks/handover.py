@@ -1,6 +1,6 @@
 """What a hand-over costs, against what it is measured by.
 
-    python benchmarks/handover.py [--pairs N] [FIGURE ...]
+    .venv/bin/python benchmarks/handover.py [--pairs N] [FIGURE ...]
 
     names       10,000 descriptors under one name each against the C floor, wall clock
     ids         10,000 descriptors under one name and 10,000 ids against the C floor, wall clock
@@ -212,7 +212,9 @@ FIGURES = {"names": names, "ids": ids, "daemon": daemon, "memory": memory}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What a hand-over costs.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=21, metavar="N", help="at least 9")
     parser.add_argument("figure", nargs="*", metavar="FIGURE", help=", ".join(FIGURES))
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """What `cprctl qemu start` costs, against the same command's cold start.
 
-    python benchmarks/qemu_start.py [--pairs N] [--machine TYPE] [--memory SIZE]
+    .venv/bin/python benchmarks/qemu_start.py [--pairs N] [--machine TYPE] [--memory SIZE]
 
     exec    from the exec of QEMU to the guest running, against cold from exec to QMP "running"
     whole   from the exec of cprctl to the guest running, against the same cold start
@@ -30,7 +30,9 @@ POLL = 0.0002  # s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--machine", default="q35")
     parser.add_argument("--memory", default="128M")

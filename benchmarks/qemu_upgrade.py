@@ -1,6 +1,6 @@
 """How long a guest stands still in `cprctl qemu upgrade`, against QEMU's own cpr-transfer.
 
-    python benchmarks/qemu_upgrade.py [--pairs N] [--machine TYPE] [--memory SIZE]
+    .venv/bin/python benchmarks/qemu_upgrade.py [--pairs N] [--machine TYPE] [--memory SIZE]
 
 Both by QEMU's clocks: STOP of the old to RESUME of the new. The yardstick: the new QEMU waits
 already, old and new speak with each other directly, with the return path.
@@ -35,7 +35,9 @@ RATIO = 1.4
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--machine", default="q35")
     parser.add_argument("--memory", default="128M")

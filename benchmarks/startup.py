@@ -1,6 +1,6 @@
 """What starting costs, beside what it is measured by.
 
-    python benchmarks/startup.py [--pairs N] [FIGURE ...]
+    .venv/bin/python benchmarks/startup.py [--pairs N] [FIGURE ...]
 
     import      `import cprd` over a bare Python
     load        `cprctl load NAME -- true` over `true`
@@ -70,7 +70,9 @@ FIGURES = {"import": imported, "load": load}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What starting costs.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=21, metavar="N", help="at least 9")
     parser.add_argument("figure", nargs="*", metavar="FIGURE", help=", ".join(FIGURES))
     options = parser.parse_args()

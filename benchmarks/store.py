@@ -1,6 +1,6 @@
 """What it costs that a hold outlives cprd, on a real systemd.
 
-    python benchmarks/store.py [--pairs N]
+    .venv/bin/python benchmarks/store.py [--pairs N]
 
     memory      save of 100 descriptors answered "kept in the store", against the same in a cprd
                 whose manager has no store, wall clock
@@ -27,7 +27,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import cprd
 from benchmarks.stage import verdict
-from tests.systemd.machine import Machine
+from tests.systemd import boot
+from tests.systemd.machine import TREE, Machine
 from tests.systemd.ours import install
 
 COUNT = 100
@@ -114,9 +115,15 @@ def measure(machine: Machine, count: int) -> list[tuple[float, float, float]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=40, metavar="N", help="rounds (40)")
     options = parser.parse_args()
+    lacking = boot.missing(TREE)
+    if lacking:
+        print(f"store.py: a real systemd needs {'; '.join(lacking)}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory(prefix="cprd-bench.") as scratch:
         with Machine(Path(scratch)) as machine:
             rounds = measure(machine, options.pairs)
