@@ -682,7 +682,12 @@ class Registry:
         if hold.phase == HELD:
             return Step(answer={"generation": hold.generation}, remembered=True)
         if (hold.phase, "release by force") not in TRANSITIONS:
-            raise Busy(f"{key[1]!r} cannot be released: {why_not(hold, now)}")
+            instead = {
+                PREPARED: "; wait until it commits or aborts, or end it: then this is in doubt, and"
+                " can be released",
+                CLAIMED: "; should it reject, or end, this is served again without a release",
+            }.get(hold.phase, "")
+            raise Busy(f"{key[1]!r} cannot be released: {why_not(hold, now)}{instead}")
         if not force:
             raise Busy(f"{key[1]!r} is released only by force (--force): {why_not(hold, now)}")
         new = self._back(now, hold, "release by force", f"released by force: {hold.reason}", nonce)

@@ -476,6 +476,15 @@ def test_a_save_in_doubt_that_is_released_ends_what_lay_under_it() -> None:
     assert [hold.generation for hold in world.registry.of(KEY)] == [new]
 
 
+def test_what_cannot_be_released_says_what_to_do_instead() -> None:
+    world = held()
+    world.prepare(if_exists="replace")
+    with pytest.raises(Busy, match=r"cannot be released: prepared by .* or end it: then"):
+        world.release()
+    with pytest.raises(Busy, match=r"cannot be released: claimed by .* without a release"):
+        claimed().release()
+
+
 def test_a_save_in_doubt_that_is_dropped_lets_what_lay_under_it_be_served() -> None:
     world = held()
     old = world.top.generation

@@ -20,7 +20,12 @@ def add_parser(verbs: Verbs) -> None:
     check.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
     check.set_defaults(run=_with_qmp(run_check))
 
-    save = actions.add_parser("save", help="running QEMU -> hold; the QEMU quits")
+    save = actions.add_parser(
+        "save",
+        help="running QEMU -> hold; the QEMU quits",
+        epilog="Exit status 4, and not 1 as of cprctl save, when something else is held under NAME:"
+        " load it, drop it, or --replace it.",
+    )
     save.add_argument("name", metavar="NAME")
     save.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
     save.add_argument("--replace", action="store_true", help="end what is held under NAME")
