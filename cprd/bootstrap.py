@@ -177,7 +177,8 @@ def install_venv() -> None:
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise CannotPrepare(
             "this Python has neither venv nor pip: as root, apt-get install python3-venv "
-            "(elsewhere, the package with Python's ensurepip), and try again"
+            "(elsewhere, the package with Python's ensurepip), and try again; for the demo and "
+            "cprctl, Debian's own packages will do: python3-msgpack python3-trio python3-rich"
         )
     say("installing with apt-get, for venv and pip are missing here: python3-venv")
     os.environ.setdefault("DEBIAN_FRONTEND", "noninteractive")

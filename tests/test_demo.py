@@ -21,6 +21,7 @@ from cprd.demo.load import Load
 from cprd.demo.picture import legend, svg, terminal
 from cprd.demo.server import LINE, Tally
 from cprd.demo.timeline import Report, Restart, ceiling, longest_silence, rates, round_up
+from tests.conftest import DaemonProcess
 
 NO, NO3 = (False, False), (False, True, True)
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,40 @@ def test_a_server_that_dies_without_a_word_is_no_success(place: Path) -> None:
     assert err.startswith("cprctl: ")
     assert err.count("\n") == 1
     assert list(place.iterdir()) == []
+
+
+def test_a_server_ended_right_after_its_load_saves_what_it_took(daemon: DaemonProcess) -> None:
+    env = {**daemon.env, "CPRD_SOCKET": daemon.path}
+    command = [sys.executable, "-m", "cprd.demo.server", "chat"]
+    first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    ready = next(line for line in first.stdout if line.startswith("ready "))
+    with socket.create_connection(("127.0.0.1", int(ready.split()[1])), timeout=20) as client:
+        client.sendall(b"5\n")
+        assert client.recv(100) == b"1 5\n"
+        first.terminate()
+        first.communicate(timeout=20)
+        paused = {**env, "CPRD_PAUSE": "confirm:answered"}
+        second = subprocess.Popen(command, env=paused, stdout=subprocess.PIPE)
+        os.waitid(os.P_PID, second.pid, os.WSTOPPED)
+        second.send_signal(signal.SIGTERM)
+        second.send_signal(signal.SIGCONT)
+        second.communicate(timeout=20)
+        assert second.returncode == 0
+        third = subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
+        client.sendall(b"6\n")
+        assert client.recv(100) == b"2 11\n"
+        third.terminate()
+        third.communicate(timeout=20)
+
+
+def test_the_server_as_a_command_says_what_is_wrong(daemon: DaemonProcess) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "cprd.demo.server", "chat", str(taken.getsockname()[1])]
+        env = {**daemon.env, "CPRD_SOCKET": daemon.path}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"cprd-demo-server: .*in use.*\n", done.stderr)
 
 
 Answer = Callable[[int, int, int], bytes | None]

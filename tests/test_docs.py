@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +71,10 @@ def test_the_server_of_the_readme_keeps_its_clients(daemon: DaemonProcess, tmp_p
     try:
         until(reached, lambda: "no server")
         clients.append(socket.create_connection(("127.0.0.1", port), timeout=20))
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as rude:
+                rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                rude.sendall(b"and off")  # close() resets: others must not notice
         for count in range(1, 4):
             for number, client in enumerate(clients):
                 client.sendall(b"from %d" % number)
@@ -77,6 +83,12 @@ def test_the_server_of_the_readme_keeps_its_clients(daemon: DaemonProcess, tmp_p
                 assert client.recv(100) == b"%d: from %d" % (count, number)
             if count == 2:
                 server.send_signal(signal.SIGTERM)
+                assert server.wait(20) == 0
+                late = {**env, "CPRD_PAUSE": "confirm:answered"}
+                server = subprocess.Popen([sys.executable, str(script)], env=late)
+                os.waitid(os.P_PID, server.pid, os.WSTOPPED)
+                server.send_signal(signal.SIGTERM)  # with all that was held in its hands alone
+                server.send_signal(signal.SIGCONT)
                 assert server.wait(20) == 0
                 server = subprocess.Popen([sys.executable, str(script)], env=env)
                 for number, client in enumerate(clients):

@@ -5,7 +5,7 @@ connection has sent so far, and their sum. On SIGTERM the service stops at once,
 connection stands (half a line read, half an answer sent), leaves everything with cprd and exits.
 The next one goes on in the middle of that line.
 
-    python -m cprd.demo.server NAME [PORT]
+    cprd-demo-server NAME [PORT]          (or python3 -m cprd.demo.server)
 
 serves what is held under NAME, or else opens PORT. It prints "ready PORT" when it serves, and how
 many seconds it spent with cprd.
@@ -86,9 +86,10 @@ def _tcp(fd: int) -> socket.socket:
     return socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)
 
 
-async def serve(service: Service) -> None:
-    """Serve until SIGTERM. Cancelling is the whole hand-over: trio's receive and send either did
-    their work or nothing, so at any moment `service` says exactly where each client stands."""
+async def serve(service: Service, stopped: list[int]) -> None:
+    """Serve until SIGTERM; not empty, `stopped` says that one came before. Cancelling is the whole
+    hand-over: trio's receive and send either did their work or nothing, so at any moment `service`
+    says exactly where each client stands."""
     import trio
 
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
@@ -97,6 +98,8 @@ async def serve(service: Service) -> None:
             for client in service.clients:
                 nursery.start_soon(_talk, service, client)
             print("ready", service.listener.getsockname()[1], flush=True)
+            if stopped:
+                nursery.cancel_scope.cancel()
             async for _ in signals:
                 nursery.cancel_scope.cancel()
 
@@ -132,8 +135,30 @@ async def _talk(service: Service, client: Tally) -> None:
     client.sock.close()
 
 
-def main(name: str, port: int = 0) -> None:
+def main() -> int:
+    """The command. Exit status: 0 saved, 1 it failed, 2 usage."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="cprd-demo-server",
+        description="A small TCP service that survives its own restarts: the one of `cprctl demo`.",
+    )
+    parser.add_argument("name", metavar="NAME", help="what it is held under")
+    parser.add_argument("port", metavar="PORT", type=int, nargs="?", default=0, help="when cold")
+    given = parser.parse_args()
+    try:
+        run(given.name, given.port)
+    except (cprd.CprdError, OSError) as error:
+        print(f"cprd-demo-server: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(name: str, port: int) -> None:
+    """Load or start, serve until SIGTERM, save. Raises CprdError, OSError (the port is taken)."""
     begun = time.monotonic()
+    stopped: list[int] = []  # before the load: what was taken must not go down with a SIGTERM
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     with cprd.connect() as daemon:
         try:
             with daemon.load(name) as claim:
@@ -146,7 +171,7 @@ def main(name: str, port: int = 0) -> None:
 
     import trio
 
-    trio.run(serve, service)
+    trio.run(serve, service, stopped)
 
     begun = time.monotonic()
     with cprd.connect() as daemon:
@@ -155,4 +180,4 @@ def main(name: str, port: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    sys.exit(main())

@@ -2,8 +2,8 @@
 
 The checkout, the Python that runs the tests and the test's own directory are at their own paths
 inside. A hardened unit cannot see /root, /home or /tmp, where these often lie, so that Python, its
-packages and the checkout are at /run/boot as well, and /usr/local/bin has `cprd`, `cprctl` and
-`test-python` that run from there: units name them without a path, as the units that we ship do.
+packages and the checkout are at /run/boot as well, and /usr/local/bin has our commands and
+`test-python`, which run from there: units name them without a path, as the units that we ship do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 BOOT = Path(__file__).with_name("boot.py")
 TREE = os.environ.get("CPRD_SYSTEMD_TREE", "/")
 OWN = "/run/boot"
-LAUNCHERS = {"test-python": "", "python3": "", "cprd": "-m cprd.main", "cprctl": "-m cprd.cli"}
+LAUNCHERS = {
+    "test-python": "",
+    "cprd": "-m cprd.main",
+    "cprctl": "-m cprd.cli",
+    "cprd-demo-server": "-m cprd.demo.server",
+}
 
 
 class MachineError(AssertionError):

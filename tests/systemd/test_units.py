@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from .machine import Machine
-from .ours import UNITS, install
+from .machine import CHECKOUT, Machine
+from .ours import SERVED, UNITS, install
 
 UNKNOWN_TO_252 = "Unknown key 'FileDescriptorStorePreserve'"
 
@@ -126,6 +127,13 @@ def test_stop_and_start_lose_the_store_only_before_254(systemd: Machine) -> None
     systemd.systemctl("start", "cprd.service")
     came_back = "back thing=precious" in systemd.journal("cprd.service")
     assert came_back == (systemd.version >= 254)
+
+
+def test_every_program_of_ours_that_a_unit_starts_is_installed() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    texts = [(UNITS / name).read_text() for name in SERVED]
+    started = set(re.findall(r"^Exec\w+=(cpr[^\s]*|python\S*)", "\n".join(texts), re.MULTILINE))
+    assert started == {"cprd", "cprctl", "cprd-demo-server"} == set(project["scripts"])
 
 
 @pytest.mark.parametrize("example", ["vm@.service", "chat@.service"])
