@@ -12,6 +12,7 @@ import sys
 from cprd import log, systemd
 from cprd.errors import CprdError, InvalidInput, Unavailable
 from cprd.paths import default_socket
+from cprd.streams import stand_in
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ BACKLOG = 512
 
 def main(argv: list[str] | None = None) -> int:
     """Run the daemon until SIGTERM. Exit status: 0 stopped as asked, 1 failed, 2 usage."""
-    _have_standard_files()
+    stand_in()
     options = _parser().parse_args(argv)
     try:
         _check_kernel()
@@ -101,16 +102,6 @@ class Given:
 def _inode(path: str) -> tuple[int, int]:
     found = os.lstat(path)
     return found.st_dev, found.st_ino
-
-
-def _have_standard_files() -> None:
-    """Open /dev/null where stdin, stdout or stderr are closed: else a socket of ours would be what
-    the log is written to."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -138,6 +138,93 @@ def test_room_taken_away_is_noticed_and_used_again_when_it_is_back(systemd: Mach
         assert thing.let_go()
 
 
+def test_room_that_only_the_spare_had_is_taken_away_before_it_takes_over(systemd: Machine) -> None:
+    """A reload of units turns the manager's list around: then the spare is what is dropped, which
+    cprd believes to be stored until it looks again."""
+    keeping = Keeping(systemd, settings=SMALL)
+    with things(1) as (thing,), keeping.connect() as daemon:
+        daemon.save("first", thing.state, require="store")
+        thing.saved()
+        keeping_until(lambda: entries(keeping) == 4, "no spare is stored")
+        systemd.systemctl("daemon-reload")
+        systemd.unit(f"{UNIT}.d/zz.conf", "[Service]\nFileDescriptorStoreMax=2\n")
+        churn(keeping)
+        time.sleep(0.3)
+        keeping.kill()
+        assert whole(keeping, "first", 1)
+        daemon.drop("first")
+        assert thing.let_go()
+
+
+def test_a_rewrite_while_the_manager_is_busy_removes_nothing_too_early(systemd: Machine) -> None:
+    """While it is asked whether one shelf is stored, two others take over, the second one not
+    stored."""
+    keeping = Keeping(systemd, settings=SMALL + "cprd.store.RECHECK = 1.0\n")
+    with things(1) as (thing,), keeping.connect() as daemon:
+        daemon.save("first", thing.state, require="store")
+        thing.saved()
+        keeping_until(lambda: entries(keeping) == 4, "no spare is stored")
+        for where in ("store:removed", "store:removed#2", ""):
+            keeping.arm(where)
+            os.kill(systemd.pid, signal.SIGSTOP)
+            try:
+                time.sleep(1.2)  # it asks, and is not answered
+                assert churn(keeping, 60) == "memory"
+            finally:
+                os.kill(systemd.pid, signal.SIGCONT)
+            if where:
+                keeping_until(keeping.stands, "nothing is removed")
+            keeping.kill()
+            assert whole(keeping, "first", 1)
+            keeping.await_kept("store")
+        daemon.drop("first")
+        assert thing.let_go()
+
+
+def test_required_to_be_stored_it_is_refused_where_its_own_slot_is_not(systemd: Machine) -> None:
+    """The shelf is full, and the one that would take over is not stored yet."""
+    keeping = Keeping(systemd, settings=SMALL)
+    with keeping.connect() as daemon:
+        daemon.save("first", cprd.State(), require="store")
+        keeping_until(lambda: entries(keeping) == 4, "no spare is stored")
+        os.kill(systemd.pid, signal.SIGSTOP)
+        try:
+            said = set()
+            for number in range(200):
+                try:
+                    said.add(daemon.save(f"n{number}", cprd.State(), require="store").kept)
+                    daemon.drop(f"n{number}")
+                except cprd.LimitExceeded:
+                    said.add("refused")
+            assert said == {"store", "refused"}
+            assert [row["name"] for row in daemon.list()] == ["first"]
+        finally:
+            os.kill(systemd.pid, signal.SIGCONT)
+
+
+def test_a_shelf_that_was_stored_once_is_not_taken_out_by_the_next_cprd(systemd: Machine) -> None:
+    """The store became smaller, the shelf was written anew and is not stored; SIGHUP."""
+    fast = "cprd.store.RECHECK = cprd.store.RETRY = 0.3\n"
+    keeping = Keeping(systemd, settings=SMALL + fast)
+    with things(1) as (thing,), keeping.connect() as daemon:
+        daemon.save("first", thing.state, require="store")
+        thing.saved()
+        keeping_until(lambda: entries(keeping) == 4, "no spare is stored")
+        systemd.systemctl("daemon-reload")
+        systemd.unit(f"{UNIT}.d/zz.conf", "[Service]\nFileDescriptorStoreMax=2\n")
+        keeping.await_kept("memory")
+        churn(keeping)
+        time.sleep(0.5)
+        with contextlib.suppress(cprd.CprdError):
+            os.kill(keeping.pid, signal.SIGHUP)
+        systemd.await_journal("re-executing", UNIT)
+        time.sleep(1.0)
+        keeping.kill()
+        assert whole(keeping, "first", 1)
+        daemon.drop("first")
+        assert thing.let_go()
+
+
 def test_filled_by_strangers_it_loses_nothing_that_was_stored(systemd: Machine) -> None:
     """Whoever may notify for the unit (NotifyAccess=all) can fill its store. Shelves and slots that
     are full then are not written anew where that would be less safe."""
