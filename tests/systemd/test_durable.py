@@ -138,7 +138,10 @@ def test_room_taken_away_is_noticed_and_used_again_when_it_is_back(systemd: Mach
         assert thing.let_go()
 
 
-def test_room_that_only_the_spare_had_is_taken_away_before_it_takes_over(systemd: Machine) -> None:
+@pytest.mark.parametrize("reloads", [0, 1])
+def test_room_that_only_the_spare_had_is_taken_away_before_it_takes_over(
+    systemd: Machine, reloads: int
+) -> None:
     """A reload of units turns the manager's list around: then the spare is what is dropped, which
     cprd believes to be stored until it looks again."""
     keeping = Keeping(systemd, settings=SMALL)
@@ -146,9 +149,11 @@ def test_room_that_only_the_spare_had_is_taken_away_before_it_takes_over(systemd
         daemon.save("first", thing.state, require="store")
         thing.saved()
         keeping_until(lambda: entries(keeping) == 4, "no spare is stored")
-        systemd.systemctl("daemon-reload")
+        time.sleep(0.3)
+        for _ in range(reloads):
+            systemd.systemctl("daemon-reload")
         systemd.unit(f"{UNIT}.d/zz.conf", "[Service]\nFileDescriptorStoreMax=2\n")
-        churn(keeping)
+        churn(keeping, 6)  # enough for it to take over, and for no other one
         time.sleep(0.3)
         keeping.kill()
         assert whole(keeping, "first", 1)
