@@ -45,7 +45,11 @@ LEAF, NODE = 1, 2
 MAX_DEPTH = 3  # 253 ** 3 is 16 million: more than any table of descriptors
 INLINE = 16 * 1024  # a section above this gets a memfd of its own
 MAX_MANIFEST = 256 << 20
+# As plain integers: the enum's operators cost as much as a system call.
 _PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+_CTRUNC = int(socket.MSG_CTRUNC)
+_SOL_SOCKET = int(socket.SOL_SOCKET)
+_UNIX, _SEQPACKET = int(socket.AF_UNIX), int(socket.SOCK_SEQPACKET)
 HEADER = struct.Struct("<4sHBBIIQQ")
 """magic, version, kind (LEAF: what it carries is the state's; NODE: sockets), depth (0 = leaf),
 descriptors in this message, descriptors in all below it (manifest and sections included), bytes of
@@ -185,7 +189,7 @@ class _Parking:
     ) -> int:
         """A socket (not in `made`) whose queue holds one message with `fds`, which stay the
         caller's."""
-        inlet, outlet = _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        inlet, outlet = _socket.socketpair(_UNIX, _SEQPACKET)
         self.made += (inlet.fileno(), outlet.fileno())
         try:
             self.check_new(2)
@@ -366,7 +370,7 @@ def _check_counts(sock: socket.SocketType, parked: int) -> None:
 def _as_socket(fd: int) -> socket.SocketType:
     """`fd`, still the caller's, which detaches it again. Raises Damaged for what is no socket."""
     try:
-        return socket.SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+        return socket.SocketType(_UNIX, _SEQPACKET, 0, fileno=fd)
     except OSError as error:
         raise Damaged(f"not a bundle: {error.strerror}") from None
 
@@ -430,16 +434,21 @@ def _peek(fd: int, depth: int, index: int, carried: array[int]) -> None:
     One look at each socket: five system calls for 253 descriptors. `fd` is borrowed."""
     sock = _as_socket(fd)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+        sock.setsockopt(_SOL_SOCKET, SO_PEEK_OFF, -1)
         data, fds, flags = _receive(sock)
         queued = _queued(sock)
     except OSError as error:
         raise Damaged(f"a part of the bundle cannot be read: {error.strerror}") from None
     finally:
         sock.detach()
+    count = len(fds)
+    if depth == 0 and count and queued == HEADER.size and not flags & _CTRUNC:
+        if data == HEADER.pack(MAGIC, VERSION, LEAF, 0, count, count, 0, index):
+            carried.extend(fds)  # as nearly always, 40 times for 10,000 descriptors
+            return
     try:
         header = Header(data)
-        if flags & socket.MSG_CTRUNC:
+        if flags & _CTRUNC:
             raise _cut_short(header)
         if len(fds) != header.here:
             raise Damaged(f"a part of the bundle says {header.here} descriptors, has {len(fds)}")
