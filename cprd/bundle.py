@@ -442,10 +442,13 @@ def _peek(fd: int, depth: int, index: int, carried: array[int]) -> None:
     finally:
         sock.detach()
     count = len(fds)
-    if depth == 0 and count and queued == HEADER.size and not flags & _CTRUNC:
-        if data == HEADER.pack(MAGIC, VERSION, LEAF, 0, count, count, 0, index):
-            carried.extend(fds)  # as nearly always, 40 times for 10,000 descriptors
-            return
+    if (
+        depth == 0 and count and queued == HEADER.size and not flags & _CTRUNC
+    ) and data == HEADER.pack(
+        MAGIC, VERSION, LEAF, 0, count, count, 0, index
+    ):  # as nearly always, 40 times for 10,000 descriptors
+        carried.extend(fds)
+        return
     try:
         header = Header(data)
         if flags & _CTRUNC:

@@ -10,9 +10,23 @@ from __future__ import annotations
 import _thread
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from cprd.rights import close_all
 
 LINGER = 1.0  # s that an idle worker waits for more before it ends
+
+
+class _Close:
+    """Descriptors to close; owned until it is called."""
+
+    __slots__ = ("fds",)
+
+    def __init__(self, fds: list[int]) -> None:
+        self.fds = fds
+
+    def __call__(self) -> None:
+        close_all(self.fds)
 
 
 class Closer:
@@ -20,6 +34,24 @@ class Closer:
         self._lock = threading.Lock()
         self._work: dict[int, deque[Callable[[], object]]] = {}
         self._more: dict[int, threading.Condition] = {}
+        self._busy: set[int] = set()  # whose worker is at the first of its queue
+        self._stopped = False
+
+    def close(self, uid: int, fds: Iterable[int]) -> None:
+        """Close descriptors, which this owns now, in `uid`'s worker."""
+        self.run(uid, _Close(list(fds)))
+
+    def stop(self) -> list[tuple[int, int]]:
+        """Begin nothing more. Returns what is left to close, (uid, fd), now the caller's: before an
+        exec, which would close it itself, and wait where that blocks."""
+        with self._lock:
+            self._stopped = True
+            left = []
+            for uid, queue in self._work.items():
+                for release in list(queue)[int(uid in self._busy) :]:
+                    if isinstance(release, _Close):
+                        left += [(uid, fd) for fd in release.fds]
+            return left
 
     def run(self, uid: int, release: Callable[[], object]) -> None:
         """Call `release` soon, in `uid`'s worker. Never blocks; errors of `release` are dropped."""
@@ -65,15 +97,17 @@ class Closer:
         more = self._more[uid]
         while True:
             with self._lock:
-                while not queue:
+                while not queue or self._stopped:
                     if not more.wait(LINGER) and not queue:
                         del self._work[uid], self._more[uid]
                         return
                 release = queue[0]
+                self._busy.add(uid)
             _quietly(release)
             del release
             with self._lock:
                 queue.popleft()
+                self._busy.discard(uid)
 
 
 def _quietly(release: Callable[[], object]) -> None:

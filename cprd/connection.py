@@ -21,7 +21,7 @@ from cprd.bundle import scm_fds
 from cprd.closer import Closer
 from cprd.errors import LimitExceeded, ProtocolError
 from cprd.holds import Peer
-from cprd.rights import close_all, receive, send
+from cprd.rights import receive, send
 
 SLOW = 10.0  # s that a client may leave an answer unread before it is cut off
 MAX_UNCLOSED = 64  # messages' worth of one uid's descriptors that may wait to be closed
@@ -88,7 +88,7 @@ class Connection:
     def release(self, fds: array[int]) -> None:
         """Close descriptors that came from the client, elsewhere."""
         if fds:
-            self.closer.run(self.peer.uid, lambda: close_all(fds))
+            self.closer.close(self.peer.uid, fds)
 
     async def answer(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         """Send an answer; `fds` stay the caller's. Raises BrokenPipeError when the client has
@@ -143,6 +143,6 @@ class Connection:
         except OSError:
             foreign = True
         if foreign:
-            self.closer.run(self.peer.uid, lambda: os.close(fd))
+            self.closer.close(self.peer.uid, [fd])
         else:
             os.close(fd)

@@ -184,7 +184,7 @@ class Daemon:
         try:
             sock, _ = listener.accept()
             uid, _ = peers.credentials(sock)
-            self.closer.run(uid, sock.close)
+            self.closer.close(uid, [sock.detach()])
         except OSError:
             pass
         self._have_spare()
@@ -737,7 +737,7 @@ class Daemon:
         try:
             await connection.answer(data, (fd,))
         finally:  # while the client did not read, the hold may have ended
-            self.closer.run(hold.uid, partial(os.close, fd))
+            self.closer.close(hold.uid, [fd])
 
     async def _wait(
         self, connection: Connection, key: Key, waiter: Waiter, seconds: float

@@ -80,6 +80,7 @@ class Given:
         self.inode = (0, 0)  # of the socket's file
         self.shelves: dict[int, dict[str, socket.socket]] = {}
         self.durable: set[int] = set()  # of these, those that the store has
+        self.closing: list[tuple[int, int]] = []  # (uid, fd) that the one before had yet to close
         self.once: set[int] = set()  # those that it had once, as far as is known
 
     def look(self) -> None:
@@ -108,15 +109,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 OWN_LISTENER = "cprd-own-listener"
 LOCAL = "local."  # before the names of shelves that no store has
 ONCE = "once."  # of those that it had once, and may have still
+CLOSING = "c."  # and a uid: what is still to be closed, which can block
+MOST_CLOSING = 5000  # names of more than that do not fit one variable
 
 
 def _sort(named: list[tuple[str, int]]) -> Given:
     """Tell the descriptors that came in apart, by name. Raises InvalidInput."""
     given = Given()
     for name, fd in named:
-        sock = _as_socket(fd)
+        sock = None if name.startswith(CLOSING) else _as_socket(fd)
         parts = name.removeprefix(LOCAL).removeprefix(ONCE).split(".")
-        if name == systemd.CANARY:  # left by one that was killed; the store drops it later
+        if name.startswith(CLOSING) and name[len(CLOSING) :].isdigit():
+            given.closing.append((int(name[len(CLOSING) :]), fd))
+        elif name == systemd.CANARY:  # left by one that was killed; the store drops it later
             if sock is not None:
                 sock.detach()
             os.close(fd)
@@ -251,6 +256,8 @@ async def _serve(given: Given, settings: Config) -> Keeper | None:
     raise_nofile()
     assert given.listener is not None
     closer = Closer()
+    for uid, fd in given.closing:
+        closer.close(uid, [fd])
     registry = Registry(settings.quota, first_generation=int(now() * 1e9))
     manager = _manager()
     keeper = Keeper(closer, now, managed=manager is not None)
@@ -299,6 +306,7 @@ async def _serve(given: Given, settings: Config) -> Keeper | None:
                 nursery.cancel_scope.cancel()
                 break
     closer.drained(1.0)
+    given.closing = closer.stop()
     return keeper if again else None
 
 
@@ -354,6 +362,7 @@ def _become_new(keeper: Keeper, given: Given) -> None:
         for name, end in zip(shelf.names, (shelf.outlet, shelf.tx), strict=True):
             mark = "" if shelf.durable else ONCE if shelf.was_durable else LOCAL
             named.append((mark + name, end.fileno()))
+    named += [(f"{CLOSING}{uid}", fd) for uid, fd in given.closing[:MOST_CLOSING]]
     log.event("re-executing", pid=os.getpid())
     systemd.pass_on(named, os.environ)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -440,3 +440,27 @@ def test_one_nonce_for_everything_confuses_only_its_user(daemon: DaemonProcess) 
             send(sock, msgpack.packb({**SAVE, "verb": "prepare"}), [bundle.fileno()], 0)
             answer(sock)
         assert connection.list() == []
+
+
+def test_files_that_block_do_not_keep_it_from_becoming_a_new_version(daemon: DaemonProcess) -> None:
+    """What is still to be closed goes along: exec would close it, and wait."""
+    with contextlib.ExitStack() as peers, nobody_else_waits(daemon):
+        with daemon.connect() as connection, raw(daemon.path) as sock:
+            connection.save("web", state_of("", [], []))
+            os.kill(daemon.pid, signal.SIGSTOP)
+            for _ in range(5):
+                ours, theirs = lingering()
+                peers.enter_context(theirs)
+                send(sock, packed(verb="status"), [ours.fileno()], 0)
+                os.close(ours.detach())
+            os.kill(daemon.pid, signal.SIGCONT)
+            for _ in range(5):
+                assert answer(sock)
+            seen = len(daemon.log())
+            os.kill(daemon.pid, signal.SIGHUP)
+            daemon.await_log("ready ", since=seen)
+            assert [row["name"] for row in connection.list()] == ["web"]
+            until(lambda: connection.status()["closing"], lambda: "nothing blocks")
+        peers.close()
+        with daemon.connect() as connection:
+            until(lambda: not connection.status()["closing"], lambda: "blocked still")
