@@ -7,6 +7,7 @@ when it has been opened.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -25,16 +26,20 @@ def credentials(sock: socket.socket) -> tuple[int, int]:
 
 
 def pidfd_of(sock: socket.socket, pid: int) -> int:
-    """A pidfd of the peer, which the caller owns; -1 where its process cannot be watched."""
+    """A pidfd of the peer, which the caller owns; -1 where its process cannot be watched. Raises
+    OSError where there is no descriptor left: a claim would not be watched, and nobody told."""
     try:
         return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
     if pid <= 0:
         return -1
     try:
         fd = os.pidfd_open(pid)
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         return -1
     poll = select.poll()
     poll.register(sock, 0)
