@@ -209,6 +209,17 @@ def test_a_stream_too_new_or_too_old_is_refused() -> None:
         load_thing(data, version=1)
 
 
+def test_without_an_oldest_version_every_older_stream_is_understood() -> None:
+    """As QEMU has it: minimum_version_id is 0 where nobody sets it."""
+    vmsd = vm.VMStateDescription("d", 2, fields=[vm.uint32("a"), vm.uint32("b", version_id=2)])
+    for version in (0, 1):
+        assert vm.decode(vmsd, b"\0\0\0\7", version=version) == SimpleNamespace(a=7)
+    data = vm.encode(vmsd, SimpleNamespace(a=7, b=8)).data
+    assert vm.decode(vmsd, data) == SimpleNamespace(a=7, b=8)
+    with pytest.raises(vm.VMStateError, match="version 3, newer"):
+        vm.decode(vmsd, data, version=3)
+
+
 def test_an_older_subsection_loads_without_its_newer_field() -> None:
     data = vm.encode(THING, thing()).data + b"\x05\x0bthing/extra\0\0\0\1\0\7"
     loaded = load_thing(data)

@@ -3,7 +3,8 @@
 A description lists fields; each names an attribute of a plain Python object and has a *kind*, which
 knows its big-endian form. The rules are those of QEMU's migration/vmstate.c (docs/devel/migration):
 
-- a stream newer than `version_id` or older than `minimum_version_id` is refused;
+- a stream newer than `version_id` or older than `minimum_version_id` is refused; left out, that is
+  0, as in C: every older one is understood;
 - a field is in the stream when its own `version_id` is not newer than the stream's, or, when it has
   `exists(obj, version)`, when that says so and for no other reason;
 - subsections follow the fields: 0x05, u8 length, name (its parent's name is the prefix), u32
@@ -98,7 +99,7 @@ class VMStateDescription:
         self,
         name: str,
         version_id: int = 1,
-        minimum_version_id: int | None = None,
+        minimum_version_id: int = 0,
         *,
         fields: Sequence[Field] = (),
         subsections: Sequence[VMStateDescription] = (),
@@ -108,7 +109,7 @@ class VMStateDescription:
     ) -> None:
         self.name = name
         self.version_id = version_id
-        self.minimum_version_id = version_id if minimum_version_id is None else minimum_version_id
+        self.minimum_version_id = minimum_version_id
         self.fields = tuple(fields)
         self.subsections = tuple(subsections)
         self.needed = needed
