@@ -104,10 +104,11 @@ def run_check(args: argparse.Namespace) -> int:
         monitor = await Monitor.connect(args.qmp)
         try:
             report = await examine(monitor)
-            words = command_line(monitor.process.pid) if monitor.process is not None else []
+            pid = monitor.process.pid if monitor.process is not None else 0
+            words = command_line(pid) if pid else []
+            upgrade, notes = about_command_line(words, pid) if words else ([], [])
         finally:
             await monitor.close()
-        upgrade, notes = about_command_line(words) if words else ([], [])
         for problem in report.problems:
             print(f"no: {problem}")
         for problem in upgrade:

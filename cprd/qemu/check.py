@@ -3,12 +3,17 @@ stays changed."""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from cprd.qemu.failure import MonitorRefused
+from cprd.qemu.listeners import deleted_files
 from cprd.qemu.record import MODE, UNDER_WAY
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cprd.qemu.command import Command
     from cprd.qemu.qmp import Monitor
 
 KEPT = ("running", "suspended", "paused", "io-error", "prelaunch", "watchdog")
@@ -50,6 +55,7 @@ async def examine(monitor: Monitor) -> Report:
     before = len(problems)
     await _memory(monitor, problems, notes)
     explained = len(problems) > before
+    problems += await _temporary(monitor)
     problems += [
         f"block job {job.get('device', '?')!r} ({job.get('type', '?')}) is active and would be"
         " lost: wait for it, or block-job-cancel"
@@ -102,6 +108,26 @@ async def _memory(monitor: Monitor, problems: list[str], notes: list[str]) -> No
             )
 
 
+async def _temporary(monitor: Monitor) -> list[str]:
+    """Disks that lie in a file without a name, as -snapshot makes them: it is gone with its QEMU,
+    and so would be what the guest has written."""
+    if monitor.process is None:
+        return []
+    removed = [path for path in deleted_files(monitor.process.pid) if path.startswith("/")]
+    problems = []
+    for row in await _ask(monitor, "query-block", []):
+        said = json.dumps(row)
+        for path in removed:
+            if json.dumps(path)[1:-1] in said:
+                name = row.get("device") or row.get("qdev", "?")
+                problems.append(
+                    f"disk {name!r} lies in a file that has been removed ({path}) and goes with"
+                    " this QEMU: start the VM without -snapshot and snapshot=on"
+                )
+                break
+    return problems
+
+
 async def _blockers(monitor: Monitor) -> list[str]:
     """What QEMU itself has against it, asked in the mode of a hand-over, which is put back."""
     parameters = await _ask(monitor, "query-migrate-parameters", {})
@@ -126,61 +152,135 @@ async def _ask(monitor: Monitor, command: str, default: Any, **arguments: Any) -
         return default
 
 
-def about_command_line(words: list[str]) -> tuple[list[str], list[str]]:
-    """(what prevents an overlapping upgrade, notes) that only the command line can tell. Pure."""
+class Conflict:
+    """What two QEMUs cannot have at the same time. `port` is that of a TCP listener: 0 any one, -1
+    for what is none; `more`: how many the option may try above it."""
+
+    def __init__(self, text: str, port: int = -1, more: int = 0) -> None:
+        self.text = text
+        self.port = port
+        self.more = more
+
+    def explains(self, port: int) -> bool:
+        return self.port == 0 or self.port <= port <= self.port + self.more
+
+
+def about_command_line(words: list[str], pid: int = 0) -> tuple[list[str], list[str]]:
+    """(what prevents an overlapping upgrade, notes): what only the command line can tell, and (of
+    the QEMU `pid`, which runs with it) the kernel, about sockets that no option explains."""
     from cprd.errors import InvalidInput
-    from cprd.qemu.command import Command, keyed
+    from cprd.qemu.command import Command
+    from cprd.qemu.listeners import tcp_ports
 
-    upgrade: list[str] = []
-    notes: list[str] = []
-    command = _lenient(words, Command, InvalidInput)
-    if command is None:
-        return upgrade, notes
-    notes += [
-        f"{path} would be emptied by the next QEMU: use -chardev file,...,append=on"
-        for path in command.truncating()
-    ]
-    if any(True for _ in command.values("pidfile")):
-        upgrade.append("-pidfile is locked by the old QEMU: leave it out, or save and start")
-    for value in command.values("netdev", "nic"):
-        options = keyed(value)
-        if options[""] in ("tap", "vhost-user", "vhost-vdpa"):
-            travels = "its descriptor does not travel; the next QEMU opens it by name"
-            notes.append(f"network {options.get('id', value)!r} ({options['']}): {travels}")
-            if options[""] == "tap" and "fd" not in options and "fds" not in options:
-                upgrade.append(
-                    f"tap {options.get('ifname', '?')!r} is opened by the old QEMU: two at a time"
-                    " need a multi-queue tap; else save and start"
-                )
-        upgrade += [
-            f"{part} listens in the old QEMU: save and start instead"
-            for part in value.split(",")
-            if part.startswith("hostfwd=")
-        ]
-    for option in ("vnc", "gdb", "spice"):
-        upgrade += [
-            f"-{option} {value} listens in the old QEMU: save and start instead"
-            for value in command.values(option)
-            if not value.startswith(("unix:", "none"))
-        ]
-    return upgrade, notes
-
-
-def _lenient(words: list[str], kind: Any, error: type[Exception]) -> Any:
-    """A running QEMU's command line may have what ours may not (-S, -incoming, our monitor)."""
-    cleaned: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if word in ("-S", "-daemonize", "-snapshot", "-preconfig"):
-            continue
-        if word in ("-incoming", "-loadvm"):
-            next(rest, None)
-            continue
-        cleaned.append(word)
     try:
-        return kind(cleaned)
-    except error:
-        return None
+        command = Command(words, running=True)
+    except InvalidInput:
+        return [], []
+    conflicts = list(_conflicts(command))
+    upgrade = [conflict.text for conflict in conflicts]
+    for address, port in sorted(set(tcp_ports(pid))) if pid else ():
+        if not any(conflict.explains(port) for conflict in conflicts):
+            shown = f"[{address}]" if ":" in address else address
+            upgrade.append(f"{shown}:{port} (TCP) {_LISTENS}")
+    return upgrade, list(_notes(command))
+
+
+_LISTENS = "listens in the old QEMU: save and start instead"
+
+
+def _notes(command: Command) -> Iterator[str]:
+    for path in command.truncating():
+        yield f"{path} would be emptied by the next QEMU: use -chardev file,...,append=on"
+    if command.only_pretty():
+        yield command.only_pretty()
+    for _, options in _networks(command):
+        name = f"network {options.get('id', options[''])!r} ({options['']})"
+        if options[""] in ("tap", "vhost-user", "vhost-vdpa"):
+            yield f"{name}: its descriptor does not travel; the next QEMU opens it by name"
+        if options[""] == "bridge":
+            yield f"{name}: the next QEMU gets a tap of its own; the bridge has to learn that"
+
+
+def _networks(command: Command) -> Iterator[tuple[str, dict[str, str]]]:
+    """(value, options) of each network backend; "" is its kind."""
+    from cprd.qemu.command import keyed
+
+    for value in command.values("netdev", "nic", "net"):
+        options = keyed(value)
+        options[""] = options[""] or options.get("type", "")
+        yield value, options
+
+
+def _conflicts(command: Command) -> Iterator[Conflict]:
+    from cprd.qemu.command import is_on, keyed
+
+    if any(True for _ in command.values("pidfile")):
+        yield Conflict("-pidfile is locked by the old QEMU: leave it out, or save and start")
+    for value, options in _networks(command):
+        if options[""] == "tap" and not any(key in options for key in ("fd", "fds", "helper")):
+            yield Conflict(
+                f"tap {options.get('ifname', '?')!r} is opened by the old QEMU: two at a time need"
+                " a multi-queue tap; else save and start"
+            )
+        forwards = [part for part in value.split(",") if part.startswith("hostfwd=")]
+        if value.startswith("{"):
+            forwards = [f"hostfwd={it}" for key, it in options.items() if key.startswith("hostfwd")]
+        for forward in forwards:
+            yield Conflict(f"{forward} {_LISTENS}", _last_number(forward.partition("-")[0]))
+        if "listen" in options:
+            where = options["listen"]
+            yield Conflict(f"-netdev socket,listen={where} {_LISTENS}", _last_number(where))
+        if is_on(options, "server") and options.get("addr.type") == "inet":
+            said = options.get("addr.port", "")
+            yield Conflict(f"-netdev {options['']},addr.port={said} {_LISTENS}", _last_number(said))
+    for option, value in command.characters():
+        address = _listener(option, value)
+        if address:
+            more = _last_number(keyed(value).get("to", ""))
+            port = _last_number(address)
+            yield Conflict(f"-{option} {value} {_LISTENS}", port, max(0, more - port))
+    if any(name == "s" for name, _ in command.options):
+        yield Conflict(f"-s (-gdb tcp::1234) {_LISTENS}", 1234)
+    for name, options in command.chardevs().items():
+        if options[""] == "socket" and is_on(options, "server") and "port" in options:
+            port, more = _last_number(options["port"]), _last_number(options.get("to", ""))
+            yield Conflict(f"-chardev {name!r} (TCP) {_LISTENS}", port, max(0, more - port))
+    for option, display in command.vncs():
+        if display and not display.startswith(("unix:", "none")):
+            # (With to= it may be a display above that one.)
+            yield Conflict(f"{option} {display} {_LISTENS}", 5900 + _last_number(display), 255)
+    for value in command.values("spice"):
+        options = keyed(value)
+        for key in ("port", "tls-port"):
+            if key in options:
+                yield Conflict(
+                    f"-spice {key}={options[key]} {_LISTENS}", _last_number(options[key])
+                )
+    for value in command.values("device"):
+        options = keyed(value)
+        if options[""].startswith("vhost-vsock"):
+            yield Conflict(
+                f"{options['']} guest-cid={options.get('guest-cid', '?')} is the old QEMU's, and"
+                " nobody else can have it meanwhile: save and start instead"
+            )
+
+
+def _listener(option: str, value: str) -> str:
+    """The TCP address at which such a character device listens; "" when it does not."""
+    from cprd.qemu.command import is_on, keyed
+
+    kind, _, rest = value.partition(":")
+    if kind not in ("tcp", "telnet", "tn3270", "websocket"):
+        return ""
+    options = keyed(rest)
+    # -gdb makes itself a server (gdbserver_start adds it).
+    return options[""] if option == "gdb" or is_on(options, "server") else ""
+
+
+def _last_number(text: str) -> int:
+    """The port in HOST:PORT or the like; 0 when there is none."""
+    digits = text[len(text.rstrip("0123456789")) :]
+    return int(digits or 0)
 
 
 def command_line(pid: int) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cprd.errors import InvalidInput
 
@@ -24,16 +24,21 @@ path."""
 
 _PROGRAM = re.compile(r"(qemu-system-\w+|qemu-kvm|kvm)$")
 
-# Options without an argument (qemu-options.hx); every other one takes the next word.
+# Options without an argument (qemu-options.hx of 10.0, and older ones); every other one takes the
+# next word, but see _options.
 _BARE = frozenset(
     (  # noqa: SIM905
         "S alt-grab async-teardown audio-help ctrl-grab curses daemonize enable-fips enable-kvm"
-        " full-screen h help mem-prealloc no-acpi no-fd-bootchk no-frame no-hpet no-kvm no-quit"
-        " no-reboot no-shutdown no-user-config nodefaults nographic nouserconfig old-param"
-        " only-migratable portrait preconfig s sdl semihosting singlestep snapshot tdf usb version"
-        " win2k-hack xen-attach xen-domid-restrict"
+        " enable-sync-profile full-screen h help jitdump mem-prealloc no-acpi no-fd-bootchk"
+        " no-frame no-hpet no-kvm no-quit no-reboot no-shutdown no-user-config nodefaults nographic"
+        " nouserconfig old-param one-insn-per-tb only-migratable perfmap portrait preconfig s sdl"
+        " semihosting singlestep snapshot tdf usb version win2k-hack xen-attach xen-domid-restrict"
     ).split()
 )
+_TEXT = ("append", "name")
+"""Options whose value is anybody's words, also such as look like an option."""
+
+_OPTION = re.compile(r"--?[A-Za-z][\w-]*")
 
 _REFUSED = {
     "daemonize": "cprctl becomes the QEMU, and the supervisor watches that process: leave it out",
@@ -50,8 +55,9 @@ class Command:
 
     __slots__ = ("options", "program", "words")
 
-    def __init__(self, words: Sequence[str]) -> None:
-        """Raises InvalidInput when there is no QEMU, or an option that cannot be."""
+    def __init__(self, words: Sequence[str], *, running: bool = False) -> None:
+        """Raises InvalidInput when there is no QEMU, or an option that cannot be. `running`: these
+        are the words of a QEMU that runs, which may have such options too."""
         self.words = list(words)
         if not self.words:
             raise InvalidInput("no QEMU command: write it after --")
@@ -64,9 +70,13 @@ class Command:
             0,
         )
         self.options = list(_options(self.words[self.program + 1 :]))
-        for name, _ in self.options:
+        for name, value in () if running else self.options:
             if name in _REFUSED:
                 raise InvalidInput(f"-{name} in the QEMU command: {_REFUSED[name]}")
+            if name == "drive" and is_on(keyed(value or ""), "snapshot"):
+                raise InvalidInput(
+                    f"snapshot=on of -drive in the QEMU command: {_REFUSED['snapshot']}"
+                )
 
     @property
     def wrappers(self) -> list[str]:
@@ -82,46 +92,85 @@ class Command:
         found = (keyed(value) for value in self.values("chardev"))
         return {options["id"]: options for options in found if "id" in options}
 
-    def listening(self) -> list[tuple[str, str]]:
-        """(option, path) of each UNIX socket that this QEMU would listen at."""
-        found: list[tuple[str, str]] = []
-        for option in ("qmp", "qmp-pretty", "monitor", "serial", "parallel"):
+    def characters(self) -> Iterator[tuple[str, str]]:
+        """(option, what it connects to) of each option that takes a character device by itself."""
+        options = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb")
+        for option in options:
             for value in self.values(option):
-                path = _server(value)
-                if path:
-                    found.append((f"-{option}", path))
-        for options in self.chardevs().values():
-            if options[""] == "socket" and _is_on(options, "server") and options.get("path"):
-                found.append(("-chardev", options["path"]))  # noqa: PERF401
-        for value in self.values("vnc"):
-            if value.startswith("unix:"):
-                found.append(("-vnc", value[5:].partition(",")[0]))  # noqa: PERF401
-        return found
+                yield option, value.removeprefix("mon:")
 
-    def monitor_path(self) -> str:
-        """Where its own QMP monitor listens; "" when it has none at a path."""
-        for value in self.values("qmp", "qmp-pretty"):
-            path = _server(value)
-            if path:
-                return path
+    def listening(self) -> list[tuple[str, str]]:
+        """(option, path) of each UNIX socket that this QEMU would listen at, as far as its words
+        tell. Of a QEMU that runs the kernel knows better (overlap.py)."""
+        found = [(f"-{option}", _server(value)) for option, value in self.characters()]
+        for options in self.chardevs().values():
+            if options[""] == "socket" and is_on(options, "server"):
+                found.append(("-chardev", options.get("path", "")))  # noqa: PERF401
+        for value in self.values("netdev"):
+            options = keyed(value)
+            if is_on(options, "server") and options.get("addr.type") == "unix":
+                found.append(("-netdev", options.get("addr.path", "")))
+        for option, display in self.vncs():
+            if display.startswith("unix:"):
+                found.append((option, display[5:]))
+        return [(option, path) for option, path in found if path]
+
+    def vncs(self) -> Iterator[tuple[str, str]]:
+        """(option, display) of each VNC server."""
+        for value in self.values("vnc"):
+            yield "-vnc", keyed(value)[""]
+        for value in self.values("display"):
+            options = keyed(value)
+            if "vnc" in options:
+                yield "-display", options["vnc"]
+
+    def monitors(self, *, people: bool = False) -> list[tuple[str, bool]]:
+        """(path, whether it is pretty-printed) of each QMP monitor that listens at a path; with
+        `people` also of those that speak to people (HMP)."""
         chardevs = self.chardevs()
+        found: list[tuple[str, bool]] = []
+        for option in ("qmp", "qmp-pretty", *(("monitor",) if people else ())):
+            for value in self.values(option):
+                named = chardevs.get(value.removeprefix("chardev:"), {})
+                found.append(
+                    (
+                        _server(value.removeprefix("mon:")) or named.get("path", ""),
+                        option == "qmp-pretty",
+                    )
+                )
         for value in self.values("mon"):
             options = keyed(value)
             chardev = chardevs.get(options.get("chardev") or options[""], {})
-            if options.get("mode") == "control" and chardev.get("path"):
-                return chardev["path"]
-        return ""
+            if people or options.get("mode") == "control":
+                found.append((chardev.get("path", ""), is_on(options, "pretty")))
+        return [(path, pretty) for path, pretty in found if path]
+
+    def monitor_path(self) -> str:
+        """Where its own QMP monitor listens, one that we can speak to before any other; "" when it
+        has none at a path."""
+        monitors = sorted(self.monitors(), key=lambda monitor: monitor[1])
+        return monitors[0][0] if monitors else ""
+
+    def only_pretty(self) -> str:
+        """What there is to say when all its QMP monitors are pretty-printed ("" otherwise)."""
+        monitors = self.monitors()
+        if not monitors or not all(pretty for _, pretty in monitors):
+            return ""
+        return (
+            f"the monitor at {monitors[0][0]} is pretty-printed (-qmp-pretty, pretty=on), and"
+            " cprctl cannot speak to such a one: without another -qmp this VM cannot be saved"
+        )
 
     def truncating(self) -> list[str]:
         """Files that a new QEMU would empty: -chardev file without append=on."""
         files = [
             options["path"]
             for options in self.chardevs().values()
-            if options[""] == "file" and "path" in options and not _is_on(options, "append")
+            if options[""] == "file" and "path" in options and not is_on(options, "append")
         ]
-        for value in self.values("serial", "monitor", "debugcon"):
+        for _, value in self.characters():
             if value.startswith("file:"):
-                files.append(value[5:])  # noqa: PERF401
+                files.append(value[5:])
         return files
 
     def incoming(self, *, monitor: int, main: int, cpr: int | str) -> list[str]:
@@ -144,15 +193,16 @@ class Command:
 
 
 def keyed(value: str) -> dict[str, str]:
-    """The options in QEMU's KIND,KEY=VALUE,FLAG,... ("" is KIND; ",," is a comma; a JSON object is
-    read as one)."""
+    """The options in QEMU's KIND,KEY=VALUE,FLAG,... ("" is KIND; ",," is a comma). A JSON object is
+    read as QEMU's dotted keys would have it: {"addr": {"type": "inet"}} is addr.type=inet."""
     if value.startswith("{"):
         try:
             parsed = json.loads(value)
         except ValueError:
             return {"": ""}
-        found = {str(key): str(item) for key, item in parsed.items()}
-        found.setdefault("", found.get("qom-type", found.get("driver", "")))
+        found = dict(_dotted("", parsed))
+        kinds = (found.get(key) for key in ("qom-type", "driver", "type"))
+        found.setdefault("", next((kind for kind in kinds if kind), ""))
         return found
     parts = [part.replace("\0", ",") for part in value.replace(",,", "\0").split(",")]
     found = {"": ""}
@@ -167,13 +217,33 @@ def keyed(value: str) -> dict[str, str]:
     return found
 
 
+def _dotted(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _dotted(f"{prefix}.{key}" if prefix else str(key), item)
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            yield from _dotted(f"{prefix}.{at}", item)
+    else:
+        yield prefix, ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    rest = iter(words)
-    for word in rest:
+    """A word that looks like an option is one, also behind an option that we do not know: that one
+    may be a newer QEMU's flag, and what we refuse must not hide behind it."""
+    at = 0
+    while at < len(words):
+        word = words[at]
+        at += 1
         if not word.startswith("-"):
             continue  # a disk image
         name = word[2:] if word.startswith("--") else word[1:]
-        yield name, None if name in _BARE else next(rest, None)
+        value = words[at] if at < len(words) and name not in _BARE else None
+        if value is not None and name not in _TEXT and _OPTION.fullmatch(value):
+            value = None
+        if value is not None:
+            at += 1
+        yield name, value
 
 
 def _server(value: str) -> str:
@@ -182,8 +252,9 @@ def _server(value: str) -> str:
     if kind != "unix":
         return ""
     options = keyed(rest)
-    return options[""] if _is_on(options, "server") else ""
+    return options[""] if is_on(options, "server") else ""
 
 
-def _is_on(options: dict[str, str], key: str) -> bool:
+def is_on(options: dict[str, str], key: str) -> bool:
+    """Whether a flag is set, in any of the ways that QEMU reads."""
     return options.get(key, "off") in ("on", "yes", "true", "y")

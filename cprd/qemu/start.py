@@ -39,6 +39,8 @@ def start(
 ) -> int:
     """Become the QEMU. Returns an exit status only when nothing was started."""
     command = Command(words)
+    if command.only_pretty():
+        print(f"cprctl: {name}: {command.only_pretty()}", file=sys.stderr)
     if cold:
         print(f"cprctl: {name}: booting cold, as asked; what is held stays held", file=sys.stderr)
         return _become_cold(command)

@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 
 
 def refuse_taken(command: Command) -> None:
-    """Raises Busy when a process listens at the path of COMMAND's own QMP monitor. (A command
-    without one cannot be asked.) Says nothing on that connection."""
-    path = command.monitor_path()
-    if not path or not _is_taken(path):
-        return
-    raise Busy(
-        f"a QEMU listens at {path} already, and its guest may run: nothing was started. Save it"
-        " (cprctl qemu save), shut its guest down, or end it; then start again"
-    )
+    """Raises Busy when a process listens at the path of a monitor of COMMAND's own. (A command
+    without any cannot be asked.) Says nothing on that connection."""
+    for path, _ in command.monitors(people=True):
+        if _is_taken(path):
+            raise Busy(
+                f"a QEMU listens at {path} already, and its guest may run: nothing was started."
+                " Save it (cprctl qemu save), shut its guest down, or end it; then start again"
+            )
 
 
 def _is_taken(path: str) -> bool:

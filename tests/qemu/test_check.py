@@ -176,19 +176,103 @@ ONLY_BY_SAVE = {
         "hostfwd=tcp:127.0.0.1:0-:22",
     ),
     "vnc-by-tcp": ("-vnc 127.0.0.1:77,to=200", "-vnc 127.0.0.1:77"),
+    "vnc-as-a-display": ("-display vnc=127.0.0.1:77,to=200", "-display 127.0.0.1:77"),
+    "serial-line-by-tcp": (
+        "-serial tcp:127.0.0.1:{port},server=on,wait=off",
+        "-serial tcp:127.0.0.1:{port}",
+    ),
+    "monitor-by-telnet": (
+        "-monitor telnet:127.0.0.1:{port},server,nowait",
+        "-monitor telnet:127.0.0.1:{port}",
+    ),
+    "chardev-by-tcp": (
+        "-chardev socket,id=z,host=127.0.0.1,port={port},server=on,wait=off",
+        "-chardev 'z'",
+    ),
+    "debugger-by-tcp": ("-gdb tcp:127.0.0.1:{port}", "-gdb tcp:127.0.0.1:{port}"),
+    "port-forwarding-as-of-old": (
+        "-net nic -net user,hostfwd=tcp:127.0.0.1:{port}-:22",
+        "hostfwd=tcp:127.0.0.1:{port}-:22",
+    ),
+    "port-forwarding-as-json": (
+        '-netdev {{"type":"user","id":"n0","hostfwd":[{{"str":"tcp:127.0.0.1:{port}-:22"}}]}}',
+        "hostfwd=tcp:127.0.0.1:{port}-:22",
+    ),
+    "network-by-tcp": ("-netdev socket,id=n0,listen=127.0.0.1:{port}", "listen=127.0.0.1:{port}"),
+    "network-by-a-stream": (
+        "-netdev stream,id=n0,server=on,addr.type=inet,addr.host=127.0.0.1,addr.port={port}",
+        "addr.port={port}",
+    ),
 }
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 @pytest.mark.parametrize("row", ONLY_BY_SAVE)
 def test_what_two_qemus_cannot_have_at_once_is_named(make_machine: MakeMachine, row: str) -> None:
     more, named = ONLY_BY_SAVE[row]
     vm = make_machine()
-    boot(vm, added(*more.format(place=vm.place).split()))
+    port = free_port()
+    words = more.format(place=vm.place, port=port).split()
+    boot(vm, added(*words))
     status, lines = check(vm)
     assert status == 0
     (line,) = (line for line in lines if line.startswith("not by upgrade: "))
-    assert named in line
+    assert named.format(port=port) in line
     assert lines[-1] == "this VM (running) can be handed over"
+    upgraded = vm.upgrade(vm.qmp, [*vm.command, *words])
+    assert upgraded.returncode == 1
+    assert line.removeprefix("not by upgrade: ") in upgraded.stderr
+    vm.goes_on(5)
+
+
+def test_a_port_that_no_argument_names_is_found_all_the_same(make_machine: MakeMachine) -> None:
+    """Added by a monitor: what the kernel knows of the process counts."""
+    vm = make_machine()
+    boot(vm)
+    port = free_port()
+    address = {"type": "inet", "data": {"host": "127.0.0.1", "port": str(port)}}
+    backend = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
+    vm.execute("chardev-add", id="late", backend=backend)
+    _, lines = check(vm)
+    (line,) = (line for line in lines if line.startswith("not by upgrade: "))
+    assert f"127.0.0.1:{port} (TCP)" in line
+
+
+@pytest.mark.parametrize("where", ["-snapshot", "snapshot=on"])
+def test_a_disk_that_goes_with_its_qemu_is_refused(make_machine: MakeMachine, where: str) -> None:
+    vm = make_machine()
+    boot(vm, added(where) if where[0] == "-" else replaced("if=none,", "if=none,snapshot=on,"))
+    vm.goes_on(5)
+    status, lines = check(vm)
+    assert status == 1
+    assert "'d0'" in lines[0]
+    assert "without -snapshot and snapshot=on" in lines[0]
+    saved = vm.save()
+    assert saved.returncode == 1
+    assert lines[0].removeprefix("no: ") in saved.stderr
+    vm.goes_on(5)
+
+
+def test_a_monitor_that_is_pretty_is_said_to_be_of_no_use(make_machine: MakeMachine) -> None:
+    vm = make_machine()
+    pretty = vm.place / "pretty"
+    boot(vm, added("-chardev", f"socket,id=p,path={pretty},server=on,wait=off", "-mon",
+                   "chardev=p,mode=control,pretty=on"))  # fmt: skip
+    assert check(vm) == (0, ["this VM (running) can be handed over"])  # there is another one
+    end(vm)
+    at = vm.command.index("-qmp")
+    vm.command[at] = "-qmp-pretty"
+    vm.start()
+    vm.goes_on(5)
+    assert "cannot speak to such a one" in vm.said()
+    refused = vm.save()
+    assert refused.returncode == 1
+    assert "no QMP is spoken there" in refused.stderr
 
 
 def test_a_log_that_the_next_qemu_would_empty_is_named(make_machine: MakeMachine) -> None:

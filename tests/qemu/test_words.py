@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import struct
+from pathlib import Path
 
 import pytest
 
 import cprd
 from cprd.qemu import stream
+from cprd.qemu.check import about_command_line
 from cprd.qemu.command import Command, keyed
+from cprd.qemu.taken import refuse_taken
 from cprd.qemu.version import parse
 
 WORDS = [
@@ -49,6 +53,99 @@ def test_qmp_is_preferred_and_hmp_is_no_qmp() -> None:
     assert Command(["kvm", "-qmp", "unix:q,server=on"]).monitor_path() == "q"
     assert Command(["kvm", "-monitor", "unix:q,server=on"]).monitor_path() == ""
     assert Command(["kvm", "-qmp", "unix:q"]).monitor_path() == ""
+
+
+@pytest.mark.parametrize("hidden", ["-S", "-daemonize", "--incoming", "-loadvm", "-snapshot"])
+@pytest.mark.parametrize(
+    "flag", ["-enable-sync-profile", "-perfmap", "-jitdump", "-one-insn-per-tb", "-of-qemu-99"]
+)
+def test_nothing_that_is_refused_hides_behind_a_flag(flag: str, hidden: str) -> None:
+    with pytest.raises(cprd.InvalidInput, match=hidden.removeprefix("-")):
+        Command(["qemu-system-x86_64", "-m", "1G", flag, hidden, "x"])
+    assert Command(["kvm", flag, "-qmp", "unix:q,server=on"]).monitor_path() == "q"
+
+
+@pytest.mark.parametrize("option", ["-append", "-name"])
+def test_free_text_may_look_like_an_option(option: str) -> None:
+    command = Command(["qemu-system-x86_64", option, "-S", "-m", "1G"])
+    assert list(command.values(option[1:])) == ["-S"]
+    assert list(command.values("m")) == ["1G"]
+
+
+def test_a_disk_that_forgets_is_refused() -> None:
+    with pytest.raises(cprd.InvalidInput, match="snapshot=on"):
+        Command(["kvm", "-drive", "file=d,if=virtio,snapshot=on"])
+    assert Command(["kvm", "-drive", "file=d", "-drive", "file=d,snapshot=off"])
+
+
+MONITORS = [
+    "kvm", "-qmp-pretty", "unix:/p,server=on", "-qmp", "unix:/q,server=on", "-monitor",
+    "unix:/h,server=on", "-chardev", "socket,id=c,path=/c,server=on", "-mon",
+    "chardev=c,mode=control", "-chardev", "socket,id=d,path=/d,server=on", "-mon", "chardev=d",
+    "-qmp", "tcp:localhost:4444,server=on",
+]  # fmt: skip
+
+
+def test_every_monitor_is_known_and_a_pretty_one_comes_last() -> None:
+    command = Command(MONITORS)
+    assert sorted(command.monitors()) == [("/c", False), ("/p", True), ("/q", False)]
+    assert sorted(path for path, _ in command.monitors(people=True)) == [
+        "/c", "/d", "/h", "/p", "/q",
+    ]  # fmt: skip
+    assert command.monitor_path() == "/q"
+    assert command.only_pretty() == ""
+    assert "/p" in Command(MONITORS[:3]).only_pretty()
+
+
+@pytest.mark.parametrize("where", ["/c", "/d", "/h", "/p", "/q"])
+def test_a_qemu_that_listens_at_any_of_its_monitors_is_not_started_again(
+    tmp_path: Path, where: str
+) -> None:
+    command = Command([word.replace("/", f"{tmp_path}/") for word in MONITORS])
+    refuse_taken(command)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(f"{tmp_path}{where}")
+        other.listen(1)
+        with pytest.raises(cprd.Busy, match="listens at"):
+            refuse_taken(command)
+    refuse_taken(command)  # the path is there, and nobody behind it
+
+
+def test_every_path_at_which_a_qemu_listens() -> None:
+    command = Command([
+        "kvm", "-gdb", "unix:/1,server=on", "-debugcon", "unix:/2,server=on",
+        "-serial", "mon:unix:/3,server=on", "-display", "vnc=unix:/4",
+        "-vnc", "unix:/5,share=force-shared",
+        "-netdev", "stream,id=n,server=on,addr.type=unix,addr.path=/6",
+        "-netdev", '{"type":"stream","id":"m","server":true,"addr":{"type":"unix","path":"/7"}}',
+        "-netdev", "stream,id=o,server=off,addr.type=unix,addr.path=/8",
+    ])  # fmt: skip
+    assert sorted(path for _, path in command.listening()) == [f"/{n}" for n in range(1, 8)]
+
+
+VSOCK = ["-device", "vhost-vsock-pci,guest-cid=3"]
+BY_NOW = ["-device", '{"driver":"vhost-vsock-pci","guest-cid":3}']
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["-netdev", "tap,id=n,ifname=tap7"], "tap7"),
+        (["-netdev", '{"type":"tap","id":"n","ifname":"tap7"}'], "tap7"),
+        (["-net", "tap,ifname=tap7"], "tap7"),
+        (["-netdev", "tap,id=n,fd=7"], ""),
+        (["-s"], "tcp::1234"),
+        (["-spice", "port=5930,disable-ticketing=on"], "port=5930"),
+        (["-serial", "tcp:127.0.0.1:4444"], ""),  # a client
+        (["-vnc", "none"], ""),
+        (VSOCK, "guest-cid=3"),
+        (BY_NOW, "guest-cid=3"),
+    ],
+)
+def test_what_two_qemus_cannot_have_at_once(words: list[str], named: str) -> None:
+    conflicts, _ = about_command_line(["kvm", *words])
+    assert len(conflicts) == bool(named)
+    assert all(named in conflict for conflict in conflicts)
 
 
 def test_an_empty_command_is_a_usage_error() -> None:
