@@ -89,6 +89,11 @@ def _with_qmp(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
                 "cprctl qemu needs the Python package qemu.qmp: pip install 'qemu.qmp>=0.0.3', or"
                 " cprd with its extra: pip install '.[qemu]'"
             )
+        if "qmp" in args:
+            from cprd.qemu.overlap import mend
+            from cprd.qemu.qmp import socket_path
+
+            mend(socket_path(args.qmp))
         return run(args)
 
     return checked

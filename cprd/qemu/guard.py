@@ -4,6 +4,9 @@ Until it is told that the guest is about to run, the end of the helper (however 
 QEMU: a QEMU that waits for a state which nobody will send would otherwise stand there for ever.
 From then on it only passes on what QEMU says on stderr, as `cat`, until QEMU ends: the pipe cannot
 be taken out of a running QEMU again.
+
+In an upgrade it is also who sees to the paths of sockets that the old QEMU takes along when it ends
+(overlap.py), since it outlives the helper: it waits for that before it becomes `cat`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable
+
+    from cprd.qemu.overlap import SharedPaths
 
 _KEPT = 4096  # bytes of what was said, for the reason of a reject
 _DISARM = b"d"
@@ -36,16 +41,18 @@ class Guard:
         said: int,
         pidfd: int,
         onward: int = 2,
-        after_kill: Callable[[], None] = lambda: None,
+        *,
+        old: int = -1,
+        shared: SharedPaths | None = None,
     ) -> Guard:
         """Start it, as a child. `said`: the pipe to read, which becomes the guard's (closed here);
-        `pidfd`: of the QEMU, borrowed; `onward`: where QEMU's words go once the guest runs;
-        `after_kill`: done by the guard once it has ended the QEMU for a helper that died."""
+        `pidfd`: of the QEMU, borrowed; `onward`: where QEMU's words go once the guest runs; `old`:
+        the pidfd of the QEMU that it takes the place of, borrowed, and the paths they share."""
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
             try:
-                _be_guard(theirs, said, pidfd, onward, after_kill)
+                _be_guard(theirs, said, pidfd, onward, old, shared)
             finally:
                 os._exit(0)
         theirs.close()
@@ -75,11 +82,19 @@ class Guard:
 
 
 def _be_guard(
-    control: socket.socket, said: int, pidfd: int, onward: int, after_kill: Callable[[], None]
+    control: socket.socket,
+    said: int,
+    pidfd: int,
+    onward: int,
+    old: int,
+    shared: SharedPaths | None,
 ) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)  # QEMU has something to say when it is ended, too
-    _close_others((0, 1, 2, control.fileno(), said, pidfd, onward))
+    kept_open = [0, 1, 2, control.fileno(), said, pidfd, onward]
+    if shared is not None:
+        kept_open += [old, *shared.fds]
+    _close_others(kept_open)
     kept = bytearray()
     poll = select.poll()
     poll.register(control.fileno(), select.POLLIN)
@@ -96,6 +111,9 @@ def _be_guard(
                 continue
             word = control.recv(1)
             if word == _DISARM:
+                if shared is not None:
+                    control.close()
+                    _see_the_old_one_out(said, pidfd, onward, old, shared)
                 _be_cat(said, onward)
             if word == _SAID:
                 while data := os.read(said, 65536):
@@ -108,8 +126,31 @@ def _be_guard(
                 ended = select.poll()
                 ended.register(pidfd, select.POLLIN)
                 ended.poll(10_000)
-                after_kill()
+                if shared is not None:
+                    shared.give_back()
             return
+
+
+def _see_the_old_one_out(said: int, pidfd: int, onward: int, old: int, shared: SharedPaths) -> None:
+    """Until one of the two QEMUs has ended; then the paths that they shared are the other's."""
+    os.dup2(onward, 2)  # who called the helper may wait until nobody has its output any more
+    os.dup2(onward, 1)
+    poll = select.poll()
+    for fd in (said, pidfd, old):
+        poll.register(fd, select.POLLIN)
+    while True:
+        ready = {fd for fd, _ in poll.poll()}
+        if said in ready:
+            data = os.read(said, 65536)
+            _write(data)
+            if not data:
+                poll.unregister(said)
+        if pidfd in ready and old in ready:
+            return shared.both_have_ended()
+        if old in ready:
+            return shared.old_has_ended()
+        if pidfd in ready:
+            return shared.new_has_ended()
 
 
 def _be_cat(said: int, onward: int) -> None:
@@ -131,7 +172,7 @@ def _write(data: bytes) -> None:
             data = data[os.write(2, data) :]
 
 
-def _close_others(kept: tuple[int, ...]) -> None:
+def _close_others(kept: Iterable[int]) -> None:
     last = -1
     for fd in sorted(set(kept)):
         if last + 1 < fd:  # closerange(0, 0) closes everything on a Linux with close_range(2)

@@ -10,6 +10,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from cprd.errors import Busy
+from cprd.qemu.overlap import mend
 
 if TYPE_CHECKING:
     from cprd.qemu.command import Command
@@ -19,6 +20,7 @@ def refuse_taken(command: Command) -> None:
     """Raises Busy when a process listens at the path of a monitor of COMMAND's own. (A command
     without any cannot be asked.) Says nothing on that connection."""
     for path, _ in command.monitors(people=True):
+        mend(path)
         if _is_taken(path):
             raise Busy(
                 f"a QEMU listens at {path} already, and its guest may run: nothing was started."

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ from cprd.qemu.failure import Failed, InDoubt, MonitorLost, Refused
 from cprd.qemu.guard import Guard
 from cprd.qemu.hold import LIVE, Origin, pack
 from cprd.qemu.overlap import SharedPaths
-from cprd.qemu.private import PrivatePlace
+from cprd.qemu.private import MARK, PrivatePlace
 from cprd.qemu.process import Process
 from cprd.qemu.qmp import Monitor, event_is, socket_path, stamp
 from cprd.qemu.record import Recorder, Settings, describe
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from cprd.qemu.command import Command
 
 TIMEOUT = 30.0
-MARK = "untouched"
 
 
 class Upgraded:
@@ -126,7 +126,8 @@ class _Move:
         self.old_process = old.process
         self.status = status
         self.timeout = timeout
-        self.shared = SharedPaths(found for _, found in command.listening())
+        also = (found for _, found in command.listening())
+        self.shared = SharedPaths(old.process.pid, command.words, also)
         self.place = PrivatePlace(path, old.process.uid)
         self.new_place = PrivatePlace(command.monitor_path() or path, old.process.uid)
         self.mark = os.path.join(self.place.path, MARK)
@@ -160,7 +161,13 @@ class _Move:
         point("qemu-upgrade:forked")
         assert self.new is not None
         stderr = onward(self.old_process, 2)
-        self.guard = Guard.fork(self.plumbing.said, self.new.pidfd, stderr, self.shared.give_back)
+        self.guard = Guard.fork(
+            self.plumbing.said,
+            self.new.pidfd,
+            stderr,
+            old=self.old_process.pidfd,
+            shared=self.shared,
+        )
         os.close(stderr)
         self.plumbing.said = -1
         launch.say(
@@ -182,7 +189,8 @@ class _Move:
         self.monitor = await self.replayer.greet()
         if (now := await self.monitor.status()) != "inmigrate":
             raise Failed(f"the new QEMU is {now!r} where it should wait for its state")
-        self.place.create(MARK)
+        self.shared.new_listens()
+        self.place.create(MARK, json.dumps(self.old_process.record()))
         self._rehearse()
         # New is good, as far as one can know without the guest's state. Nothing has stopped yet.
         point("qemu-upgrade:ready")
@@ -263,9 +271,10 @@ class _Move:
             succeed(self.new.pid, "The guest goes on in a new QEMU.")
         except (CprdError, OSError) as error:
             print(f"cprctl: the service manager was not told: {error}", file=sys.stderr)
-        self.shared.before_quit()
+        point("qemu-upgrade:succeeded")
         await end(self.old, self.old_process)
-        self.shared.after_quit()
+        point("qemu-upgrade:quit")
+        self.shared.old_has_ended()  # the guard does it too, and without us
         point("qemu-upgrade:ended")
         await self._forget()
         point("qemu-upgrade:forgotten")
@@ -371,6 +380,7 @@ class _Move:
         if self.recorder is not None:
             self.recorder.close()
         self.plumbing.close()
+        self.shared.close()
         self.place.close()
         self.new_place.close()
         if self.new is not None:
