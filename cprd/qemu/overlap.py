@@ -64,7 +64,7 @@ class SharedPaths:
         """The new QEMU has made its sockets: what it has taken gets a third name, what it has not
         is none of ours. Raises Refused."""
         for path in list(self._paths):
-            if path.is_same("", OLD):
+            if path.is_old(""):
                 path.remove(OLD, NEW)
                 self._paths.remove(path)
                 continue
@@ -81,7 +81,8 @@ class SharedPaths:
     def give_back(self) -> None:
         """The new QEMU has failed and ended: the paths are the old one's again."""
         for path in self._paths:
-            path.rename(OLD, "")
+            if path.is_old(OLD):  # (not what an upgrade that was killed long ago has left)
+                path.rename(OLD, "")
             path.remove(OLD, NEW)  # (a rename to itself leaves both names)
 
     def old_has_ended(self) -> None:
@@ -95,7 +96,7 @@ class SharedPaths:
     def new_has_ended(self) -> None:
         """While the old one lives: it gets back what nobody has taken meanwhile."""
         for path in self._paths:
-            if path.is_missing() or path.is_same("", NEW):
+            if path.is_old(OLD) and (path.is_missing() or path.is_same("", NEW)):
                 path.rename(OLD, "")
             path.remove(OLD, NEW)
 
@@ -139,6 +140,7 @@ class _Path:
         self.at = at
         self.name = name
         self.where = where
+        self._old = self._stat("")
 
     @classmethod
     def open(cls, where: str, *, missing: bool = False) -> _Path | None:
@@ -160,6 +162,11 @@ class _Path:
         """Whether there is no socket of that name."""
         there = self._stat(suffix)
         return there is None or not stat.S_ISSOCK(there.st_mode)
+
+    def is_old(self, suffix: str) -> bool:
+        """Whether that name is of the socket that was here first."""
+        there = self._stat(suffix)
+        return self._old is not None and there is not None and os.path.samestat(self._old, there)
 
     def is_same(self, one: str, other: str) -> bool:
         first, second = self._stat(one), self._stat(other)

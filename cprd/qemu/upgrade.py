@@ -139,7 +139,6 @@ class _Move:
 
     async def run(self) -> Upgraded:
         settings = await Settings.prepare(self.old)
-        self.shared.before_new()
         try:
             await self._prepare_new()
             await self._forward()
@@ -170,6 +169,9 @@ class _Move:
         )
         os.close(stderr)
         self.plumbing.said = -1
+        point("qemu-upgrade:guarded")
+        self.shared.before_new()  # the guard undoes it, should we be killed
+        point("qemu-upgrade:named")
         launch.say(
             self.plumbing.talk,
             go=True,

@@ -103,10 +103,22 @@ def test_a_second_name_that_is_taken_costs_nothing(vm: Machine) -> None:
     done = vm.upgrade(vm.qmp, vm.command)
     assert done.returncode == 1
     assert "cannot get a second name" in done.stderr
+    assert "the guest runs on in its QEMU" in done.stderr
     assert vm.status() == "running"
     vm.goes_on(5)
     (vm.place / "qmp.old").rmdir()
     assert vm.upgrade(vm.qmp, vm.command).returncode == 0
+    assert vm.status() == "running"
+
+
+def test_a_second_name_of_long_ago_is_not_given_back(vm: Machine) -> None:
+    """By an upgrade that fails before it gives second names itself."""
+    listen(vm.place / "qmp.old").close()
+    (old,) = vm.alive()
+    process = stopped_upgrade(vm, "guarded")
+    process.kill()
+    process.wait(PATIENCE)
+    vm.until(lambda: vm.alive() == [old] and second_names(vm) == [], "the end of the new one")
     assert vm.status() == "running"
 
 
