@@ -62,11 +62,7 @@ class Command:
         if not self.words:
             raise InvalidInput("no QEMU command: write it after --")
         self.program = next(
-            (
-                at
-                for at, word in enumerate(self.words)
-                if _PROGRAM.fullmatch(os.path.basename(word))
-            ),
+            (at for at, word in enumerate(self.words) if is_qemu(word)),
             0,
         )
         self.options = list(_options(self.words[self.program + 1 :]))
@@ -190,6 +186,11 @@ class Command:
         for kind, addr in channels:
             added += ["-incoming", json.dumps({"channel-type": kind, "addr": addr})]
         return self.words + added
+
+
+def is_qemu(word: str) -> bool:
+    """Whether a program is called like a QEMU."""
+    return _PROGRAM.fullmatch(os.path.basename(word)) is not None
 
 
 def keyed(value: str) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """Which version a QEMU command is: all of it is run with -version, and the answer remembered by the
-program's inode and mtime. A package upgrade changes both; where the file cannot be told (a wrapper
-that we do not know), it is asked each time (some 20 ms)."""
+program's inode and mtime. A package upgrade changes both. That holds only for what the kernel
+itself executes under that name: behind a script, or a wrapper that may look elsewhere (a chroot, a
+container, sudo), the QEMU can be another one while nothing that we see changes. There it is asked
+each time (some 20 ms)."""
 
 from __future__ import annotations
 
@@ -9,9 +11,12 @@ import re
 import shutil
 from typing import TYPE_CHECKING
 
+from cprd.qemu.command import is_qemu
 from cprd.qemu.failure import Refused
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cprd.qemu.command import Command
 
 _VERSION = re.compile(r"version (\d+)\.(\d+)(?:\.(\d+))?")
@@ -61,21 +66,56 @@ def _ask(words: list[str]) -> tuple[int, int, int]:
     return version
 
 
+_TRANSPARENT = frozenset(("chrt", "ionice", "nice", "prlimit", "setpriv", "taskset"))
+"""Wrappers that execute the next program of the same file system and environment, and no other."""
+
+
+def forget(command: Command) -> None:
+    """What was remembered has proved wrong, or may have: ask next time. Best effort."""
+    key = _key(command).replace("\n", " ")
+    if not key:
+        return
+    path = _file()
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = [line for line in file if line.rstrip("\n").partition(" ")[2] != key]
+        new = f"{path}.{os.getpid()}"
+        with open(new, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(lines)
+        os.rename(new, path)
+    except OSError:
+        pass
+
+
 def _key(command: Command) -> str:
-    """What the answer is remembered under; "" when the program's file cannot be told."""
+    """What the answer is remembered under; "" when the program's file does not tell the version."""
     program = command.words[command.program]
     wrappers = command.wrappers
-    if any(os.path.basename(word) in ("chroot", "unshare", "nsenter", "env") for word in wrappers):
+    if not is_qemu(program) or not _are_transparent(wrappers):
         return ""
     path = shutil.which(program)
     if path is None:
         return ""
     try:
-        there = os.stat(path)
+        with open(path, "rb") as file:
+            if file.read(4) != b"\x7fELF":
+                return ""  # a script: what it executes may change and it stay the same
+            there = os.fstat(file.fileno())
     except OSError:
         return ""
     words = "\0".join([*wrappers, os.path.realpath(path)])
     return f"{there.st_dev}:{there.st_ino}:{there.st_mtime_ns}:{words}"
+
+
+def _are_transparent(wrappers: Sequence[str]) -> bool:
+    """Whether all of them are known. A word among their arguments that could be run as well counts
+    as another wrapper."""
+    names = [
+        os.path.basename(word)
+        for at, word in enumerate(wrappers)
+        if at == 0 or (not word.startswith("-") and shutil.which(word) is not None)
+    ]
+    return all(name in _TRANSPARENT for name in names)
 
 
 def _file() -> str:
