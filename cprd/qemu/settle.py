@@ -39,10 +39,16 @@ def full_name(daemon: Daemon, name: str) -> str:
 
 
 def owned_name(name: str, uid: int) -> str:
-    """NAME for a QEMU of `uid`: as root the hold of another uid's QEMU belongs to that one."""
-    if os.geteuid() != 0 or "/" in name or uid in (-1, 0):
+    """NAME for a QEMU of `uid`: as root the hold of another uid's QEMU belongs to that one. Raises
+    Refused for UID/NAME with another UID: it would give one user the memory of another's guest."""
+    if os.geteuid() != 0 or uid == -1:
         return name
-    return f"{uid}/{name}"
+    owner, slash, rest = name.partition("/")
+    if slash and owner.isdecimal() and int(owner) != uid:
+        raise Refused(
+            f"{name!r}: this QEMU is of uid {uid}, and so is its hold: {rest!r} or '{uid}/{rest}'"
+        )
+    return name if slash or uid == 0 else f"{uid}/{name}"
 
 
 def look(daemon: Daemon, name: str) -> tuple[dict[str, Any] | None, Origin | None]:

@@ -325,6 +325,21 @@ def test_wrappers_and_the_uid_of_the_qemu(make_machine: MakeMachine) -> None:
     assert rows(vm) == []
 
 
+def test_root_cannot_give_one_users_guest_to_another(vm: Machine) -> None:
+    """UID/NAME says whose hold it is, and the QEMU's own uid decides that."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    vm.name = "4242/vm"
+    for done in (vm.save(), vm.upgrade(vm.qmp, vm.command)):
+        assert done.returncode == 1
+        assert "this QEMU is of uid 0" in done.stderr
+    assert rows(vm) == []
+    vm.goes_on()
+    vm.name = "0/vm"
+    assert vm.save().returncode == 0
+    assert [(row["name"], row["uid"]) for row in rows(vm)] == [("vm", 0)]
+
+
 # Upgrade
 
 
