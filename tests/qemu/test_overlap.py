@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cprd.peers import credentials
-from cprd.qemu.overlap import mend
+from cprd.qemu.overlap import SharedPaths, mend
 from cprd.qemu.private import MARK, PrivatePlace
 from cprd.qemu.process import Process
 from tests.qemu.conftest import MakeMachine
@@ -246,6 +246,43 @@ def test_a_dead_second_name_mends_nothing(tmp_path: Path) -> None:
     mend(str(tmp_path / "qmp"))
     mend(str(tmp_path / "nowhere" / "qmp"))
     assert [entry.name for entry in tmp_path.iterdir()] == ["qmp.new"]
+
+
+@pytest.mark.parametrize("where", ["relative", "in a root of its own"])
+def test_a_socket_is_found_where_its_process_sees_it(tmp_path: Path, where: str) -> None:
+    if where != "relative" and os.geteuid() != 0:
+        pytest.skip("needs root")
+    ready, said = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.chdir(tmp_path)
+            if where != "relative":
+                os.chroot(tmp_path)
+            here = listen(Path("qmp" if where == "relative" else "/qmp"))
+            os.write(said, b"x")
+            signal.pause()
+            here.close()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(ready, 1)
+        shared = SharedPaths(child, [])
+        shared.before_new()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["qmp", "qmp.old"]
+        (tmp_path / "qmp").unlink()
+        with listen(tmp_path / "qmp"):
+            shared.new_listens()
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            (tmp_path / "qmp").unlink()
+            shared.old_has_ended()  # although its root is gone with it
+            assert answers(tmp_path / "qmp")
+        assert [path.name for path in tmp_path.iterdir()] == ["qmp"]
+        shared.close()
+    finally:
+        os.close(ready)
+        os.close(said)
 
 
 # What killed helpers leave beside a monitor
