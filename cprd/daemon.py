@@ -100,6 +100,8 @@ class Daemon:
     def adopt(self, left: list[tuple[Hold, dict[str, int]]], blind: str) -> None:
         """Take over what an earlier daemon left: holds, and their pidfds, which this owns now."""
         self.registry.blind = blind
+        if blind:
+            log.event("blind", level=log.ERROR, why=blind)
         for over in self.registry.adopt(hold for hold, _ in left):
             log.event("over", uid=over.uid, name=over.name, generation=over.generation)
             self.keeper.forget(over)
@@ -1021,6 +1023,7 @@ class Daemon:
                 pid=os.getpid(),
                 uptime=now() - self.started,
                 kept=self.keeper.kept,
+                blind=self.registry.blind or None,
                 phases=phases,
                 uids=uids,
                 connections=len(self.connections),

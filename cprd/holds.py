@@ -243,11 +243,20 @@ class Registry:
         return self._by_generation.get(generation)
 
     def top(self, key: Key) -> Hold:
-        """The record that speaks for a name. Raises NotHeld."""
+        """The record that speaks for a name. Raises NotHeld, or Busy when nobody can know."""
         records = self.of(key)
         if not records:
+            self._check_blind(key)
             raise NotHeld(f"nothing is held under {key[1]!r}")
         return records[-1]
+
+    def _check_blind(self, key: Key) -> None:
+        """Of a name without a record. Raises Busy when it may have one that is out of sight."""
+        if self.blind and not self.of(key):
+            raise Busy(
+                f"{key[1]!r} may be held, out of this cprd's sight: {self.blind}; run the newer"
+                " cprd again (docs/operations.md: blind)"
+            )
 
     def usage(self, uid: int) -> Usage:
         return self._usage.get(uid, Usage())
@@ -327,6 +336,7 @@ class Registry:
         self, now: float, key: Key, peer: Peer, predecessor: int, if_exists: str
     ) -> tuple[Hold, ...]:
         """What a new hold under this name would end. Raises AlreadyHeld or Busy."""
+        self._check_blind(key)  # it would be over one that comes to light again, and end it
         for hold in self.of(key):
             if (
                 hold.phase == IN_DOUBT
@@ -459,8 +469,6 @@ class Registry:
 
         Raises what a load would raise: NotHeld, Busy, Damaged."""
         records = self.of(key)
-        if not records and self.blind:
-            raise Busy(f"{key[1]!r} may be held: {self.blind}")
         top = self.top(key)
         repeated = nonce and top.phase == CLAIMED and top.last == nonce
         if repeated and peer is not None and top.claimant == peer.pid:

@@ -156,7 +156,7 @@ class Keeper:
     def _may_replace(self) -> bool:
         """Whether a new slot would be as safe as an old one: not when the shelf that counts is not
         stored, and an older one is."""
-        older = (*self.retired, *self.beside)
+        older = (*self.retired, *self.beside, *self.untouchable)
         return self.shelf.durable or not any(one.was_durable for one in older)
 
     def _rewrite(self, old: Slot, hold: Hold, roles: Pidfds, answers: Sequence[Answered]) -> None:
@@ -318,64 +318,75 @@ class Keeper:
         Returns the holds with their pidfds by role (the caller owns them), and why there may be
         holds that nobody can name ("": there are none)."""
         blind = ""
-        counts: dict[int, tuple[Shelf, shelf.Read]] = {}
+        reads: dict[int, tuple[Shelf, shelf.Read]] = {}
         replaced: set[int] = set()
         for number in sorted(pairs):
             outlet, inlet = pairs[number]
-            self._last_number = max(self._last_number, number)
             old = Shelf(number, inlet, outlet)
             old.durable = number in durable
             old.was_durable = old.durable or number in once
             read, old.messages = shelf.read(outlet)
-            if read.unreadable:
-                blind = f"shelf {number} cannot be read: {read.unreadable}"
-                self.untouchable.append(old)
-                _close_pairs(read.slots)
-            elif not read.complete:  # a spare, or one that was being filled: it never counted
-                _close_pairs(read.slots)
-                self._retire(old)
-            else:
-                counts[number] = (old, read)
+            reads[number] = old, read
+            if read.complete:
                 replaced.update(read.replaces)
-                self._last_number = max(self._last_number, *read.replaces, 0)
-        # There is more than one where a newer cprd, whose shelf could not be read meanwhile, comes
-        # back to what an older one has kept.
-        found: dict[int, tuple[Hold, dict[str, int]]] = {}
-        ended: list[Slot] = []
+            self._last_number = max(self._last_number, number, *read.replaces, 0)
+        # There is more than one that counts where cprd was downgraded, or upgraded after that: an
+        # older one leaves alone what it cannot read of a newer one's shelf, and has one of its own.
+        lying = _Lying()
         self.shelf.close()
         self.shelf = self.new_spare()
-        for number, (old, read) in counts.items():
-            if number in replaced:
+        for number, (old, read) in reads.items():
+            if read.unknown and number not in replaced:
+                blind = blind or f"shelf {number} cannot be read: {read.unknown}"
+            over = number in replaced or not read.complete  # a spare, or one that was being filled
+            if over and not read.unknown:  # all slots that are on it lie elsewhere, too
                 _close_pairs(read.slots)
                 self._retire(old)
                 continue
-            self.beside.append(old)
+            alone = read.unreadable or read.unknown
+            (self.untouchable if alone else self.beside).append(old)
             self._know(read.outcomes)
             for fds in read.slots:
-                why = self._adopt_slot(fds, found, ended)
+                why = self._adopt_slot(fds, lying, number)
                 blind = blind or why
         if self.beside:
             self.shelf.close()
             self.shelf = self.beside.pop()
-        else:
+        # Slots that only a shelf leads to which is left alone: the one that counts leads to them as
+        # well from now on, so that they are as safe as what is saved anew.
+        counts = {self.shelf.number, *(other.number for other in self.beside)}
+        strays = [
+            slot.fileno_pair(held)
+            for held in self.slots.values()
+            if not lying.on[lying.inode(held.outlet.fileno())] & counts
+        ]
+        fresh = self.shelf.number not in reads
+        try:
+            if fresh:
+                self.shelf.add_slots(strays)
+            elif strays:
+                self._append(lambda: self.shelf.add_slots(strays))
+        except (LimitExceeded, ShelfFull) as error:  # they go on lying where they lie
+            log.event("shelf-not-compacted", level=log.WARNING, why=str(error) or FULL)
+        if fresh:
             self.shelf.complete()
         known = {outcome["nonce"] for outcome in self._outcomes()}
         self._remember(
             [
                 {**answer, "generation": 0}
-                for dead in ended
+                for dead in lying.ended
                 for answer in dead.answers
                 if answer["nonce"] not in known
             ]
         )
-        for dead in ended:
-            self._drain(dead, 0)
+        for dead in lying.ended:
+            self._drain(dead, dead.uid)
         if self.beside:
             try:
                 self.compact()
             except LimitExceeded as error:
                 log.event("shelf-not-compacted", level=log.WARNING, why=str(error))
-        return list(found.values()), blind
+        return list(lying.found.values()), blind
 
     def answers(self) -> list[Answered]:
         """All that were given to requests some of which may be repeated; older first."""
@@ -385,14 +396,15 @@ class Keeper:
         every.sort(key=lambda answer: float(answer["at"]))
         return every
 
-    def _adopt_slot(
-        self,
-        fds: tuple[int, int],
-        found: dict[int, tuple[Hold, dict[str, int]]],
-        ended: list[Slot],
-    ) -> str:
-        """One slot, (outlet, inlet), which this owns now, goes to `found` or to `ended`. Returns
-        why nobody can tell whose it is, as a rule ""."""
+    def _adopt_slot(self, fds: tuple[int, int], lying: _Lying, number: int) -> str:
+        """One slot, (outlet, inlet), of shelf `number`, which this owns now. Returns why nobody can
+        tell whose it is, as a rule ""."""
+        inode = lying.inode(fds[0])
+        known = inode in lying.on
+        lying.on.setdefault(inode, set()).add(number)
+        if known:  # the same slot, on two shelves
+            _close_pairs([fds])
+            return ""
         outlet, inlet = (
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd) for fd in fds
         )
@@ -413,18 +425,29 @@ class Keeper:
             self.slots[-1 - len(self.slots)] = old  # stays on the shelf, come what may
             return f"a slot cannot be read: {error}"
         if hold is None:
-            ended.append(old)
+            lying.ended.append(old)
             return ""
         earlier = self.slots.get(hold.generation)
         if earlier is not None:
-            _close_roles(found[hold.generation][1])
-            if os.path.sameopenfile(earlier.outlet.fileno(), outlet.fileno()):
-                earlier.close()  # the same slot, on two shelves
-            else:
-                self._drain(earlier, hold.uid)  # the daemon died while it wrote this slot anew
+            _close_roles(lying.found[hold.generation][1])
+            self._drain(earlier, hold.uid)  # the daemon died while it wrote this slot anew
         self.slots[hold.generation] = old
-        found[hold.generation] = hold, pidfds
+        lying.found[hold.generation] = hold, pidfds
         return ""
+
+
+class _Lying:
+    """What was found on shelves: holds and their pidfds by generation, slots that have ended, and
+    on which shelves each slot lies."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[Hold, dict[str, int]]] = {}
+        self.ended: list[Slot] = []
+        self.on: dict[int, set[int]] = {}  # by inode: it is the same slot that two may lead to
+
+    @staticmethod
+    def inode(fd: int) -> int:
+        return os.fstat(fd).st_ino
 
 
 def _close_pairs(pairs: Iterable[tuple[int, int]]) -> None:

@@ -8,6 +8,10 @@ systemd's descriptor store across anything.
 It is written anew (`Keeper.compact`) by filling an empty spare shelf and ending that with a record
 "complete", which names the shelves that it replaces: a shelf without such a record never counted,
 and one that is replaced does not count any more, so every moment of the change is safe.
+
+What a shelf leads to is frozen for all versions: the prefix of a record, its kinds, that the
+descriptors of a record of slots are outlet and inlet in turn, and what "complete" replaces. So a
+cprd that cannot read all of a shelf still finds every slot on it, and leaves the shelf as it is.
 docs/bundle.md has the layout.
 """
 
@@ -119,15 +123,15 @@ class Shelf:
 class Read:
     """What lay on a shelf: slots as (outlet, inlet), which the reader owns."""
 
-    __slots__ = ("complete", "number", "outcomes", "replaces", "slots", "unreadable")
+    __slots__ = ("complete", "outcomes", "replaces", "slots", "unknown", "unreadable")
 
     def __init__(self) -> None:
-        self.number = 0
         self.slots: list[tuple[int, int]] = []
         self.outcomes: list[dict[str, Any]] = []
         self.complete = False
         self.replaces: list[int] = []
         self.unreadable = ""  # why something on it cannot be read; it must stay as it is then
+        self.unknown = ""  # why there may be slots on it that nobody can find; it must stay, too
 
 
 def read(outlet: socket.socket) -> tuple[Read, int]:
@@ -137,26 +141,47 @@ def read(outlet: socket.socket) -> tuple[Read, int]:
     for data, fds in records(outlet, MAX_RECORD):
         messages += 1
         try:
-            magic, version, kind = PREFIX.unpack_from(data)
-            if magic != MAGIC or version != VERSION:
-                raise ValueError(f"a shelf record of version {version}")
-            content = msgpack.unpackb(data[PREFIX.size :], raw=False)
-            if kind == SLOTS and len(fds) == 2 * content["n"]:
-                found.slots += zip(fds[::2], fds[1::2], strict=True)
-                fds.clear()
-            elif kind == OUTCOMES:
-                found.outcomes += content["all"]
-            elif kind == COMPLETE:
-                found.complete = True
-                found.replaces += content["replaces"]
-            elif kind == HEADER:
-                found.number = content["number"]
-            else:
-                raise ValueError(f"a shelf record of kind {kind!r} with {len(fds)} descriptors")
+            _read_record(found, data, fds)
+        except _Unknown as error:
+            found.unknown = found.unknown or f"{error}; this cprd reads version {VERSION}"
         except Exception as error:
-            found.unreadable = f"{error}; this cprd reads version {VERSION}"
+            found.unreadable = found.unreadable or f"{error}; this cprd reads version {VERSION}"
         close_all(fds)
     return found, messages
+
+
+class _Unknown(Exception):
+    """A record that may be anything, slots too."""
+
+
+def _read_record(found: Read, data: bytes, fds: list[int]) -> None:
+    """Note in `found` what a record says; of its descriptors, those of slots are taken out.
+
+    Raises _Unknown, or anything else for what cannot be read and is known not to be slots."""
+    if len(data) < PREFIX.size or not data.startswith(MAGIC):
+        raise _Unknown("a record that is not of a shelf")
+    _, version, kind = PREFIX.unpack_from(data)
+    what = f"a record of version {version}"
+    if kind not in (HEADER, SLOTS, OUTCOMES, COMPLETE):
+        raise _Unknown(f"{what} and of kind {kind!r}")
+    ours = version == VERSION
+    if kind == SLOTS:
+        if len(fds) % 2 or (ours and len(fds) != 2 * _content(data)["n"]):
+            raise _Unknown(f"{what} with {len(fds)} descriptors")
+        found.slots += zip(fds[::2], fds[1::2], strict=True)
+        fds.clear()
+    elif kind == COMPLETE:
+        found.complete = True
+        found.replaces += [int(number) for number in _content(data)["replaces"]]
+    elif kind == OUTCOMES and ours:
+        found.outcomes += _content(data)["all"]
+    if not ours:
+        raise ValueError(what)
+
+
+def _content(data: bytes) -> dict[str, Any]:
+    content: dict[str, Any] = msgpack.unpackb(data[PREFIX.size :], raw=False)
+    return content
 
 
 def records(outlet: socket.socket, size: int) -> Iterator[tuple[bytes, list[int]]]:

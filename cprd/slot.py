@@ -8,7 +8,8 @@ dead; with it go the answers to the requests that made the hold what it was, so 
 ended it is answered again should its answer have been lost.
 
 A record begins with a prefix that is frozen for all versions (owner, generation, name), so that a
-cprd that cannot read the rest still knows whose it is. A prefix without a name is the last record.
+cprd that cannot read the rest still knows whose it is, and can end it: a prefix without a name is
+the last record, in every version.
 docs/bundle.md has the layout.
 """
 
@@ -71,6 +72,14 @@ def is_last(data: bytes) -> bool:
     return data[:4] == MAGIC and len(data) >= PREFIX.size and data[PREFIX.size - 1] == 0
 
 
+def owner(data: bytes, otherwise: int) -> int:
+    """The uid in a record's prefix: so in every version."""
+    if data[:4] != MAGIC or len(data) < PREFIX.size:
+        return otherwise
+    uid: int = PREFIX.unpack_from(data)[2]
+    return uid
+
+
 def decode(data: bytes) -> tuple[Hold, tuple[str, ...], list[Answered]]:
     """The record, whose pidfds come with it, and what was answered. Raises Unreadable, or
     ValueError for noise."""
@@ -93,12 +102,13 @@ def decode(data: bytes) -> tuple[Hold, tuple[str, ...], list[Answered]]:
 class Slot:
     """Owns both ends of the pair."""
 
-    __slots__ = ("answers", "outlet", "records", "tx")
+    __slots__ = ("answers", "outlet", "records", "tx", "uid")
 
     def __init__(self, tx: socket.socket, outlet: socket.socket) -> None:
         self.tx = tx
         self.outlet = outlet
         self.records = 0
+        self.uid = 0  # whose it is, once a record of it was written or read
         self.answers: deque[Answered] = deque(maxlen=ANSWERS)
         for end in (tx, outlet):
             end.setblocking(False)
@@ -145,6 +155,7 @@ class Slot:
                 raise SlotFull from None
             raise LimitExceeded(f"cprd cannot write its record: {error.strerror}") from None
         self.records += 1
+        self.uid = hold.uid
         self.answers = every
         point("slot:written")
 
@@ -173,8 +184,8 @@ class Slot:
 
     def read(self) -> tuple[Hold | None, dict[str, int]]:
         """The record as it is now, with pidfds by role (the caller owns them); None when the hold
-        has ended. `answers` are read, too. Raises Unreadable, ValueError; LimitExceeded when this
-        process has no descriptor left to read with."""
+        has ended. `answers` and `uid` are read, too. Raises Unreadable, ValueError; LimitExceeded
+        when this process has no descriptor left to read with."""
         hold: Hold | None = None
         unreadable: Unreadable | ValueError | None = None
         pidfds: dict[str, int] = {}
@@ -184,6 +195,7 @@ class Slot:
             for data, fds in records(self.outlet, MAX_RECORD):
                 try:
                     self.records += 1
+                    self.uid = owner(data, self.uid)
                     if is_last(data):
                         ended = True
                         self._read_answers(data[PREFIX.size :])

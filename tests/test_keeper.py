@@ -20,7 +20,7 @@ import cprd
 from cprd import bundle, keeper, shelf, slot
 from cprd.closer import Closer
 from cprd.errors import LimitExceeded
-from cprd.holds import HELD, Hold, Peer, Registry, Step
+from cprd.holds import HELD, UNREADABLE, Hold, Peer, Registry, Step
 from cprd.keeper import Keeper
 from cprd.shelf import Shelf
 
@@ -494,6 +494,214 @@ def test_a_slot_on_two_shelves_is_one(desk: Desk) -> None:
     again = Desk()
     again.adopt({first[0]: first[1], twin.number: (twin.outlet, twin.tx)})
     assert again.snapshot() == [("a", HELD, 1)]
+    close(again)
+
+
+@pytest.fixture
+def mixed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """One shelf with "a" of this version, then "b" by a newer record of the shelf, and "c" with a
+    newer record in its slot as well. An upgrade took the shelf over; then comes a downgrade."""
+    desk.save("a", 1)
+    with monkeypatch.context() as newer:
+        newer.setattr(shelf, "VERSION", 2)
+        desk.save("b", 2)
+        newer.setattr(slot, "VERSION", 2)
+        desk.save("c", 3)
+    return desk
+
+
+def restarted(desk: Desk, *, stored: bool = True) -> tuple[Desk, str]:
+    """Another one that has the shelves which systemd's store has, and why it is blind."""
+    pairs = {one.number: (one.outlet.dup(), one.tx.dup()) for one in desk.keeper.shelves()}
+    again = Desk(first_generation=10**6)
+    return again, again.adopt(pairs, stored=stored)
+
+
+def phases(desk: Desk) -> dict[str, str]:
+    return {hold.name: hold.phase for hold in desk.registry}
+
+
+def slots_on(one: Shelf) -> list[int]:
+    """The inode of each slot that a shelf leads to."""
+    read, _ = shelf.read(one.outlet)
+    inodes = [os.fstat(outlet).st_ino for outlet, _ in read.slots]
+    for fd in (fd for pair in read.slots for fd in pair):
+        os.close(fd)
+    return inodes
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_one_newer_record_on_a_shelf_hides_nothing_else_that_lies_on_it(mixed: Desk) -> None:
+    again, blind = restarted(mixed)
+    assert not blind
+    assert phases(again) == {"a": HELD, "b": HELD, "c": UNREADABLE}
+    assert [one.number for one in again.keeper.untouchable] == [mixed.keeper.shelf.number]
+    assert again.number(again.registry.top((1000, "b"))) == 2
+    close(again)
+
+
+@pytest.mark.usefixtures("nothing_leaks", "few_records")
+def test_what_lies_on_a_shelf_that_is_left_alone_is_neither_lost_nor_doubled(
+    mixed: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of both shelves is rewritten, lost or found again, and however often."""
+    alone = mixed.keeper.shelf.number, mixed.keeper.shelf.messages
+    desks = [mixed]
+    for number in range(4):
+        again, blind = restarted(desks[-1])
+        desks.append(again)
+        assert not blind
+        lying = slots_on(again.keeper.shelf)
+        assert len(lying) == len(set(lying)) >= 3
+        if number == 0:
+            again.save("b", 4)
+            again.save("d", 5)
+            again.drop("a")
+            again.save("a", 6)
+        if number == 2:
+            again.keeper.compact()
+        for _ in range(2):  # more records than a slot takes
+            again.load("b")
+            top = again.registry.top((1000, "b"))
+            again.perform(
+                again.registry.reject(
+                    NOW, PEER, top.key, top.generation, TOKEN, os.urandom(16), "no"
+                )
+            )
+        assert phases(again) == {"a": HELD, "b": HELD, "c": UNREADABLE, "d": HELD}
+        numbers = {name: again.number(again.registry.top((1000, name))) for name in "abd"}
+        assert numbers == {"a": 6, "b": 4, "d": 5}
+        assert [one.number for one in again.keeper.untouchable] == [alone[0]]
+        assert again.keeper.untouchable[0].messages == alone[1]  # nothing was written to it
+
+    # Its own shelf has everything, should the other one have got lost.
+    last = desks[-1].keeper.shelf
+    own = Desk(first_generation=10**6)
+    own.adopt({last.number: (last.outlet.dup(), last.tx.dup())})
+    assert phases(own) == phases(desks[-1])
+    close(own)
+
+    # The newer one comes back: it finds both, as one.
+    monkeypatch.setattr(slot, "VERSION", 2)
+    newer, blind = restarted(desks[-1])
+    assert not blind
+    assert phases(newer) == {"a": UNREADABLE, "b": UNREADABLE, "c": HELD, "d": UNREADABLE}
+    assert newer.number(newer.registry.top((1000, "c"))) == 3
+    close(newer)
+    for one in desks[1:]:
+        close(one)
+
+
+@pytest.mark.usefixtures("nothing_leaks", "few_records")
+def test_no_slot_of_a_stored_shelf_that_is_left_alone_is_replaced_by_one_in_memory(
+    mixed: Desk,
+) -> None:
+    """As long as its own shelf is not stored: the old one is what a kill would leave."""
+    again, _ = restarted(mixed)
+    assert not again.keeper.shelf.durable
+    for _ in range(4):
+        again.load("b")
+        top = again.registry.top((1000, "b"))
+        again.perform(
+            again.registry.reject(NOW, PEER, top.key, top.generation, TOKEN, os.urandom(16), "no")
+        )
+    survivor = again.keeper.untouchable[0]
+    killed = Desk()
+    killed.adopt({survivor.number: (survivor.outlet.dup(), survivor.tx.dup())})
+    assert killed.registry.top((1000, "b")).attempts == 4
+    close(killed)
+    close(again)
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+@pytest.mark.parametrize(
+    ("kind", "descriptors"), [(b"x", 2), (b"s", 1), (b"s", 3)], ids=["kind", "one", "odd"]
+)
+def test_a_record_that_may_be_anything_leaves_it_blind_until_the_newer_one_is_back(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, kind: bytes, descriptors: int
+) -> None:
+    desk.save("a", 1)
+    with monkeypatch.context() as newer:
+        newer.setattr(shelf, "VERSION", 2)
+        desk.keeper.shelf._append(kind, {}, [0] * descriptors)
+    again, blind = restarted(desk)
+    assert f"shelf {desk.keeper.shelf.number} cannot be read: a record of version 2" in blind
+    assert phases(again) == {"a": HELD}
+    again.registry.blind = blind
+    for how in ("error", "replace"):
+        for prepare in (False, True):
+            with pytest.raises(cprd.Busy, match="version 2"):
+                again.save("b", 2, how=how, prepare=prepare)
+    again.save("a", 3)  # one that has a record of its own is known to be the only one
+    third, blind = restarted(again)
+    assert blind
+    assert third.snapshot() == [("a", HELD, 3)]
+    close(third)
+    close(again)
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+@pytest.mark.parametrize("kind", [b"h", b"o"])
+def test_a_newer_record_that_leads_to_no_slot_hides_nothing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, kind: bytes
+) -> None:
+    """It stays, though: a newer cprd may need it."""
+    desk.save("a", 1)
+    with monkeypatch.context() as newer:
+        newer.setattr(shelf, "VERSION", 2)
+        desk.keeper.shelf._append(kind, {"what": "ever"})
+    again, blind = restarted(desk)
+    assert not blind
+    assert again.snapshot() == [("a", HELD, 1)]
+    assert len(again.keeper.untouchable) == 1
+    close(again)
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_what_a_newer_shelf_replaces_does_not_count_and_its_spare_never_did(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.save("a", 1)
+    old = desk.keeper.shelf.number, _copies(desk)
+    monkeypatch.setattr(shelf, "VERSION", 2)
+    desk.keeper.compact()
+    spare = desk.keeper.new_spare()
+    desk.drop("a")
+    desk.save("b", 2)
+    monkeypatch.undo()
+    again = Desk(first_generation=10**6)
+    pairs = {old[0]: old[1], desk.keeper.shelf.number: _copies(desk)}
+    pairs[spare.number] = spare.outlet, spare.tx
+    assert not again.adopt(pairs)
+    assert again.snapshot() == [("b", HELD, 2)]
+    assert [one.number for one in again.keeper.untouchable] == [desk.keeper.shelf.number]
+    close(again)
+
+
+class Noting(AtOnce):
+    """Notes in whose worker it would have drained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uids: list[int] = []
+
+    def run(self, uid: int, release: Callable[[], object]) -> None:
+        self.uids.append(uid)
+        super().run(uid, release)
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_what_ended_before_a_restart_is_drained_in_its_owners_worker(desk: Desk) -> None:
+    """Files that block when they are closed are to hold up their owner, not root."""
+    desk.save("a", 1)
+    desk.save("b", 2)
+    hold = desk.registry.top((1000, "b"))
+    desk.keeper.slots[hold.generation].mark_dead(hold)  # and killed before it was drained
+    closer = Noting()
+    again = Desk(Keeper(closer, lambda: NOW))
+    again.adopt({desk.keeper.shelf.number: _copies(desk)})
+    assert again.snapshot() == [("a", HELD, 1)]
+    assert closer.uids == [1000]
     close(again)
 
 

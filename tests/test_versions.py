@@ -148,47 +148,97 @@ def test_dropped_by_force_it_is_gone_and_let_go_of(daemon: Versioned) -> None:
 
 
 def test_where_not_even_the_name_can_be_read_no_name_is_free_for_sure(daemon: Versioned) -> None:
+    """A save would end what is only out of sight, as soon as that comes to light again."""
     with daemon.connect() as connection:
         daemon.become(slot__MAGIC="b'NEWS'")
         connection.save("new", state("precious"))
         daemon.become()
-        connection.save("old", state("known"))
         with pytest.raises(cprd.Busy, match="cannot be read"):
             connection.load("new")
         with pytest.raises(cprd.Busy, match="cannot be read"):
             connection.load("whatever", wait=0.1)
-        with connection.load("old") as claim:
-            assert claim.state["text"] == "known"
+        with pytest.raises(cprd.Busy, match="cannot be read"):
+            connection.save("new", state("over it"))
+        with pytest.raises(cprd.Busy, match="cannot be read"):
+            connection.save("new", state("over it"), if_exists="replace")
+        with pytest.raises(cprd.Busy, match="cannot be read"):
+            connection.prepare("new", state("over it"))
+        with pytest.raises(cprd.Busy, match="cannot be read"):
+            connection.drop("new", force=True)
+        assert "cannot be read" in connection.status()["blind"]
+        assert phases(connection) == {}
+        daemon.become()
         daemon.become(slot__MAGIC="b'NEWS'")
+        assert connection.status()["blind"] is None
         with connection.load("new") as claim:
             assert claim.state["text"] == "precious"
 
 
-def test_a_newer_shelf_is_left_alone_and_both_shelves_count_afterwards(daemon: Versioned) -> None:
-    newer = "3"
+def test_what_lies_on_a_newer_shelf_is_found_and_both_shelves_count_afterwards(
+    daemon: Versioned,
+) -> None:
+    """Where slots lie is frozen for all versions: the newer shelf is left alone, and what is on it
+    goes on."""
+    newer = {"shelf__VERSION": "3"}
     with daemon.connect() as connection:
-        daemon.become(shelf__VERSION=newer)
-        connection.save("new", state("precious"))
+        daemon.become(**newer)
+        for name in ("taken", "changed", "left"):
+            connection.save(name, state("precious"))
         daemon.become()
-        with pytest.raises(cprd.Busy, match=f"version {newer}"):
-            connection.load("new")
-        for number in range(3):
-            connection.save(f"old{number}", state("also precious"))
-        daemon.become()  # and once more: it is passed on, again and again
-        with pytest.raises(cprd.Busy, match=f"version {newer}"):
-            connection.load("new")
-        assert set(phases(connection)) == {"old0", "old1", "old2"}
+        assert connection.status()["blind"] is None
+        with connection.load("taken") as claim:
+            assert claim.state["text"] == "precious"
+        with pytest.raises(cprd.NotHeld):
+            connection.load("taken")
+        connection.save("changed", state("anew"), if_exists="replace")
+        connection.save("old", state("also precious"))
+        left = {"changed": "held", "left": "held", "old": "held"}
+        for _ in range(2):  # it is passed on, again and again
+            daemon.become()
+            assert phases(connection) == left
+        for versions in (newer, {}, newer):
+            daemon.become(**versions)
+            assert phases(connection) == left
+            assert len(connection.list()) == len(left)
+        for name, text in (("changed", "anew"), ("left", "precious"), ("old", "also precious")):
+            with connection.load(name) as claim:
+                assert claim.state["text"] == text
+        daemon.become()
+        assert phases(connection) == {}
 
-        # The newer one, back again, reads its own shelf; ours is the one of another version now.
-        daemon.become(shelf__VERSION=newer)
+
+def test_of_a_newer_shelf_with_newer_slots_all_is_listed_and_can_be_dropped(
+    daemon: Versioned,
+) -> None:
+    newer = {"shelf__VERSION": "3", "slot__VERSION": "2"}
+    reading, writing = os.pipe()
+    with daemon.connect() as connection:
+        daemon.become(**newer)
+        connection.save("new", state("precious"))
+        connection.save("unwanted", state("x", writing))
+        os.close(writing)
+        daemon.become()
+        assert phases(connection) == {"new": "unreadable", "unwanted": "unreadable"}
+        with pytest.raises(cprd.Busy, match="version 2"):
+            connection.load("new")
+        with pytest.raises(cprd.Busy):
+            connection.save("new", state("over it"), if_exists="replace")
+        with pytest.raises(cprd.NotHeld):
+            connection.load("nothing")
+        connection.save("old", state("from the older one"))
+        with pytest.raises(cprd.Busy, match="force"):
+            connection.drop("unwanted")
+        connection.drop("unwanted", force=True)
+        poll = select.poll()
+        poll.register(reading, select.POLLIN)
+        assert poll.poll(1000)
+        os.close(reading)
+        daemon.become()
+        assert phases(connection) == {"new": "unreadable", "old": "held"}
+        daemon.become(**newer)
+        assert phases(connection) == {"new": "held", "old": "unreadable"}
         with connection.load("new") as claim:
             assert claim.state["text"] == "precious"
-        with pytest.raises(cprd.Busy):
-            connection.load("old0")
-        daemon.become()
-        for number in range(3):
-            with connection.load(f"old{number}") as claim:
-                assert claim.state["text"] == "also precious"
 
 
 @contextlib.contextmanager
