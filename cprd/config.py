@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from dataclasses import dataclass, fields
 
 from cprd.errors import InvalidInput
 from cprd.holds import Quota
+
+SYSTEM = "/etc/cprd/cprd.toml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,16 @@ class Config:
     @property
     def quota(self) -> Quota:
         return Quota(holds=self.holds, fds=self.fds, connections=self.connections)
+
+
+def default_path(*, user: bool) -> str:
+    """The file that is read when none is named: the system's, if there is one, for root and for a
+    service of the system ("" otherwise). So a unit's ExecStart= and ExecReload= agree about it
+    without naming it; a user's own cprd has its own limits."""
+    service = "INVOCATION_ID" in os.environ  # systemd.exec(5)
+    if user or not (service or os.geteuid() == 0):
+        return ""
+    return SYSTEM if os.path.lexists(SYSTEM) else ""  # one that leads nowhere is an error
 
 
 def read(path: str) -> Config:

@@ -32,12 +32,14 @@ def main(argv: list[str] | None = None) -> int:
         _check_kernel()
         from cprd import config
 
-        settings = config.read(options.config) if options.config else config.Config()
+        file = options.config or config.default_path(user=options.user)
+        settings = config.read(file) if file else config.Config()
         if options.check:
             import cprd.daemon
             import cprd.store  # noqa: F401  # all that would be executed can be read
 
-            print(f"cprd: the configuration is good; would serve {_path(options)}")
+            which = file or "the defaults"
+            print(f"cprd: the configuration is good ({which}); would serve {_path(options)}")
             return 0
         named = systemd.listen_fds(os.environ)
         given = _sort(named)
@@ -167,7 +169,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--user", action="store_true", help="listen in $XDG_RUNTIME_DIR, for this user only"
     )
-    parser.add_argument("--config", metavar="FILE", help="limits (TOML, docs/operations.md)")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="limits (TOML, docs/operations.md); default, as root or as a service:"
+        " /etc/cprd/cprd.toml if it exists",
+    )
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
     return parser
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import cprd
+from cprd import config as configuration
 from cprd import main
 from tests.conftest import CHECKOUT, PATIENCE, DaemonProcess, until
 from tests.programs.goods import goods, state_of
@@ -118,6 +119,25 @@ def test_a_wrong_configuration_is_refused_and_named(
         assert named in refused.stderr
         assert refused.stderr.count("\n") == 1
     assert not os.path.exists(tmp_path / "s")
+
+
+def test_the_systems_configuration_is_read_where_none_is_named_and_not_for_a_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cprd.toml"
+    monkeypatch.setattr(configuration, "SYSTEM", str(file))
+    monkeypatch.setenv("INVOCATION_ID", "0" * 32)  # as a service has it
+    assert configuration.default_path(user=False) == ""
+    file.symlink_to(tmp_path / "nowhere")
+    assert configuration.default_path(user=False) == str(file)
+    assert configuration.default_path(user=True) == ""
+    with pytest.raises(cprd.CprdError, match=r"cprd\.toml"):
+        configuration.read(configuration.default_path(user=False))
+    monkeypatch.delenv("INVOCATION_ID")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert configuration.default_path(user=False) == ""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert configuration.default_path(user=False) == str(file)
 
 
 def test_wrong_usage_ends_with_2() -> None:

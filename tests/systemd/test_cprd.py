@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +54,11 @@ def names(machine: Machine) -> dict[str, str]:
     return {row["name"]: row["phase"] for row in rows}
 
 
+def status(machine: Machine) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(machine.run("cprctl", "status", "--json"))
+    return found
+
+
 WHOLE = "7 {'tally': 42} 2"
 
 
@@ -81,21 +86,21 @@ def test_stopped_and_started_the_holds_are_there_from_254_on(machine: Machine) -
     assert names(machine) == ({"web": "held"} if machine.version >= 254 else {})
 
 
-def test_a_reload_with_a_broken_configuration_leaves_the_old_one_running(
-    machine: Machine, tmp_path: Path
-) -> None:
+def test_a_reload_with_a_broken_configuration_leaves_the_old_one_running(machine: Machine) -> None:
+    """With the unit as it stands: what is checked is what would be read."""
     save(machine, "web")
-    machine.run("sh", "-c", "echo 'nonsense = 1' > /etc/cprd/broken.toml")
-    machine.unit(
-        "cprd.service.d/broken.conf",
-        "[Service]\nExecReload=\nExecReload=cprd --check --config /etc/cprd/broken.toml\n"
-        "ExecReload=kill -HUP $MAINPID\n",
-    )
+    configuration = machine.root / "etc/cprd/cprd.toml"
+    configuration.write_text("[limits]\nholds = 7\n")
     pid = machine.main_pid("cprd.service")
-    status, _ = machine.attempt("systemctl", "reload", "cprd.service")
-    assert status != 0
-    assert "nonsense" in machine.journal("cprd.service")
+    machine.systemctl("reload", "cprd.service")
+    assert status(machine)["limits"]["holds"] == 7
+    configuration.write_text("[limits]\nnonsense = 1\n")
+    refused, words = machine.attempt("systemctl", "reload", "cprd.service")
+    assert refused != 0, words
+    assert "limits.nonsense" in machine.journal("cprd.service")
     assert machine.main_pid("cprd.service") == pid
+    assert machine.show("cprd.service", "ActiveState") == "active"
+    assert status(machine)["limits"]["holds"] == 7
     assert load(machine, "web") == WHOLE
 
 
@@ -103,7 +108,8 @@ def test_without_a_store_the_daemon_says_memory(systemd: Machine) -> None:
     install(systemd)
     systemd.unit("cprd.service.d/none.conf", "[Service]\nFileDescriptorStoreMax=0\n")
     systemd.systemctl("start", "cprd.socket", "cprd.service")
-    assert json.loads(systemd.run("cprctl", "status", "--json"))["kept"] == "memory"
+    assert status(systemd)["kept"] == "memory"
+    assert systemd.show("cprd.service", "StatusText") == "0 holds, kept: memory"
 
 
 @pytest.mark.parametrize("program", ["/run/boot/missing", "false"])
