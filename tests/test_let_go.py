@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 
 import pytest
 
 import cprd
-from cprd.state import SEALS
-from tests.conftest import DaemonProcess, open_fds, until
+from tests.conftest import DaemonProcess, open_fds
+from tests.memory import Memory
 from tests.programs.child import Child, Line
 from tests.programs.goods import state_of, tcp_pair
 
@@ -45,37 +44,27 @@ def test_a_connection_that_all_have_closed_sees_its_end(daemon: DaemonProcess, e
         assert time.monotonic() - begin < SOON
 
 
-def shmem() -> int:
-    """Bytes of shared memory in use on this machine, by anybody."""
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("Shmem:"):
-                return int(line.split()[1]) * 1024
-    raise AssertionError
-
-
 @pytest.mark.parametrize("end", ["confirm", "drop"])
-def test_the_memory_of_a_memfd_is_free_again(daemon: DaemonProcess, end: str) -> None:
-    """256 MiB, which others on this machine do not use by chance; a quarter is left to them."""
-    size, noise = 256 * MIB, 64 * MIB
-    before = shmem()
-    fd = os.memfd_create("large", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-    os.posix_fallocate(fd, 0, size)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+@pytest.mark.parametrize("kind", ["section", "descriptor"])
+def test_the_memory_of_a_memfd_is_free_again(daemon: DaemonProcess, kind: str, end: str) -> None:
+    memory = Memory(MIB)
     state = cprd.State()
-    state.save_section_fd("ram", fd)
+    if kind == "section":
+        state.save_section_fd("ram", memory.fd)
+    else:
+        state.save_fd("ram", 0, memory.fd)
     with daemon.connect() as connection:
         connection.save("web", state)
-        os.close(fd)
-        assert shmem() > before + size - noise
+        memory.saved()
+        assert not memory.free(0.1)
         if end == "drop":
             connection.drop("web")
         else:
             with connection.load("web") as claim:
-                assert len(claim.state["ram"]) == size
-        begin = time.monotonic()
-        until(lambda: shmem() < before + noise, lambda: f"{shmem() - before} bytes more")
-        assert time.monotonic() - begin < SOON
+                if kind == "section":
+                    assert len(claim.state["ram"]) == MIB
+        assert memory.free(SOON)
+    memory.close()
 
 
 WARM, MEASURED, DESCRIPTORS = 100, 1000, 100

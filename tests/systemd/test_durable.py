@@ -9,12 +9,12 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 import cprd
 from cprd.holds import HELD
+from tests.memory import Memory
 
 from .keeping import UNIT, Keeping, Task, things
 from .machine import Machine
@@ -311,37 +311,25 @@ def test_with_too_few_descriptors_to_start_it_loses_nothing(systemd: Machine) ->
 
 
 def test_ended_ones_free_their_memory_though_cprd_is_killed_over_it(systemd: Machine) -> None:
-    """64 MiB that no process has open. They are in a file of a tmpfs that only this test uses; a
-    memfd's memory is no different, but nobody counts it apart."""
+    """Memory that no process has open, only a queue that systemd keeps."""
     keeping = Keeping(systemd)
-    size = 64 << 20
     for where in ("slot:dead", "slot:drain"):
-        before = used(keeping.place)
+        memory = Memory(1 << 20)
         with keeping.connect() as daemon:
-            file = keeping.place / "ram"
-            with open(file, "wb") as ram:
-                os.posix_fallocate(ram.fileno(), 0, size)
-                file.unlink()
-                state = cprd.State()
-                state.save_fd("ram", 0, ram.fileno())
-                daemon.save("large", state, require="store")
+            state = cprd.State()
+            state.save_section_fd("ram", memory.fd)
+            daemon.save("large", state, require="store")
+            state.close()
+            memory.saved()
             keeping.arm(where)
             task = Task(lambda daemon=daemon: daemon.drop("large"))  # type: ignore[misc]
             assert keeping.await_stop(task.done)
-            assert used(keeping.place) > before + size / 2
+            assert not memory.free(0.0)
             keeping.kill()
             task.result()
-            end = time.monotonic() + 1
-            while used(keeping.place) > before + size / 2:
-                assert time.monotonic() < end, f"killed at {where}: not freed within 1 s"
-                time.sleep(0.01)
+            assert memory.free(1.0), f"killed at {where}: not freed within 1 s"
+        memory.close()
         assert not keeping.phases()
-
-
-def used(directory: Path) -> int:
-    """Bytes in use on a file system."""
-    stat = os.statvfs(directory)
-    return (stat.f_blocks - stat.f_bfree) * stat.f_frsize
 
 
 def seconds_to_ready(keeping: Keeping, how: Callable[[], None]) -> float:
