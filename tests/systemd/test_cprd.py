@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -125,3 +126,38 @@ def test_a_version_that_does_not_start_loses_nothing_while_it_is_tried(
     broken.unlink()
     machine.systemctl("daemon-reload")
     assert load(machine, "web") == WHOLE
+
+
+def test_a_cprd_that_the_watchdog_ends_loses_nothing(systemd: Machine) -> None:
+    install(systemd)
+    (systemd.root / "run/boot/save.py").write_text(SAVE)
+    (systemd.root / "run/boot/load.py").write_text(LOAD)
+    systemd.unit("cprd.service.d/watchdog.conf", "[Service]\nWatchdogSec=1s\n")
+    systemd.systemctl("start", "cprd.socket", "cprd.service")
+    save(systemd, "web")
+    os.kill(systemd.main_pid("cprd.service"), signal.SIGSTOP)
+    systemd.await_journal("Watchdog timeout", "cprd.service")
+    assert load(systemd, "web") == WHOLE
+
+
+def test_the_socket_alone_starts_it(systemd: Machine) -> None:
+    install(systemd)
+    (systemd.root / "run/boot/save.py").write_text(SAVE)
+    systemd.systemctl("start", "cprd.socket")
+    assert systemd.show("cprd.service", "ActiveState") == "inactive"
+    save(systemd, "web")
+    assert names(systemd) == {"web": "held"}
+    assert systemd.show("cprd.service", "ActiveState") == "active"
+
+
+def test_systemctl_status_says_how_many_are_held_and_where(machine: Machine) -> None:
+    save(machine, "web")
+    machine.systemctl("restart", "cprd.service")
+    assert machine.show("cprd.service", "StatusText") == "1 holds, kept: store"
+    (machine.root / "etc/cprd/cprd.toml").write_text("[limits]\nnonsense = 1\n")
+    os.kill(machine.main_pid("cprd.service"), signal.SIGHUP)
+    machine.await_journal("reload-refused", "cprd.service")
+    end = time.monotonic() + 20
+    while not machine.show("cprd.service", "StatusText").startswith("reload refused"):
+        assert time.monotonic() < end, machine.show("cprd.service", "StatusText")
+        time.sleep(0.02)

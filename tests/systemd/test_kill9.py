@@ -520,3 +520,26 @@ def test_a_hundred_restarts_under_twenty_clients(
     assert keeping.kept() == "store"
     listed = json.loads(keeping.machine.run("cprctl", "list", "--json"))
     assert len(listed) <= 20
+
+
+def test_a_daemon_reload_and_a_sigterm_in_the_midst_of_a_load_are_not_noticed(
+    keeping: Keeping,
+) -> None:
+    with things(1) as (thing,), keeping.connect() as daemon:
+        daemon.save("web", thing.state, require="store")
+        thing.saved()
+        keeping.arm("daemon:claimed")
+        task = Task(lambda: daemon.load("web"))
+        assert keeping.await_stop()
+        keeping.machine.systemctl("daemon-reload")
+        os.kill(keeping.pid, signal.SIGTERM)
+        os.kill(keeping.pid, signal.SIGCONT)
+        keeping.await_start()
+        claim = task.result()
+        assert claim.attempts == 1
+        assert thing.is_in(claim)
+        keeping.machine.systemctl("daemon-reload")
+        claim.confirm()
+        claim.close()
+        assert thing.let_go()
+        assert not keeping.phases()
