@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 import cprd
-from cprd.holds import HELD
+from cprd.holds import HELD, UNREADABLE
 from tests.memory import Memory
 
 from .keeping import UNIT, Keeping, Task, things
@@ -264,6 +264,47 @@ def test_filled_by_strangers_it_loses_nothing_that_was_stored(systemd: Machine) 
         assert whole(keeping, "first", 1)
         daemon.drop("first")
         assert thing.let_go()
+
+
+def test_a_downgrade_by_a_crash_and_an_upgrade_after_it_lose_nothing(systemd: Machine) -> None:
+    """The newer one's shelf lies beside the older one's in the store, and neither grows there."""
+    newer = SMALL + "cprd.shelf.VERSION = 3\ncprd.slot.VERSION = 2\n"
+    keeping = Keeping(systemd, settings=newer)
+    with things(1, 2, 3) as (new, shared, old), keeping.connect() as daemon:
+        daemon.save("new", new.state, require="store")
+        keeping.settings(newer.replace("cprd.slot.VERSION = 2", ""))
+        keeping.kill()
+        daemon.save("shared", shared.state)
+        for thing in (new, shared):
+            thing.saved()
+        for _ in range(2):
+            keeping.settings(SMALL)
+            keeping.kill()
+            assert keeping.phases() == {"new": UNREADABLE, "shared": HELD}
+            assert daemon.status()["blind"] is None
+            keeping.await_kept("store")
+            daemon.save("old", old.state, require="store")
+            churn(keeping)
+            reject(keeping, "shared", 5)
+            keeping.await_kept("store")
+            keeping.kill()
+            assert whole(keeping, "shared", 2)
+            assert whole(keeping, "old", 3)
+            daemon.drop("old")
+            keeping.settings(newer)
+            keeping.kill()
+            assert keeping.phases() == {"new": HELD, "shared": UNREADABLE}
+            assert whole(keeping, "new", 1)
+            keeping.await_kept("store")
+        keeping_until(lambda: entries(keeping) <= 6, f"{entries(keeping)} entries")
+        keeping.settings(SMALL)
+        keeping.kill()
+        daemon.drop("shared")
+        daemon.drop("new", force=True)
+        keeping.kill()
+        assert keeping.phases() == {}
+        for thing in (new, shared):
+            assert thing.let_go()
 
 
 def test_a_start_limit_loses_all_before_254_and_nothing_since(systemd: Machine) -> None:
