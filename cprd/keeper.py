@@ -333,14 +333,15 @@ class Keeper:
         # There is more than one that counts where cprd was downgraded, or upgraded after that: an
         # older one leaves alone what it cannot read of a newer one's shelf, and has one of its own.
         lying = _Lying()
+        over: list[tuple[int, int]] = []  # slots of shelves that do not count
         self.shelf.close()
         self.shelf = self.new_spare()
         for number, (old, read) in reads.items():
             if read.unknown and number not in replaced:
                 blind = blind or f"shelf {number} cannot be read: {read.unknown}"
-            over = number in replaced or not read.complete  # a spare, or one that was being filled
-            if over and not read.unknown:  # all slots that are on it lie elsewhere, too
-                _close_pairs(read.slots)
+            counts = read.complete and number not in replaced
+            if not counts and not read.unknown:  # all living slots that are on it lie elsewhere
+                over += read.slots
                 self._retire(old)
                 continue
             alone = read.unreadable or read.unknown
@@ -354,11 +355,11 @@ class Keeper:
             self.shelf = self.beside.pop()
         # Slots that only a shelf leads to which is left alone: the one that counts leads to them as
         # well from now on, so that they are as safe as what is saved anew.
-        counts = {self.shelf.number, *(other.number for other in self.beside)}
+        ours = {self.shelf.number, *(other.number for other in self.beside)}
         strays = [
             slot.fileno_pair(held)
             for held in self.slots.values()
-            if not lying.on[lying.inode(held.outlet.fileno())] & counts
+            if not lying.on[lying.inode(held.outlet.fileno())] & ours
         ]
         fresh = self.shelf.number not in reads
         try:
@@ -379,6 +380,8 @@ class Keeper:
                 if answer["nonce"] not in known
             ]
         )
+        for pair in over:
+            self._adopt_rest(pair, lying)
         for dead in lying.ended:
             self._drain(dead, dead.uid)
         if self.beside:
@@ -405,10 +408,7 @@ class Keeper:
         if known:  # the same slot, on two shelves
             _close_pairs([fds])
             return ""
-        outlet, inlet = (
-            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd) for fd in fds
-        )
-        old = Slot(inlet, outlet)
+        old = _as_slot(fds)
         pidfds: dict[str, int] = {}
         try:
             hold, pidfds = old.read()
@@ -435,6 +435,27 @@ class Keeper:
         lying.found[hold.generation] = hold, pidfds
         return ""
 
+    def _adopt_rest(self, fds: tuple[int, int], lying: _Lying) -> None:
+        """One slot of a shelf that does not count, which this owns now. As a rule it lies elsewhere
+        as well. One that has ended may not have been drained: to let go of what it held is for its
+        owner's worker, not for whoever closes that shelf."""
+        inode = lying.inode(fds[0])
+        if inode in lying.on:
+            _close_pairs([fds])
+            return
+        lying.on[inode] = set()
+        old = _as_slot(fds)
+        try:
+            hold, pidfds = old.read()
+        except (Unreadable, ValueError):
+            old.close()
+            return
+        _close_roles(pidfds)
+        if hold is None:
+            lying.ended.append(old)
+        else:
+            old.close()
+
 
 class _Lying:
     """What was found on shelves: holds and their pidfds by generation, slots that have ended, and
@@ -448,6 +469,13 @@ class _Lying:
     @staticmethod
     def inode(fd: int) -> int:
         return os.fstat(fd).st_ino
+
+
+def _as_slot(fds: tuple[int, int]) -> Slot:
+    outlet, inlet = (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd) for fd in fds
+    )
+    return Slot(inlet, outlet)
 
 
 def _close_pairs(pairs: Iterable[tuple[int, int]]) -> None:

@@ -497,8 +497,7 @@ def test_a_slot_on_two_shelves_is_one(desk: Desk) -> None:
     close(again)
 
 
-@pytest.fixture
-def mixed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
+def mix(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
     """One shelf with "a" of this version, then "b" by a newer record of the shelf, and "c" with a
     newer record in its slot as well. An upgrade took the shelf over; then comes a downgrade."""
     desk.save("a", 1)
@@ -508,6 +507,11 @@ def mixed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
         newer.setattr(slot, "VERSION", 2)
         desk.save("c", 3)
     return desk
+
+
+@pytest.fixture
+def mixed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    return mix(desk, monkeypatch)
 
 
 def restarted(desk: Desk, *, stored: bool = True) -> tuple[Desk, str]:
@@ -703,6 +707,69 @@ def test_what_ended_before_a_restart_is_drained_in_its_owners_worker(desk: Desk)
     assert again.snapshot() == [("a", HELD, 1)]
     assert closer.uids == [1000]
     close(again)
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_what_ended_on_a_shelf_that_was_replaced_is_drained_in_its_owners_worker(
+    desk: Desk,
+) -> None:
+    """And not by whoever closes that shelf, which is the event loop."""
+    reading, desk.pipes[2] = os.pipe()
+    desk.keeper.managed = True
+    desk.save("a", 1)
+    desk.save("b", 2)
+    os.close(desk.pipes[2])
+    hold = desk.registry.top((1000, "b"))
+    dead = desk.keeper.slots.pop(hold.generation)
+    dead.mark_dead(hold)
+    dead.close()  # killed before it was drained, and after the shelf was written anew
+    desk.keeper.compact()
+    left = ends(desk.keeper.shelves())
+    assert len(left) == 2
+    closer = Noting()
+    again = Desk(Keeper(closer, lambda: NOW, managed=True))
+    again.adopt({number: (out.dup(), tx.dup()) for number, (out, tx) in left.items()})
+    assert again.snapshot() == [("a", HELD, 1)]
+    assert closer.uids == [1000]
+    assert has_ended(reading)
+    os.close(reading)
+    close(again)
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_killed_at_any_step_of_taking_over_two_shelves_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that is left alone, and its own, which does not lead yet to what came to the other."""
+    at, status = 0, KILLED
+    while status == KILLED:
+        at += 1
+        mixed = mix(Desk(), monkeypatch)
+        before, _ = restarted(mixed)
+        before.save("d", 4)
+        with monkeypatch.context() as newer:
+            newer.setattr(shelf, "VERSION", 2)
+            mixed.save("e", 5)
+            dead = mixed.registry.top((1000, "b"))
+            mixed.keeper.slots[dead.generation].mark_dead(dead)
+        child = os.fork()
+        if not child:
+            try:
+                arm(at)
+                restarted(before)
+                os._exit(0)
+            except BaseException as error:
+                os.write(2, repr(error).encode())
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        after, blind = restarted(before)
+        assert not blind
+        assert phases(after) == {"a": HELD, "c": UNREADABLE, "d": HELD, "e": HELD}, at
+        assert after.number(after.registry.top((1000, "e"))) == 5
+        for one in (mixed, before, after):
+            close(one)
+    assert status == 0
+    assert at > 3
 
 
 @pytest.mark.usefixtures("nothing_leaks")

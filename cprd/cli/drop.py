@@ -14,7 +14,9 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser("drop", help="end a hold and let go of it", description=__doc__)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument(
-        "--force", action="store_true", help="even if it is claimed, in doubt, damaged or unreadable"
+        "--force",
+        action="store_true",
+        help="even if it is claimed, in doubt, damaged or unreadable",
     )
     parser.set_defaults(run=run)
 
