@@ -326,6 +326,7 @@ class Keeper:
             old.durable = number in durable
             old.was_durable = old.durable or number in once
             read, old.messages = shelf.read(outlet)
+            old.counts = read.complete
             reads[number] = old, read
             if read.complete:
                 replaced.update(read.replaces)

@@ -47,15 +47,16 @@ class ShelfFull(Exception):
 
 class Shelf:
     """Owns both ends of the pair. `durable`: systemd's store has them, too, as was seen lately;
-    `was_durable`: it had them once, so that what lies here was called stored."""
+    `was_durable`: it had them once, so that what lies here was called stored; `counts`: it is
+    complete."""
 
-    __slots__ = ("durable", "messages", "number", "outlet", "tx", "was_durable")
+    __slots__ = ("counts", "durable", "messages", "number", "outlet", "tx", "was_durable")
 
     def __init__(self, number: int, tx: socket.socket, outlet: socket.socket) -> None:
         self.number = number
         self.tx = tx
         self.outlet = outlet
-        self.durable = self.was_durable = False
+        self.durable = self.was_durable = self.counts = False
         self.messages = 0
         for end in (tx, outlet):
             end.setblocking(False)
@@ -103,6 +104,7 @@ class Shelf:
         """From here on it counts, and the shelves of these numbers do not any more."""
         point("shelf:filled")
         self._append(COMPLETE, {"replaces": list(replaces)})
+        self.counts = True
         point("shelf:complete")
 
     def _append(self, kind: bytes, content: dict[str, Any], fds: Sequence[int] = ()) -> None:

@@ -65,6 +65,8 @@ class Store:
                 # what exceeds a store that was made smaller.
                 replaced, shelf = list(keeper.retired), keeper.shelf
                 if (again or replaced or not shelf.durable) and not await self._keep(shelf):
+                    if await self._make_room(shelf, replaced):
+                        return await self.settle()
                     if keeper.spare is not None:
                         keeper.spare.durable = False  # until it is seen to be there
                     return False
@@ -78,6 +80,19 @@ class Store:
         except (CprdError, OSError, trio.TooSlowError) as error:
             log.event("store-failed", level=log.ERROR, why=str(error) or "the manager is mute")
             return False
+        return True
+
+    async def _make_room(self, shelf: Shelf, replaced: list[Shelf]) -> bool:
+        """There is no room for the shelf that counts. Of those that it has taken over the last one
+        is enough, if that is stored: whether anything was removed."""
+        stored = [old for old in replaced if old.counts and old.was_durable]
+        if not stored or len(replaced) == 1:
+            return False
+        for name in shelf.names:  # the half of it that may have been taken
+            await adrive(self.manager.remove(name))
+        if not await self._keep(stored[-1]):
+            return False
+        await self._remove([old for old in replaced if old is not stored[-1]])
         return True
 
     async def _keep_spare(self) -> bool:

@@ -109,7 +109,7 @@ def test_in_a_store_with_hardly_any_room_what_is_called_stored_is(
                 assert whole(keeping, "first", 1)
         assert keeping.phases() == {"first": HELD}
         if room == 5:
-            assert keeping.kept() == "store"
+            keeping.await_kept("store")
         with keeping.connect() as daemon:
             daemon.drop("first")
         assert thing.let_go()
