@@ -149,6 +149,11 @@ class Monitor:
         self._seen.clear()
         self._client.events.clear()
 
+    def has_seen(self, name: str) -> bool:
+        """Whether such an event has come, and nobody has taken it yet."""
+        self.gather_events()
+        return any(event["event"] == name for event in self._seen)
+
     def _running(self) -> bool:
         from qemu.qmp import Runstate
 

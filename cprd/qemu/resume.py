@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from cprd.qemu.qmp import Monitor
 
 LEASE = 30.0
+GONE = "gone"  # instead of a run state: that QEMU has ended
+KILLED = 10.0  # s that a killed QEMU may take to end
+
+
+class Over(CprdError):
+    """The state has been acted on, the hold has ended, and so has the guest."""
 
 
 def helper(
@@ -74,10 +80,10 @@ async def _help(
             point("qemu-start:claimed")
             refuse_taken(command)
             await _give(plumbing, process, claim, command, timeout)
-        except InDoubt as error:
+        except (InDoubt, Over) as error:
             print(f"cprctl: {name}: {error}", file=sys.stderr)
             return 1
-        except (CprdError, OSError, asyncio.CancelledError) as error:
+        except (CprdError, OSError) as error:
             why = " ".join(str(error).split()) or type(error).__name__
             try:
                 claim.reject(why)
@@ -180,11 +186,10 @@ async def _give(
             sending.cancel()
         point("qemu-start:loaded")
         await _run(claim, monitor, process, guard, held.origin.status)
-    except InDoubt:
+    except (InDoubt, Over):
         raise
     except BaseException as error:
-        process.kill()
-        await process.wait(10.0)
+        await _end(process, replayer.monitor, claim, guard, error)
         said = guard.said()
         if isinstance(error, CprdError | OSError) and said:
             raise Failed(f"{error}: {said}") from error
@@ -194,6 +199,36 @@ async def _give(
         guard.close()
         place.close()
         await replayer.close()
+
+
+async def _end(
+    process: Process,
+    monitor: Monitor | None,
+    claim: cprd.Claim,
+    guard: Guard,
+    error: BaseException,
+) -> None:
+    """End the new QEMU, so that what is held can be given back. Raises InDoubt when that is not
+    known to be right: the hold is in doubt then, as far as cprd can be told."""
+    if has_run(monitor):
+        guard.disarm()
+        why = (
+            f"{error}; somebody else let the guest run, by another monitor of the new QEMU (pid"
+            f" {process.pid}): it is left alone. The hold is in doubt until that QEMU is saved"
+        )
+    else:
+        process.kill()
+        if await process.wait(KILLED):
+            return
+        why = (
+            f"{error}; the new QEMU (pid {process.pid}) does not end, not even by SIGKILL: look at"
+            " what it waits for. The hold is in doubt; when that process has ended, use --force"
+        )
+    try:
+        claim.begin(process.pidfd)
+    except CprdError as lost:
+        why += f" (and cprd was not told: {lost})"
+    raise InDoubt(why) from error
 
 
 async def _run(
@@ -206,29 +241,45 @@ async def _run(
     point("qemu-start:disarmed")
     if process.ended():
         raise Failed("the new QEMU ended before it was told to run its guest")
-    if status in LIVE:
-        try:
-            await let_run(monitor)
-        except MonitorLost as error:
-            raise InDoubt(
-                f"the new QEMU (pid {process.pid}) was told to run its guest and did not answer"
-                f" ({error}); the hold is in doubt until that QEMU is saved, or released by force"
-            ) from None
+    now = await let_run(monitor, process) if status in LIVE else status
     point("qemu-start:running")
     await confirm(claim)
     point("qemu-start:confirmed")
+    if now == GONE:
+        raise Over("the new QEMU ended right after its guest had gone on, and the guest with it")
+    if now not in LIVE and status in LIVE:
+        print(f"cprctl: the guest went on, and is {now!r} since", file=sys.stderr)
     tell("READY=1\nSTATUS=The guest goes on.")
 
 
-async def let_run(monitor: Monitor) -> None:
-    """`cont`, and that it does. MonitorRefused, Failed: it does not run, and never did."""
+async def let_run(monitor: Monitor, process: Process) -> str:
+    """`cont`; the run state that came of it, GONE when this QEMU has ended since.
+
+    An answered error means that the guest does not run, and never did: MonitorRefused, Failed. Once
+    `cont` is answered there is no way back, whatever the run state is a moment later: a full disk
+    or somebody's `stop` may have stopped the guest again, but it has run. InDoubt: no answer."""
     try:
         await monitor.execute("cont")
     except MonitorGone as error:
         raise Failed(f"the new QEMU ended before it was told to run its guest ({error})") from None
-    status = await monitor.status()
-    if status not in LIVE:
-        raise MonitorRefused(f"the new QEMU answered cont, and is {status!r}")
+    except MonitorLost as error:
+        raise InDoubt(
+            f"the new QEMU (pid {process.pid}) was told to run its guest and did not answer"
+            f" ({error}); the hold is in doubt until that QEMU is saved, or released by force"
+        ) from None
+    point("qemu:cont")
+    try:
+        return await monitor.status()
+    except MonitorLost:
+        return GONE if await process.wait(2.0) else "unknown"
+    except MonitorRefused:
+        return "unknown"
+
+
+def has_run(monitor: Monitor | None) -> bool:
+    """Whether a guest that was not told to has run all the same: COMMAND's own monitor is open to
+    others from the start, and one of them may have said `cont`."""
+    return monitor is not None and monitor.has_seen("RESUME")
 
 
 async def confirm(claim: cprd.Claim) -> None:

@@ -37,7 +37,7 @@ from cprd.qemu.process import Process
 from cprd.qemu.qmp import Monitor, event_is, socket_path, stamp
 from cprd.qemu.record import Recorder, Settings, describe
 from cprd.qemu.replay import Replayer
-from cprd.qemu.resume import let_run
+from cprd.qemu.resume import GONE, has_run, let_run
 from cprd.qemu.save import complete, make_room, take_back
 from cprd.qemu.settle import end
 from cprd.qemu.supervisor import succeed
@@ -254,34 +254,41 @@ class _Move:
         self.place.remove(MARK)
         self.guard.disarm()
         point("qemu-upgrade:disarmed")
-        if self.status in LIVE:
-            await self._let_run(settings)
+        now = await self._let_run(settings) if self.status in LIVE else self.status
         point("qemu-upgrade:running")
         pause = await self._pause()
-        try:
-            succeed(self.new.pid, "The guest goes on in a new QEMU.")
-        except (CprdError, OSError) as error:
-            print(f"cprctl: the service manager was not told: {error}", file=sys.stderr)
+        if now != GONE:
+            try:
+                succeed(self.new.pid, "The guest goes on in a new QEMU.")
+            except (CprdError, OSError) as error:
+                print(f"cprctl: the service manager was not told: {error}", file=sys.stderr)
         self.shared.before_quit()
         await end(self.old, self.old_process)
         self.shared.after_quit()
         point("qemu-upgrade:ended")
         await self._forget()
         point("qemu-upgrade:forgotten")
-        return Upgraded(self.new.pid, self.status, pause)
+        if now == GONE:
+            raise Failed(
+                "the new QEMU ended right after its guest had gone on in it, and the guest with"
+                " it: boot it anew"
+            )
+        return Upgraded(self.new.pid, now, pause)
 
-    async def _let_run(self, settings: Settings) -> None:
+    async def _let_run(self, settings: Settings) -> str:
         assert self.new is not None
         try:
             if self.new.ended():
                 raise Failed("the new QEMU ended before it was told to run its guest")
-            await let_run(self.monitor)
-        except MonitorLost as error:
-            raise InDoubt(
-                f"the new QEMU (pid {self.new.pid}) was told to run its guest and did not answer"
-                f" ({error}); the hold is in doubt until that QEMU is saved, or released by force"
-            ) from None
+            return await let_run(self.monitor, self.new)
+        except InDoubt:
+            raise
         except CprdError as error:
+            if has_run(self.monitor):
+                raise InDoubt(
+                    f"{error}; but somebody else let the guest run, by another monitor of the new"
+                    f" QEMU (pid {self.new.pid}): it is left alone"
+                ) from None
             failure = await self._give_up_new(error)
             self.prepared.abort()  # answered, or the old one must not go on
             try:
