@@ -16,6 +16,7 @@ from cprd.qemu.hold import LIVE, Held, Origin
 from cprd.qemu.private import PrivatePlace
 from cprd.qemu.process import Process, readable
 from cprd.qemu.replay import Replayer
+from cprd.qemu.settle import force as force_it
 from cprd.qemu.settle import full_name, settle
 from cprd.qemu.supervisor import tell
 from cprd.qemu.taken import refuse_taken
@@ -70,7 +71,7 @@ async def _help(
     with cprd.connect(socket_path) as daemon:
         point("qemu-start:connected")
         try:
-            claim = await claim_it(daemon, name, force=force)
+            claim, forced = await claim_it(daemon, name, force=force)
         except NotHeld:
             launch.say(plumbing.talk, cold=True)
             return 0
@@ -85,11 +86,14 @@ async def _help(
             return 1
         except (CprdError, OSError) as error:
             why = " ".join(str(error).split()) or type(error).__name__
-            try:
-                claim.reject(why)
-            except CprdError as lost:
-                why += f" (and cprd was not told: {lost})"
-            why = f"{name}: {why}; it is held as before"
+            if forced:
+                why = f"{name}: {why}; it is in doubt as before: --force again, or drop it"
+            else:
+                try:
+                    claim.reject(why)
+                except CprdError as lost:
+                    why += f" (and cprd was not told: {lost})"
+                why = f"{name}: {why}; it is held as before"
             if not launch.say(plumbing.talk, fail=why, status=1):
                 print(f"cprctl: {why}", file=sys.stderr)
             return 1
@@ -98,12 +102,25 @@ async def _help(
     return 0
 
 
-async def claim_it(daemon: cprd.Daemon, name: str, *, force: bool) -> cprd.Claim:
-    """Claim NAME, after settling what a killed helper left. Raises NotHeld (cold is right),
-    Busy."""
+async def claim_it(daemon: cprd.Daemon, name: str, *, force: bool) -> tuple[cprd.Claim, bool]:
+    """Claim NAME, after settling what a killed helper left; and whether that took force: then it
+    has begun to be acted on already, so that it is in doubt again, whatever comes of us.
+
+    Raises NotHeld (cold is right), Busy."""
     name = full_name(daemon, name)
-    if force:
-        daemon.release(name, force=True)
+    if not (force and await force_it(daemon, name)):
+        return await _claim(daemon, name), False
+    daemon.release(name, force=True)
+    claim = daemon.load(name, wait=2.0, lease=LEASE)
+    try:
+        claim.begin()
+    except BaseException:
+        claim.close()
+        raise
+    return claim, True
+
+
+async def _claim(daemon: cprd.Daemon, name: str) -> cprd.Claim:
     try:
         claim = daemon.load(name, lease=LEASE)
         if not _still_there(claim):
