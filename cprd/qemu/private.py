@@ -4,6 +4,7 @@ QEMU in a chroot, another uid) sees ours as well, and nobody else can enter it."
 from __future__ import annotations
 
 import os
+import re
 import socket
 from contextlib import suppress
 
@@ -11,6 +12,7 @@ from cprd.errors import LimitExceeded
 from cprd.qemu.failure import Refused
 
 _SUN_PATH = 107
+MARK = "untouched"  # the file that says: the new QEMU of an upgrade was never told to run
 
 
 class PrivatePlace:
@@ -74,14 +76,34 @@ class PrivatePlace:
     def remove(self, name: str) -> None:
         os.unlink(name, dir_fd=self._fd)
 
-    def close(self) -> None:
-        """Harmless again, and when somebody removed it."""
+    def close(self, *, keep: str = "") -> None:
+        """Harmless again, and when somebody removed it. A file of the name `keep` stays, and so
+        does the directory then."""
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
         with suppress(OSError):
             for name in os.listdir(fd):
-                os.unlink(name, dir_fd=fd)
+                if name != keep:
+                    os.unlink(name, dir_fd=fd)
         os.close(fd)
         with suppress(OSError):
             os.rmdir(self.path)
+
+
+def sweep(mark: str, uid: int) -> None:
+    """Remove a mark that was kept for `uid`, and its directory. Best effort; only what is one of
+    ours by its name and its owner, for `mark` is somebody's word."""
+    place, name = os.path.split(mark)
+    if name != MARK or not re.fullmatch(r"\.cprd-[0-9a-f]{8}", os.path.basename(place)):
+        return
+    with suppress(OSError):
+        fd = os.open(place, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_uid != uid:
+                return
+            for left in os.listdir(fd):
+                os.unlink(left, dir_fd=fd)
+        finally:
+            os.close(fd)
+        os.rmdir(place)

@@ -149,6 +149,20 @@ class Monitor:
         self._seen.clear()
         self._client.events.clear()
 
+    async def rested(self, timeout: float = 2.0) -> bool:
+        """Of a QEMU that has ended: whether its guest has stood still from the last STOP to its
+        end. (What it said last is still in the socket when it has ended, and is read to its end.)
+        Nothing may have been sent to it meanwhile: that breaks off the reading."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
+        while self._running():
+            if loop.time() > until:
+                return False
+            await asyncio.sleep(0.005)
+        self.gather_events()
+        turns = [event["event"] for event in self._seen if event["event"] in ("STOP", "RESUME")]
+        return turns[-1:] != ["RESUME"]
+
     def has_seen(self, name: str) -> bool:
         """Whether such an event has come, and nobody has taken it yet."""
         self.gather_events()

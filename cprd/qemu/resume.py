@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import cprd
 from cprd.errors import Busy, CprdError, Damaged, NotHeld
 from cprd.pause import point
-from cprd.qemu import launch
+from cprd.qemu import interrupt, launch
+from cprd.qemu.aside import aside
 from cprd.qemu.failure import Failed, InDoubt, MonitorGone, MonitorLost, MonitorRefused, Refused
 from cprd.qemu.guard import Guard
 from cprd.qemu.hold import LIVE, Held, Origin
@@ -49,7 +50,7 @@ def helper(
     if process is None:
         return 1
     try:
-        return asyncio.run(_help(plumbing, process, socket_path, name, command, force, timeout))
+        return interrupt.run(_help(plumbing, process, socket_path, name, command, force, timeout))
     except BaseException as error:
         from cprd.cli import exit_status
 
@@ -71,7 +72,8 @@ async def _help(
     with cprd.connect(socket_path) as daemon:
         point("qemu-start:connected")
         try:
-            claim, forced = await claim_it(daemon, name, force=force)
+            with interrupt.allowed():
+                claim, forced = await claim_it(daemon, name, force=force)
         except NotHeld:
             launch.say(plumbing.talk, cold=True)
             return 0
@@ -172,8 +174,9 @@ async def _give(
     """Everything between claim and confirm. After an exception other than InDoubt the new QEMU has
     ended, and nothing was acted on."""
     held = Held(claim.state)
-    if not await readable(plumbing.talk.fileno(), 30.0):
-        raise Refused("the QEMU command with -version does not end")
+    with interrupt.allowed():
+        if not await readable(plumbing.talk.fileno(), 30.0):
+            raise Refused("the QEMU command with -version does not end")
     word = launch.hear(plumbing.talk) or {"no_version": "the starting process ended"}
     if "no_version" in word:
         raise Refused(word["no_version"])
@@ -183,25 +186,28 @@ async def _give(
     guard = Guard.fork(plumbing.said, process.pidfd)
     plumbing.said = -1
     replayer = Replayer(process, plumbing.main, plumbing.monitor, timeout)
-    renewing = asyncio.ensure_future(_renew(claim))
+    renewing = Renewing(claim)
     try:
         launch.say(plumbing.talk, go=True, place=place.path, version=list(version), guard=guard.pid)
         point("qemu-start:go")
-        await replayer.connect_cpr(place.at("cpr"))
-        place.close()
-        point("qemu-start:listening")
-        await replayer.send_cpr(pieces)
-        point("qemu-start:cpr")
-        sending = asyncio.ensure_future(replayer.send_main(held.main))
-        try:
-            await replayer.end_cpr()
-            await sending
-            point("qemu-start:main")
-            monitor = await replayer.greet()
-            await replayer.loaded()
-        finally:
-            sending.cancel()
-        point("qemu-start:loaded")
+        with interrupt.allowed():
+            await replayer.connect_cpr(place.at("cpr"))
+            place.close()
+            point("qemu-start:listening")
+            await replayer.send_cpr(pieces)
+            point("qemu-start:cpr")
+            sending = asyncio.ensure_future(replayer.send_main(held.main))
+            try:
+                await replayer.end_cpr()
+                await sending
+                point("qemu-start:main")
+                monitor = await replayer.greet()
+                await replayer.loaded()
+            finally:
+                sending.cancel()
+            point("qemu-start:loaded")
+        interrupt.hold_off()
+        await renewing.stop()
         await _run(claim, monitor, process, guard, held.origin.status)
     except (InDoubt, Over):
         raise
@@ -212,7 +218,7 @@ async def _give(
             raise Failed(f"{error}: {said}") from error
         raise
     finally:
-        renewing.cancel()
+        await renewing.stop()
         guard.close()
         place.close()
         await replayer.close()
@@ -309,7 +315,7 @@ async def confirm(claim: cprd.Claim) -> None:
             claim.confirm()
             return
         except (cprd.Unavailable, cprd.Timeout) as error:
-            if loop.time() > until:
+            if loop.time() > until or interrupt.came():
                 raise InDoubt(
                     f"the guest runs, and cprd could not be told ({error}): the hold stays in doubt"
                     " until this QEMU is saved; drop it by force if you like"
@@ -319,7 +325,29 @@ async def confirm(claim: cprd.Claim) -> None:
             raise InDoubt(f"the guest runs, and cprd says: {error}") from None
 
 
-async def _renew(claim: cprd.Claim) -> None:
-    while True:
-        await asyncio.sleep(LEASE / 3)
-        claim.renew()
+class Renewing:
+    """Keeps a claim's lease from ending while the new QEMU loads. It asks in a thread, so that a
+    cprd that does not answer delays nothing else, and again when it fails: should the claim be lost
+    all the same, `begin` will say so."""
+
+    def __init__(self, claim: cprd.Claim) -> None:
+        self._claim = claim
+        self._asking: asyncio.Future[float] | None = None
+        self._task = asyncio.ensure_future(self._run())
+
+    async def _run(self) -> None:
+        pause = LEASE / 3
+        while True:
+            await asyncio.sleep(pause)
+            self._asking = aside(self._claim.renew)
+            await asyncio.wait({self._asking})
+            failure = self._asking.exception()
+            if isinstance(failure, cprd.Fenced):
+                return
+            pause = LEASE / 3 if failure is None else 1.0
+
+    async def stop(self) -> None:
+        """Afterwards the claim is free for other requests."""
+        self._task.cancel()
+        if self._asking is not None and not self._asking.done():
+            await asyncio.wait({self._asking})

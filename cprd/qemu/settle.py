@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cprd.errors import Busy, CprdError, Damaged, NotHeld
 from cprd.qemu.failure import InDoubt, MonitorLost, Refused
 from cprd.qemu.hold import Origin
+from cprd.qemu.private import sweep
 from cprd.qemu.process import Process
 from cprd.qemu.qmp import Monitor
 
@@ -180,9 +181,11 @@ async def _ask(
                     )
                 daemon.release(name, force=True)
             await end(monitor, old)
+            sweep(origin.untouched, row["uid"])
             return Settled(said=f"the old QEMU (pid {old.pid}) had stopped its guest; it has quit")
         # Whatever it does now: it is the guest's QEMU, and what is held is older than its memory.
         daemon.drop(name, force=True)
+        sweep(origin.untouched, row["uid"])
         return Settled(old.pid, f"the guest is in its QEMU (pid {old.pid}, {status})")
     finally:
         await monitor.close()
