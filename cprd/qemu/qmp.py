@@ -12,7 +12,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cprd.errors import InvalidInput
-from cprd.qemu.failure import MonitorBusy, MonitorGone, MonitorLost, MonitorRefused, Refused
+from cprd.qemu.failure import (
+    MonitorBusy,
+    MonitorGone,
+    MonitorLost,
+    MonitorRefused,
+    Nobody,
+    Refused,
+)
 from cprd.qemu.process import Process
 
 if TYPE_CHECKING:
@@ -39,7 +46,8 @@ class Monitor:
     async def connect(cls, path: str, timeout: float = GREETING) -> Monitor:
         """Speak to the monitor that listens at `path`.
 
-        Raises Refused (nobody listens), MonitorBusy (no greeting in `timeout` s)."""
+        Raises Nobody (nobody listens), Refused (it cannot be told), MonitorBusy (no greeting in
+        `timeout` s)."""
         path = socket_path(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -51,10 +59,16 @@ class Monitor:
                     f"{path}: its queue of clients is full: somebody else uses this monitor; give"
                     " this command a -qmp of its own"
                 ) from None
-            except OSError as error:
-                raise Refused(
+            except (FileNotFoundError, ConnectionRefusedError) as error:
+                raise Nobody(
                     f"{path}: {error.strerror}: no QEMU listens there; --qmp wants the path of a"
                     " running QEMU's -qmp unix:PATH,server=on,wait=off"
+                ) from None
+            except OSError as error:  # no permission, no socket, too long for an address, ...
+                raise Refused(
+                    f"{path}: {error.strerror or error}: whether a QEMU listens there cannot be"
+                    " told; --qmp wants the path of a running QEMU's"
+                    " -qmp unix:PATH,server=on,wait=off"
                 ) from None
             process = Process.behind(sock)
         except BaseException:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from cprd.errors import Busy, CprdError, NotHeld, Timeout, Unavailable
 from cprd.pause import point
 from cprd.qemu import interrupt, stream
-from cprd.qemu.check import examine
+from cprd.qemu.check import KEPT, examine
 from cprd.qemu.failure import Failed, InDoubt, MonitorLost, MonitorRefused, Refused
 from cprd.qemu.hold import LIVE, Origin, pack
 from cprd.qemu.preparing import Away, Preparing
@@ -111,6 +111,8 @@ async def make_room(
         name = owned_name(name, process.uid if process is not None else -1)
         row, origin = look(daemon, name)
         if row is None:
+            if await monitor.status() == "postmigrate":
+                raise Refused(_handed_over(path, name))
             return name, None
         if origin is not None and process is not None and origin.new == process.record():
             # An upgrade whose helper was killed after the guest had gone on, in this QEMU.
@@ -146,6 +148,17 @@ async def make_room(
     )
 
 
+def _handed_over(path: str, name: str) -> str:
+    """What to do with a guest in a QEMU that has handed it over, when cprd has nothing of it. (We
+    do not `cont` it: that cprd holds nothing may as well mean that it runs elsewhere.)"""
+    return (
+        "the guest was handed over by this QEMU already (postmigrate), and nothing is held under"
+        f" {name!r}. It is stopped there,"
+        " whole. If you know that it runs in no other QEMU and is held nowhere (cprctl list), let"
+        f" it go on here, by `cont` at {path}; if it does run elsewhere, `quit` there"
+    )
+
+
 async def _hand_over(
     daemon: Daemon,
     name: str,
@@ -172,6 +185,7 @@ async def _hand_over(
             with interrupt.allowed():
                 await recorder.take_main()
                 point("qemu-save:main")
+            status = run_state(recorder.main, status)
             origin = Origin(
                 version=monitor.version,
                 qmp=path,
@@ -214,6 +228,16 @@ async def _hand_over(
         if recorder is not None:
             recorder.close()
         place.close()
+
+
+def run_state(main: bytearray, seen: str) -> str:
+    """What the guest was doing when it was stopped, which may be another thing than when we looked
+    (`seen`): its user may have paused it, its disk have failed. Raises Failed when nothing is worth
+    keeping by now."""
+    status = stream.run_state(main) or seen
+    if status not in KEPT:
+        raise Failed(f"the guest is {status!r} by now: there is nothing to keep")
+    return status
 
 
 async def taken_back(
@@ -336,6 +360,8 @@ def is_gone(daemon: Daemon, prepared: Prepared, name: str) -> bool:
     try:
         prepared.abort()
         return True
+    except (Unavailable, Timeout):
+        return False
     except CprdError:
         pass
     try:

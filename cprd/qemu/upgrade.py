@@ -49,6 +49,7 @@ from cprd.qemu.save import (
     make_room,
     one_line,
     rescue,
+    run_state,
     take_back,
     untouched,
 )
@@ -58,7 +59,7 @@ from cprd.qemu.version import version_of
 from cprd.qemu.voice import onward
 
 if TYPE_CHECKING:
-    from cprd import Daemon
+    from cprd import Daemon, Prepared
     from cprd.qemu.command import Command
 
 TIMEOUT = 30.0
@@ -197,17 +198,21 @@ class _Move:
             failure = await self._give_up_new(error)
             if isinstance(failure, InDoubt):
                 return failure
-            await commit(self.daemon, prepared, self.old, settings, self.name)
-            return Failed(
-                f"{failure}; the old QEMU has ended, too. The guest is held, whole, under"
-                f" {self.name}: go on with `cprctl qemu start`"
-            )
+            return await self._hold(prepared, settings, failure)
         where = await take_back(self.recorder, settings, self.old)
         failure = await self._give_up_new(error)
         left = self.preparing.undo() if self.preparing is not None else ""
         self.keep_mark = bool(left)
         again = self.preparing is not None and self.preparing.unanswered and not left
         return (Away if again else Failed)(f"{failure}; {where}{left}")
+
+    async def _hold(self, prepared: Prepared, settings: Settings, failure: CprdError) -> CprdError:
+        """Both QEMUs have ended, and neither has run the guest since its state was taken."""
+        await commit(self.daemon, prepared, self.old, settings, self.name)
+        return Failed(
+            f"{failure}; the old QEMU has ended, too. The guest is held, whole, under {self.name}:"
+            " go on with `cprctl qemu start`"
+        )
 
     async def _prepare_new(self) -> None:
         """The new QEMU, waiting, with the CPR state; the old one's guest runs."""
@@ -255,6 +260,7 @@ class _Move:
         del state["main"]
         state["rehearsal"] = main
         stream.is_whole(main)
+        stream.run_state(main)
         self.daemon.prepare(self.name, state, after_exit=self.old_process.pidfd).abort()
         del state["rehearsal"]
         self.state = state
@@ -291,6 +297,7 @@ class _Move:
         replayer.restart_clock()
         await recorder.take_main(replayer.send_main)
         point("qemu-upgrade:main")
+        self.status = run_state(recorder.main, self.status)
         self.state["main"] = recorder.main
         self.state["qemu"] = self._origin(stream.machine(recorder.main)).section()
         self.preparing = Preparing(
@@ -350,6 +357,9 @@ class _Move:
             failure = await self._give_up_new(error)
             if isinstance(failure, InDoubt):
                 raise failure from None
+            prepared = await rescue(self.preparing, self.old)
+            if prepared is not None:
+                raise await self._hold(prepared, settings, failure) from None
             with suppress(OSError):
                 self.place.create(MARK)  # it never ran, and has ended
             if not is_gone(self.daemon, self.prepared, self.name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 from typing import Any
@@ -27,6 +28,16 @@ def words(vm: Machine, verb: str) -> list[str]:
     """`save` or `upgrade` of this VM."""
     rest = ["--", *vm.command] if verb == "upgrade" else []
     return ["qemu", verb, vm.name, "--qmp", vm.qmp, *rest]
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, and wait until all of it has ended: its threads too."""
+    end = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([end], [], [], PATIENCE)[0]
+    finally:
+        os.close(end)
 
 
 class Standing:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-from typing import Any
 
 import pytest
 
 from tests.qemu import guest
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.steps import kill, rows
 from tests.qemu.sweep import adopt_orphans
-
-
-def rows(vm: Machine) -> list[dict[str, Any]]:
-    return list(json.loads(vm.cprctl("list", "--json").stdout))
 
 
 @pytest.fixture
@@ -94,8 +89,7 @@ def test_the_new_qemu_dies_right_after_it_was_told_to_run(vm: Machine, verb: str
     while stopped is None or stopped.si_status != signal.SIGSTOP:
         stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED)
     (new,) = set(vm.alive()) - set(old)
-    os.kill(new, signal.SIGKILL)
-    vm.until(lambda: new not in vm.alive(), "the end of the new QEMU")
+    kill(new)
     os.kill(stopped.si_pid, signal.SIGCONT)
     assert process.wait(PATIENCE) != 0
     vm.until(lambda: rows(vm) == [], "the end of the hold")

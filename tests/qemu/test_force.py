@@ -3,17 +3,15 @@ makes a doubt vanish that it could not end."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.steps import kill, rows
 from tests.qemu.sweep import adopt_orphans, kill_where_it_stops
 
 
@@ -22,10 +20,6 @@ def _subreaper() -> Iterator[None]:
     adopt_orphans()
     yield
     adopt_orphans(False)
-
-
-def rows(vm: Machine) -> list[dict[str, Any]]:
-    return list(json.loads(vm.cprctl("list", "--json").stdout))
 
 
 def elsewhere(vm: Machine) -> list[str]:
@@ -64,8 +58,7 @@ def test_the_old_qemu_lives_and_nobody_can_ask_it(vm: Machine) -> None:
         assert vm.start("--force", command=elsewhere(vm)).wait(PATIENCE) == 4
         assert "one client at a time" in vm.said()
     vm.goes_on()
-    os.kill(old, signal.SIGKILL)
-    vm.until(lambda: not vm.alive(), "the end of QEMU")
+    kill(old)
     assert vm.start().wait(PATIENCE) == 4
     assert vm.alive() == []
     assert rows(vm)[0]["phase"] == "in-doubt"
@@ -87,8 +80,7 @@ def test_a_forced_start_that_fails_leaves_the_doubt(vm: Machine, how: str) -> No
     env = {**vm.env, "CPRD_PAUSE": "qemu-save:prepared"}
     saving = subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL)
     os.waitid(os.P_PID, saving.pid, os.WSTOPPED)
-    os.kill(vm.alive()[0], signal.SIGKILL)  # the guest stands, and is whole in what was prepared
-    vm.until(lambda: not vm.alive(), "the end of QEMU")
+    kill(vm.alive()[0])  # the guest stands, and is whole in what was prepared
     saving.kill()
     saving.wait(PATIENCE)
     vm.until(lambda: rows(vm)[0]["phase"] == "in-doubt", "in doubt")
