@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import cprd
@@ -212,7 +213,7 @@ async def _give(
     except (InDoubt, Over):
         raise
     except BaseException as error:
-        await _end(process, replayer.monitor, claim, guard, error)
+        await _end(process, replayer.monitor, claim, renewing, guard, error)
         said = guard.said()
         if isinstance(error, CprdError | OSError) and said:
             raise Failed(f"{error}: {said}") from error
@@ -228,12 +229,13 @@ async def _end(
     process: Process,
     monitor: Monitor | None,
     claim: cprd.Claim,
+    renewing: Renewing,
     guard: Guard,
     error: BaseException,
 ) -> None:
     """End the new QEMU, so that what is held can be given back. Raises InDoubt when that is not
     known to be right: the hold is in doubt then, as far as cprd can be told."""
-    if has_run(monitor):
+    if await has_run(monitor):
         guard.disarm()
         why = (
             f"{error}; somebody else let the guest run, by another monitor of the new QEMU (pid"
@@ -247,6 +249,7 @@ async def _end(
             f"{error}; the new QEMU (pid {process.pid}) does not end, not even by SIGKILL: look at"
             " what it waits for. The hold is in doubt; when that process has ended, use --force"
         )
+    await renewing.stop()
     try:
         claim.begin(process.pidfd)
     except CprdError as lost:
@@ -299,10 +302,14 @@ async def let_run(monitor: Monitor, process: Process) -> str:
         return "unknown"
 
 
-def has_run(monitor: Monitor | None) -> bool:
+async def has_run(monitor: Monitor | None) -> bool:
     """Whether a guest that was not told to has run all the same: COMMAND's own monitor is open to
     others from the start, and one of them may have said `cont`."""
-    return monitor is not None and monitor.has_seen("RESUME")
+    if monitor is None:
+        return False
+    with suppress(CprdError):  # what came before its answer has been read then
+        await monitor.execute("query-status", 1.0)
+    return monitor.has_seen("RESUME")
 
 
 async def confirm(claim: cprd.Claim) -> None:

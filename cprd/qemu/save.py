@@ -4,11 +4,14 @@ The order, and what a failure (or kill -9 of this process) leaves at each place:
 
     take cpr      guest runs                     -> guest runs on
     take main     guest stopped, QEMU waits      -> guest runs on (QEMU resumes by itself)
-    prepare       kept, never served             -> guest runs on; a kill leaves the hold in doubt
+    prepare       kept, never served             -> guest runs on, after a second at most
+                                                    (a kill leaves the hold in doubt)
     SHUT(0)       QEMU completes                 -> in doubt until QEMU is asked
     completed     QEMU can resume only by `cont` -> in doubt; postmigrate says that it is good
     commit        held, once this QEMU has ended -> held
     quit          nobody runs                    -> held
+
+A signal (interrupt.py) is a failure like any other up to SHUT(0), and waits from there on.
 """
 
 from __future__ import annotations
@@ -153,9 +156,9 @@ def _handed_over(path: str, name: str) -> str:
     do not `cont` it: that cprd holds nothing may as well mean that it runs elsewhere.)"""
     return (
         "the guest was handed over by this QEMU already (postmigrate), and nothing is held under"
-        f" {name!r}. It is stopped there,"
-        " whole. If you know that it runs in no other QEMU and is held nowhere (cprctl list), let"
-        f" it go on here, by `cont` at {path}; if it does run elsewhere, `quit` there"
+        f" {name!r}. It is stopped there, whole. If you know that it runs in no other QEMU, and is"
+        f" held nowhere (cprctl list), let it go on here, by `cont` at {path}; if it does run"
+        " elsewhere, `quit` there"
     )
 
 

@@ -349,7 +349,7 @@ class _Move:
         except InDoubt:
             raise
         except CprdError as error:
-            if has_run(self.monitor):
+            if await has_run(self.monitor):
                 raise InDoubt(
                     f"{error}; but somebody else let the guest run, by another monitor of the new"
                     f" QEMU (pid {self.new.pid}): it is left alone"

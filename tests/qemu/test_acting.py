@@ -95,3 +95,23 @@ def test_the_new_qemu_dies_right_after_it_was_told_to_run(vm: Machine, verb: str
     vm.until(lambda: rows(vm) == [], "the end of the hold")
     vm.until(lambda: vm.alive() == [], "the end of the old QEMU")
     adopt_orphans(False)
+
+
+def test_somebody_else_lets_the_guest_run_and_then_cprd_refuses(vm: Machine) -> None:
+    """By the new QEMU's own monitor, which is open to all from the start. It is not taken back any
+    more, and not ended either."""
+    adopt_orphans()
+    assert vm.save().returncode == 0
+    process = vm.start(env={"CPRD_PAUSE": "qemu-start:loaded"})
+    stopped = None
+    while stopped is None or stopped.si_status != signal.SIGSTOP:
+        stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED)
+    vm.execute("cont")
+    vm.goes_on()
+    assert vm.cprctl("drop", "vm", "--force").returncode == 0  # so that `begin` will be refused
+    os.kill(stopped.si_pid, signal.SIGCONT)
+    vm.until(lambda: "somebody else let the guest run" in vm.said(), "said")
+    vm.goes_on(50)
+    assert process.poll() is None
+    assert rows(vm) == []
+    adopt_orphans(False)

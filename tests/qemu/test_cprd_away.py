@@ -112,3 +112,23 @@ def test_it_dies_when_the_new_qemu_of_an_upgrade_cannot_run_the_guest(
         vm.goes_on()
         assert len(vm.alive()) == 1
         assert not [path for path in vm.place.iterdir() if path.name.startswith(".cprd-")]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(180)
+def test_a_new_qemu_loads_for_longer_than_the_lease_and_cprd_is_mute_at_times(
+    vm: Machine, daemon: DaemonProcess
+) -> None:
+    """The lease of 30 s is renewed every 10; once that fails, it is tried again."""
+    assert vm.save().returncode == 0
+    process = vm.start(env={"CPRD_PAUSE": "qemu-start:exec"})
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # before it is a QEMU
+    os.kill(daemon.pid, signal.SIGSTOP)
+    time.sleep(12.0)
+    os.kill(daemon.pid, signal.SIGCONT)
+    time.sleep(25.0)
+    assert rows(vm)[0]["phase"] == "claimed"
+    assert rows(vm)[0]["attempts"] == 1
+    process.send_signal(signal.SIGCONT)
+    vm.goes_on()
+    assert rows(vm) == []
