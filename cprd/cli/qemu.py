@@ -82,6 +82,7 @@ def _with_qmp(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     def checked(args: argparse.Namespace) -> int:
         from importlib.util import find_spec
 
+        from cprd.cli import fail
         from cprd.errors import CprdError
 
         if find_spec("qemu") is None or find_spec("qemu.qmp") is None:
@@ -94,14 +95,21 @@ def _with_qmp(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
             from cprd.qemu.qmp import socket_path
 
             mend(socket_path(args.qmp))
-        return run(args)
+        try:
+            return run(args)
+        except CprdError as error:
+            from cprd.qemu import interrupt
+
+            status = interrupt.exit_status()
+            if not status:
+                raise
+            return fail(str(error), status)
 
     return checked
 
 
 def run_check(args: argparse.Namespace) -> int:
-    import asyncio
-
+    from cprd.qemu import interrupt
     from cprd.qemu.check import about_command_line, command_line, examine
     from cprd.qemu.qmp import Monitor
 
@@ -112,6 +120,7 @@ def run_check(args: argparse.Namespace) -> int:
             pid = monitor.process.pid if monitor.process is not None else 0
             words = command_line(pid) if pid else []
             upgrade, notes = about_command_line(words, pid) if words else ([], [])
+            interrupt.check()
         finally:
             await monitor.close()
         for problem in report.problems:
@@ -124,17 +133,16 @@ def run_check(args: argparse.Namespace) -> int:
             print(f"this VM ({report.status}) can be handed over")
         return 1 if report.problems else 0
 
-    return asyncio.run(ask())
+    return interrupt.run(ask())
 
 
 def run_save(args: argparse.Namespace) -> int:
-    import asyncio
-
     from cprd.cli.connection import connect
+    from cprd.qemu import interrupt
     from cprd.qemu.save import save
 
     with connect(args) as daemon:
-        kept = asyncio.run(
+        kept = interrupt.run(
             save(daemon, args.name, args.qmp, replace=args.replace, timeout=args.timeout)
         )
     where = f", kept: {kept.kept}" if kept.kept else ""
@@ -157,26 +165,24 @@ def run_start(args: argparse.Namespace) -> int:
 
 
 def run_upgrade(args: argparse.Namespace) -> int:
-    import asyncio
-
     from cprd.cli.connection import connect
+    from cprd.qemu import interrupt
     from cprd.qemu.command import Command
     from cprd.qemu.upgrade import upgrade
 
     command = Command(args.command or [])
     with connect(args) as daemon:
-        done = asyncio.run(upgrade(daemon, args.name, args.qmp, command, timeout=args.timeout))
+        done = interrupt.run(upgrade(daemon, args.name, args.qmp, command, timeout=args.timeout))
     print(f"{args.name} runs in pid {done.pid} ({done.status}); it stood still for {done.pause}")
     return 0
 
 
 def run_stop(args: argparse.Namespace) -> int:
-    import asyncio
-
     from cprd.paths import default_socket
+    from cprd.qemu import interrupt
     from cprd.qemu.stop import stop
 
-    said = asyncio.run(
+    said = interrupt.run(
         stop(
             args.socket or default_socket(user=args.user),
             args.name,

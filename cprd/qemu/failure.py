@@ -9,6 +9,10 @@ class Refused(CprdError):
     """Nothing was begun: the guest is as it was. The message says what to change."""
 
 
+class Nobody(Refused):
+    """No process listens at the path of a monitor."""
+
+
 class Failed(CprdError):
     """It was begun and taken back; the message says where the guest is."""
 

@@ -95,14 +95,16 @@ class PrivatePlace:
     def remove(self, name: str) -> None:
         os.unlink(name, dir_fd=self._fd)
 
-    def close(self) -> None:
-        """Harmless again, and when somebody removed it."""
+    def close(self, *, keep: str = "") -> None:
+        """Harmless again, and when somebody removed it. A file of the name `keep` stays, and so
+        does the directory then."""
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
         with suppress(OSError):
             for name in os.listdir(fd):
-                os.unlink(name, dir_fd=fd)
+                if name != keep:
+                    os.unlink(name, dir_fd=fd)
         os.close(fd)
         with suppress(OSError):
             os.rmdir(self.path)
@@ -157,3 +159,21 @@ def _counts(fd: int) -> bool:
         return False
     old.close()
     return True
+
+
+def remove_mark(mark: str, uid: int) -> None:
+    """Remove a mark that was kept for `uid`, and its directory. Best effort; only what is one of
+    ours by its name and its owner, for `mark` is somebody's word."""
+    place, name = os.path.split(mark)
+    if name != MARK or not _NAME.fullmatch(os.path.basename(place)):
+        return
+    with suppress(OSError):
+        fd = os.open(place, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_uid != uid:
+                return
+            for left in os.listdir(fd):
+                os.unlink(left, dir_fd=fd)
+        finally:
+            os.close(fd)
+        os.rmdir(place)

@@ -12,7 +12,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cprd.errors import InvalidInput
-from cprd.qemu.failure import MonitorBusy, MonitorGone, MonitorLost, MonitorRefused, Refused
+from cprd.qemu.failure import (
+    MonitorBusy,
+    MonitorGone,
+    MonitorLost,
+    MonitorRefused,
+    Nobody,
+    Refused,
+)
 from cprd.qemu.process import Process
 
 if TYPE_CHECKING:
@@ -39,7 +46,8 @@ class Monitor:
     async def connect(cls, path: str, timeout: float = GREETING) -> Monitor:
         """Speak to the monitor that listens at `path`.
 
-        Raises Refused (nobody listens), MonitorBusy (no greeting in `timeout` s)."""
+        Raises Nobody (nobody listens), Refused (it cannot be told), MonitorBusy (no greeting in
+        `timeout` s)."""
         path = socket_path(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -51,10 +59,16 @@ class Monitor:
                     f"{path}: its queue of clients is full: somebody else uses this monitor; give"
                     " this command a -qmp of its own"
                 ) from None
-            except OSError as error:
-                raise Refused(
+            except (FileNotFoundError, ConnectionRefusedError) as error:
+                raise Nobody(
                     f"{path}: {error.strerror}: no QEMU listens there; --qmp wants the path of a"
                     " running QEMU's -qmp unix:PATH,server=on,wait=off"
+                ) from None
+            except OSError as error:  # no permission, no socket, too long for an address, ...
+                raise Refused(
+                    f"{path}: {error.strerror or error}: whether a QEMU listens there cannot be"
+                    " told; --qmp wants the path of a running QEMU's"
+                    " -qmp unix:PATH,server=on,wait=off"
                 ) from None
             process = Process.behind(sock)
         except BaseException:
@@ -91,7 +105,10 @@ class Monitor:
             ) from None
         except (QMPError, OSError, EOFError) as error:
             sock.close()
-            raise MonitorLost(f"{where}: no QMP is spoken there: {_words(error)}") from None
+            raise MonitorLost(
+                f"{where}: no QMP is spoken there, or a -qmp-pretty one, which is for people:"
+                f" {_words(error)}"
+            ) from None
         return cls(client, where, process)
 
     @property
@@ -148,6 +165,25 @@ class Monitor:
         """Only what comes from now on counts."""
         self._seen.clear()
         self._client.events.clear()
+
+    async def rested(self, timeout: float = 2.0) -> bool:
+        """Of a QEMU that has ended: whether its guest has stood still from the last STOP to its
+        end. (What it said last is still in the socket when it has ended, and is read to its end.)
+        Nothing may have been sent to it meanwhile: that breaks off the reading."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
+        while self._running():
+            if loop.time() > until:
+                return False
+            await asyncio.sleep(0.005)
+        self.gather_events()
+        turns = [event["event"] for event in self._seen if event["event"] in ("STOP", "RESUME")]
+        return turns[-1:] != ["RESUME"]
+
+    def has_seen(self, name: str) -> bool:
+        """Whether such an event has come, and nobody has taken it yet."""
+        self.gather_events()
+        return any(event["event"] == name for event in self._seen)
 
     def _running(self) -> bool:
         from qemu.qmp import Runstate

@@ -59,7 +59,14 @@ class Settings:
             for name, state in now.items()
             if (state and name not in HARMLESS) or (name in WANTED and not state)
         }
-        mode = str((await monitor.execute("query-migrate-parameters")).get("mode", ""))
+        parameters = await monitor.execute("query-migrate-parameters")
+        if parameters.get("tls-creds"):
+            raise Refused(
+                f"this QEMU's migrations are to use TLS (tls-creds={parameters['tls-creds']}),"
+                " which a hand-over through cprd does not speak: migrate-set-parameters"
+                " tls-creds='' first"
+            )
+        mode = str(parameters.get("mode", ""))
         settings = cls(mode, {name: now[name] for name in wanted})
         try:
             if wanted:
@@ -112,7 +119,6 @@ class Recorder:
         """`migrate`, and the CPR stream to its end. The guest runs on. `forward` sees each piece.
 
         Raises MonitorRefused (QEMU will not), Timeout, Damaged, LimitExceeded."""
-        self._ran = await self.monitor.status() in ("running", "suspended")
         unix = {"transport": "socket", "type": "unix"}
         channels = [
             {"channel-type": kind, "addr": {**unix, "path": path}}
@@ -190,6 +196,7 @@ class Recorder:
 
         Raises Timeout, Damaged; the guest resumes when this recorder is closed."""
         assert self._cpr is not None
+        self._ran = await self.monitor.status() in ("running", "suspended")
         self._cpr.close()
         if not await soon_readable(self._main_listener.fileno(), 0.02):
             await self._connecting()

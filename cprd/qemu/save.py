@@ -4,34 +4,42 @@ The order, and what a failure (or kill -9 of this process) leaves at each place:
 
     take cpr      guest runs                     -> guest runs on
     take main     guest stopped, QEMU waits      -> guest runs on (QEMU resumes by itself)
-    prepare       kept, never served             -> guest runs on; a kill leaves the hold in doubt
+    prepare       kept, never served             -> guest runs on, after a second at most
+                                                    (a kill leaves the hold in doubt)
     SHUT(0)       QEMU completes                 -> in doubt until QEMU is asked
     completed     QEMU can resume only by `cont` -> in doubt; postmigrate says that it is good
     commit        held, once this QEMU has ended -> held
     quit          nobody runs                    -> held
+
+A signal (interrupt.py) is a failure like any other up to SHUT(0), and waits from there on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cprd.errors import Busy, CprdError, NotHeld, Timeout, Unavailable
 from cprd.pause import point
-from cprd.qemu import stream
-from cprd.qemu.check import examine
-from cprd.qemu.failure import Failed, InDoubt, MonitorLost, Refused
+from cprd.qemu import interrupt, stream
+from cprd.qemu.check import KEPT, examine
+from cprd.qemu.failure import Failed, InDoubt, MonitorLost, MonitorRefused, Refused
 from cprd.qemu.hold import LIVE, Origin, pack
+from cprd.qemu.preparing import Away, Preparing
 from cprd.qemu.private import PrivatePlace
 from cprd.qemu.qmp import Monitor, socket_path
 from cprd.qemu.record import Recorder, Settings, describe
 from cprd.qemu.settle import end, end_predecessor, look, owned_name, settle
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cprd import Daemon, Prepared
 
 TIMEOUT = 30.0  # s that QEMU may take for one step
+TURNS = 3  # how often it is tried, when cprd was away for a moment
 COMMIT = 15.0  # s that cprd may be away while the guest stands still, before we give up on it
 
 
@@ -53,11 +61,21 @@ async def save(
 
     Raises Refused or Failed (the guest is in its QEMU as before), InDoubt, MonitorBusy, Busy."""
     path = os.path.abspath(socket_path(qmp))
+    for _ in range(TURNS - 1):
+        try:
+            return await _save(daemon, name, path, replace, timeout)
+        except Away:
+            continue
+    return await _save(daemon, name, path, replace, timeout)
+
+
+async def _save(daemon: Daemon, name: str, path: str, replace: bool, timeout: float) -> Kept:
     point("qemu-save:begin")
-    name, done = await make_room(daemon, name, path, replace=replace)
-    if done is not None:
-        return done
-    monitor = await Monitor.connect(path)
+    with untouched():
+        name, done = await make_room(daemon, name, path, replace=replace)
+        if done is not None:
+            return done
+        monitor = await Monitor.connect(path)
     try:
         point("qemu-save:connected")
         if monitor.process is None:
@@ -68,9 +86,21 @@ async def save(
         report = await examine(monitor)
         if report.problems:
             raise Refused(f"this VM cannot be handed over: {'; '.join(report.problems)}")
+        with untouched():
+            interrupt.check()
         return await _hand_over(daemon, name, path, monitor, report.status, replace, timeout)
     finally:
         await monitor.close()
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """A signal may end what is awaited in here, before anything was asked of the QEMU."""
+    try:
+        with interrupt.allowed():
+            yield
+    except interrupt.Interrupted as error:
+        raise interrupt.Interrupted(f"{error}; the guest is in its QEMU as it was") from None
 
 
 async def make_room(
@@ -84,6 +114,8 @@ async def make_room(
         name = owned_name(name, process.uid if process is not None else -1)
         row, origin = look(daemon, name)
         if row is None:
+            if await monitor.status() == "postmigrate":
+                raise Refused(_handed_over(path, name))
             return name, None
         if origin is not None and process is not None and origin.new == process.record():
             # An upgrade whose helper was killed after the guest had gone on, in this QEMU.
@@ -119,6 +151,17 @@ async def make_room(
     )
 
 
+def _handed_over(path: str, name: str) -> str:
+    """What to do with a guest in a QEMU that has handed it over, when cprd has nothing of it. (We
+    do not `cont` it: that cprd holds nothing may as well mean that it runs elsewhere.)"""
+    return (
+        "the guest was handed over by this QEMU already (postmigrate), and nothing is held under"
+        f" {name!r}. It is stopped there, whole. If you know that it runs in no other QEMU, and is"
+        f" held nowhere (cprctl list), let it go on here, by `cont` at {path}; if it does run"
+        " elsewhere, `quit` there"
+    )
+
+
 async def _hand_over(
     daemon: Daemon,
     name: str,
@@ -132,17 +175,20 @@ async def _hand_over(
     assert process is not None
     place = PrivatePlace(path, process.uid)
     recorder: Recorder | None = None
-    prepared: Prepared | None = None
+    preparing: Preparing | None = None
     try:
         settings = await Settings.prepare(monitor)
         point("qemu-save:settings")
         try:
+            interrupt.check()
             recorder = Recorder(monitor, place, timeout)
             monitor.forget_events()
             await recorder.take_cpr()
             point("qemu-save:cpr")
-            await recorder.take_main()
-            point("qemu-save:main")
+            with interrupt.allowed():
+                await recorder.take_main()
+                point("qemu-save:main")
+            status = run_state(recorder.main, status)
             origin = Origin(
                 version=monitor.version,
                 qmp=path,
@@ -151,18 +197,25 @@ async def _hand_over(
                 old=process.record(),
                 uid=process.uid,
             )
-            prepared = daemon.prepare(
+            state = pack(bytes(recorder.tape.data), recorder.tape.fds, recorder.main, origin)
+            how = "replace" if replace else "error"
+            preparing = Preparing(
+                daemon,
                 name,
-                pack(bytes(recorder.tape.data), recorder.tape.fds, recorder.main, origin),
-                if_exists="replace" if replace else "error",
-                after_exit=process.pidfd,
+                process,
+                lambda: daemon.prepare(name, state, if_exists=how, after_exit=process.pidfd),
             )
+            prepared = preparing.answer()
             point("qemu-save:prepared")
+            interrupt.hold_off()
+            await complete(recorder, monitor, name)
+        except InDoubt:
+            raise
         except (CprdError, OSError) as error:
-            await take_back(recorder, settings, monitor, error)
-        assert prepared is not None
-        assert recorder is not None
-        await complete(recorder, prepared, settings, monitor, name)
+            rescued = await rescue(preparing, monitor)
+            if rescued is None:
+                raise await taken_back(error, recorder, preparing, settings, monitor) from error
+            prepared = rescued
         point("qemu-save:completed")
         generation, kept = await commit(daemon, prepared, monitor, settings, name)
         point("qemu-save:committed")
@@ -180,43 +233,80 @@ async def _hand_over(
         place.close()
 
 
-async def take_back(
-    recorder: Recorder | None, settings: Settings, monitor: Monitor, error: Exception
-) -> None:
-    """Nothing was completed: leave the QEMU as it was found, then raise Failed."""
+def run_state(main: bytearray, seen: str) -> str:
+    """What the guest was doing when it was stopped, which may be another thing than when we looked
+    (`seen`): its user may have paused it, its disk have failed. Raises Failed when nothing is worth
+    keeping by now."""
+    status = stream.run_state(main) or seen
+    if status not in KEPT:
+        raise Failed(f"the guest is {status!r} by now: there is nothing to keep")
+    return status
+
+
+async def taken_back(
+    error: Exception,
+    recorder: Recorder | None,
+    preparing: Preparing | None,
+    settings: Settings,
+    monitor: Monitor,
+) -> Failed:
+    """Nothing was completed: let the guest go on, then see to what cprd may have of it. What is to
+    be raised."""
+    where = await take_back(recorder, settings, monitor)
+    left = preparing.undo() if preparing is not None else ""
+    again = preparing is not None and preparing.unanswered and not left
+    return (Away if again else Failed)(f"{one_line(error)}; {where}{left}")
+
+
+async def take_back(recorder: Recorder | None, settings: Settings, monitor: Monitor) -> str:
+    """Leave the QEMU as it was found; where its guest is, in words."""
     try:
         status = await recorder.take_back() if recorder is not None else await monitor.status()
         await settings.restore(monitor)
-        where = describe(status)
-    except MonitorLost as lost:
-        where = f"its QEMU does not answer any more ({lost}), and was not told to give it up"
-    raise Failed(f"{_one_line(error)}; {where}") from error
+        return describe(status)
+    except CprdError as lost:
+        if monitor.process is not None and await monitor.process.wait(1.0):
+            return f"its QEMU (pid {monitor.process.pid}) has ended, and the guest with it"
+        return f"its QEMU does not answer any more ({lost}), and was not told to give it up"
 
 
-async def complete(
-    recorder: Recorder, prepared: Prepared, settings: Settings, monitor: Monitor, name: str
-) -> None:
-    """SHUT(0), and QEMU's word that it has completed. Raises Failed (the guest runs on) or
-    InDoubt."""
+async def rescue(preparing: Preparing | None, monitor: Monitor) -> Prepared | None:
+    """Something failed; but if this QEMU has ended since, and its guest stood to its end, what cprd
+    was given is all that there is of it: that, if cprd has it."""
+    if preparing is None or monitor.process is None or not monitor.process.ended():
+        return None
+    return preparing.late() if await monitor.rested() else None
+
+
+async def complete(recorder: Recorder, monitor: Monitor, name: str) -> None:
+    """SHUT(0), and QEMU's word that it has completed; or its end, without having let its guest run:
+    then nobody can, and the state is as good. Raises Failed (to be taken back), InDoubt."""
     try:
         recorder.complete()
     except OSError as error:
-        prepared.abort()
-        await take_back(recorder, settings, monitor, error)
+        if await _has_rested(monitor):
+            return
+        raise Failed(f"QEMU hung up on its main channel ({error})") from None
     point("qemu-save:shut")
     try:
         came = await recorder.completed()
     except MonitorLost as error:
+        if await _has_rested(monitor):
+            return
+        if monitor.process is not None and monitor.process.ended():
+            raise Failed("QEMU let its guest run on in the last moment") from None
         raise InDoubt(
             f"{name}: its QEMU was told that the state is whole, and does not say what came of it"
             f" ({error}). The hold is in doubt: run `cprctl qemu save` or `start` again, they ask"
             " that QEMU"
         ) from None
     if came != "completed":
-        prepared.abort()
-        await settings.restore(monitor)
-        status = await monitor.status()
-        raise Failed(f"QEMU's migration {came} in the last moment; {describe(status)}")
+        raise Failed(f"QEMU's migration {came} in the last moment")
+
+
+async def _has_rested(monitor: Monitor) -> bool:
+    process = monitor.process
+    return process is not None and await process.wait(1.0) and await monitor.rested()
 
 
 async def commit(
@@ -240,21 +330,41 @@ async def commit(
                 ) from None
             await asyncio.sleep(0.1)
         except CprdError as error:
-            if not _is_gone(daemon, prepared, name):
+            if not is_gone(daemon, prepared, name):
                 raise InDoubt(f"{name}: cprd did not commit: {error}") from None
-            await monitor.execute("cont")
-            await settings.restore(monitor)
             raise Failed(
                 f"cprd did not commit ({error}), and has nothing of it any more;"
-                f" {describe(await monitor.status())}"
+                f" {await go_on(monitor, settings)}"
             ) from None
 
 
-def _is_gone(daemon: Daemon, prepared: Prepared, name: str) -> bool:
+async def go_on(monitor: Monitor, settings: Settings) -> str:
+    """`cont` to a QEMU that has completed, when cprd has answered that it has nothing of it; where
+    the guest is then, in words."""
+    try:
+        await monitor.execute("cont")
+    except MonitorRefused as refused:
+        await settings.restore(monitor)
+        return (
+            f"the guest is stopped, whole, in its QEMU, which cannot run it either ({refused}): end"
+            " what is in the way, then `cont` there"
+        )
+    except MonitorLost as lost:
+        return f"its QEMU does not answer any more ({lost})"
+    await settings.restore(monitor)
+    try:
+        return describe(await monitor.status())
+    except CprdError as lost:
+        return f"its QEMU does not answer any more ({lost})"
+
+
+def is_gone(daemon: Daemon, prepared: Prepared, name: str) -> bool:
     """Whether cprd itself answers that this generation is no more, and ends it if it can."""
     try:
         prepared.abort()
         return True
+    except (Unavailable, Timeout):
+        return False
     except CprdError:
         pass
     try:
@@ -266,5 +376,5 @@ def _is_gone(daemon: Daemon, prepared: Prepared, name: str) -> bool:
     return bool(row["generation"] != prepared.generation)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__

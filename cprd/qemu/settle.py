@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from cprd.errors import Busy, CprdError, Damaged, NotHeld
 from cprd.qemu.failure import InDoubt, MonitorLost, Refused
 from cprd.qemu.hold import Origin
+from cprd.qemu.overlap import mend
+from cprd.qemu.private import remove_mark
 from cprd.qemu.process import Process
 from cprd.qemu.qmp import Monitor
 
@@ -97,6 +99,41 @@ async def settle(daemon: Daemon, name: str) -> Settled:
             old.close()
 
 
+async def force(daemon: Daemon, name: str) -> bool:
+    """What --force may do before a state in doubt is served: ask everybody who could know better.
+    True: it is in doubt, and nobody objects. False: it is not in doubt, nothing is to be forced.
+
+    Raises Busy or InDoubt where a QEMU lives that has taken this state, or from which it was taken
+    and whose guest runs; NotHeld."""
+    row, origin = look(daemon, name)
+    if row is None:
+        raise NotHeld(f"nothing is held under {name!r}")
+    if row["phase"] != "in-doubt":
+        return False
+    new = Process.find(origin.new, row["uid"]) if origin is not None else None
+    pid = row.get("acting") or (new.pid if new is not None else None)
+    if new is not None:
+        new.close()
+    if pid:
+        raise InDoubt(
+            f"{name!r}: pid {pid} has taken this state, and lives: its guest may run. Not even"
+            " --force starts another beside it: end that QEMU first, or save it"
+        )
+    old = Process.find(origin.old, row["uid"]) if origin is not None else None
+    if old is None or origin is None:
+        return True
+    try:
+        settled = await _ask(daemon, name, row, origin, old, forced=True)
+    finally:
+        old.close()
+    if settled.runs is not None:
+        raise Busy(
+            f"nothing to start: {settled.said}; what was held under {name!r} was older than that"
+            " guest and has been dropped"
+        )
+    return True
+
+
 async def _in_doubt(
     daemon: Daemon, name: str, row: dict[str, Any], origin: Origin | None, old: Process | None
 ) -> Settled:
@@ -115,9 +152,17 @@ async def _in_doubt(
 
 
 async def _ask(
-    daemon: Daemon, name: str, row: dict[str, Any], origin: Origin, old: Process
+    daemon: Daemon,
+    name: str,
+    row: dict[str, Any],
+    origin: Origin,
+    old: Process,
+    *,
+    forced: bool = False,
 ) -> Settled:
-    """The old QEMU lives: its own word decides."""
+    """The old QEMU lives: its own word decides. `forced`: when its guest has left it, it quits; the
+    doubt itself stays, for who forces it to end."""
+    mend(origin.qmp)
     try:
         monitor = await Monitor.connect(origin.qmp)
     except (Refused, MonitorLost) as error:
@@ -135,7 +180,7 @@ async def _ask(
             )
         status = await _at_rest(monitor)
         if status == "postmigrate":
-            if row["phase"] == "in-doubt":
+            if row["phase"] == "in-doubt" and not forced:
                 if origin.untouched and not os.path.exists(origin.untouched):
                     raise InDoubt(
                         f"{name!r}: an upgrade was killed when its new QEMU had the guest, and that"
@@ -144,9 +189,11 @@ async def _ask(
                     )
                 daemon.release(name, force=True)
             await end(monitor, old)
+            remove_mark(origin.untouched, row["uid"])
             return Settled(said=f"the old QEMU (pid {old.pid}) had stopped its guest; it has quit")
         # Whatever it does now: it is the guest's QEMU, and what is held is older than its memory.
         daemon.drop(name, force=True)
+        remove_mark(origin.untouched, row["uid"])
         return Settled(old.pid, f"the guest is in its QEMU (pid {old.pid}, {status})")
     finally:
         await monitor.close()

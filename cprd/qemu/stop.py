@@ -9,8 +9,10 @@ import os
 
 import cprd
 from cprd.errors import CprdError, Unavailable
-from cprd.qemu.failure import Failed, InDoubt, MonitorBusy, Refused
-from cprd.qemu.qmp import Monitor, event_is
+from cprd.qemu import interrupt
+from cprd.qemu.failure import Failed, InDoubt, MonitorBusy, Nobody
+from cprd.qemu.process import Process
+from cprd.qemu.qmp import Monitor, event_is, socket_path
 from cprd.qemu.save import save
 from cprd.qemu.settle import end
 
@@ -29,8 +31,10 @@ async def stop(
 ) -> str:
     """What was done. Raises when the guest neither is held nor has ended."""
     try:
-        monitor = await Monitor.connect(qmp)
-    except Refused:
+        with interrupt.allowed():
+            monitor = await Monitor.connect(qmp)
+    except Nobody as error:
+        _really_gone(qmp, error)
         return "no QEMU is there any more: the guest ended by itself"
     process = monitor.process
     try:
@@ -39,6 +43,7 @@ async def stop(
             return "the guest had ended; its QEMU has quit"
     finally:
         await monitor.close()
+    interrupt.check()
     if os.path.exists(down_marker):
         return f"the machine goes down for good; {await shut_down(qmp, powerdown, insist=True)}"
     try:
@@ -48,11 +53,35 @@ async def stop(
     except (InDoubt, MonitorBusy):
         raise
     except CprdError as error:
+        if interrupt.came():  # who asked for the end of this did not ask for that of the guest
+            raise
         why = f"not saved: {' '.join(str(error).split())}"
     try:
         return f"{why}; {await shut_down(qmp, powerdown)}"
     except Failed as error:
         raise Failed(f"{why}; {error}") from None
+
+
+def _really_gone(qmp: str, error: Nobody) -> None:
+    """Nobody listens at the monitor's path. Raises Failed where that may be for another reason than
+    the end of QEMU: the path is mistyped, or has been taken away."""
+    place = os.path.dirname(os.path.abspath(socket_path(qmp)))
+    if not os.path.isdir(place):
+        raise Failed(f"{error} ({place} is no directory)")
+    named = os.environ.get("MAINPID", "")
+    if not named.isdigit() or int(named) in (0, os.getpid()):
+        return
+    main = Process.open(int(named))
+    if main is None:
+        return
+    try:
+        if not main.ended():
+            raise Failed(
+                f"{error}. The unit's main process (pid {main.pid}) lives: if that is the QEMU, its"
+                " monitor is at another path"
+            )
+    finally:
+        main.close()
 
 
 async def connect(path: str) -> cprd.Daemon:
@@ -73,16 +102,22 @@ async def shut_down(qmp: str, timeout: float, *, insist: bool = False) -> str:
     (`insist`: it would be killed soon, its images left as they are) lets QEMU quit."""
     try:
         monitor = await Monitor.connect(qmp)
-    except Refused:
+    except Nobody as error:
+        _really_gone(qmp, error)
         return "its QEMU has ended meanwhile"
     try:
         status = await monitor.status()
+        if status == "postmigrate" and not insist:
+            raise Failed(
+                "its guest is stopped, whole, in its QEMU, which has handed it over (postmigrate):"
+                " it cannot see a power button, and is left as it is"
+            )
         if status in ("paused", "io-error", "watchdog", "suspended"):
             await monitor.execute("system_wakeup" if status == "suspended" else "cont")
         await monitor.execute("system_powerdown")
         if monitor.process is None:
             await monitor.event(event_is("SHUTDOWN"), timeout)
-        elif not await monitor.process.wait(timeout):
+        elif not await _ends(monitor.process, timeout):
             if await monitor.status() in _OVER:
                 await end(monitor, monitor.process)
             elif insist:
@@ -99,3 +134,13 @@ async def shut_down(qmp: str, timeout: float, *, insist: bool = False) -> str:
         return "the guest was shut down"
     finally:
         await monitor.close()
+
+
+async def _ends(process: Process, timeout: float) -> bool:
+    try:
+        with interrupt.allowed():
+            return await process.wait(timeout)
+    except interrupt.Interrupted as error:
+        raise Failed(
+            f"{error}; the guest's power button was pressed, and it may shut down"
+        ) from None

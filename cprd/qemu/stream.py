@@ -45,6 +45,18 @@ def machine(data: bytes | bytearray | memoryview) -> str:
     return head[13 : 13 + size].decode("utf-8", "replace")
 
 
+_GLOBAL = b"\x0bglobalstate"
+_STATE = re.compile(rb"\x0bglobalstate.{4}\x00\x00\x00\x01.{4}([a-z-]{1,31})\x00", re.DOTALL)
+
+
+def run_state(data: bytes | bytearray) -> str:
+    """What the guest was doing when QEMU stopped it for this stream, by QEMU's own word in it
+    ("running", "paused", ...); "" when it does not say. Asked before, it may have changed since."""
+    # The last one: the devices come before it, and with them what a guest may have put there.
+    found = _STATE.match(data, at) if (at := data.rfind(_GLOBAL)) >= 0 else None
+    return found[1].decode() if found is not None else ""
+
+
 class Answers:
     """What comes back on the return path, piece by piece."""
 

@@ -23,23 +23,37 @@ import gc
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cprd.errors import CprdError, Fenced, Timeout, Unavailable
 from cprd.pause import point
-from cprd.qemu import launch, stream
+from cprd.qemu import interrupt, launch, stream
 from cprd.qemu.check import about_command_line, examine
 from cprd.qemu.failure import Failed, InDoubt, MonitorLost, Refused
 from cprd.qemu.guard import Guard
 from cprd.qemu.hold import LIVE, Origin, pack
 from cprd.qemu.overlap import SharedPaths
+from cprd.qemu.preparing import STANDING, Away, Preparing
 from cprd.qemu.private import MARK, PrivatePlace
 from cprd.qemu.process import Process
 from cprd.qemu.qmp import Monitor, event_is, socket_path, stamp
-from cprd.qemu.record import Recorder, Settings, describe
+from cprd.qemu.record import Recorder, Settings
 from cprd.qemu.replay import Replayer
-from cprd.qemu.resume import let_run
-from cprd.qemu.save import complete, make_room, take_back
+from cprd.qemu.resume import GONE, KILLED, has_run, let_run
+from cprd.qemu.save import (
+    TURNS,
+    commit,
+    complete,
+    go_on,
+    is_gone,
+    make_room,
+    one_line,
+    rescue,
+    run_state,
+    take_back,
+    untouched,
+)
 from cprd.qemu.settle import end
 from cprd.qemu.supervisor import succeed
 from cprd.qemu.version import version_of
@@ -47,7 +61,7 @@ from cprd.qemu.voice import onward
 from cprd.streams import flush
 
 if TYPE_CHECKING:
-    from cprd import Daemon
+    from cprd import Daemon, Prepared
     from cprd.qemu.command import Command
 
 TIMEOUT = 30.0
@@ -82,10 +96,27 @@ async def upgrade(
     if conflicts:
         raise Refused(f"cannot overlap: {'; '.join(conflicts)}")
     version = version_of(command)
-    name, kept = await make_room(daemon, name, path, replace=False)
-    if kept is not None:
-        raise Failed(f"{name} is held now ({kept.said}): go on with `cprctl qemu start`")
-    old = await Monitor.connect(path)
+    for _ in range(TURNS - 1):
+        try:
+            return await _upgrade(daemon, name, path, command, version, timeout)
+        except Away:
+            continue
+    return await _upgrade(daemon, name, path, command, version, timeout)
+
+
+async def _upgrade(
+    daemon: Daemon,
+    name: str,
+    path: str,
+    command: Command,
+    version: tuple[int, ...],
+    timeout: float,
+) -> Upgraded:
+    with untouched():
+        name, kept = await make_room(daemon, name, path, replace=False)
+        if kept is not None:
+            raise Failed(f"{name} is held now ({kept.said}): go on with `cprctl qemu start`")
+        old = await Monitor.connect(path)
     try:
         if old.process is None:
             raise Refused(f"the process behind {path} cannot be seen (another pid namespace)")
@@ -93,6 +124,8 @@ async def upgrade(
         if report.problems:
             raise Refused(f"this VM cannot be handed over: {'; '.join(report.problems)}")
         point("qemu-upgrade:connected")
+        with untouched():
+            interrupt.check()
         move = _Move(daemon, name, path, command, version, old, report.status, timeout)
         try:
             return await move.run()
@@ -136,23 +169,53 @@ class _Move:
         self.replayer: Replayer | None = None
         self.new: Process | None = None
         self.guard: Guard | None = None
+        self.preparing: Preparing | None = None
+        self.keep_mark = False  # what was prepared may be left, and nobody has acted on it
 
     async def run(self) -> Upgraded:
         settings = await Settings.prepare(self.old)
         try:
+            interrupt.check()
+            self.shared.before_new()
             await self._prepare_new()
-            await self._forward()
+            with interrupt.allowed():
+                await self._forward()
+            interrupt.hold_off()
+            assert self.recorder is not None
+            await complete(self.recorder, self.old, self.name)
+        except InDoubt as error:
+            self.keep_mark = True  # for whoever asks the old QEMU next
+            raise await self._give_up_new(error) from None
         except (CprdError, OSError) as error:
-            failure = await self._give_up_new(error)
-            await take_back(self.recorder, settings, self.old, failure)
-        assert self.recorder is not None
-        try:
-            await complete(self.recorder, self.prepared, settings, self.old, self.name)
-        except (Failed, InDoubt) as error:
-            failure = await self._give_up_new(error)
-            raise failure from None
+            raise await self._back(error, settings) from error
         point("qemu-upgrade:completed")
         return await self._finish(settings)
+
+    async def _back(self, error: Exception, settings: Settings) -> CprdError:
+        """Before `completed`: the guest goes on in the old QEMU, at once; the rest comes later."""
+        if self.new is not None:
+            self.new.kill()
+            await self.new.wait(STANDING)  # it may have the images, which the old one takes back
+        prepared = await rescue(self.preparing, self.old)
+        if prepared is not None:
+            failure = await self._give_up_new(error)
+            if isinstance(failure, InDoubt):
+                return failure
+            return await self._hold(prepared, settings, failure)
+        where = await take_back(self.recorder, settings, self.old)
+        failure = await self._give_up_new(error)
+        left = self.preparing.undo() if self.preparing is not None else ""
+        self.keep_mark = bool(left)
+        again = self.preparing is not None and self.preparing.unanswered and not left
+        return (Away if again else Failed)(f"{failure}; {where}{left}")
+
+    async def _hold(self, prepared: Prepared, settings: Settings, failure: CprdError) -> CprdError:
+        """Both QEMUs have ended, and neither has run the guest since its state was taken."""
+        await commit(self.daemon, prepared, self.old, settings, self.name)
+        return Failed(
+            f"{failure}; the old QEMU has ended, too. The guest is held, whole, under {self.name}:"
+            " go on with `cprctl qemu start`"
+        )
 
     async def _prepare_new(self) -> None:
         """The new QEMU, waiting, with the CPR state; the old one's guest runs."""
@@ -180,15 +243,17 @@ class _Move:
             guard=self.guard.pid,
         )
         self.replayer = Replayer(self.new, self.plumbing.main, self.plumbing.monitor, self.timeout)
-        await self.replayer.connect_cpr(self.new_place.at("cpr"))
-        point("qemu-upgrade:listening")
+        with interrupt.allowed():
+            await self.replayer.connect_cpr(self.new_place.at("cpr"))
+            point("qemu-upgrade:listening")
         self.recorder = Recorder(self.old, self.place, self.timeout)
         self.old.forget_events()
         await self.recorder.take_cpr()
         point("qemu-upgrade:cpr")
-        await self.replayer.send_cpr(self._pieces())
-        await self.replayer.end_cpr()
-        self.monitor = await self.replayer.greet()
+        with interrupt.allowed():
+            await self.replayer.send_cpr(self._pieces())
+            await self.replayer.end_cpr()
+            self.monitor = await self.replayer.greet()
         if (now := await self.monitor.status()) != "inmigrate":
             raise Failed(f"the new QEMU is {now!r} where it should wait for its state")
         self.shared.new_listens()
@@ -208,6 +273,7 @@ class _Move:
         del state["main"]
         state["rehearsal"] = main
         stream.is_whole(main)
+        stream.run_state(main)
         self.daemon.prepare(self.name, state, after_exit=self.old_process.pidfd).abort()
         del state["rehearsal"]
         self.state = state
@@ -244,18 +310,19 @@ class _Move:
         replayer.restart_clock()
         await recorder.take_main(replayer.send_main)
         point("qemu-upgrade:main")
+        self.status = run_state(recorder.main, self.status)
         self.state["main"] = recorder.main
         self.state["qemu"] = self._origin(stream.machine(recorder.main)).section()
-        self.prepared = self.daemon.prepare(
-            self.name, self.state, after_exit=self.old_process.pidfd
+        self.preparing = Preparing(
+            self.daemon,
+            self.name,
+            self.old_process,
+            lambda: self.daemon.prepare(self.name, self.state, after_exit=self.old_process.pidfd),
         )
+        self.prepared = self.preparing.answer()
         point("qemu-upgrade:prepared")
-        try:
-            await replayer.loaded()
-            point("qemu-upgrade:loaded")
-        except BaseException:
-            self.prepared.abort()
-            raise
+        await replayer.loaded()
+        point("qemu-upgrade:loaded")
 
     async def _finish(self, settings: Settings) -> Upgraded:
         """The old QEMU has completed. What was prepared is never served; whether it may be after
@@ -265,14 +332,14 @@ class _Move:
         self.place.remove(MARK)
         self.guard.disarm()
         point("qemu-upgrade:disarmed")
-        if self.status in LIVE:
-            await self._let_run(settings)
+        now = await self._let_run(settings) if self.status in LIVE else self.status
         point("qemu-upgrade:running")
         pause = await self._pause()
-        try:
-            succeed(self.new.pid, "The guest goes on in a new QEMU.")
-        except (CprdError, OSError) as error:
-            print(f"cprctl: the service manager was not told: {error}", file=sys.stderr)
+        if now != GONE:
+            try:
+                succeed(self.new.pid, "The guest goes on in a new QEMU.")
+            except (CprdError, OSError) as error:
+                print(f"cprctl: the service manager was not told: {error}", file=sys.stderr)
         point("qemu-upgrade:succeeded")
         await end(self.old, self.old_process)
         point("qemu-upgrade:quit")
@@ -280,31 +347,44 @@ class _Move:
         point("qemu-upgrade:ended")
         await self._forget()
         point("qemu-upgrade:forgotten")
-        return Upgraded(self.new.pid, self.status, pause)
+        if now == GONE:
+            raise Failed(
+                "the new QEMU ended right after its guest had gone on in it, and the guest with"
+                " it: boot it anew"
+            )
+        return Upgraded(self.new.pid, now, pause)
 
-    async def _let_run(self, settings: Settings) -> None:
+    async def _let_run(self, settings: Settings) -> str:
         assert self.new is not None
         try:
             if self.new.ended():
                 raise Failed("the new QEMU ended before it was told to run its guest")
-            await let_run(self.monitor)
-        except MonitorLost as error:
-            raise InDoubt(
-                f"the new QEMU (pid {self.new.pid}) was told to run its guest and did not answer"
-                f" ({error}); the hold is in doubt until that QEMU is saved, or released by force"
-            ) from None
+            return await let_run(self.monitor, self.new)
+        except InDoubt:
+            raise
         except CprdError as error:
-            failure = await self._give_up_new(error)
-            self.prepared.abort()  # answered, or the old one must not go on
-            try:
-                await self.old.execute("cont")
-            except CprdError as refused:
-                raise Failed(
-                    f"{failure}; the guest is stopped in its old QEMU, which cannot run it either"
-                    f" ({refused}): end what is in the way, then `cont` there"
+            if await has_run(self.monitor):
+                raise InDoubt(
+                    f"{error}; but somebody else let the guest run, by another monitor of the new"
+                    f" QEMU (pid {self.new.pid}): it is left alone"
                 ) from None
-            await settings.restore(self.old)
-            raise Failed(f"{failure}; {describe(await self.old.status())}") from None
+            failure = await self._give_up_new(error)
+            if isinstance(failure, InDoubt):
+                raise failure from None
+            prepared = await rescue(self.preparing, self.old)
+            if prepared is not None:
+                raise await self._hold(prepared, settings, failure) from None
+            with suppress(OSError):
+                self.place.create(MARK)  # it never ran, and has ended
+            if not is_gone(self.daemon, self.prepared, self.name):
+                self.keep_mark = True
+                raise InDoubt(
+                    f"{failure}; cprd does not answer, so that the old QEMU (pid"
+                    f" {self.old_process.pid}) was not told to go on. The guest is stopped, whole,"
+                    " in it; once cprd runs, repeat `cprctl qemu save` or `cprctl qemu start`:"
+                    " they ask that QEMU"
+                ) from None
+            raise Failed(f"{failure}; {await go_on(self.old, settings)}") from None
 
     async def _forget(self) -> None:
         """The guest runs elsewhere now. Until cprd knows, the hold is prepared or in doubt, which
@@ -318,7 +398,7 @@ class _Move:
             except Fenced:
                 return  # it is gone already: a cprd that keeps its holds in memory was restarted
             except (Unavailable, Timeout) as error:
-                if loop.time() > until:
+                if loop.time() > until or interrupt.came():
                     raise InDoubt(
                         f"the guest runs, and cprd could not be told ({error}): the hold stays in"
                         " doubt until this QEMU is saved; drop it by force if you like"
@@ -337,15 +417,29 @@ class _Move:
         return stamp(resumed) - stamp(stopped)
 
     async def _give_up_new(self, error: Exception) -> CprdError:
-        """End the new QEMU, give the old one its paths back; the error with what it said."""
+        """End the new QEMU, give the old one its paths back; the error with what it said. InDoubt
+        when it does not end."""
+        said = ""
+        ended = True
         if self.new is not None:
             self.new.kill()
-            await self.new.wait(10.0)
-        said = self.guard.said() if self.guard is not None else ""
+            ended = await self.new.wait(KILLED)
+            if not ended:
+                said = (
+                    f". The new QEMU (pid {self.new.pid}) does not end, not even by SIGKILL: look"
+                    " at what it waits for"
+                )
+        if ended and self.guard is not None:
+            said = self.guard.said()
+            said = f": {said}" if said else ""
+        if self.guard is not None:
+            self.guard.close()
         self.guard = None
         self.shared.give_back()
-        text = " ".join(str(error).split()) + (f": {said}" if said else "")
-        return type(error)(text) if isinstance(error, InDoubt) else Failed(text)
+        text = one_line(error) + said
+        if isinstance(error, InDoubt):
+            return type(error)(text)
+        return Failed(text) if ended else InDoubt(text)
 
     def _fork(self) -> None:
         """Twice, so that the new QEMU is nobody's child when we end. It waits for its word."""
@@ -383,7 +477,7 @@ class _Move:
             self.recorder.close()
         self.plumbing.close()
         self.shared.close()
-        self.place.close()
+        self.place.close(keep=MARK if self.keep_mark else "")
         self.new_place.close()
         if self.new is not None:
             self.new.close()

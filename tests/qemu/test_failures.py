@@ -160,6 +160,17 @@ def test_a_save_dies_between_prepare_and_shut_and_then_its_qemu_dies(vm: Machine
     assert rows(vm)[0]["phase"] == "in-doubt"
 
 
+def test_migrations_are_set_to_use_tls(vm: Machine) -> None:
+    vm.execute("object-add", **{"qom-type": "tls-creds-anon", "id": "t0", "endpoint": "client"})
+    vm.execute("migrate-set-parameters", **{"tls-creds": "t0"})
+    before = parameters(vm)
+    saved = vm.save()
+    assert saved.returncode == 1
+    assert "tls-creds=t0" in saved.stderr
+    assert parameters(vm) == before
+    vm.goes_on()
+
+
 # Start
 
 
@@ -359,6 +370,18 @@ def test_an_upgrade_to_what_does_not_fit_leaves_the_guest_where_it_is(
     vm.goes_on()
     assert parameters(vm) == settings
     assert rows(vm) == []
+
+
+def test_an_upgrade_that_cannot_keep_the_sockets_puts_the_settings_back(vm: Machine) -> None:
+    settings = parameters(vm)
+    in_the_way = vm.place / "qmp.old"
+    in_the_way.mkdir()
+    done = vm.upgrade(vm.qmp, vm.command)
+    assert done.returncode == 1
+    assert "the guest runs on in its QEMU" in done.stderr
+    assert parameters(vm) == settings
+    vm.goes_on()
+    in_the_way.rmdir()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
+from tests.qemu.steps import Standing, rows, words
 
 
 def faulty(vm: Machine, text: str) -> None:
@@ -42,6 +43,46 @@ def test_a_write_that_failed_is_repeated_in_the_next_qemu(make_machine: MakeMach
     vm.goes_on(40)
     written = [int(line[:8], 16) for line in vm.lines() if line.endswith("W")]
     assert written[:2] == [16, 32]
+
+
+@pytest.mark.parametrize("verb", ["save", "upgrade"])
+def test_paused_by_its_user_just_before_it_is_taken_it_stays_paused(
+    make_machine: MakeMachine, verb: str
+) -> None:
+    """Through another monitor, after we have looked."""
+    vm = make_machine()
+    second = str(vm.place / "second")
+    vm.command += ["-qmp", f"unix:{second},server=on,wait=off"]
+    vm.start()
+    vm.goes_on()
+    standing = Standing(vm, f"qemu-{verb}:cpr", *words(vm, verb))
+    vm.ask(lambda monitor: monitor.execute("stop"), second)
+    assert standing.go() == (0, "")
+    if verb == "save":
+        vm.start()
+    vm.await_status("paused")
+    vm.until(lambda: rows(vm) == [], "the end of the hold")
+    vm.stands(0.3)
+    vm.execute("cont")
+    vm.goes_on()
+
+
+@pytest.mark.parametrize("verb", ["save", "upgrade"])
+def test_let_go_on_by_its_user_just_before_it_is_taken_it_goes_on(
+    make_machine: MakeMachine, verb: str
+) -> None:
+    vm = make_machine()
+    second = str(vm.place / "second")
+    vm.command += ["-qmp", f"unix:{second},server=on,wait=off"]
+    vm.start()
+    vm.goes_on()
+    vm.execute("stop")
+    standing = Standing(vm, f"qemu-{verb}:cpr", *words(vm, verb))
+    vm.ask(lambda monitor: monitor.execute("cont"), second)
+    assert standing.go() == (0, "")
+    if verb == "save":
+        vm.start()
+    vm.goes_on()
 
 
 CANNOT_FLUSH = '[inject-error]\nevent = "flush_to_disk"\niotype = "flush"\nerrno = "5"\n'

@@ -196,6 +196,19 @@ def test_a_stream_is_whole_only_at_its_very_end() -> None:
         stream.machine(b"nonsense")
 
 
+def test_the_run_state_is_the_streams_last_word_not_a_guests() -> None:
+    def section(state: bytes) -> bytes:
+        head = b"\x04\0\0\0\x28\x0bglobalstate" + struct.pack(">II", 0, 1)
+        return head + struct.pack(">I", len(state) + 1) + state.ljust(32, b"\0") + b"\0\0\x7e"
+
+    json_text = b'{"vmsd_name": "globalstate"}'
+    whole = _main(json_text)
+    assert stream.run_state(whole) == ""
+    said = whole.replace(b"some}sections", section(b"running") + section(b"guest-panicked"))
+    assert stream.run_state(said) == "guest-panicked"
+    assert stream.run_state(whole.replace(b"some}sections", section(b"\xff\0"))) == ""
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_the_return_path_byte_by_byte(value: int) -> None:
     said = bytes.fromhex("0002000400000001") + bytes.fromhex("00010004") + value.to_bytes(4, "big")
