@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import mmap
+import operator
 import os
 from array import array
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 
 import msgpack
 
@@ -122,6 +123,7 @@ class State(MutableMapping[str, "Any"]):
         if not isinstance(fd, int):
             keep, fd = fd, _fileno(fd)
         try:
+            id = operator.index(id)
             encoded = name.encode("utf-8", "surrogateescape")
             if not 0 < len(encoded) < 256 or b"\0" in encoded:
                 raise InvalidInput(f"name {name!r}: wants 1 to 255 bytes without NUL")
@@ -138,20 +140,24 @@ class State(MutableMapping[str, "Any"]):
         except (OSError, ValueError, OverflowError):
             raise InvalidInput(f"fd {fd} of ({name!r}, {id}) is not an open descriptor") from None
         if self._owned:  # a loaded state closes what is in it, so it wants a descriptor of its own
-            fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            fd = _duplicate(fd, f"({name!r}, {id})")
         elif keep is not None:
             self._keep[key] = keep
+        # One step makes it true. Should the rest be interrupted, it is made anew from the keys.
+        columns, numbers = self._columns, self._numbers
+        self._columns = self._numbers = None
         fds[key] = fd
-        if self._numbers is not None:
-            self._numbers.add(fd)
-        if self._columns is not None:
-            names, ids, column = self._columns
+        if numbers is not None:
+            numbers.add(fd)
+        if columns is not None:
+            names, ids, column = columns
             assert isinstance(names, bytearray)  # the keys were asked for
             if column:
                 names += b"\0"
             names += encoded
             ids.append(id)
             column.append(fd)
+        self._columns, self._numbers = columns, numbers
 
     def find_fd(self, name: str, id: int = 0) -> int:
         """The descriptor under (name, id), still owned as before; -1 when there is none."""
@@ -166,10 +172,12 @@ class State(MutableMapping[str, "Any"]):
 
     def take_fd(self, name: str, id: int = 0) -> int:
         """The descriptor under (name, id), which the caller owns from now on; -1 when absent."""
-        fd = self._all().pop((name, id), -1)
-        if fd >= 0:
-            self._keep.pop((name, id), None)
-            self._columns = self._numbers = None
+        fds, key = self._all(), (name, id)
+        if key not in fds:
+            return -1
+        self._columns = self._numbers = None  # first: they may not speak of what is gone
+        fd = fds.pop(key)
+        self._keep.pop(key, None)
         return fd
 
     def fds(self, name: str | None = None) -> Iterator[tuple[str, int, int]]:
@@ -226,17 +234,17 @@ class State(MutableMapping[str, "Any"]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         _check_section_key(key)
-        self._end_section(key)
+        old = self._sections.get(key)
+        if isinstance(old, MemfdSection) and value is not None and value is old._view:
+            return  # it was got from here, and would end with what it replaces
         self._sections[key] = _Value(value)
+        _end_section(old)
 
     def __contains__(self, key: object) -> bool:
         return key in self._sections
 
     def __delitem__(self, key: str) -> None:
-        if key not in self._sections:
-            raise KeyError(key)
-        self._end_section(key)
-        del self._sections[key]
+        _end_section(self._sections.pop(key))
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._sections))
@@ -263,10 +271,11 @@ class State(MutableMapping[str, "Any"]):
         if not isinstance(memfd, int):
             keep, memfd = memfd, _fileno(memfd)
         check_seals(key, memfd)
-        self._end_section(key)
         if self._owned:
-            memfd = fcntl.fcntl(memfd, fcntl.F_DUPFD_CLOEXEC, 0)
+            memfd = _duplicate(memfd, f"section {key!r}")
+        old = self._sections.get(key)
         self._sections[key] = MemfdSection(memfd, packed=False, owned=self._owned, keep=keep)
+        _end_section(old)
 
     def section_fd(self, key: str) -> int:
         """A section as a sealed memfd, owned by the state; one that lies inline is copied into a
@@ -280,13 +289,6 @@ class State(MutableMapping[str, "Any"]):
         made = MemfdSection(sealed_memfd(f"section.{key}", [data]), packed=packed, owned=True)
         self._sections[key] = made
         return made.fd
-
-    def _end_section(self, key: str) -> None:
-        old = self._sections.get(key)
-        if isinstance(old, _Decoded):
-            old = old.stored
-        if isinstance(old, MemfdSection):
-            old.close()
 
     # For what carries a state
 
@@ -306,15 +308,16 @@ class State(MutableMapping[str, "Any"]):
     def close(self) -> None:
         """Close what the state owns: untaken descriptors, mapped sections. Safe to repeat. What
         was only borrowed stays open."""
+        fds: Iterable[int] = ()
         if self._owned:
-            close_all(self._columns[2] if self._columns is not None else self._all().values())
-        self._columns = _no_columns()
-        self._fds = {}
-        self._numbers = set()
-        self._keep = {}
-        for key in list(self._sections):
-            self._end_section(key)
-        self._sections = {}
+            fds = self._columns[2] if self._columns is not None else self._all().values()
+        sections = self._sections
+        # Forgotten first: what is interrupted and repeated may not close a number twice.
+        self._columns, self._fds, self._numbers = _no_columns(), {}, set()
+        self._keep, self._sections = {}, {}
+        close_all(fds)
+        for section in sections.values():
+            _end_section(section)
 
 
 def _no_columns() -> tuple[bytearray, array[int], array[int]]:
@@ -331,19 +334,53 @@ class _Decoded(_Value):
         self.stored = stored
 
 
+def _end_section(section: _Value | InlineSection | MemfdSection | None) -> None:
+    """Let go of what a section holds open, now that the state has forgotten it."""
+    if isinstance(section, _Decoded):
+        section = section.stored
+    if isinstance(section, MemfdSection):
+        section.close()
+
+
 def encode_section(key: str, section: _Value | InlineSection) -> tuple[bytes | memoryview, bool]:
     """The bytes of a section and whether they are one msgpack value (else raw).
 
-    Raises InvalidInput, with the section's name, for what msgpack cannot say."""
+    What msgpack cannot say is raw if it is a buffer (of ctypes, numpy, ...). Raises InvalidInput,
+    with the section's name, for what is neither."""
     if isinstance(section, InlineSection):
         return section.data, section.packed
     value = section.value
-    if isinstance(value, bytes | bytearray | memoryview | mmap.mmap | array):
-        return memoryview(value).cast("B") if not isinstance(value, bytes) else value, False
+    if isinstance(value, bytes):
+        return value, False
+    if isinstance(value, bytearray | memoryview | mmap.mmap | array):
+        return _raw(key, value), False
     try:
         return msgpack.packb(value, use_bin_type=True), True
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise InvalidInput(f"section {key!r} is not a msgpack value: {error}") from None
+        try:
+            with memoryview(value) as view:
+                buffer = view.ndim > 0  # not a mere number: nobody means the bytes of one
+        except (TypeError, ValueError, BufferError):
+            buffer = False
+        if not buffer:
+            raise InvalidInput(f"section {key!r} is not a msgpack value: {error}") from None
+    return _raw(key, value), False
+
+
+def _raw(key: str, value: Any) -> bytes | memoryview:
+    """The bytes of a buffer, not copied where its items are of Python's own formats."""
+    try:
+        view = memoryview(value)
+        if view.c_contiguous:
+            if not view.nbytes:
+                return b""  # has no shape to cast
+            try:
+                return view.cast("B")
+            except TypeError:  # of a format that memoryview cannot cast: ctypes says "<i"
+                return view.tobytes()
+    except (ValueError, BufferError, NotImplementedError) as error:  # released, unmapped
+        raise InvalidInput(f"section {key!r} is a buffer that cannot be read: {error}") from None
+    raise InvalidInput(f"section {key!r} is a view with gaps: pass bytes(view), which has none")
 
 
 def _decode(key: str, data: memoryview) -> Any:
@@ -367,9 +404,29 @@ def _hashable(value: Any) -> Any:
 
 def _fileno(thing: HasFileno) -> int:
     try:
-        return thing.fileno()
-    except (AttributeError, ValueError, OSError) as error:
+        return operator.index(thing.fileno())
+    except (AttributeError, TypeError, ValueError, OSError) as error:
         raise InvalidInput(f"{thing!r:.300} has no descriptor: {error}") from None
+
+
+def open_descriptor(what: str, thing: int | HasFileno) -> int:
+    """The number of an open descriptor, still its owner's. Raises InvalidInput."""
+    fd = thing if isinstance(thing, int) else _fileno(thing)
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except (OSError, ValueError, OverflowError):
+        raise InvalidInput(f"{what}: {fd} is not an open descriptor") from None
+    return fd
+
+
+def _duplicate(fd: int, what: str) -> int:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    except OSError as error:
+        raise LimitExceeded(
+            f"no descriptor left for a copy of {what} ({error.strerror}): raise RLIMIT_NOFILE"
+            " (ulimit -n, LimitNOFILE=)"
+        ) from None
 
 
 def sealed_memfd(name: str, parts: list[bytes | memoryview]) -> int:
@@ -401,7 +458,7 @@ def check_seals(key: str, fd: int) -> None:
     """Raise InvalidInput unless `fd` is a memfd that nobody can change any more."""
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
+    except (OSError, ValueError, OverflowError):
         raise InvalidInput(
             f"section {key!r}: fd {fd} is not a memfd; a descriptor of another kind goes by"
             " save_fd(name, id, fd)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import gc
 import mmap
@@ -13,11 +14,12 @@ from typing import Any
 import msgpack
 import pytest
 
-from cprd import InvalidInput, State
+from cprd import InvalidInput, LimitExceeded, State
 from cprd.bundle import pack, unpack
 from cprd.state import SEALS
 
 from .conftest import open_fds
+from .test_bundle import full_table, of, opened
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -106,6 +108,58 @@ def test_a_key_that_qemu_could_not_say_is_refused(name: Any, id: Any, why: str) 
     assert state.fd_count == 0
 
 
+@pytest.mark.parametrize("id", [1.5, 1.0, "1", None, [], 1 << 40])
+def test_a_key_that_is_refused_leaves_the_state_as_it_was(id: Any) -> None:
+    with opened(3) as fds:
+        state = of(fds[:1], "before")
+        with pytest.raises(InvalidInput):
+            state.save_fd("bad", id, fds[1])
+        state.save_fd("after", 7, fds[2])
+        assert list(state.fds()) == [("before", 0, fds[0]), ("after", 7, fds[2])]
+        successor = loaded(state)
+        assert [key[:2] for key in successor.fds()] == [("before", 0), ("after", 7)]
+        successor.close()
+
+
+def test_what_counts_as_an_integer_is_an_id() -> None:
+    class Number:
+        def __index__(self) -> int:
+            return 7
+
+    state = State()
+    state.save_fd("a", Number(), 0)  # type: ignore[arg-type]
+    assert state.find_fd("a", 7) == 0
+    successor = loaded(state)
+    assert [key[:2] for key in successor.fds()] == [("a", 7)]
+    successor.close()
+
+
+def test_no_room_for_a_copy_leaves_a_loaded_state_as_it_was() -> None:
+    with opened(1) as fds:
+        ram = memfd(b"abc")
+        state = of(fds)
+        state["ram"] = b"x" * 20_000
+        successor = loaded(state)
+        with full_table(1, 0):
+            with pytest.raises(LimitExceeded, match="RLIMIT_NOFILE"):
+                successor.save_fd("more", 0, fds[0])
+            with pytest.raises(LimitExceeded, match="RLIMIT_NOFILE"):
+                successor.save_section_fd("ram", ram)
+        assert [key[:2] for key in successor.fds()] == [("fd", 0)]
+        assert bytes(successor["ram"]) == b"x" * 20_000
+        successor.close()
+        os.close(ram)
+
+
+def test_a_section_set_to_itself_stays() -> None:
+    state = State()
+    state["raw"] = b"x" * 20_000
+    successor = loaded(state)
+    successor["raw"] = successor["raw"]
+    assert bytes(successor["raw"]) == b"x" * 20_000
+    successor.close()
+
+
 @pytest.mark.parametrize("name", ["x" * 255, "\u00e9" * 127, "a b/c:d", "\udcff raw byte", "."])
 @pytest.mark.parametrize("id", [0, (1 << 31) - 1, -(1 << 31)])
 def test_keys_at_their_limits_travel(name: str, id: int) -> None:
@@ -119,6 +173,8 @@ def test_keys_at_their_limits_travel(name: str, id: int) -> None:
 
 @pytest.mark.parametrize("fd", [-1, 1 << 20, 1 << 40])
 def test_a_descriptor_that_is_not_open_is_refused(fd: int) -> None:
+    with pytest.raises(InvalidInput, match="not a memfd"):
+        State().save_section_fd("a", fd)
     with pytest.raises(InvalidInput, match="not an open descriptor"):
         State().save_fd("a", 0, fd)
 
@@ -358,6 +414,43 @@ def test_a_buffer_of_wider_items_goes_as_its_bytes() -> None:
     successor = loaded(state)
     assert list(successor["floats"].cast("d")) == [1.5, 2.5]
     successor.close()
+
+
+@pytest.mark.parametrize("size", [0, 3, 5000])
+@pytest.mark.parametrize("kind", [ctypes.c_int, ctypes.c_ubyte, ctypes.c_double])
+def test_a_buffer_of_another_library_goes_as_its_bytes(size: int, kind: Any) -> None:
+    given = (kind * size)(*range(1, size % 200))
+    state = State()
+    state["raw"] = given
+    state["empty"] = array("d")
+    successor = loaded(state)
+    assert bytes(successor["raw"]) == bytes(given)
+    assert bytes(successor["empty"]) == b""
+    successor.close()
+
+
+def released() -> memoryview:
+    view = memoryview(b"abc")
+    view.release()
+    return view
+
+
+def unmapped() -> mmap.mmap:
+    mapped = mmap.mmap(-1, 10)
+    mapped.close()
+    return mapped
+
+
+@pytest.mark.parametrize(
+    "value",
+    [memoryview(b"abcd")[::2], released(), unmapped(), ctypes.c_int(7)],
+    ids=["gaps", "released", "unmapped", "number"],
+)
+def test_a_buffer_that_cannot_be_read_is_refused_with_the_sections_name(value: Any) -> None:
+    state = State()
+    state["bad one"] = value
+    with pytest.raises(InvalidInput, match="bad one"):
+        pack(state)
 
 
 def test_a_slice_in_use_survives_the_end_of_its_state() -> None:
