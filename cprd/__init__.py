@@ -30,6 +30,22 @@ from cprd.errors import (
 )
 from cprd.state import State
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
+if TYPE_CHECKING:
+    from cprd import cpr as cpr
+    from cprd import trio as trio
+    from cprd import vmstate as vmstate
+else:
+
+    def __getattr__(name: str) -> object:
+        """cprd.trio, cprd.cpr and cprd.vmstate, imported when they are first asked for."""
+        if name not in ("cpr", "trio", "vmstate"):
+            raise AttributeError(f"module 'cprd' has no attribute {name!r}")
+        from importlib import import_module
+
+        return import_module(f"cprd.{name}")
+
+
 __version__ = "0.1.0"
 
 __all__ = [

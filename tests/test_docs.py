@@ -51,6 +51,19 @@ def test_importing_cprd_pulls_in_nothing_heavy() -> None:
     assert not heavy & set(said.stdout.split())
 
 
+def test_the_parts_of_cprd_are_imported_when_they_are_asked_for() -> None:
+    code = """
+import sys, cprd
+assert not {"trio", "cprd.trio", "cprd.cpr", "cprd.vmstate"} & set(sys.modules)
+cprd.trio.connect, cprd.cpr.save_fd, cprd.vmstate
+assert sys.modules["cprd.trio"] is cprd.trio
+assert not hasattr(cprd, "nonsense")
+from cprd import *
+assert "trio" not in globals()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_the_server_of_the_readme_keeps_its_clients(daemon: DaemonProcess, tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
     with socket.create_server(("127.0.0.1", 0)) as free:
