@@ -11,7 +11,7 @@ import struct
 from cprd import wire
 from cprd.errors import Denied, LimitExceeded, ProtocolError, Unavailable
 from cprd.paths import default_socket
-from cprd.rights import close_all, receive, send
+from cprd.rights import close_all, hard_limit, receive, send
 from cprd.verbs import Answer, Call
 
 RETRY_FOR = 15.0  # s that a lost daemon is waited for (it may be restarting)
@@ -32,13 +32,7 @@ class Lost(Exception):
 def open_socket(path: str) -> socket.socket:
     """A connected socket, which the caller owns; it blocks. Raises Unavailable, Denied,
     LimitExceeded."""
-    try:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    except OSError as error:
-        raise LimitExceeded(
-            f"no descriptor left to connect to cprd with ({error.strerror}): raise RLIMIT_NOFILE"
-            " (ulimit -n, LimitNOFILE=)"
-        ) from None
+    sock = _new_socket()
     try:
         # Not settimeout(): a socket that does not block is refused at once by a full backlog.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(wire.MUTE), 0))
@@ -56,6 +50,24 @@ def open_socket(path: str) -> socket.socket:
             " --socket PATH), or name its socket with $CPRD_SOCKET"
         ) from None
     return sock
+
+
+def _new_socket() -> socket.socket:
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        # A program that has more open than its soft limit allows (it was lowered since) wants to
+        # save all the same.
+        with hard_limit() as (soft, hard):
+            if soft != hard:
+                try:
+                    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                except OSError:
+                    pass
+        raise LimitExceeded(
+            f"no descriptor left to connect to cprd with ({error.strerror}): RLIMIT_NOFILE is"
+            f" {soft} (hard {hard}); raise it (ulimit -n, LimitNOFILE=)"
+        ) from None
 
 
 def where(path: str | os.PathLike[str] | None) -> str:

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
 import pytest
+import trio
 
 import cprd
+import cprd.trio
 from cprd import LimitExceeded, ProtocolError, State, Unavailable, wire
 from cprd.rights import close_all
 
@@ -113,6 +115,33 @@ def test_more_files_than_the_soft_limit_allows_are_saved_all_the_same(
         assert values(claim.state) == list(range(1, 5001))
 
 
+@pytest.mark.skipif(HARD < 20_000, reason="wants a hard limit of 20,000 descriptors")
+@pytest.mark.parametrize("client", ["blocking", "trio"])
+def test_more_files_than_the_soft_limit_allows_do_not_keep_one_from_connecting(
+    daemon: DaemonProcess, client: str
+) -> None:
+    """The service opened its files, and then lowered its soft limit, for select()'s sake."""
+
+    async def on_trio(state: State) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, HARD))
+        async with cprd.trio.connect(daemon.path) as there:
+            await there.save("web", state)
+
+    def work() -> str:
+        with opened(5000) as fds:
+            if client == "trio":
+                trio.run(on_trio, of(fds))
+                return "saved"
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1024, HARD))
+            with cprd.connect(daemon.path) as there:
+                there.save("web", of(fds))
+            return "saved"
+
+    assert in_child(work) == f"saved; limits 1024:{HARD}"
+    with daemon.connect() as there, there.load("web") as claim:
+        assert values(claim.state) == list(range(1, 5001))
+
+
 # The table of descriptors is full: EMFILE
 
 
@@ -164,8 +193,16 @@ def test_a_saver_whose_hard_limit_leaves_no_room_is_told_and_what_was_held_stays
 
 def test_connecting_without_a_descriptor_names_the_limit(daemon: DaemonProcess) -> None:
     with full_table(1, 0):
-        with pytest.raises(LimitExceeded, match="RLIMIT_NOFILE"):
-            daemon.connect()
+        daemon.connect().close()  # the hard limit leaves room
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        with suppress(OSError):
+            while True:
+                os.dup(0)
+        daemon.connect()
+
+    assert in_child(work).startswith("LimitExceeded: no descriptor left to connect")
 
 
 @pytest.mark.parametrize("count", [5, 600])
