@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
+from functools import partial
 
 from cprd import link, verbs, wire
-from cprd.errors import (
-    CprdError,
-    Fenced,
-    InvalidInput,
-    LimitExceeded,
-    ProtocolError,
-    Timeout,
-    Unavailable,
-)
-from cprd.rights import close_all
+from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded, Timeout, Unavailable
 from cprd.state import State
 from cprd.verbs import Saved, Ticket
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Any, TypeVar
 
@@ -36,18 +28,15 @@ def connect(path: str | os.PathLike[str] | None = None) -> Daemon:
     """Connect to cprd at `path` (default: $CPRD_SOCKET, else /run/cprd/cprd.sock) and say hello.
 
     Raises Unavailable at once when nobody answers, Denied, LimitExceeded, ProtocolError."""
-    return Daemon(link.where(path))
+    connection = _Connection(link.where(path))
+    connection.open()
+    return Daemon(connection)
 
 
-class _Connection:
-    """The socket, shared by a Daemon and the claims made through it; closed with the last user."""
+class _Connection(link.Line):
+    """The socket, and how to wait at it."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.pid = os.getpid()
-        self.users = 1
-        self.greeting: dict[str, Any] = {}
-        self._sock: socket.socket | None = None
+    def open(self) -> None:
         for tries in range(link.HELLOS):
             if tries:
                 time.sleep(link.RETRY_EVERY)
@@ -56,67 +45,69 @@ class _Connection:
                 return
             except link.Lost:
                 continue
-        raise Unavailable(f"cprd at {path} closed the connection before it said hello")
+        raise Unavailable(f"cprd at {self.path} closed the connection before it said hello")
 
-    def _open(self) -> None:
-        self._sock = link.open_socket(self.path)
+    def _open(self, *, brief: bool = False) -> None:
         try:
-            self.greeting = self._steps(verbs.hello(), 0.0)
+            self._use(link.open_socket(self.path))
+            self._greeted(self._steps(verbs.hello(brief=brief), self._exchange))
         except BaseException:
             self._break()
             raise
 
-    def _break(self) -> None:
-        sock, self._sock = self._sock, None
-        if sock is not None:
-            sock.close()
+    def for_waiting(self, wait: float) -> _Connection:
+        """The one to wait with, which the caller leaves: what is interrupted while it waits ends
+        its connection, and may end nothing else."""
+        self.check()
+        if wait and self.tickets:
+            return self.apart()
+        self.users += 1
+        return self
 
-    def fileno(self) -> int:
-        return self._sock.fileno() if self._sock is not None else -1
-
-    def forbidden(self) -> tuple[int, ...]:
-        return () if self._sock is None else (self._sock.fileno(),)
-
-    def run(self, verb: verbs.Verb[T], *, patience: float = link.RETRY_FOR) -> T:
+    def run(self, verb: verbs.Verb[T]) -> T:
         """Run a verb to its end; requests are said again where their connection is lost."""
-        if self.pid != os.getpid():
-            raise InvalidInput("this connection belongs to the parent process: connect() anew")
-        if not self.users:
-            raise Unavailable("the connection has been closed: connect() anew")
+        self.check()
         try:
-            return self._steps(verb, patience)
+            return self._steps(verb, self._exchange_again)
         except link.Lost:
             raise Unavailable("the connection is lost") from None
+        finally:
+            if self._owed is not None:
+                self._put_aside()
 
-    def _steps(self, verb: verbs.Verb[T], patience: float) -> T:
+    def _steps(self, verb: verbs.Verb[T], exchange: Callable[[verbs.Call], verbs.Answer]) -> T:
         try:
             call = next(verb)
             while True:
                 try:
-                    answer = self._exchange_again(call, patience)
+                    answer = exchange(call)
                 except CprdError as error:
                     call = verb.throw(error)
+                except link.Lost:
+                    raise
+                except BaseException as interrupt:
+                    if self._may_end(call):
+                        raise
+                    call = verb.throw(interrupt)
                 else:
                     try:
                         call = verb.send(answer)
                     finally:
-                        close_all(answer.fds)  # what nobody took
+                        answer.close()  # what nobody took
         except StopIteration as end:
             value: T = end.value
             return value
         finally:
             verb.close()
 
-    def _exchange_again(self, call: verbs.Call, patience: float) -> verbs.Answer:
-        if not patience:
-            return self._exchange(call)
+    def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
         give_up = 0.0
         began = time.monotonic()
         while True:
             tried = time.monotonic()
             try:
-                if self._sock is None:
-                    self._open()
+                if self._sock is None and not self._in_step_again():
+                    self._open(brief=call.brief)
                 return self._exchange(call.after(tried - began))
             except (link.Lost, Unavailable) as error:
                 # The daemon restarts, or its idle deadline passed. Every request that changes
@@ -124,7 +115,7 @@ class _Connection:
                 now = time.monotonic()
                 if now - tried > link.SERVED:  # it was there in between
                     give_up = 0.0
-                give_up = give_up or now + patience
+                give_up = give_up or now + link.patience(call)
                 if now >= give_up:
                     why = error if isinstance(error, Unavailable) else "the connection is lost"
                     raise Unavailable(f"no answer: {why}") from None
@@ -132,35 +123,38 @@ class _Connection:
                 self._break()
 
     def _exchange(self, call: verbs.Call) -> verbs.Answer:
-        if self._sock is None:
-            raise link.Lost
-        try:
-            self._sock.settimeout(wire.MUTE)
-            link.send_call(self._sock, call, 0)
-            self._sock.settimeout(wire.MUTE + call.wait)
-            return link.read(self._sock, 0)
-        except TimeoutError:
+        """Send a call and read its answer; one that was interrupted is not sent again as long as
+        its answer may still come."""
+        again = self._owed is call
+        if self._owed is not None and not again:
+            self._put_aside()
+        if self._sock is None or self._sock.fileno() < 0:  # collected as garbage before us
             self._break()
+            raise link.Lost
+        seconds = link.LATE if again else link.mute(call) + call.wait
+        try:
+            if not again:
+                self._sock.settimeout(link.mute(call))
+                self._owed = call
+                link.send_call(self._sock, call, 0)
+            self._sock.settimeout(seconds)
+            answer = link.read(self._sock, 0)
+        except TimeoutError:
+            if again:  # it was lost with the interrupt: by its nonce it can be had anew
+                self._put_aside()
+                raise link.Lost from None
             raise Timeout(
                 f"cprd at {self.path} accepted the connection and has not answered within"
-                f" {wire.MUTE + call.wait:g} s"
+                f" {seconds:g} s"
             ) from None
-        except link.Lost:
-            self._break()
-            raise
-        except ProtocolError:
+        except (link.Lost, wire.Garbled):
             self._break()
             raise
         except CprdError:
+            self._owed = None
             raise
-        except BaseException:  # the answer may still come: this connection is out of step
-            self._break()
-            raise
-
-    def leave(self) -> None:
-        self.users -= 1
-        if not self.users and self.pid == os.getpid():
-            self._break()
+        self._owed = None
+        return answer
 
 
 class Daemon:
@@ -168,8 +162,8 @@ class Daemon:
 
     In a child of fork() it is of no use, and harmless: leaving its block there does nothing."""
 
-    def __init__(self, path: str) -> None:
-        self._connection = _Connection(path)
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
         self._closed = False
 
     def __enter__(self) -> Daemon:
@@ -213,8 +207,8 @@ class Daemon:
         `after_exit`: not served before this process (True), or that of a pidfd, has ended.
         `require="store"`: fail where it would only be kept in memory.
         Raises AlreadyHeld, Busy, Denied, LimitExceeded, Damaged, InvalidInput, Unavailable."""
-        run = self._connection.run
-        return Saved(run(self._save("save", name, state, if_exists, ttl, after_exit, require)))
+        verb = self._save("save", name, state, if_exists, ttl, after_exit, require)
+        return Saved(self._connection.run(verb))
 
     def prepare(
         self,
@@ -241,8 +235,8 @@ class Daemon:
         after_exit: bool | int | HasFileno,
         require: str | None,
     ) -> verbs.Verb[dict[str, Any]]:
-        forbidden = self._connection.forbidden()
-        return verbs.save(verb, forbidden, name, state, if_exists, ttl, after_exit, require)
+        common = self._connection.common
+        return verbs.save(verb, common, name, state, if_exists, ttl, after_exit, require)
 
     def load(
         self, name: str, *, wait: float = 0.0, lease: float = 30.0, generation: int | None = None
@@ -252,8 +246,12 @@ class Daemon:
 
         Raises NotHeld, Busy (with the reason), Damaged, LimitExceeded (it does not fit here; it
         stays held), Denied, Unavailable."""
-        loaded = self._connection.run(verbs.load(name, wait, lease, generation))
-        return Claim(self._connection, loaded)
+        connection = self._connection.for_waiting(wait)
+        try:
+            make = partial(Claim, connection)
+            return connection.run(verbs.load(name, wait, lease, generation, make))
+        finally:
+            connection.leave()
 
     def list(self) -> list[dict[str, Any]]:
         """A row a hold: name, generation, phase, uid, fds, bytes, age and expires (s), attempts,
@@ -276,7 +274,11 @@ class Daemon:
         """Wait until `name` could be loaded, at most `timeout` seconds. Returns its generation.
 
         Raises what a load would raise when the time is over: NotHeld, Busy."""
-        return self._connection.run(verbs.wait(name, timeout))
+        connection = self._connection.for_waiting(timeout)
+        try:
+            return connection.run(verbs.wait(name, timeout))
+        finally:
+            connection.leave()
 
     def drop(self, name: str, *, force: bool = False) -> int:
         """End a hold without a successor. Returns its generation. Raises NotHeld, Busy."""
@@ -290,14 +292,18 @@ class Daemon:
 
 class Prepared:
     """A save that is kept and not served yet. Ends by commit() or abort(); what ends without
-    either (with its connection or its process) is in doubt."""
+    either (with its connection or its process) is in doubt.
+
+    An interrupt (KeyboardInterrupt, ...) of either goes on once it is known what became of it; a
+    second one does so at once."""
 
     def __init__(self, connection: _Connection, ticket: Ticket, kept: str) -> None:
         self._connection = connection
         self._ticket = ticket
-        self._open = True
         self.kept = kept
         connection.users += 1
+        connection.tickets += 1
+        self._open = True
 
     @property
     def generation(self) -> int:
@@ -305,19 +311,23 @@ class Prepared:
 
     def commit(self) -> Saved:
         """From now on it is held. Raises Fenced."""
-        saved = self._connection.run(verbs.commit(self._ticket))
-        self._end()
-        return saved
+        return self._say(verbs.commit(self._ticket, self._connection.common))
 
     def abort(self) -> None:
         """It never was. Raises Fenced."""
-        self._connection.run(verbs.abort(self._ticket))
-        self._end()
+        self._say(verbs.abort(self._ticket))
+
+    def _say(self, verb: verbs.Verb[T]) -> T:
+        try:
+            return self._connection.run(verb)
+        finally:
+            if self._ticket.over:
+                self._end()
 
     def _end(self) -> None:
         if self._open:
             self._open = False
-            self._connection.leave()
+            self._connection.part()
 
     def __del__(self) -> None:
         if getattr(self, "_open", False) and self._connection.pid == os.getpid():
@@ -328,21 +338,30 @@ class Claim:
     """An exclusive lease on a hold, and its state.
 
     As a block: leaving it confirms, an exception (SystemExit and KeyboardInterrupt too) rejects,
-    except after begin(): then it stays in doubt. Build inside, act after it. Descriptors not taken
-    and sections end with the block, or with close(); confirm() alone closes nothing."""
+    except after begin(): then it stays in doubt, until confirm() or reject() is said after all.
+    Build inside, act after it. Descriptors not taken and sections end with the block, or with
+    close(); confirm() alone closes nothing.
+
+    An interrupt (KeyboardInterrupt, ...) of confirm(), or of the end of a block, goes on once it is
+    known what became of it: interrupted or not, a state is acted on by one. A second interrupt ends
+    that attempt."""
 
     def __init__(self, connection: _Connection, loaded: verbs.Loaded) -> None:
         self._connection = connection
         self._ticket = loaded.ticket
         self._bundle = loaded.bundle
-        self._open = True  # confirm and reject still make sense
         self._begun = False
-        self._closed = False
+        self._stuck = False  # the daemon may have to learn of its end by the connection's
         self.state = loaded.state
         self.attempts = loaded.attempts  # how often it was loaded, this time included
         self.last_reject = loaded.last_reject  # why the one before gave it back; ""
         self.lease = loaded.lease
+        connection.common.claimed(self._ticket)
+        # No call from here on: what is interrupted before has nothing to leave, after it all.
         connection.users += 1
+        connection.tickets += 1
+        loaded.taken = True
+        self._closed = False
 
     @property
     def generation(self) -> int:
@@ -362,6 +381,9 @@ class Claim:
         except (InvalidInput, LimitExceeded, Fenced):  # refused: nothing has begun by this
             self._begun = before
             raise
+        except BaseException:
+            self._stuck = True  # whether it has begun, only the daemon knows
+            raise
 
     def confirm(
         self,
@@ -373,26 +395,26 @@ class Claim:
 
         With `next`, that state is held instead, in the same step; it is served once this process
         (after_exit=True), or that of a pidfd, has ended. Raises Fenced: then do not act."""
-        self._need_open()
-        saved: Saved | None = None
         if next is None:
-            self._connection.run(verbs.confirm(self._ticket))
-        else:
-            forbidden = self._connection.forbidden()
-            verb = verbs.confirm_next(forbidden, self._ticket, next, after_exit, ttl)
-            saved = self._connection.run(verb)
-        self._open = False
-        return saved
+            self._say(verbs.confirm(self._ticket))
+            return None
+        common = self._connection.common
+        return self._say(verbs.confirm_next(common, self._ticket, next, after_exit, ttl))
 
     def reject(self, why: str = "") -> None:
-        """Give it back, whole, for another to try. Raises Fenced."""
-        self._need_open()
-        self._connection.run(verbs.reject(self._ticket, why))
-        self._open = False
+        """Give it back, whole, for another to try. After begin() it says that nothing ran, and can
+        be said after the block, too. Raises Fenced."""
+        self._say(verbs.reject(self._ticket, why))
 
-    def _need_open(self) -> None:
-        if not self._open or self._closed:
+    def _say(self, verb: verbs.Verb[T]) -> T:
+        """What ends the claim; in doubt, also when it was closed."""
+        if self._ticket.over or (self._closed and not self._begun):
             raise Fenced("this claim has been confirmed, rejected or closed already")
+        connection = self._connection.speaker()
+        try:
+            return connection.run(verb)
+        finally:
+            connection.leave()
 
     def close(self) -> None:
         """Close what was not taken, and the claim: unconfirmed, the hold goes back (after begin()
@@ -400,16 +422,26 @@ class Claim:
         if self._closed or self._connection.pid != os.getpid():
             return
         self._closed = True
-        self.state.close()
-        if self._open and not self._begun:
-            try:
-                why = "closed without confirm"
-                self._connection.run(verbs.reject(self._ticket, why), patience=link.GIVE_BACK)
-            except CprdError:
-                pass  # its end says it as well
-        self._open = False
-        os.close(self._bundle)
-        self._connection.leave()
+        try:
+            self.state.close()
+            if not self._begun:
+                self._give_back("closed without confirm")
+        finally:
+            os.close(self._bundle)
+            self._connection.common.forget(self._ticket)
+            self._connection.part(stuck=self._stuck)
+
+    def _give_back(self, why: str) -> None:
+        if self._ticket.over:
+            return
+        self._ticket.over = self._stuck = True
+        try:
+            self._connection.run(verbs.give_back(self._ticket, why))
+        except Fenced:
+            pass  # it was over already
+        except CprdError:
+            return  # the end of its connection says it as well
+        self._stuck = False
 
     def __enter__(self) -> Claim:
         return self
@@ -423,17 +455,12 @@ class Claim:
         if self._connection.pid != os.getpid():
             return
         try:
-            if not self._open or self._closed:
+            if self._ticket.over or self._closed:
                 return
             if error is None:
                 self.confirm()
             elif not self._begun:
-                self._open = False
-                try:
-                    why = verbs.cut(f"{type(error).__name__}: {error}")
-                    self._connection.run(verbs.reject(self._ticket, why), patience=link.GIVE_BACK)
-                except CprdError:
-                    pass  # the exception that is on its way says more, and the end says it too
+                self._give_back(f"{type(error).__name__}: {error}")
         finally:
             self.close()
 

@@ -1,5 +1,6 @@
 """A client's connection, without a loop of its own: what both clients share of opening, sending and
-receiving, and of telling what may be tried again."""
+receiving, of telling what may be tried again, and of what becomes of a connection whose request was
+interrupted."""
 
 from __future__ import annotations
 
@@ -9,17 +10,24 @@ import socket
 import struct
 
 from cprd import wire
-from cprd.errors import Denied, LimitExceeded, ProtocolError, Unavailable
+from cprd.errors import CprdError, Denied, InvalidInput, LimitExceeded, Unavailable
 from cprd.paths import default_socket
-from cprd.rights import close_all, hard_limit, receive, send
-from cprd.verbs import Answer, Call
+from cprd.rights import hard_limit, receive, send
+from cprd.verbs import Answer, Call, Common
+
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
+if TYPE_CHECKING:
+    from typing import Any, Self
 
 RETRY_FOR = 15.0  # s that a lost daemon is waited for (it may be restarting)
-GIVE_BACK = 1.0  # the same when a claim is only given back: its process's end says so as well
+GIVE_BACK = 1.0  # the same for a brief call (a claim is given back: its end says so as well)
+MOMENT = 2.0  # s that the answer to a brief call is waited for
+LATE = 0.2  # s that of an interrupted one is, before the call is said again elsewhere
 RETRY_EVERY = 0.05
 HELLOS = 6  # tries until a cprd is believed not to want us: each may have met one that was killed
 SERVED = 1.0  # s after which a connection that is lost had not been refused
 
+_TRUNC, _CTRUNC = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)
 _TIMEVAL = struct.Struct("ll")
 
 LOST = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
@@ -76,20 +84,20 @@ def where(path: str | os.PathLike[str] | None) -> str:
 
 def send_call(sock: socket.socket, call: Call, flags: int) -> None:
     """Raises Lost, LimitExceeded (too many in flight), BlockingIOError."""
+    call.sent = True  # before it is: an interrupt may come at any point
     try:
         send(sock, call.data, call.fds, flags)
     except LOST:
         try:
-            answer = read(sock, socket.MSG_DONTWAIT)  # a refusal may have come before the end
-            close_all(answer.fds)
+            read(sock, socket.MSG_DONTWAIT).close()  # a refusal may have come before the end
         except OSError:
             pass
         raise Lost from None
 
 
 def read(sock: socket.socket, flags: int) -> Answer:
-    """One answer; the caller owns its descriptors. Raises what the daemon raised, Lost,
-    ProtocolError, BlockingIOError or TimeoutError."""
+    """One answer. Raises what the daemon raised, Lost, Garbled,
+    BlockingIOError or TimeoutError."""
     try:
         try:
             data, fds, seen = receive(sock, wire.MAX_ANSWER + 1, flags)
@@ -97,12 +105,144 @@ def read(sock: socket.socket, flags: int) -> Answer:
             data, fds, seen = receive(sock, wire.MAX_ANSWER + 1, flags)
     except LOST:
         raise Lost from None
+    answer = Answer({}, fds)  # which owns them from now on
     try:
+        answer.cut = bool(seen & _CTRUNC)
         if not data and not fds:
             raise Lost
-        if seen & socket.MSG_TRUNC:
-            raise ProtocolError(f"an answer longer than {wire.MAX_ANSWER} bytes")
-        return Answer(wire.read_answer(data), fds, cut=bool(seen & socket.MSG_CTRUNC))
+        if seen & _TRUNC:
+            raise wire.Garbled(f"an answer longer than {wire.MAX_ANSWER} bytes")
+        answer.fields = wire.read_answer(data)
     except BaseException:
-        close_all(fds)
+        answer.close()
         raise
+    return answer
+
+
+def patience(call: Call) -> float:
+    """How long a lost daemon is waited for."""
+    return GIVE_BACK if call.brief else RETRY_FOR
+
+
+def mute(call: Call) -> float:
+    """How long an answer is waited for before the daemon is called mute."""
+    return min(MOMENT, wire.MUTE) if call.brief else wire.MUTE
+
+
+class Line:
+    """What a connection is apart from its I/O: shared by a Daemon and the claims and prepared saves
+    made through it, closed with the last of these users.
+
+    A request whose answer never came leaves its connection out of step. With nothing depending on
+    it, it is closed. But its end would end claims that came by it: while there are any (or prepared
+    saves), it is put aside, until its late answer has come or the last of them has left, and what
+    comes next goes by another one: to the daemon a token is good on any."""
+
+    def __init__(self, path: str, common: Common | None = None) -> None:
+        self.path = path
+        self.pid = os.getpid()
+        self.users = 1  # whoever made it; and every claim and prepared save
+        self.tickets = 0  # the claims and prepared saves among them
+        self.common = common or Common()
+        self.greeting: dict[str, Any] = {}
+        self._sock: socket.socket | None = None
+        self._owed: Call | None = None  # sent, and perhaps its answer is still to come
+        self._aside: list[socket.socket] = []
+
+    def fileno(self) -> int:
+        return self._sock.fileno() if self._sock is not None else -1
+
+    def apart(self) -> Self:
+        """Another connection for the same Daemon, not opened yet; its user is the caller."""
+        return type(self)(self.path, self.common)
+
+    def speaker(self) -> Self:
+        """A connection for a token whose own one may have been closed; the caller leaves it."""
+        self._check_process()
+        if not self.users:
+            return self.apart()
+        self.users += 1
+        return self
+
+    def part(self, *, stuck: bool = False) -> None:
+        """A claim or prepared save depends on it no longer. `stuck`: the daemon could not be told,
+        and must learn by the end of the connection, unless that would end others."""
+        self.tickets -= 1
+        if not self.tickets and self.pid == os.getpid():
+            aside, self._aside = self._aside, []
+            for sock in aside:
+                self._close(sock)
+            if stuck:
+                self._break()
+        self.leave()
+
+    def leave(self) -> None:
+        self.users -= 1
+        if not self.users and self.pid == os.getpid():
+            self._break()
+
+    def check(self) -> None:
+        self._check_process()
+        if not self.users:
+            raise Unavailable("the connection has been closed: connect() anew")
+
+    def _check_process(self) -> None:
+        if self.pid != os.getpid():
+            raise InvalidInput("this connection belongs to the parent process: connect() anew")
+
+    def _use(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.common.sockets.add(sock)
+
+    def _greeted(self, greeting: dict[str, Any]) -> None:
+        self.greeting = greeting
+        self.common.uid = greeting.get("uid", os.getuid())
+
+    def _close(self, sock: socket.socket) -> None:
+        self.common.sockets.discard(sock)
+        sock.close()
+
+    def _break(self) -> None:
+        sock, self._sock, self._owed = self._sock, None, None
+        if sock is not None:
+            self._close(sock)
+
+    def _put_aside(self) -> None:
+        """Out of step: not to be used as it is."""
+        if self.tickets and self._sock is not None:
+            self._aside.append(self._sock)
+            self._sock = self._owed = None
+        else:
+            self._break()
+
+    def _in_step_again(self) -> bool:
+        """Go on with a connection whose late answer has come by now."""
+        for sock in list(self._aside):
+            try:
+                if not _caught_up(sock):
+                    continue
+                self._sock = sock
+            except Lost:
+                self._close(sock)
+            self._aside.remove(sock)
+            if self._sock is not None:
+                return True
+        return False
+
+    def _may_end(self, call: Call) -> bool:
+        """Whether the verb has nothing to do about its interrupted call."""
+        return not call.sent or (call.tied and not self.tickets)
+
+
+def _caught_up(sock: socket.socket) -> bool:
+    """Whether the answer that a connection owes has come; it is thrown away. Raises Lost."""
+    try:
+        sock.setblocking(False)
+        read(sock, socket.MSG_DONTWAIT).close()
+    except BlockingIOError:
+        return False
+    except (wire.Garbled, OSError):
+        raise Lost from None
+    except CprdError:
+        pass  # an answer, too
+    return True

@@ -5,7 +5,7 @@
             ...
 
 `daemon.load(...)` and `connect()` can be awaited, too: then what they return is the block to enter,
-or to aclose(). What can block (closing foreign descriptors) is done in a thread.
+or to close(). What can block (closing foreign descriptors) is done in a thread.
 """
 
 from __future__ import annotations
@@ -13,22 +13,15 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
 from cprd import link, verbs, wire
-from cprd.errors import (
-    CprdError,
-    Fenced,
-    InvalidInput,
-    LimitExceeded,
-    ProtocolError,
-    Timeout,
-    Unavailable,
-)
-from cprd.rights import close_all
+from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded, Timeout, Unavailable
 from cprd.state import HasFileno, State
 from cprd.verbs import Saved, Ticket
 
@@ -87,15 +80,11 @@ def connect(path: str | os.PathLike[str] | None = None) -> Opening[Daemon]:
     return Opening(open)
 
 
-class _Connection:
-    """The socket, shared by a Daemon and the claims made through it; closed with the last user."""
+class _Connection(link.Line):
+    """The socket, and how to wait at it. Its users take turns."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.pid = os.getpid()
-        self.users = 1
-        self.greeting: dict[str, Any] = {}
-        self._sock: socket.socket | None = None
+    def __init__(self, path: str, common: verbs.Common | None = None) -> None:
+        super().__init__(path, common)
         self._turn = trio.Lock()
 
     async def open(self) -> None:
@@ -109,74 +98,98 @@ class _Connection:
                 continue
         raise Unavailable(f"cprd at {self.path} closed the connection before it said hello")
 
-    async def _open(self) -> None:
+    async def _open(self, *, brief: bool = False) -> None:
         # connect() to a UNIX socket waits only while the backlog is full.
-        self._sock = await trio.to_thread.run_sync(link.open_socket, self.path)
-        self._sock.setblocking(False)
+        sock = await trio.to_thread.run_sync(link.open_socket, self.path)
         try:
-            self.greeting = await self._steps(verbs.hello(), 0.0)
+            sock.setblocking(False)
+            self._use(sock)
+            self._greeted(await self._steps(verbs.hello(brief=brief), self._exchange))
         except BaseException:
             self._break()
             raise
 
-    def _break(self) -> None:
-        sock, self._sock = self._sock, None
-        if sock is not None:
-            trio.lowlevel.notify_closing(sock)
-            sock.close()
+    def _close(self, sock: socket.socket) -> None:
+        trio.lowlevel.notify_closing(sock)
+        super()._close(sock)
 
-    def fileno(self) -> int:
-        return self._sock.fileno() if self._sock is not None else -1
+    def for_waiting(self, wait: float) -> _Connection:
+        """The one to wait with, to be given to done_waiting(): others need theirs meanwhile, and
+        what is cancelled while it waits ends its connection, and may end nothing else."""
+        self.check()
+        if not wait:
+            self.users += 1
+            return self
+        line = self.apart()
+        if self._idle() and not self.tickets:  # lent: the next request opens another, if one comes
+            line._sock, self._sock = self._sock, None
+            line.greeting = self.greeting
+        return line
 
-    def forbidden(self) -> tuple[int, ...]:
-        return () if self._sock is None else (self._sock.fileno(),)
+    def done_waiting(self, line: _Connection) -> None:
+        mine = line is not self and self.users and self._sock is None and self._idle()
+        if mine and line._idle() and not line.tickets:
+            line._sock, self._sock = None, line._sock
+        line.leave()
 
-    async def run(self, verb: verbs.Verb[T], *, patience: float = link.RETRY_FOR) -> T:
-        if self.pid != os.getpid():
-            raise InvalidInput("this connection belongs to the parent process: connect() anew")
-        if not self.users:
-            raise Unavailable("the connection has been closed: connect() anew")
+    def _idle(self) -> bool:
+        return self._owed is None and not self._turn.locked()
+
+    async def run(self, verb: verbs.Verb[T]) -> T:
+        self.check()
         async with self._turn:
             try:
-                return await self._steps(verb, patience)
+                return await self._steps(verb, self._exchange_again)
             except link.Lost:
                 raise Unavailable("the connection is lost") from None
+            finally:
+                if self._owed is not None:
+                    self._put_aside()
 
-    async def _steps(self, verb: verbs.Verb[T], patience: float) -> T:
+    async def _steps(
+        self, verb: verbs.Verb[T], exchange: Callable[[verbs.Call], Awaitable[verbs.Answer]]
+    ) -> T:
+        interrupted = False
         try:
             call = next(verb)
             while True:
                 try:
-                    answer = await self._exchange_again(call, patience)
+                    with trio.CancelScope(shield=True) if interrupted else nullcontext():
+                        answer = await exchange(call)
                 except CprdError as error:
                     call = verb.throw(error)
+                except link.Lost:
+                    raise
+                except BaseException as interrupt:
+                    if self._may_end(call):
+                        raise
+                    interrupted = True
+                    call = verb.throw(interrupt)
                 else:
                     try:
                         call = verb.send(answer)
                     finally:
-                        close_all(answer.fds)  # what nobody took
+                        answer.close()  # what nobody took
         except StopIteration as end:
             value: T = end.value
             return value
         finally:
             verb.close()
 
-    async def _exchange_again(self, call: verbs.Call, patience: float) -> verbs.Answer:
-        if not patience:
-            return await self._exchange(call)
+    async def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
         give_up = 0.0
         began = trio.current_time()
         while True:
             tried = trio.current_time()
             try:
-                if self._sock is None:
-                    await self._open()
+                if self._sock is None and not self._in_step_again():
+                    await self._open(brief=call.brief)
                 return await self._exchange(call.after(tried - began))
             except (link.Lost, Unavailable) as error:
                 now = trio.current_time()
                 if now - tried > link.SERVED:  # it was there in between
                     give_up = 0.0
-                give_up = give_up or now + patience
+                give_up = give_up or now + link.patience(call)
                 if now >= give_up:
                     why = error if isinstance(error, Unavailable) else "the connection is lost"
                     raise Unavailable(f"no answer: {why}") from None
@@ -184,47 +197,58 @@ class _Connection:
                 self._break()
 
     async def _exchange(self, call: verbs.Call) -> verbs.Answer:
+        again = self._owed is call
+        if self._owed is not None and not again:
+            self._put_aside()
         if self._sock is None:
             raise link.Lost
-        sock = self._sock
+        seconds = link.LATE if again else link.mute(call) + call.wait
         try:
-            with trio.fail_after(wire.MUTE):
-                while True:
-                    try:
-                        link.send_call(sock, call, socket.MSG_DONTWAIT)
-                        break
-                    except BlockingIOError:
-                        await trio.lowlevel.wait_writable(sock)
-            with trio.fail_after(wire.MUTE + call.wait):
-                while True:
-                    await trio.lowlevel.wait_readable(sock)
-                    try:
-                        return link.read(sock, socket.MSG_DONTWAIT)
-                    except BlockingIOError:
-                        continue
+            with trio.CancelScope(shield=call.sure):
+                if not again:
+                    with trio.fail_after(link.mute(call)):
+                        await self._send(self._sock, call)
+                with trio.fail_after(seconds):
+                    answer = await self._read(self._sock)
         except trio.TooSlowError:
-            self._break()
+            if again:  # it was lost with the interrupt: by its nonce it can be had anew
+                self._put_aside()
+                raise link.Lost from None
             raise Timeout(
                 f"cprd at {self.path} accepted the connection and has not answered within"
-                f" {wire.MUTE + call.wait:g} s"
+                f" {seconds:g} s"
             ) from None
-        except ProtocolError:
+        except (link.Lost, wire.Garbled):
             self._break()
             raise
         except CprdError:
+            self._owed = None
             raise
-        except BaseException:  # lost, cancelled, ...: the answer may still come
-            self._break()
-            raise
+        self._owed = None
+        return answer
 
-    def leave(self) -> None:
-        self.users -= 1
-        if not self.users and self.pid == os.getpid():
-            self._break()
+    async def _send(self, sock: socket.socket, call: verbs.Call) -> None:
+        sent = call.sent
+        while True:
+            self._owed = call
+            try:
+                link.send_call(sock, call, socket.MSG_DONTWAIT)
+                return
+            except BlockingIOError:
+                self._owed, call.sent = None, sent
+                await trio.lowlevel.wait_writable(sock)
+
+    async def _read(self, sock: socket.socket) -> verbs.Answer:
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            try:
+                return link.read(sock, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
 
 
 class Daemon:
-    """A connection to cprd. Its requests take turns."""
+    """A connection to cprd, for all tasks: requests take turns, those that wait delay nobody."""
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
@@ -234,16 +258,15 @@ class Daemon:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self.close()
+        await self.close()
 
-    async def aclose(self) -> None:
-        self.close()
-
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connection, unless claims or prepared saves still need it; then with them."""
         if not self._closed and self._connection.pid == os.getpid():
             self._closed = True
             self._connection.leave()
+
+    aclose = close
 
     def fileno(self) -> int:
         return self._connection.fileno()
@@ -263,8 +286,8 @@ class Daemon:
         require: str | None = None,
     ) -> Saved:
         """As cprd.Daemon.save."""
-        forbidden = self._connection.forbidden()
-        verb = verbs.save("save", forbidden, name, state, if_exists, ttl, after_exit, require)
+        common = self._connection.common
+        verb = verbs.save("save", common, name, state, if_exists, ttl, after_exit, require)
         return Saved(await self._connection.run(verb))
 
     async def prepare(
@@ -278,8 +301,8 @@ class Daemon:
         require: str | None = None,
     ) -> Prepared:
         """As cprd.Daemon.prepare."""
-        forbidden = self._connection.forbidden()
-        verb = verbs.save("prepare", forbidden, name, state, if_exists, ttl, after_exit, require)
+        common = self._connection.common
+        verb = verbs.save("prepare", common, name, state, if_exists, ttl, after_exit, require)
         fields = await self._connection.run(verb)
         return Prepared(self._connection, Ticket(name, fields), fields["kept"])
 
@@ -289,8 +312,12 @@ class Daemon:
         """As cprd.Daemon.load: to await, or to enter."""
 
         async def open() -> Claim:
-            verb = verbs.load(name, wait, lease, generation)
-            return Claim(self._connection, await self._connection.run(verb))
+            connection = self._connection.for_waiting(wait)
+            try:
+                make = partial(Claim, connection)
+                return await connection.run(verbs.load(name, wait, lease, generation, make))
+            finally:
+                self._connection.done_waiting(connection)
 
         return Opening(open)
 
@@ -307,7 +334,11 @@ class Daemon:
         return await self._connection.run(verbs.status())
 
     async def wait(self, name: str, timeout: float = wire.MAX_WAIT) -> int:
-        return await self._connection.run(verbs.wait(name, timeout))
+        connection = self._connection.for_waiting(timeout)
+        try:
+            return await connection.run(verbs.wait(name, timeout))
+        finally:
+            self._connection.done_waiting(connection)
 
     async def drop(self, name: str, *, force: bool = False) -> int:
         return await self._connection.run(verbs.drop(name, force))
@@ -317,7 +348,7 @@ class Daemon:
 
 
 class Prepared:
-    """As cprd.Prepared."""
+    """As cprd.Prepared. What was sent is not cancelled."""
 
     def __init__(self, connection: _Connection, ticket: Ticket, kept: str) -> None:
         self._connection = connection
@@ -325,41 +356,48 @@ class Prepared:
         self._open = True
         self.kept = kept
         connection.users += 1
+        connection.tickets += 1
 
     @property
     def generation(self) -> int:
         return self._ticket.generation
 
     async def commit(self) -> Saved:
-        saved = await self._connection.run(verbs.commit(self._ticket))
-        self._end()
-        return saved
+        return await self._say(verbs.commit(self._ticket, self._connection.common))
 
     async def abort(self) -> None:
-        await self._connection.run(verbs.abort(self._ticket))
-        self._end()
+        await self._say(verbs.abort(self._ticket))
 
-    def _end(self) -> None:
-        if self._open:
-            self._open = False
-            self._connection.leave()
+    async def _say(self, verb: verbs.Verb[T]) -> T:
+        try:
+            return await self._connection.run(verb)
+        finally:
+            if self._ticket.over and self._open:
+                self._open = False
+                self._connection.part()
 
 
 class Claim:
-    """As cprd.Claim, as an async block. A cancelled block rejects."""
+    """As cprd.Claim, as an async block. A cancelled block rejects; a confirm() that was sent is not
+    cancelled any more, so that what became of it is known."""
 
     def __init__(self, connection: _Connection, loaded: verbs.Loaded) -> None:
         self._connection = connection
         self._ticket = loaded.ticket
         self._bundle = loaded.bundle
-        self._open = True
         self._begun = False
-        self._closed = False
+        self._closed = True
+        self._stuck = False  # the daemon may have to learn of its end by the connection's
         self.state = loaded.state
         self.attempts = loaded.attempts
         self.last_reject = loaded.last_reject
         self.lease = loaded.lease
+        connection.common.claimed(self._ticket)
+        # No call from here on: what is interrupted before has nothing to leave, after it all.
         connection.users += 1
+        connection.tickets += 1
+        loaded.taken = True
+        self._closed = False
 
     @property
     def generation(self) -> int:
@@ -375,6 +413,9 @@ class Claim:
         except (InvalidInput, LimitExceeded, Fenced):  # refused: nothing has begun by this
             self._begun = before
             raise
+        except BaseException:
+            self._stuck = True  # whether it has begun, only the daemon knows
+            raise
 
     async def confirm(
         self,
@@ -382,36 +423,34 @@ class Claim:
         after_exit: bool | int | HasFileno = True,
         ttl: float | None = None,
     ) -> Saved | None:
-        self._need_open()
-        saved: Saved | None = None
         if next is None:
-            await self._connection.run(verbs.confirm(self._ticket))
-        else:
-            forbidden = self._connection.forbidden()
-            verb = verbs.confirm_next(forbidden, self._ticket, next, after_exit, ttl)
-            saved = await self._connection.run(verb)
-        self._open = False
-        return saved
+            await self._say(verbs.confirm(self._ticket))
+            return None
+        common = self._connection.common
+        return await self._say(verbs.confirm_next(common, self._ticket, next, after_exit, ttl))
 
     async def reject(self, why: str = "") -> None:
-        self._need_open()
-        await self._connection.run(verbs.reject(self._ticket, why))
-        self._open = False
+        await self._say(verbs.reject(self._ticket, why))
 
-    def _need_open(self) -> None:
-        if not self._open or self._closed:
+    async def _say(self, verb: verbs.Verb[T]) -> T:
+        """What ends the claim; in doubt, also when it was closed."""
+        if self._ticket.over or (self._closed and not self._begun):
             raise Fenced("this claim has been confirmed, rejected or closed already")
+        connection = self._connection.speaker()
+        try:
+            return await connection.run(verb)
+        finally:
+            connection.leave()
 
-    async def aclose(self) -> None:
+    async def close(self) -> None:
         """As cprd.Claim.close; the descriptors are closed in a thread."""
         if self._closed or self._connection.pid != os.getpid():
             return
         self._closed = True
         try:
-            if self._open and not self._begun:
+            if not self._begun:
                 await self._give_back("closed without confirm")
         finally:
-            self._open = False
             state, bundle = self.state, self._bundle
 
             def let_go() -> None:
@@ -422,14 +461,23 @@ class Claim:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(let_go)
             finally:
-                self._connection.leave()
+                self._connection.common.forget(self._ticket)
+                self._connection.part(stuck=self._stuck)
+
+    aclose = close
 
     async def _give_back(self, why: str) -> None:
-        with trio.move_on_after(2.0, shield=True):
+        if self._ticket.over:
+            return
+        self._ticket.over = self._stuck = True
+        with trio.move_on_after(link.MOMENT, shield=True):
             try:
-                await self._connection.run(verbs.reject(self._ticket, why), patience=link.GIVE_BACK)
+                await self._connection.run(verbs.give_back(self._ticket, why))
+            except Fenced:
+                pass  # it was over already
             except CprdError:
-                pass  # the end of the claim says it as well
+                return  # the end of its connection says it as well
+            self._stuck = False
 
     async def __aenter__(self) -> Claim:
         return self
@@ -443,12 +491,11 @@ class Claim:
         if self._connection.pid != os.getpid():
             return
         try:
-            if not self._open or self._closed:
+            if self._ticket.over or self._closed:
                 return
             if error is None:
                 await self.confirm()
             elif not self._begun:
-                self._open = False
-                await self._give_back(verbs.cut(f"{type(error).__name__}: {error}"))
+                await self._give_back(f"{type(error).__name__}: {error}")
         finally:
-            await self.aclose()
+            await self.close()

@@ -197,11 +197,19 @@ def read_request(data: bytes) -> Message:
     return read
 
 
+class Garbled(ProtocolError):
+    """An answer that cannot be read: what follows it on that connection cannot be, either."""
+
+
 def read_answer(data: bytes) -> Message:
-    """The "ok" map of an answer; an error is raised as it was raised in the daemon."""
-    message = decode(data, MAX_ANSWER)
-    if "ok" in message:
-        return _map(message["ok"])
+    """The "ok" map of an answer; an error is raised as it was raised in the daemon. Raises Garbled
+    for what is no answer."""
+    try:
+        message = decode(data, MAX_ANSWER)
+        if "ok" in message:
+            return _map(message["ok"])
+    except (ProtocolError, ValueError) as error:
+        raise Garbled(f"not an answer: {error}") from None
     why = message.get("why")
     raise CODES.get(str(message.get("error")), CprdError)(str(why))
 

@@ -302,7 +302,7 @@ def test_who_waits_first_is_served_first(daemon: DaemonProcess) -> None:
         waiters = []
         for _ in range(4):
             waiter = raw(daemon.path)
-            waiter.send(next(verbs.load("web", 20.0, 600.0, None)).data)
+            waiter.send(next(verbs.load("web", 20.0, 600.0, None, id)).data)
             connection.list()  # twice: a request that was sent before is read before
             connection.list()
             waiters.append(waiter)
@@ -321,7 +321,7 @@ def test_who_waits_first_is_served_first(daemon: DaemonProcess) -> None:
 
 def test_a_request_while_one_waits_ends_the_wait_with_a_reason(daemon: DaemonProcess) -> None:
     with raw(daemon.path) as hasty:
-        hasty.send(next(verbs.load("web", 20.0, 600.0, None)).data)
+        hasty.send(next(verbs.load("web", 20.0, 600.0, None, id)).data)
         hasty.send(next(verbs.status()).data)
         with pytest.raises(cprd.ProtocolError, match="before the answer"):
             wire.read_answer(hasty.recv(65536))
@@ -415,7 +415,7 @@ def test_the_late_end_of_a_claims_former_connection_does_not_end_it(
 ) -> None:
     with daemon.connect() as connection, raw(daemon.path) as first, raw(daemon.path) as second:
         connection.save("web", empty())
-        request = next(verbs.load("web", 0.0, 600.0, None)).data
+        request = next(verbs.load("web", 0.0, 600.0, None, id)).data
         answers = []
         for sock in (first, second):  # said again, with its nonce: the first answer was lost
             sock.send(request)

@@ -50,7 +50,7 @@ async def on_trio(path: str, act: str, state: cprd.State) -> None:
                 await claim.confirm(next=state)
             else:
                 await claim.confirm()
-            await claim.aclose()
+            await claim.close()
 
 
 def numbers(text: str) -> list[int]:
