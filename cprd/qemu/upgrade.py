@@ -176,7 +176,6 @@ class _Move:
         settings = await Settings.prepare(self.old)
         try:
             interrupt.check()
-            self.shared.before_new()
             await self._prepare_new()
             with interrupt.allowed():
                 await self._forward()
