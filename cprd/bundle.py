@@ -354,7 +354,7 @@ def check(fd: int, parked: int, *, seal: bool) -> None:
                     raise
             _check_counts(sock, parked)
     finally:
-        sock.detach()
+        sock.close()
 
 
 def _check_counts(sock: socket.SocketType, parked: int) -> None:
@@ -368,10 +368,20 @@ def _check_counts(sock: socket.SocketType, parked: int) -> None:
 
 
 def _as_socket(fd: int) -> socket.SocketType:
-    """`fd`, still the caller's, which detaches it again. Raises Damaged for what is no socket."""
+    """A copy of `fd`, to be closed by the caller: an object that had the number itself would close
+    it, perhaps much later, should an interrupt lose it. Raises Damaged for what is no socket,
+    LimitExceeded."""
     try:
-        return socket.SocketType(_UNIX, _SEQPACKET, 0, fileno=fd)
+        copy = os.dup(fd)
     except OSError as error:
+        raise LimitExceeded(
+            f"no descriptor left to read a bundle with ({error.strerror}): raise RLIMIT_NOFILE"
+            " (resource.setrlimit, ulimit -n, LimitNOFILE=); what is held stays held"
+        ) from None
+    try:
+        return socket.SocketType(_UNIX, _SEQPACKET, 0, fileno=copy)
+    except OSError as error:
+        os.close(copy)
         raise Damaged(f"not a bundle: {error.strerror}") from None
 
 
@@ -416,7 +426,7 @@ def unpack(fd: int) -> State:
     try:
         root = _peek_header(sock)
     finally:
-        sock.detach()
+        sock.close()
     _room_for(root)
     carried = array("i")
     try:
@@ -440,7 +450,7 @@ def _peek(fd: int, depth: int, index: int, carried: array[int]) -> None:
     except OSError as error:
         raise Damaged(f"a part of the bundle cannot be read: {error.strerror}") from None
     finally:
-        sock.detach()
+        sock.close()
     count = len(fds)
     if (
         depth == 0 and count and queued == HEADER.size and not flags & _CTRUNC

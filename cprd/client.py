@@ -340,7 +340,7 @@ class Claim:
     As a block: leaving it confirms, an exception (SystemExit and KeyboardInterrupt too) rejects,
     except after begin(): then it stays in doubt, until confirm() or reject() is said after all.
     Build inside, act after it. Descriptors not taken and sections end with the block, or with
-    close(); confirm() alone closes nothing.
+    close(); confirm() alone closes none of them.
 
     An interrupt (KeyboardInterrupt, ...) of confirm(), or of the end of a block, goes on once it is
     known what became of it: interrupted or not, a state is acted on by one. A second interrupt ends
@@ -395,11 +395,20 @@ class Claim:
 
         With `next`, that state is held instead, in the same step; it is served once this process
         (after_exit=True), or that of a pidfd, has ended. Raises Fenced: then do not act."""
+        saved: Saved | None = None
         if next is None:
             self._say(verbs.confirm(self._ticket))
-            return None
-        common = self._connection.common
-        return self._say(verbs.confirm_next(common, self._ticket, next, after_exit, ttl))
+        else:
+            common = self._connection.common
+            saved = self._say(verbs.confirm_next(common, self._ticket, next, after_exit, ttl))
+        self._unpark()
+        return saved
+
+    def _unpark(self) -> None:
+        """Let go of the bundle: as long as it is here, what was taken and closed since is open."""
+        bundle, self._bundle = self._bundle, -1
+        if bundle >= 0:
+            os.close(bundle)
 
     def reject(self, why: str = "") -> None:
         """Give it back, whole, for another to try. After begin() it says that nothing ran, and can
@@ -427,7 +436,7 @@ class Claim:
             if not self._begun:
                 self._give_back("closed without confirm")
         finally:
-            os.close(self._bundle)
+            self._unpark()
             self._connection.common.forget(self._ticket)
             self._connection.part(stuck=self._stuck)
 

@@ -423,11 +423,22 @@ class Claim:
         after_exit: bool | int | HasFileno = True,
         ttl: float | None = None,
     ) -> Saved | None:
+        saved: Saved | None = None
         if next is None:
             await self._say(verbs.confirm(self._ticket))
-            return None
-        common = self._connection.common
-        return await self._say(verbs.confirm_next(common, self._ticket, next, after_exit, ttl))
+        else:
+            common = self._connection.common
+            saved = await self._say(verbs.confirm_next(common, self._ticket, next, after_exit, ttl))
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._unpark)
+        return saved
+
+    def _unpark(self) -> None:
+        """Let go of the bundle: as long as it is here, what was taken and closed since is open.
+        In a thread, for such a file can block when it is closed."""
+        bundle, self._bundle = self._bundle, -1
+        if bundle >= 0:
+            os.close(bundle)
 
     async def reject(self, why: str = "") -> None:
         await self._say(verbs.reject(self._ticket, why))
@@ -451,11 +462,10 @@ class Claim:
             if not self._begun:
                 await self._give_back("closed without confirm")
         finally:
-            state, bundle = self.state, self._bundle
 
             def let_go() -> None:
-                state.close()
-                os.close(bundle)
+                self.state.close()
+                self._unpark()
 
             try:
                 with trio.CancelScope(shield=True):

@@ -384,10 +384,7 @@ def _let_go(bundle: int, state: State | None) -> None:
     if state is not None:
         state.close()
     if bundle >= 0:
-        try:
-            os.close(bundle)
-        except OSError:
-            pass  # an interrupt while unpack() had a socket of it: that closed it
+        os.close(bundle)
 
 
 def _reject(ticket: Ticket, why: str, *, damaged: bool = False) -> Call:

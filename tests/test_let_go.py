@@ -19,7 +19,7 @@ SOON = 1.0  # s
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("end", ["confirm", "drop", "replace", "ttl"])
+@pytest.mark.parametrize("end", ["confirm", "confirm alone", "drop", "replace", "ttl"])
 def test_a_connection_that_all_have_closed_sees_its_end(daemon: DaemonProcess, end: str) -> None:
     ours, theirs = tcp_pair()
     with daemon.connect() as connection, theirs:
@@ -35,6 +35,10 @@ def test_a_connection_that_all_have_closed_sees_its_end(daemon: DaemonProcess, e
         if end == "confirm":
             with connection.load("web"):
                 pass
+        elif end == "confirm alone":  # what was taken is ours to close, whatever the claim does
+            claim = connection.load("web")
+            os.close(claim.state.take_fd("connection"))
+            claim.confirm()
         elif end == "drop":
             connection.drop("web")
         elif end == "replace":
@@ -42,6 +46,8 @@ def test_a_connection_that_all_have_closed_sees_its_end(daemon: DaemonProcess, e
         begin = time.monotonic()
         assert theirs.recv(1) == b""
         assert time.monotonic() - begin < SOON
+        if end == "confirm alone":
+            claim.close()
 
 
 @pytest.mark.parametrize("end", ["confirm", "drop"])

@@ -374,7 +374,8 @@ class _Move:
             if prepared is not None:
                 raise await self._hold(prepared, settings, failure) from None
             with suppress(OSError):
-                self.place.create(MARK)  # it never ran, and has ended
+                # It never ran, and has ended.
+                self.place.create(MARK, json.dumps(self.old_process.record()))
             if not is_gone(self.daemon, self.prepared, self.name):
                 self.keep_mark = True
                 raise InDoubt(

@@ -46,7 +46,9 @@ def boot(vm: Machine, edit: Edit = list) -> subprocess.Popen[bytes]:
             edit(vm.command), stdin=subprocess.DEVNULL, stdout=err, stderr=err
         )
     vm.processes.append(process)
-    vm.until(lambda: process.poll() is None and vm._status() not in ("Refused", "Nobody"), "a monitor")
+    vm.until(
+        lambda: process.poll() is None and vm._status() not in ("Nobody", "Refused"), "a monitor"
+    )
     return process
 
 
