@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import subprocess
@@ -62,6 +63,7 @@ def median(measured: list[tuple[float, float]], which: int) -> float:
 def verdict(what: str, value: float, bound: float, unit: str, detail: str) -> bool:
     """Print one figure; whether it is within its bound."""
     good = value <= bound
-    print(f"{what}: {value:.2f}{unit} (at most {bound:g}{unit}){'' if good else '  MISSED'}")
+    limit = "no bound" if bound == math.inf else f"at most {bound:g}{unit}"
+    print(f"{what}: {value:.2f}{unit} ({limit}){'' if good else '  MISSED'}")
     print(f"    {detail}", flush=True)
     return good

@@ -337,7 +337,8 @@ def check(fd: int, parked: int, *, seal: bool) -> None:
     owner of a TCP socket in send(), and getsockname() waits for it. Nothing here takes either."""
     if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
         raise Damaged("not a bundle: not a socket")
-    if scm_fds(fd) < 0:
+    found = scm_fds(fd)
+    if found < 0:
         raise Damaged("not a bundle: not an AF_UNIX socket")
     sock = _as_socket(fd)
     try:
@@ -345,20 +346,20 @@ def check(fd: int, parked: int, *, seal: bool) -> None:
             raise Damaged("not a bundle: not a SOCK_SEQPACKET socket")
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise Damaged("not a bundle: a listening socket")
-        _check_counts(sock, parked)
+        _check_counts(sock, found, parked)
         if seal:  # not before: what is no bundle stays as it was
             try:
                 sock.shutdown(socket.SHUT_RD)
             except OSError as error:
                 if error.errno != errno.ENOTCONN:
                     raise
-            _check_counts(sock, parked)
+            _check_counts(sock, scm_fds(fd), parked)
     finally:
         sock.close()
 
 
-def _check_counts(sock: socket.SocketType, parked: int) -> None:
-    queued, found = _queued(sock), scm_fds(sock.fileno())
+def _check_counts(sock: socket.SocketType, found: int, parked: int) -> None:
+    queued = _queued(sock)
     if not queued:
         raise Damaged("not a whole bundle: nothing is queued in it")
     if queued != HEADER.size:
