@@ -86,7 +86,7 @@ class _Connection(link.Line):
                 except link.Lost:
                     raise
                 except BaseException as interrupt:
-                    if self._may_end(call):
+                    if self._may_end(call) or isinstance(interrupt, verbs.Abandoned):
                         raise
                     call = verb.throw(interrupt)
                 else:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     Verb: TypeAlias = "Generator[Call, Answer, T]"
 
 
+class Abandoned(BaseException):
+    """An interrupt whose raiser cannot wait, and sees himself to what becomes of the request."""
+
+
 class Call:
     """One request. `fds` are borrowed until the answer is there; `wait` is how long the daemon may
     take for it beyond the usual.

@@ -33,5 +33,10 @@ class MonitorLost(CprdError):
     """No answer: the command may have been done or not."""
 
 
+class MonitorSpokeFirst(MonitorLost):
+    """An event came where the answer to qmp_capabilities belongs: QEMU sends them as soon as it has
+    read that, and qemu.qmp takes it for a failure. Nothing was asked yet."""
+
+
 class MonitorGone(MonitorLost):
     """The connection had ended before the command was sent: it was not done."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from cprd.errors import Busy, CprdError, Fenced, NotHeld, Unavailable
 from cprd.qemu.failure import Failed
 from cprd.qemu.settle import look
+from cprd.verbs import Abandoned
 
 if TYPE_CHECKING:
     from cprd import Daemon, Prepared
@@ -99,8 +100,8 @@ class Preparing:
             time.sleep(0.05)
 
 
-class _Over(BaseException):
-    """The time is. (No CprdError, which a client may take for a reason to try again.)"""
+class _Over(Abandoned):
+    """The time is."""
 
 
 @contextmanager

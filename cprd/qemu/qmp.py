@@ -17,6 +17,7 @@ from cprd.qemu.failure import (
     MonitorGone,
     MonitorLost,
     MonitorRefused,
+    MonitorSpokeFirst,
     Nobody,
     Refused,
 )
@@ -48,6 +49,13 @@ class Monitor:
 
         Raises Nobody (nobody listens), Refused (it cannot be told), MonitorBusy (no greeting in
         `timeout` s)."""
+        for _ in range(3):
+            with suppress(MonitorSpokeFirst):
+                return await cls._connect(path, timeout)
+        return await cls._connect(path, timeout)
+
+    @classmethod
+    async def _connect(cls, path: str, timeout: float) -> Monitor:
         path = socket_path(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -91,6 +99,7 @@ class Monitor:
     ) -> Monitor:
         """Greet and negotiate over a connected socket, which becomes the monitor's in any case."""
         from qemu.qmp import QMPClient, QMPError
+        from qemu.qmp.qmp_client import NegotiationError
 
         client = QMPClient(where)
         sock.setblocking(False)
@@ -105,7 +114,8 @@ class Monitor:
             ) from None
         except (QMPError, OSError, EOFError) as error:
             sock.close()
-            raise MonitorLost(
+            early = isinstance(getattr(error, "exc", None), NegotiationError)
+            raise (MonitorSpokeFirst if early else MonitorLost)(
                 f"{where}: no QMP is spoken there, or a -qmp-pretty one, which is for people:"
                 f" {_words(error)}"
             ) from None

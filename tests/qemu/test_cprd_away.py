@@ -13,6 +13,7 @@ from tests.conftest import DaemonProcess
 from tests.qemu.machine import Machine
 from tests.qemu.steps import Standing, kill, rows, settings, words
 
+FULL = pytest.mark.full  # a patience of 15 to 20 s each
 STEPS = [("save", "qemu-save:main"), ("upgrade", "qemu-upgrade:main")]
 
 
@@ -24,6 +25,7 @@ def soon(vm: Machine, since: float) -> None:
     assert time.monotonic() - since < 3.0
 
 
+@FULL
 @pytest.mark.parametrize(("verb", "step"), STEPS)
 def test_it_is_dead(vm: Machine, daemon: DaemonProcess, verb: str, step: str) -> None:
     before, old = settings(vm), vm.alive()
@@ -41,6 +43,7 @@ def test_it_is_dead(vm: Machine, daemon: DaemonProcess, verb: str, step: str) ->
     assert settings(vm) == before
 
 
+@FULL
 @pytest.mark.parametrize(("verb", "step"), STEPS)
 def test_it_is_mute_for_good_and_the_doubt_that_is_left_ends_with_the_next_save(
     vm: Machine, daemon: DaemonProcess, verb: str, step: str
@@ -90,6 +93,7 @@ def test_it_is_away_for_two_seconds_and_the_hand_over_is_done_all_the_same(
     assert rows(vm) == []
 
 
+@FULL
 def test_it_dies_when_the_new_qemu_of_an_upgrade_cannot_run_the_guest(
     vm: Machine, daemon: DaemonProcess
 ) -> None:
@@ -114,7 +118,7 @@ def test_it_dies_when_the_new_qemu_of_an_upgrade_cannot_run_the_guest(
         assert not [path for path in vm.place.iterdir() if path.name.startswith(".cprd-")]
 
 
-@pytest.mark.full
+@FULL
 @pytest.mark.timeout(180)
 def test_a_new_qemu_loads_for_longer_than_the_lease_and_cprd_is_mute_at_times(
     vm: Machine, daemon: DaemonProcess

@@ -14,6 +14,8 @@ from tests.qemu.machine import PATIENCE, Machine
 from tests.qemu.steps import Standing, rows, settings, words
 from tests.qemu.sweep import adopt_orphans
 
+SIGTERM = pytest.param(signal.SIGTERM, marks=pytest.mark.full)  # no different from SIGINT
+
 
 def left_over(vm: Machine) -> list[str]:
     endings = (".old", ".new")
@@ -47,7 +49,7 @@ def test_before_the_point_of_no_return_the_guest_runs_on_and_it_is_said(
         assert left_over(vm) == [], step
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, SIGTERM])
 @pytest.mark.parametrize("step", ["qemu-save:shut", "qemu-save:completed", "qemu-save:committed"])
 def test_after_it_a_save_is_finished(vm: Machine, step: str, number: signal.Signals) -> None:
     standing = Standing(vm, step, *words(vm, "save"))
@@ -60,7 +62,7 @@ def test_after_it_a_save_is_finished(vm: Machine, step: str, number: signal.Sign
     vm.goes_on()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", ["completed", "disarmed", "running", "ended"])
 def test_after_it_an_upgrade_is_finished(vm: Machine, step: str, number: signal.Signals) -> None:
     old = vm.alive()
@@ -90,6 +92,7 @@ def test_a_signal_breaks_off_a_long_wait(vm: Machine, daemon: DaemonProcess) -> 
     assert vm.alive() == [old]
 
 
+@pytest.mark.full
 def test_ctrl_c_while_cprd_is_away_says_where_the_guest_is(
     vm: Machine, daemon: DaemonProcess
 ) -> None:
@@ -134,7 +137,7 @@ def helper_at(vm: Machine, step: str) -> int:
 
 
 @pytest.mark.usefixtures("_subreaper")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, SIGTERM])
 def test_the_helper_of_a_start_is_signalled(vm: Machine, number: signal.Signals) -> None:
     assert vm.save().returncode == 0
     for step in ("claimed", "go", "listening", "cpr", "main", "loaded"):

@@ -17,6 +17,8 @@ from tests.qemu.test_failures import popen, rows
 
 TIMEOUT = ("--timeout", "1.5")
 
+FULL = pytest.mark.full
+
 
 @pytest.fixture(autouse=True)
 def _subreaper() -> Iterator[None]:
@@ -65,7 +67,9 @@ def test_start_ends_a_qemu_that_never_listens(vm: Machine) -> None:
     held_and_starts(vm)
 
 
-@pytest.mark.parametrize("where", ["listening", "cpr", "main"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("listening", marks=FULL), "cpr", pytest.param("main", marks=FULL)]
+)
 def test_start_ends_a_qemu_that_stalls_with_the_state(vm: Machine, where: str) -> None:
     assert vm.save().returncode == 0
     process = vm.start(*TIMEOUT, env={"CPRD_PAUSE": f"qemu-start:{where}"})
@@ -76,6 +80,7 @@ def test_start_ends_a_qemu_that_stalls_with_the_state(vm: Machine, where: str) -
     held_and_starts(vm)
 
 
+@FULL
 def test_an_upgrade_ends_a_qemu_that_never_listens(vm: Machine) -> None:
     before = vm.alive()
     words = ("qemu", "upgrade", "vm", "--qmp", vm.qmp, *TIMEOUT, "--", *stalling(vm))
@@ -88,7 +93,7 @@ def test_an_upgrade_ends_a_qemu_that_never_listens(vm: Machine) -> None:
     assert rows(vm) == []
 
 
-@pytest.mark.parametrize("where", ["listening", "cpr", "ready"])
+@pytest.mark.parametrize("where", [pytest.param("listening", marks=FULL), "cpr", "ready"])
 def test_an_upgrade_ends_a_qemu_that_stalls_with_the_state(vm: Machine, where: str) -> None:
     before = vm.alive()
     words = ("qemu", "upgrade", "vm", "--qmp", vm.qmp, *TIMEOUT, "--", *vm.command)

@@ -17,6 +17,7 @@ from tests.qemu.machine import PATIENCE, Machine
 from tests.qemu.steps import rows, settings
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root"),
     pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="no /dev/fuse"),
 ]

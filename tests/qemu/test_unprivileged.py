@@ -92,6 +92,7 @@ def uid_of(pid: int) -> int:
     return os.stat(f"/proc/{pid}").st_uid
 
 
+@pytest.mark.hardware  # as good as: a clone and a Python that others may read
 def test_a_guest_outlives_its_qemus_without_any_privilege(vm: Users) -> None:
     vm.start()
     vm.goes_on()
