@@ -80,6 +80,7 @@ class Daemon:
         self.registry = registry
         self.started = now()
         self.refused_accepts = 0
+        self.reloading: trio.Event | None = None  # set once it is known what came of SIGHUP
         self.stopping = False  # claims outlive this process: their connections' end is not theirs
         self.connections: set[Connection] = set()
         self._crowds: dict[int, int] = {}  # connections by uid
@@ -1002,7 +1003,11 @@ class Daemon:
         await self._answer_with_bundle(connection, hold, wire.ok(hold=row))
 
     async def status(self, connection: Connection, request: Request) -> None:
+        """Of the one that goes on: while cprd is about to become a new version, the answer waits.
+        (The unit's last line of a reload asks for it.)"""
         del request
+        if self.reloading is not None:
+            await self.reloading.wait()
         from cprd import __version__
 
         peer = connection.peer

@@ -291,10 +291,13 @@ async def _serve(given: Given, settings: Config) -> Keeper | None:
                 nursery.start_soon(_report, manager, daemon)
             async for number in signals:
                 if number == signal.SIGHUP:
+                    daemon.reloading = trio.Event()
                     if manager is not None:
                         await _tell(manager, systemd.reloading())
                     again = await trio.to_thread.run_sync(_new_version_works)
                     if not again:
+                        daemon.reloading.set()
+                        daemon.reloading = None
                         if manager is not None:
                             text = "reload refused: cprd --check failed; " + _status(daemon)
                             await _tell(manager, systemd.ready(text))
