@@ -40,6 +40,7 @@ IN_A_ROW = 5  # hand-overs whose median is one measurement
 AT_WORK = 0.001  # s before each, for the successor to be waiting in the daemon; if it is not yet,
 # this hand-over takes longer
 ASLEEP = 0.05
+KEEP = 0.01
 
 
 class Successor:
@@ -68,19 +69,23 @@ class Successor:
         with os.fdopen(self._told, "rb") as told, os.fdopen(self._said, "wb") as said:
             with cprd.connect(path) as daemon:
                 while True:
-                    last, section = pickle.load(told)
+                    last, section, keep = pickle.load(told)
                     with daemon.load("bench", wait=60.0) as claim:
                         had = time.monotonic()
                         if last is not None and claim.state.find_fd(*last) < 0:
                             raise SystemExit("a descriptor is missing")
                         if section:
                             assert claim.state["ram"][0] == 1
+                        time.sleep(keep)
                     pickle.dump((had, time.monotonic()), said)
                     said.flush()
 
-    def await_one(self, last: tuple[str, int] | None, *, section: bool = False) -> None:
-        """Tell it to load what comes next, and to look up `last` and the section's first byte."""
-        pickle.dump((last, section), self._tell)
+    def await_one(
+        self, last: tuple[str, int] | None, *, section: bool = False, keep: float = 0.0
+    ) -> None:
+        """Tell it to load what comes next, to look up `last` and the section's first byte, and to
+        keep the claim for so many seconds."""
+        pickle.dump((last, section, keep), self._tell)
         self._tell.flush()
 
     def result(self) -> tuple[float, float]:
@@ -201,14 +206,14 @@ def daemon(count: int) -> bool:
         few = with_descriptors(10, lambda n: ("conn", n))
         with cprd.connect(path) as client:
 
-            def cpu(state: cprd.State) -> float:
+            def cpu(state: cprd.State, keep: float) -> float:
                 before = cpu_seconds(pid)
-                for _ in range(HAND_OVERS):  # asleep before each, so that both meet cold caches
-                    hand_over(client, successor, state, ASLEEP)
+                for _ in range(HAND_OVERS):
+                    hand_over(client, successor, state, ASLEEP, keep=keep)
                 time.sleep(0.05)  # what it does afterwards counts
                 return (cpu_seconds(pid) - before) / HAND_OVERS
 
-            measured = pairs(count, lambda: cpu(many), lambda: cpu(few))
+            measured = pairs(count, lambda: cpu(many, KEEP), lambda: cpu(few, KEEP))
         successor.close()
         let_go(many)
         let_go(few)

@@ -13,6 +13,7 @@ from cprd.verbs import Saved, Ticket
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from types import TracebackType
     from typing import Any, TypeVar
@@ -101,6 +102,8 @@ class _Connection(link.Line):
             verb.close()
 
     def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
+        if call.unanswered:
+            return self._mention(call)
         give_up = 0.0
         began = time.monotonic()
         while True:
@@ -137,8 +140,7 @@ class _Connection(link.Line):
                 self._sock.settimeout(link.mute(call))
                 self._owed = call
                 link.send_call(self._sock, call, 0)
-            self._sock.settimeout(seconds)
-            answer = link.read(self._sock, 0)
+            answer = self._read(self._sock, call, seconds)
         except TimeoutError:
             if again:  # it was lost with the interrupt: by its nonce it can be had anew
                 self._put_aside()
@@ -154,6 +156,21 @@ class _Connection(link.Line):
             self._owed = None
             raise
         self._owed = None
+        return answer
+
+    def _read(self, sock: socket.socket, call: verbs.Call, seconds: float) -> verbs.Answer:
+        sock.settimeout(seconds)
+        answer = link.read(sock, 0)
+        if answer.early:
+            end = time.monotonic() + seconds
+            while answer.early:
+                early = call.early
+                if self._follow(call, answer):
+                    assert early is not None
+                    while early.wait(max(0.0, end - time.monotonic())):
+                        pass
+                sock.settimeout(max(0.001, end - time.monotonic()))
+                answer = link.read(sock, 0)
         return answer
 
 

@@ -48,6 +48,8 @@ class Connection:
         self.claims: set[tuple[int, bytes]] = set()  # (generation, token)
         self.prepared: set[int] = set()
         self.nonce = b""  # of the last request
+        self.early = False  # its client follows bundles that are being filled
+        self.announced: Request | None = None  # and owned, until what comes after it
 
     async def receive(self, parse: Callable[[bytes], wire.Message]) -> Request | None:
         """The next request; None at the end of the connection. Raises ProtocolError."""
@@ -90,6 +92,20 @@ class Connection:
         if fds:
             self.closer.close(self.peer.uid, fds)
 
+    def announce(self, request: Request | None) -> None:
+        """Own a request that was announced, in place of the one before."""
+        before, self.announced = self.announced, request
+        if before is not None:
+            self.release(before.fds)
+
+    def pass_on(self, fd: int) -> None:
+        """Tell a client that waits of a bundle (borrowed) that is being filled, if that can be done
+        at once."""
+        try:
+            send(self.sock, wire.EARLY, (fd,))
+        except (OSError, LimitExceeded):
+            pass  # it reads the bundle when it is there
+
     async def answer(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         """Send an answer; `fds` stay the caller's. Raises BrokenPipeError when the client has
         gone, or leaves its answers unread."""
@@ -130,6 +146,7 @@ class Connection:
     def close(self) -> None:
         """End it, now as far as the peer can see it, and let go of it in the peer's worker."""
         trio.lowlevel.notify_closing(self.sock)
+        self.announce(None)
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:

@@ -56,15 +56,19 @@ class Waiter:
     """A load (or wait) that waits for its turn. First come, first served.
 
     `tell` answers what was taken there and then, if the client reads: it waits no longer than it
-    must, not for its task's turn."""
+    must, not for its task's turn. `early` passes on a bundle that is still being filled."""
 
-    __slots__ = ("done", "result", "scope", "take", "tell", "told")
+    __slots__ = ("done", "early", "result", "scope", "take", "tell", "told")
 
     def __init__(
-        self, take: Callable[[], Step | Hold], tell: Callable[[Step | Hold], bool] | None = None
+        self,
+        take: Callable[[], Step | Hold],
+        tell: Callable[[Step | Hold], bool] | None = None,
+        early: Callable[[int], object] | None = None,
     ) -> None:
         self.take = take
         self.tell = tell
+        self.early = early
         self.done = self.told = False
         self.scope = trio.CancelScope()  # of the wait, which its turn ends
         self.result: Step | Hold | CprdError | None = None
@@ -269,6 +273,7 @@ class Daemon:
                 raise ProtocolError(f"hello: wants no descriptors, has {len(request.fds)}")
             if request.message["verb"] != "hello":
                 raise ProtocolError("the first message is hello")
+            connection.early = request.message["limits"].get("early") is True
             if request.message["version"] != wire.VERSION:
                 raise ProtocolError(
                     f"this cprd speaks version {wire.VERSION} of the protocol, the client version"
@@ -290,6 +295,7 @@ class Daemon:
                 pid=connection.peer.pid,
                 lease_by=lease_by,
                 kept=self.keeper.kept,
+                announce=True,
                 limits={
                     "request": wire.MAX_REQUEST,
                     "answer": wire.MAX_ANSWER,
@@ -320,6 +326,16 @@ class Daemon:
             await self._refuse(connection, verb, error)
             return not isinstance(error, Blocked)
         verb = request.message["verb"]
+        if verb == "announce":
+            self._announced(connection, request)
+            return True
+        if verb == "filled" and connection.announced is not None:
+            connection.release(request.fds)
+            if not request.message["save"]:
+                connection.announce(None)
+                return True
+            request, connection.announced = connection.announced, None
+            verb = "save"
         if connection.nonce:  # it has got that answer
             self.registry.settled(connection.peer.uid, connection.nonce)
             self.keeper.settled(connection.peer.uid, connection.nonce)
@@ -337,6 +353,7 @@ class Daemon:
             await self._refuse(connection, verb, _no_descriptor(error))
         finally:
             connection.release(request.fds)
+            connection.announce(None)
         return True
 
     async def _turn(self, connection: Connection) -> None:
@@ -631,6 +648,19 @@ class Daemon:
         if place == "store" and self.keeper.kept != "store":
             raise LimitExceeded(NOT_STORED)
 
+    def _announced(self, connection: Connection, request: Request) -> None:
+        """A save whose bundle is being filled: for the one who waits for that name to follow.
+        Nothing changes, and nothing is answered, before it is."""
+        message, fds = request
+        try:
+            queue = self._waiters.get(self._key(connection, message["name"]))
+        except (Denied, InvalidInput):
+            queue = None  # the save will be told
+        if queue and queue[0].early is not None and fds:
+            queue[0].early(fds[0])
+        connection.announce(request._replace(message={**message, "verb": "save"}))
+        point("daemon:announced")
+
     async def commit(self, connection: Connection, request: Request) -> None:
         """commit and abort."""
         message = request.message
@@ -693,7 +723,8 @@ class Daemon:
             if not message["wait"] or isinstance(error, Damaged):
                 raise
             tell = partial(self._tell_claim, connection)
-            waiter = Waiter(partial(self._claim, connection, message, key), tell)
+            early = connection.pass_on if connection.early else None
+            waiter = Waiter(partial(self._claim, connection, message, key), tell, early)
             found = await self._wait(connection, key, waiter, message["wait"])
             if found is None:  # the answer is the one that a load would get now
                 self._refresh(key)
@@ -1057,12 +1088,18 @@ async def _hello_again(daemon: Daemon, connection: Connection, request: Request)
     raise ProtocolError("hello was said already")
 
 
+async def _not_announced(daemon: Daemon, connection: Connection, request: Request) -> None:
+    raise ProtocolError("filled: nothing was announced on this connection")
+
+
 _VERBS: dict[str, Handler] = {
     "hello": _hello_again,
     "save": Daemon.save,
     "prepare": Daemon.save,
     "commit": Daemon.commit,
     "abort": Daemon.commit,
+    "announce": _not_announced,
+    "filled": _not_announced,
     "load": Daemon.load,
     "renew": Daemon.renew,
     "begin": Daemon.begin,

@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 import struct
+from array import array
 
 from cprd import wire
 from cprd.errors import CprdError, Denied, InvalidInput, LimitExceeded, Unavailable
@@ -86,7 +87,11 @@ def send_call(sock: socket.socket, call: Call, flags: int) -> None:
     """Raises Lost, LimitExceeded (too many in flight), BlockingIOError."""
     call.sent = True  # before it is: an interrupt may come at any point
     try:
-        send(sock, call.data, call.fds, flags)
+        announced, call.announced = call.announced, None
+        if announced is not None and announced.said_to is sock:
+            send(sock, wire.FILLED, (), flags)
+        else:
+            send(sock, call.data, call.fds, flags)
     except LOST:
         try:
             read(sock, socket.MSG_DONTWAIT).close()  # a refusal may have come before the end
@@ -96,7 +101,7 @@ def send_call(sock: socket.socket, call: Call, flags: int) -> None:
 
 
 def read(sock: socket.socket, flags: int) -> Answer:
-    """One answer. Raises what the daemon raised, Lost, Garbled,
+    """One answer, or what is announced before it. Raises what the daemon raised, Lost, Garbled,
     BlockingIOError or TimeoutError."""
     try:
         try:
@@ -112,6 +117,9 @@ def read(sock: socket.socket, flags: int) -> Answer:
             raise Lost
         if seen & _TRUNC:
             raise wire.Garbled(f"an answer longer than {wire.MAX_ANSWER} bytes")
+        if data == wire.EARLY:
+            answer.early = True
+            return answer
         answer.fields = wire.read_answer(data)
     except BaseException:
         answer.close()
@@ -197,6 +205,7 @@ class Line:
     def _greeted(self, greeting: dict[str, Any]) -> None:
         self.greeting = greeting
         self.common.uid = greeting.get("uid", os.getuid())
+        self.common.announces = greeting.get("announce") is True
 
     def _close(self, sock: socket.socket) -> None:
         self.common.sockets.discard(sock)
@@ -229,6 +238,27 @@ class Line:
                 return True
         return False
 
+    def _mention(self, call: Call) -> Answer:
+        """Say what gets no answer, if that can be done at once. Never waits, raises nothing."""
+        before = call.announced
+        sock = self._sock if self._owed is None else None
+        if sock is not None and (before is None or before.said_to is sock):
+            call.sent, call.said_to = True, sock
+            try:
+                send(sock, call.data, call.fds)
+                os.sched_yield()  # the daemon may have been woken up on this very CPU
+            except (OSError, CprdError):
+                call.said_to = None  # what comes after it will tell
+        return Answer({}, array("i"))
+
+    def _follow(self, call: Call, answer: Answer) -> bool:
+        """What came before the answer: whether there is something of it to wait for."""
+        assert self._sock is not None
+        if call.early is None or len(answer.fds) != 1:
+            answer.close()
+            return False
+        return call.early.begin(answer.fds.pop(), self._sock.fileno())
+
     def _may_end(self, call: Call) -> bool:
         """Whether the verb has nothing to do about its interrupted call."""
         return not call.sent or (call.tied and not self.tickets)
@@ -238,7 +268,11 @@ def _caught_up(sock: socket.socket) -> bool:
     """Whether the answer that a connection owes has come; it is thrown away. Raises Lost."""
     try:
         sock.setblocking(False)
-        read(sock, socket.MSG_DONTWAIT).close()
+        early = True
+        while early:
+            answer = read(sock, socket.MSG_DONTWAIT)
+            early = answer.early
+            answer.close()
     except BlockingIOError:
         return False
     except (wire.Garbled, OSError):

@@ -21,6 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import trio
 
 from cprd import link, verbs, wire
+from cprd.early import Early
 from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded, Timeout, Unavailable
 from cprd.state import HasFileno, State
 from cprd.verbs import Saved, Ticket
@@ -177,6 +178,8 @@ class _Connection(link.Line):
             verb.close()
 
     async def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
+        if call.unanswered:  # no other task runs meanwhile: the state stays as it is
+            return self._mention(call)
         give_up = 0.0
         began = trio.current_time()
         while True:
@@ -209,7 +212,7 @@ class _Connection(link.Line):
                     with trio.fail_after(link.mute(call)):
                         await self._send(self._sock, call)
                 with trio.fail_after(seconds):
-                    answer = await self._read(self._sock)
+                    answer = await self._read(self._sock, call)
         except trio.TooSlowError:
             if again:  # it was lost with the interrupt: by its nonce it can be had anew
                 self._put_aside()
@@ -238,13 +241,26 @@ class _Connection(link.Line):
                 self._owed, call.sent = None, sent
                 await trio.lowlevel.wait_writable(sock)
 
-    async def _read(self, sock: socket.socket) -> verbs.Answer:
+    async def _read(self, sock: socket.socket, call: verbs.Call) -> verbs.Answer:
         while True:
             await trio.lowlevel.wait_readable(sock)
             try:
-                return link.read(sock, socket.MSG_DONTWAIT)
+                answer = link.read(sock, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 continue
+            if not answer.early:
+                return answer
+            early = call.early
+            if self._follow(call, answer):
+                assert early is not None
+                await self._wait_early(early)
+
+    async def _wait_early(self, early: Early) -> None:
+        while True:
+            assert early.events is not None
+            await trio.lowlevel.wait_readable(early.events.fileno())
+            if not early.wait(0):
+                return
 
 
 class Daemon:

@@ -14,7 +14,8 @@ from array import array
 from collections.abc import Callable, Generator, Sequence
 
 from cprd import wire
-from cprd.bundle import Packed, pack, unpack
+from cprd.bundle import Packed, Packing, pack, unpack
+from cprd.early import Early
 from cprd.errors import CprdError, Damaged, InvalidInput, LimitExceeded, ProtocolError
 from cprd.pause import point
 from cprd.rights import close_all
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     Verb: TypeAlias = "Generator[Call, Answer, T]"
 
 
+ANNOUNCED = 1000  # descriptors from which on a save is announced to whoever waits for it
+
+
 class Abandoned(BaseException):
     """An interrupt whose raiser cannot wait, and sees himself to what becomes of the request."""
 
@@ -40,9 +44,14 @@ class Call:
 
     `sure`: what becomes of it must be learned, so it is not cancelled. `tied`: the end of its
     connection undoes it. `brief`: it is worth a moment, and no more. `sent`: perhaps it was;
-    interrupted before that, it never happened."""
+    interrupted before that, it never happened. `early`: what follows a bundle that is announced
+    before the answer. `unanswered`: a word on the side, lost where it cannot be said at once.
+    `announced`: what was said before, which makes this a short one on the same connection."""
 
-    __slots__ = ("_message", "brief", "data", "fds", "sent", "sure", "tied", "wait")
+    __slots__ = (
+        *("_message", "announced", "brief", "data", "early", "fds", "said_to", "sent", "sure"),
+        *("tied", "unanswered", "wait"),
+    )
 
     def __init__(
         self,
@@ -53,6 +62,9 @@ class Call:
         sure: bool = False,
         tied: bool = False,
         brief: bool = False,
+        early: Early | None = None,
+        unanswered: bool = False,
+        announced: Call | None = None,
     ) -> None:
         self.data = wire.encode(message)
         self.fds = fds
@@ -60,6 +72,10 @@ class Call:
         self.sure = sure
         self.tied = tied
         self.brief = brief
+        self.early = early
+        self.unanswered = unanswered
+        self.announced = announced
+        self.said_to: object = None  # the socket that it was said to
         self.sent = False
         self._message = message
         if len(self.data) > wire.MAX_REQUEST:
@@ -71,18 +87,20 @@ class Call:
             return self
         left = max(0.0, self.wait - seconds)
         field = "timeout" if self._message["verb"] == "wait" else "wait"
-        return Call({**self._message, field: left}, self.fds, left)
+        return Call({**self._message, field: left}, self.fds, left, early=self.early)
 
 
 class Answer:
-    """What came back. It owns `fds`. `cut`: not all of them could be installed."""
+    """What came back. It owns `fds`. `cut`: not all of them could be installed. `early`: it is not
+    the answer yet, but what is announced before it."""
 
-    __slots__ = ("cut", "fds", "fields")
+    __slots__ = ("cut", "early", "fds", "fields")
 
     def __init__(self, fields: dict[str, Any], fds: array[int]) -> None:
         self.fields = fields
         self.fds = fds
         self.cut = False
+        self.early = False
 
     def close(self) -> None:
         """Close what nobody took out of `fds`."""
@@ -134,10 +152,11 @@ class Ticket:
 class Common:
     """What all connections of one Daemon have in common."""
 
-    __slots__ = ("_claims", "sockets", "uid")
+    __slots__ = ("_claims", "announces", "sockets", "uid")
 
     def __init__(self) -> None:
         self.sockets: set[HasFileno] = set()
+        self.announces = False  # the daemon passes on what is said of a bundle in the making
         self.uid = 0  # ours, as the daemon sees it
         # Tickets only: a claim that its program forgot ends, and takes its ticket away.
         self._claims: dict[tuple[int, str], Ticket] = {}
@@ -164,7 +183,11 @@ class Common:
 
 def hello(*, brief: bool = False) -> Verb[dict[str, Any]]:
     answer = yield Call(
-        {"verb": "hello", "version": wire.VERSION, "limits": {"answer": wire.MAX_ANSWER}},
+        {
+            "verb": "hello",
+            "version": wire.VERSION,
+            "limits": {"answer": wire.MAX_ANSWER, "early": True},
+        },
         brief=brief,
     )
     if answer.fields.get("version") != wire.VERSION:
@@ -193,21 +216,35 @@ def save(
         raise InvalidInput(f'if_exists wants "error" or "replace", not {if_exists!r}')
     if require not in (None, "memory", "store"):
         raise InvalidInput(f'require wants None or "store", not {require!r}')
-    packed = pack(state, common.forbidden())
+    offer = {
+        "if_exists": if_exists,
+        "require": "store" if require == "store" else None,
+        "nonce": wire.nonce(),
+    }
+    packing = Packing(state, common.forbidden())
+    announced: Call | None = None
+    try:
+        if verb == "save" and common.announces and state.fd_count > ANNOUNCED:
+            coming = packing.begin()
+            if coming is not None:
+                fields, fds = _bundle(coming, ttl, after_exit)
+                message = {"verb": "announce", "name": name, **fields, **offer}
+                announced = Call(message, fds, unanswered=True)
+                yield announced
+        packed = packing.fill()
+    except GeneratorExit:
+        raise
+    except BaseException:
+        if announced is not None:
+            yield Call({"verb": "filled", "save": False}, announced=announced, unanswered=True)
+        raise
+    finally:
+        packing.close()
     try:
         fields, fds = _bundle(packed, ttl, after_exit)
         point("save:packed")
-        call = Call(
-            {
-                "verb": verb,
-                "name": name,
-                **fields,
-                "if_exists": if_exists,
-                "require": "store" if require == "store" else None,
-                "nonce": wire.nonce(),
-            },
-            fds,
-        )
+        message = {"verb": verb, "name": name, **fields, **offer}
+        call = Call(message, fds, announced=announced if packing.begun else None)
         try:
             answer = yield call
         except (CprdError, GeneratorExit):
@@ -318,6 +355,21 @@ def load(
 ) -> Verb[T]:
     """Claim, read all of it, and `make` the claim; what cannot be read, or is interrupted, is given
     back with the reason."""
+    early = Early()
+    try:
+        return (yield from _load(name, wait, lease, generation, make, early))
+    finally:
+        early.close()
+
+
+def _load(
+    name: str,
+    wait: float,
+    lease: float,
+    generation: int | None,
+    make: Callable[[Loaded], T],
+    early: Early,
+) -> Verb[T]:
     check_name(name)
     check_seconds("wait", wait, wire.MAX_WAIT)
     check_seconds("lease", lease, wire.MAX_LEASE)
@@ -335,6 +387,7 @@ def load(
         },
         wait=wait,
         tied=True,
+        early=early,
     )
     bundle = -1
     state: State | None = None
@@ -351,7 +404,7 @@ def load(
     try:
         bundle = answer.bundle()
         point("load:claimed")
-        state = unpack(bundle)
+        state = unpack(bundle, early)
         point("load:unpacked")
         if state.fd_count != fields["fds"]:
             found = state.fd_count

@@ -129,6 +129,9 @@ _NONCE = {"nonce": _bytes(NONCE)}
 REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "hello": {"version": _count(1 << 16), "limits": _map},
     "save": {**_SAVE, **_NONCE},
+    # A save whose bundle is being filled, which gets no answer, and what comes after it.
+    "announce": {**_SAVE, **_NONCE},
+    "filled": {"save": _flag},
     "prepare": {**_SAVE, **_NONCE},
     "commit": {**_CLAIM, **_NONCE},
     "abort": {**_CLAIM, **_NONCE},
@@ -216,6 +219,12 @@ def read_answer(data: bytes) -> Message:
 
 def ok(**fields: Any) -> bytes:
     return encode({"ok": fields})
+
+
+FILLED = encode({"verb": "filled", "save": True})
+EARLY = encode({"early": {}})
+"""Not an answer: the bundle that comes with it is being filled, by a save of the name that this
+load waits for. Only for those whose hello had `early` among its limits."""
 
 
 def refusal(error: CprdError) -> bytes:

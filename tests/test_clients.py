@@ -404,7 +404,7 @@ async def test_giving_back_that_fails_ends_the_connection_of_the_claim(
 async def test_an_interrupt_while_a_state_is_read_gives_it_back(
     connect: Connect, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unpack(fd: int) -> State:
+    def unpack(fd: int, early: object) -> State:
         raise KeyboardInterrupt
 
     with opened(2) as fds:

@@ -1,0 +1,166 @@
+"""Reading a bundle while its saver still fills it.
+
+A saver of many descriptors announces its bundle before it parks them; the successor that waits for
+that name peeks them as they come, so that both are at work at the same time. Nothing follows from
+it: what is read early counts only once cprd has answered the load with the same bundle, whole, and
+is closed at once when its saver lets go of the bundle without that answer.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from array import array
+
+from cprd import bundle
+from cprd.errors import CprdError
+from cprd.pause import point
+from cprd.rights import close_all
+
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
+if TYPE_CHECKING:
+    from cprd.bundle import Header
+    from cprd.state import State
+
+SOON = 0.0005  # s that the next leaf is looked for before sleeping: it is being filled right now,
+# and whoever is woken up by that may have to wait for the CPU of the one who fills it
+
+
+class Early:
+    """What is read of one bundle at a time. Owns all descriptors that it has, until finish()."""
+
+    __slots__ = ("_answers", "_leaves", "_parts", "_state", "_waits", "bundle", "events", "header")
+
+    def __init__(self) -> None:
+        self.bundle = -1
+        self.header: Header | None = None
+        self.events: select.epoll | None = None  # readable when wait() has something to say
+        self._answers = -1
+        self._leaves: array[int] = array("i")
+        self._parts: list[array[int]] = []  # what is in each leaf, as far as it was read
+        self._state: State | None = None  # made of them, once all were read
+        self._waits: list[int] = []  # leaves not read yet, by number; the next one last
+
+    def begin(self, fd: int, answers: int) -> bool:
+        """Follow the bundle `fd`, which this owns now; what it followed before is closed. `answers`
+        (borrowed): the connection on which the load will be answered. Whether there is something to
+        wait for, with wait()."""
+        self.close()
+        self.bundle, self._answers = fd, answers
+        try:
+            self.header, self._leaves = bundle.peek_tree(fd)
+            self._parts = [array("i") for _ in self._leaves]
+            self._waits = [0, *range(len(self._leaves) - 1, 0, -1)]  # the first one is filled last
+            point("load:early")
+            self._read_on(SOON)
+            self.events = select.epoll(3)
+            self.events.register(answers, select.EPOLLIN)
+            self.events.register(fd, 0)  # its saver let go of it: EPOLLHUP
+            if self._waits:
+                self._await_next()
+        except (CprdError, OSError):
+            self.close()
+            return False
+        return True
+
+    def wait(self, seconds: float) -> bool:
+        """Read on when something came, within so many seconds. False when there is nothing more to
+        wait for: the answer has come, or the time is over, or nothing will come of this bundle."""
+        assert self.events is not None
+        found = {fd for fd, _ in self.events.poll(seconds)}
+        if self.bundle in found:
+            # Its saver closes it when it has its own answer, which comes after the load's. That one
+            # may have come since it was looked for.
+            if self._answers not in {fd for fd, _ in self.events.poll(0)}:
+                self.close()
+            return False
+        if not found or self._answers in found:
+            return False
+        try:
+            self._read_on(SOON)
+            if self._waits:
+                self._await_next()
+        except (CprdError, OSError):
+            self.close()
+            return False
+        return True
+
+    def _await_next(self) -> None:
+        assert self.events is not None
+        leaf = self._leaves[self._waits[-1]]
+        try:
+            self.events.register(leaf, select.EPOLLIN | select.EPOLLONESHOT)
+        except FileExistsError:
+            self.events.modify(leaf, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def _read_on(self, soon: float) -> None:
+        """Read the leaves that are filled, or will be within so many seconds. Raises Damaged,
+        LimitExceeded, OSError."""
+        end = 0.0
+        while self._waits:
+            number = self._waits[-1]
+            leaf = self._leaves[number]
+            if not bundle.queued(leaf):
+                now = time.monotonic()
+                end = end or now + soon
+                if now >= end:
+                    return
+                os.sched_yield()
+                continue
+            self._read(number)
+            end = 0.0
+        if self._state is None:
+            self._make_state()
+            point("load:early-read")
+
+    def _read(self, number: int) -> None:
+        bundle.peek_leaf(self._leaves[number], number, self._parts[number])
+        self._waits.pop()
+
+    def _make_state(self) -> State:
+        assert self.header is not None
+        parts, self._parts = self._parts, []
+        carried = array("i")
+        for part in parts:
+            carried.extend(part)
+        try:
+            bundle.check_total(self.header, len(carried))
+            self._state = bundle.state_of(self.header, carried)
+        except BaseException:
+            close_all(carried)
+            raise
+        return self._state
+
+    def finish(self, fd: int, header: Header) -> State | None:
+        """Where `fd` (borrowed) is the bundle that was read early: the state, which the caller owns
+        now, all of it. Raises Damaged, LimitExceeded."""
+        if self.header is None or header.data != self.header.data or not _same(fd, self.bundle):
+            return None
+        while self._waits:
+            self._read(self._waits[-1])
+        state = self._state or self._make_state()
+        self._state = None
+        return state
+
+    def close(self) -> None:
+        """Let go of everything. May be used again."""
+        fds = list(self._leaves)
+        for part in self._parts:
+            fds.extend(part)
+        self._leaves, self._parts, self._waits = array("i"), [], []
+        fd, self.bundle = self.bundle, -1
+        events, self.events = self.events, None
+        self.header = None
+        state, self._state = self._state, None
+        if state is not None:
+            state.close()
+        if fd >= 0:
+            fds.append(fd)
+        close_all(fds)
+        if events is not None:
+            events.close()
+
+
+def _same(one: int, other: int) -> bool:
+    return os.path.samestat(os.fstat(one), os.fstat(other))
