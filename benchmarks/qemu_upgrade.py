@@ -38,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=25)
     parser.add_argument("--machine", default="q35")
     parser.add_argument("--memory", default="128M")
     args = parser.parse_args()

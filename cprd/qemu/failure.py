@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cprd.errors import Busy, CprdError
+from cprd.errors import Busy, CprdError, NotHeld
 
 
 class Refused(CprdError):
@@ -19,6 +19,10 @@ class Failed(CprdError):
 
 class InDoubt(Busy):
     """Nobody can say whether the state was acted on; it is kept, and served only by force."""
+
+
+class NeverWhole(NotHeld):
+    """What was left was not yet a guest's state, and all that had the guest has ended."""
 
 
 class MonitorBusy(Busy):

@@ -1,7 +1,8 @@
 """How a VM lies in a State: its descriptors under QEMU's own keys, and three sections. No I/O.
 
 - "cpr": the CPR stream, byte for byte; its dummy bytes stand for the descriptors, in their order;
-- "main": the migration stream, byte for byte;
+- "main": the migration stream, byte for byte (what `upgrade` leaves has it as a descriptor instead,
+  under FILM: a memfd that was prepared empty, and is whole once it is sealed);
 - "qemu": a small map, inline, so that `cprctl show` reads it without a claim.
 """
 
@@ -10,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cprd import cpr
-from cprd.errors import Damaged
-from cprd.qemu.stream import is_whole, machine
-from cprd.state import State
+from cprd.errors import Damaged, InvalidInput
+from cprd.qemu.stream import is_whole, machine, run_state
+from cprd.state import MemfdSection, State, check_seals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from cprd.vmstate.stream import Stream
 
 FORMAT = 1
+FILM = "cprd.main"
+"""The key of a main stream that is a descriptor."""
 LIVE = ("running", "suspended")
 """Run states in which a guest goes on by itself: `cont` brings both back."""
 
@@ -90,30 +93,52 @@ class Origin:
             raise Damaged(f'its section "qemu" lacks or garbles {error}') from None
 
 
-def pack(cpr_data: bytes, fds: Sequence[int], main: bytes | bytearray, origin: Origin) -> State:
-    """A State of one VM. `fds` stay the caller's, who keeps them open until the save returns."""
+def pack(
+    cpr_data: bytes,
+    fds: Sequence[int],
+    main: bytes | bytearray | int,
+    origin: Origin,
+) -> State:
+    """A State of one VM. `fds` stay the caller's, who keeps them open until the save returns; so
+    does `main` when it is a descriptor: a memfd that is still to be filled and sealed."""
     state = State()
     for element in cpr.parse(cpr_data, fds).fds:
         state.save_fd(element.name, element.id, element.fd)
+    if isinstance(main, int):
+        state.save_fd(FILM, 0, main)
+    else:
+        state["main"] = main
     state["cpr"] = bytes(cpr_data)
-    state["main"] = main
     state["qemu"] = origin.section()
     return state
+
+
+UNFINISHED = "its QEMU ended before its state was whole, and the guest with it: it has to boot anew"
 
 
 class Held:
     """A VM as it was found in a State, which owns the descriptors."""
 
-    __slots__ = ("cpr", "main", "origin")
+    __slots__ = ("_film", "cpr", "main", "origin")
 
     def __init__(self, state: State) -> None:
         """Raises Damaged when a part is missing or does not fit the others."""
-        for key in ("cpr", "main", "qemu"):
+        film = state.find_fd(FILM, 0)
+        for key in ("cpr", "qemu", *(("main",) if film < 0 else ())):
             if key not in state:
                 raise Damaged(f"there is no section {key!r}: no QEMU was saved under this name")
         self.origin = Origin.read(state["qemu"])
-        self.main: memoryview = state["main"]
-        keys = list(state.fds())
+        self._film: MemfdSection | None = None  # the map of it, while this lives
+        if film < 0:
+            self.main: memoryview = state["main"]
+        else:
+            try:
+                check_seals(FILM, film)
+            except InvalidInput:
+                raise Damaged(UNFINISHED) from None
+            self._film = MemfdSection(film, packed=False, owned=False)
+            self.main = self._film.view()
+        keys = [key for key in state.fds() if key[:2] != (FILM, 0)]
         try:
             self.cpr = cpr.parse(state["cpr"], [fd for _, _, fd in keys])
         except cpr.VMStateError as error:
@@ -124,6 +149,8 @@ class Held:
         machine(self.main)
         if not is_whole(self.main):
             raise Damaged("its main stream ends too early: a QEMU would wait for the rest")
+        # By the stream's own word; what was seen before may not have been so any more.
+        self.origin.status = run_state(self.main) or self.origin.status
 
     def stream(self, version: tuple[int, ...]) -> Stream:
         """The CPR stream for a QEMU of that version. Raises VMStateError when it cannot be: QEMU

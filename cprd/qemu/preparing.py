@@ -6,6 +6,7 @@ of the request is found out afterwards.
 
 from __future__ import annotations
 
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +56,14 @@ class Preparing:
             self.unanswered = True
             raise
         return self.prepared
+
+    def check(self) -> None:
+        """Whether the cprd that has answered is still there. Does not wait. Raises Unavailable."""
+        line = select.poll()
+        line.register(self._daemon.fileno(), select.POLLIN)
+        if self._daemon.fileno() < 0 or line.poll(0):
+            self.unanswered = True
+            raise Unavailable("cprd ended meanwhile, and with it perhaps what it had prepared")
 
     def late(self) -> Prepared | None:
         """What was prepared, or is now: for when no guest waits any more. None when it cannot be

@@ -7,6 +7,8 @@ nobody knows. Which of the two it was decides whether a hand-over may be taken b
 from __future__ import annotations
 
 import asyncio
+import json
+import select
 import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from cprd.qemu.failure import (
 from cprd.qemu.process import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     Event = dict[str, Any]
 
@@ -36,8 +38,11 @@ GREETING = 5.0  # s; a monitor that has a client already never greets
 class Monitor:
     """One connection to a QEMU. `process` (owned) is who listens there, None where unseen."""
 
-    def __init__(self, client: Any, where: str, process: Process | None) -> None:
+    def __init__(
+        self, client: Any, where: str, process: Process | None, sock: socket.socket
+    ) -> None:
         self._client = client
+        self._sock = sock  # the client's
         self._seen: list[Event] = []
         self.where = where
         self.process = process
@@ -119,7 +124,7 @@ class Monitor:
                 f"{where}: no QMP is spoken there, or a -qmp-pretty one, which is for people:"
                 f" {_words(error)}"
             ) from None
-        return cls(client, where, process)
+        return cls(client, where, process, sock)
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -142,6 +147,44 @@ class Monitor:
         except (QMPError, OSError, EOFError) as error:
             raise MonitorLost(f"QEMU's monitor broke at {command}: {_words(error)}") from None
 
+    async def execute_at_once(self, command: str) -> Any:
+        """As execute(), without arguments, for when a guest stands still: written here and now, not
+        when the client's writing task has its turn. What it takes for that is not part of
+        qemu.qmp's interface; without it this is execute()."""
+        client = self._client
+        parts = ("_get_exec_id", "_pending", "_reply", "_writer")
+        if not self._running() or not all(hasattr(client, part) for part in parts):
+            return await self.execute(command)
+        message = client.make_execute_msg(command)
+        number = message["id"] = client._get_exec_id()
+        client._pending[number] = asyncio.Queue(maxsize=1)
+        client._writer.write(bytes(message))
+        return await self._answered(command, client._reply(number))
+
+    async def _answered(self, command: str, reply: Awaitable[Any]) -> Any:
+        from qemu.qmp import QMPError
+
+        try:
+            async with asyncio.timeout(ANSWER):
+                answer = await reply
+        except TimeoutError:
+            raise MonitorLost(f"QEMU did not answer {command} within {ANSWER:g} s") from None
+        except (QMPError, OSError, EOFError) as error:
+            raise MonitorLost(f"QEMU's monitor broke at {command}: {_words(error)}") from None
+        if "error" in answer:
+            raise MonitorRefused(f"QEMU refuses {command}: {answer['error'].get('desc')}")
+        return answer["return"]
+
+    async def catch_up(self) -> None:
+        """Read what has come so far, so that next_event() sees what comes next."""
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN)
+        for _ in range(100):
+            more = poll.poll(0)
+            await asyncio.sleep(0)
+            if not more:
+                break
+
     async def event(self, wanted: Callable[[Event], bool], timeout: float) -> Event:
         """The next event that is `wanted`, also of those that came before. Raises MonitorLost."""
         self.gather_events()
@@ -159,6 +202,24 @@ class Monitor:
         except TimeoutError:
             raise MonitorLost(f"QEMU sent no such event within {timeout:g} s") from None
         raise MonitorLost("QEMU's monitor broke while an event was awaited")
+
+    def next_event(self, wanted: Callable[[Event], bool], seconds: float) -> Event | None:
+        """What comes next, if it is `wanted` and comes within so many seconds, which are waited in
+        poll itself: for what is expected while a guest stands still. It is only looked at, and will
+        be read as an event as well. None: see event()."""
+        poll = select.poll()
+        try:
+            poll.register(self._sock.fileno(), select.POLLIN)
+            if not poll.poll(seconds * 1000):
+                return None
+            came = self._sock.recv(4096, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            for line in came.split(b"\n")[:-1]:
+                event = json.loads(line)
+                if "event" in event and wanted(event):
+                    return dict(event)
+        except (OSError, ValueError, TypeError):
+            pass
+        return None
 
     async def _watch(self) -> None:
         """Whoever waits for an event is woken when the connection ends."""
@@ -225,6 +286,14 @@ def socket_path(text: str) -> str:
     if not path:
         raise InvalidInput(f"--qmp {text!r}: wants the path of a UNIX socket")
     return path
+
+
+async def machine_type(monitor: Monitor) -> str:
+    """As the head of a main stream has it ("pc-q35-10.0"); "" where QEMU does not say."""
+    with suppress(MonitorRefused):
+        kind = await monitor.execute("qom-get", path="/machine", property="type")
+        return str(kind).removesuffix("-machine")
+    return ""
 
 
 def migration_is(*statuses: str) -> Callable[[Event], bool]:

@@ -259,9 +259,8 @@ class Recorder:
     async def completed(self) -> str:
         """What QEMU says came of it: "completed", or "failed" or "cancelled" (the guest runs on).
         Raises MonitorLost when it does not say."""
-        event = await self.monitor.event(
-            migration_is("completed", "failed", "cancelled"), self.timeout
-        )
+        over = migration_is("completed", "failed", "cancelled")
+        event = self.monitor.next_event(over, 0.02) or await self.monitor.event(over, self.timeout)
         return str(event["data"]["status"])
 
     async def take_back(self) -> str:

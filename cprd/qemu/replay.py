@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from cprd import rights
 from cprd.qemu.failure import Failed, MonitorBusy, MonitorLost
-from cprd.qemu.process import readable, writable
+from cprd.qemu.process import readable, soon_readable, writable
 from cprd.qemu.qmp import Monitor
 from cprd.qemu.stream import Answers
 
@@ -115,7 +115,7 @@ class Replayer:
         """Wait until it says that it has loaded. Raises Failed."""
         answers = Answers()
         while True:
-            if not await readable(self._main.fileno(), self._left()):
+            if not await soon_readable(self._main.fileno(), self._left()):
                 raise Failed(f"the new QEMU did not load its state within {self.timeout:g} s")
             try:
                 data = self._main.recv(4096)

@@ -12,7 +12,15 @@ from cprd.errors import Busy, CprdError, Damaged, NotHeld
 from cprd.pause import point
 from cprd.qemu import interrupt, launch
 from cprd.qemu.aside import aside
-from cprd.qemu.failure import Failed, InDoubt, MonitorGone, MonitorLost, MonitorRefused, Refused
+from cprd.qemu.failure import (
+    Failed,
+    InDoubt,
+    MonitorGone,
+    MonitorLost,
+    MonitorRefused,
+    NeverWhole,
+    Refused,
+)
 from cprd.qemu.guard import Guard
 from cprd.qemu.hold import LIVE, Held, Origin
 from cprd.qemu.private import PrivatePlace
@@ -113,8 +121,12 @@ async def claim_it(daemon: cprd.Daemon, name: str, *, force: bool) -> tuple[cprd
 
     Raises NotHeld (cold is right), Busy."""
     name = full_name(daemon, name)
-    if not (force and await force_it(daemon, name)):
-        return await _claim(daemon, name), False
+    try:
+        if not (force and await force_it(daemon, name)):
+            return await _claim(daemon, name), False
+    except NeverWhole as gone:
+        print(f"cprctl: {gone}", file=sys.stderr)
+        return daemon.load(name, lease=LEASE), False  # NotHeld, by cprd's own word
     daemon.release(name, force=True)
     claim = daemon.load(name, wait=2.0, lease=LEASE)
     try:
@@ -136,6 +148,8 @@ async def _claim(daemon: cprd.Daemon, name: str) -> cprd.Claim:
     except Busy as busy:
         try:
             return await _after_settling(daemon, name)
+        except NeverWhole:
+            raise
         except NotHeld:
             # It was held when we came: who had it runs it, or has dropped it. Not for us to boot.
             raise Busy(f"{busy}; it went away meanwhile: look, and try again") from None
@@ -287,7 +301,7 @@ async def let_run(monitor: Monitor, process: Process) -> str:
     `cont` is answered there is no way back, whatever the run state is a moment later: a full disk
     or somebody's `stop` may have stopped the guest again, but it has run. InDoubt: no answer."""
     try:
-        await monitor.execute("cont")
+        await monitor.execute_at_once("cont")
     except MonitorGone as error:
         raise Failed(f"the new QEMU ended before it was told to run its guest ({error})") from None
     except MonitorLost as error:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cprd.errors import Busy, CprdError, Damaged, NotHeld
-from cprd.qemu.failure import InDoubt, MonitorLost, Refused
-from cprd.qemu.hold import Origin
+from cprd.qemu.failure import InDoubt, MonitorLost, NeverWhole, Refused
+from cprd.qemu.hold import FILM, UNFINISHED, Origin
 from cprd.qemu.overlap import mend
 from cprd.qemu.private import remove_mark
 from cprd.qemu.process import Process
@@ -66,6 +66,20 @@ def look(daemon: Daemon, name: str) -> tuple[dict[str, Any] | None, Origin | Non
             except Damaged:
                 return row, None
     return row, None
+
+
+def is_unfinished(row: dict[str, Any]) -> bool:
+    """Whether it is what an upgrade was still filling when it was killed."""
+    return any(
+        (found["name"], found["id"]) == (FILM, 0) and "sealed" not in found["what"]
+        for found in row.get("descriptors", ())
+    )
+
+
+def _drop_unfinished(daemon: Daemon, name: str, row: dict[str, Any], origin: Origin) -> NoReturn:
+    daemon.drop(name, force=True)
+    remove_mark(origin.untouched, row["uid"])
+    raise NeverWhole(f"{name!r}: {UNFINISHED}")
 
 
 class Settled:
@@ -120,6 +134,8 @@ async def force(daemon: Daemon, name: str) -> bool:
             " --force starts another beside it: end that QEMU first, or save it"
         )
     old = Process.find(origin.old, row["uid"]) if origin is not None else None
+    if old is None and origin is not None and is_unfinished(row):
+        _drop_unfinished(daemon, name, row, origin)
     if old is None or origin is None:
         return True
     try:
@@ -143,6 +159,9 @@ async def _in_doubt(
             f" not, end that QEMU and use --force. ({row['reason']})"
         )
     begun = origin is not None and "begun to act" in row["reason"]
+    if origin is not None and old is None and is_unfinished(row):
+        # The new QEMU of that upgrade has ended, too, and cannot have run what it did not get.
+        _drop_unfinished(daemon, name, row, origin)
     if old is None or origin is None or begun or "began to act" in row["reason"]:
         raise InDoubt(
             f"{name!r}: {row['reason']}. The QEMU that was saved is gone, so nobody can tell"

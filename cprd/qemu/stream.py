@@ -21,16 +21,20 @@ DONE = _HEAD.pack(SHUT, 4) + bytes(4)
 """The return path's SHUT(0): "I have it all". The source completes by it, and can no more go
 back."""
 
-_TAIL = re.compile(rb"\x00\x06(....)\{", re.DOTALL)
-
 
 def is_whole(data: bytes | bytearray | memoryview) -> bool:
     """Whether the stream ends exactly here: in a description of the length that it announces."""
     if data[-1:] != b"}":
         return False
+    if isinstance(data, memoryview):
+        data = bytes(data)
+    # JSON has no NUL in it, and what goes before it has: in the length, or right before that.
+    last = data.rfind(b"\0")
     return any(
-        int.from_bytes(found[1], "big") == len(data) - found.end() + 1
-        for found in _TAIL.finditer(data)
+        data[start - 6 : start - 4] == b"\0\6"
+        and data[start : start + 1] == b"{"
+        and int.from_bytes(data[start - 4 : start], "big") == len(data) - start
+        for start in range(max(6, last + 1), last + 7)
     )
 
 
@@ -49,10 +53,12 @@ _GLOBAL = b"\x0bglobalstate"
 _STATE = re.compile(rb"\x0bglobalstate.{4}\x00\x00\x00\x01.{4}([a-z-]{1,31})\x00", re.DOTALL)
 
 
-def run_state(data: bytes | bytearray) -> str:
+def run_state(data: bytes | bytearray | memoryview) -> str:
     """What the guest was doing when QEMU stopped it for this stream, by QEMU's own word in it
     ("running", "paused", ...); "" when it does not say. Asked before, it may have changed since."""
     # The last one: the devices come before it, and with them what a guest may have put there.
+    if isinstance(data, memoryview):
+        data = bytes(data)
     found = _STATE.match(data, at) if (at := data.rfind(_GLOBAL)) >= 0 else None
     return found[1].decode() if found is not None else ""
 

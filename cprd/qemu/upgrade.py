@@ -6,9 +6,10 @@ The order, and no other (docs/qemu.md says what each line is there for):
     new QEMU starts, stopped (-S), and waits              the guest runs in the old one
     old: migrate; CPR stream forwarded, checked, ended
     new: devices made, monitor answers                    from here on new is known to be good
+    prepare in cprd, all but the main stream              a kill from here on: in doubt, and new
+                                                          is ended; old is asked, and runs on
     hang up on old's CPR channel                          old stops the guest
-    main stream forwarded and stored, each piece at once
-    prepare in cprd, while new loads                      a kill: new is ended, old resumes
+    main stream forwarded and stored, each piece at once, then sealed: what is prepared is whole
     new: SHUT(0), it has loaded
     SHUT(0) to old, old says completed                    a kill: `start` finishes it
     the mark goes                                         a kill: in doubt
@@ -19,6 +20,7 @@ The order, and no other (docs/qemu.md says what each line is there for):
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import json
 import os
@@ -32,12 +34,12 @@ from cprd.qemu import interrupt, launch, stream
 from cprd.qemu.check import about_command_line, examine
 from cprd.qemu.failure import Failed, InDoubt, MonitorLost, Refused
 from cprd.qemu.guard import Guard
-from cprd.qemu.hold import LIVE, Origin, pack
+from cprd.qemu.hold import FILM, LIVE, Origin, pack
 from cprd.qemu.overlap import SharedPaths
 from cprd.qemu.preparing import STANDING, Away, Preparing
 from cprd.qemu.private import MARK, PrivatePlace
 from cprd.qemu.process import Process
-from cprd.qemu.qmp import Monitor, event_is, socket_path, stamp
+from cprd.qemu.qmp import Monitor, event_is, machine_type, socket_path, stamp
 from cprd.qemu.record import Recorder, Settings
 from cprd.qemu.replay import Replayer
 from cprd.qemu.resume import GONE, KILLED, has_run, let_run
@@ -58,6 +60,7 @@ from cprd.qemu.settle import end
 from cprd.qemu.supervisor import succeed
 from cprd.qemu.version import version_of
 from cprd.qemu.voice import onward
+from cprd.state import SEALS
 from cprd.streams import flush
 
 if TYPE_CHECKING:
@@ -170,6 +173,8 @@ class _Move:
         self.new: Process | None = None
         self.guard: Guard | None = None
         self.preparing: Preparing | None = None
+        self.film = -1  # the memfd in what is prepared that gets the main stream
+        self.is_whole = False  # it has all of it
         self.keep_mark = False  # what was prepared may be left, and nobody has acted on it
 
     async def run(self) -> Upgraded:
@@ -195,7 +200,7 @@ class _Move:
         if self.new is not None:
             self.new.kill()
             await self.new.wait(STANDING)  # it may have the images, which the old one takes back
-        prepared = await rescue(self.preparing, self.old)
+        prepared = await self._rescue()
         if prepared is not None:
             failure = await self._give_up_new(error)
             if isinstance(failure, InDoubt):
@@ -207,6 +212,9 @@ class _Move:
         self.keep_mark = bool(left)
         again = self.preparing is not None and self.preparing.unanswered and not left
         return (Away if again else Failed)(f"{failure}; {where}{left}")
+
+    async def _rescue(self) -> Prepared | None:
+        return await rescue(self.preparing, self.old) if self.is_whole else None
 
     async def _hold(self, prepared: Prepared, settings: Settings, failure: CprdError) -> CprdError:
         """Both QEMUs have ended, and neither has run the guest since its state was taken."""
@@ -257,25 +265,29 @@ class _Move:
             raise Failed(f"the new QEMU is {now!r} where it should wait for its state")
         self.shared.new_listens()
         self.place.create(MARK, json.dumps(self.old_process.record()))
-        self._rehearse()
+        await self._prepare_hold()
         # New is good, as far as one can know without the guest's state. Nothing has stopped yet.
         point("qemu-upgrade:ready")
 
-    def _rehearse(self) -> None:
-        """Ask cprd now, while the guest runs, what it will be asked while the guest stands still:
-        a refusal costs nothing yet, and the first time takes longer. Without a main stream it
-        could not be started from, whatever happens to it."""
+    async def _prepare_hold(self) -> None:
+        """Prepare everything in cprd while the guest runs; the main stream is to go into a memfd in
+        it, which is whole once it is sealed. So cprd is not asked while the guest stands still, and
+        a refusal costs nothing."""
         assert self.recorder is not None
         tape = self.recorder.tape
-        main = bytes(1 << 17)
-        state = pack(bytes(tape.data), tape.fds, main, self._origin(""))
-        del state["main"]
-        state["rehearsal"] = main
-        stream.is_whole(main)
-        stream.run_state(main)
-        self.daemon.prepare(self.name, state, after_exit=self.old_process.pidfd).abort()
-        del state["rehearsal"]
-        self.state = state
+        self.film = os.memfd_create(FILM, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        origin = self._origin(await machine_type(self.old))
+        state = pack(bytes(tape.data), tape.fds, self.film, origin)
+        self.preparing = Preparing(
+            self.daemon,
+            self.name,
+            self.old_process,
+            lambda: self.daemon.prepare(self.name, state, after_exit=self.old_process.pidfd),
+        )
+        self.prepared = self.preparing.answer()
+        point("qemu-upgrade:prepared")
+        stream.is_whole(b"{}")  # (the first time takes longer)
+        stream.run_state(b"")
 
     def _origin(self, machine: str) -> Origin:
         assert self.new is not None
@@ -307,21 +319,24 @@ class _Move:
         recorder, replayer = self.recorder, self.replayer
         gc.disable()  # a collection takes a millisecond or two, and the guest stands from here
         replayer.restart_clock()
-        await recorder.take_main(replayer.send_main)
+        await recorder.take_main(self._piece)
         point("qemu-upgrade:main")
         self.status = run_state(recorder.main, self.status)
-        self.state["main"] = recorder.main
-        self.state["qemu"] = self._origin(stream.machine(recorder.main)).section()
-        self.preparing = Preparing(
-            self.daemon,
-            self.name,
-            self.old_process,
-            lambda: self.daemon.prepare(self.name, self.state, after_exit=self.old_process.pidfd),
-        )
-        self.prepared = self.preparing.answer()
-        point("qemu-upgrade:prepared")
+        fcntl.fcntl(self.film, fcntl.F_ADD_SEALS, SEALS)
+        self.is_whole = True
+        point("qemu-upgrade:whole")
+        await self.old.catch_up()  # it is for the new QEMU to do now
         await replayer.loaded()
         point("qemu-upgrade:loaded")
+        assert self.preparing is not None
+        self.preparing.check()
+
+    async def _piece(self, data: bytes) -> None:
+        assert self.replayer is not None
+        await self.replayer.send_main(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self.film, rest) :]
 
     async def _finish(self, settings: Settings) -> Upgraded:
         """The old QEMU has completed. What was prepared is never served; whether it may be after
@@ -370,7 +385,7 @@ class _Move:
             failure = await self._give_up_new(error)
             if isinstance(failure, InDoubt):
                 raise failure from None
-            prepared = await rescue(self.preparing, self.old)
+            prepared = await self._rescue()
             if prepared is not None:
                 raise await self._hold(prepared, settings, failure) from None
             with suppress(OSError):
@@ -479,5 +494,8 @@ class _Move:
         self.shared.close()
         self.place.close(keep=MARK if self.keep_mark else "")
         self.new_place.close()
+        if self.film >= 0:
+            os.close(self.film)
+            self.film = -1
         if self.new is not None:
             self.new.close()

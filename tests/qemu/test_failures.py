@@ -385,7 +385,8 @@ def test_an_upgrade_that_cannot_keep_the_sockets_puts_the_settings_back(vm: Mach
 
 
 @pytest.mark.parametrize(
-    "where", ["listening", "cpr", "ready", "main", "prepared", "loaded", "completed", "disarmed"]
+    "where",
+    ["listening", "cpr", "prepared", "ready", "main", "whole", "loaded", "completed", "disarmed"],
 )
 def test_the_new_qemu_of_an_upgrade_is_killed(vm: Machine, where: str) -> None:
     before = vm.alive()

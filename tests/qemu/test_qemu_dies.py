@@ -3,10 +3,13 @@ not run since, that is as good as its end; before, the guest is lost, and that i
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from tests.qemu.machine import Machine
 from tests.qemu.steps import Standing, kill, rows, words
+from tests.qemu.sweep import adopt_orphans, kill_where_it_stops
 
 
 @pytest.mark.parametrize("step", ["main", "prepared", "shut", "completed", "committed"])
@@ -19,7 +22,7 @@ def test_in_a_save_that_has_it_all(vm: Machine, step: str) -> None:
     vm.goes_on()
 
 
-@pytest.mark.parametrize("step", ["main", "prepared", "loaded", "completed"])
+@pytest.mark.parametrize("step", ["main", "whole", "loaded", "completed"])
 def test_in_an_upgrade_that_has_it_all(vm: Machine, step: str) -> None:
     (old,) = vm.alive()
     standing = Standing(vm, f"qemu-upgrade:{step}", *words(vm, "upgrade"))
@@ -30,7 +33,7 @@ def test_in_an_upgrade_that_has_it_all(vm: Machine, step: str) -> None:
     assert vm.status() == "running"
 
 
-@pytest.mark.parametrize("step", ["main", "prepared", "loaded", "completed"])
+@pytest.mark.parametrize("step", ["main", "whole", "loaded", "completed"])
 def test_both_qemus_of_an_upgrade(vm: Machine, step: str) -> None:
     standing = Standing(vm, f"qemu-upgrade:{step}", *words(vm, "upgrade"))
     for pid in vm.alive():
@@ -45,7 +48,8 @@ def test_both_qemus_of_an_upgrade(vm: Machine, step: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "step"), [("save", "settings"), ("save", "cpr"), ("upgrade", "ready")]
+    ("verb", "step"),
+    [("save", "settings"), ("save", "cpr"), ("upgrade", "prepared"), ("upgrade", "ready")],
 )
 def test_before_it_was_whole(vm: Machine, verb: str, step: str) -> None:
     (old,) = [process.pid for process in vm.processes]
@@ -75,3 +79,24 @@ def test_its_guest_had_gone_on_before_it_died(vm: Machine) -> None:
     assert status == 1, said
     assert "has ended, and the guest with it" in said
     assert rows(vm) == []
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["", "forced"])
+@pytest.mark.parametrize("step", ["prepared", "ready"])
+def test_everybody_dies_before_it_was_whole(vm: Machine, step: str, force: bool) -> None:
+    """What was prepared is nobody's state: its guest ended with its QEMU, and boots anew."""
+    adopt_orphans()
+    try:
+        (old,) = vm.alive()
+        words = vm.argv("qemu", "upgrade", vm.name, "--qmp", vm.qmp, "--", *vm.command)
+        env = {**vm.env, "CPRD_PAUSE": f"qemu-upgrade:{step}"}
+        kill_where_it_stops(subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL))
+        kill(old)
+        vm.until(lambda: vm.alive() == [], "the end of the new QEMU")
+        vm.until(lambda: [row["phase"] for row in rows(vm)] == ["in-doubt"], "in doubt")
+        vm.start(*(["--force"] if force else []))
+        vm.until(lambda: vm.lines().count("BOOT") == 2, "a cold boot")
+        assert "ended before its state was whole, and the guest with it" in vm.said()
+        assert rows(vm) == []
+    finally:
+        adopt_orphans(False)

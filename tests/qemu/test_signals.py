@@ -28,7 +28,7 @@ def left_over(vm: Machine) -> list[str]:
     ("verb", "steps"),
     [
         ("save", "begin connected settings cpr main prepared"),
-        ("upgrade", "begin connected forked listening cpr ready main prepared loaded"),
+        ("upgrade", "begin connected forked listening cpr prepared ready main whole loaded"),
     ],
 )
 def test_before_the_point_of_no_return_the_guest_runs_on_and_it_is_said(
