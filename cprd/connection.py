@@ -49,10 +49,14 @@ class Connection:
         self.prepared: set[int] = set()
         self.nonce = b""  # of the last request
         self.early = False  # its client follows bundles that are being filled
-        self.announced: Request | None = None  # and owned, until what comes after it
+        self.hear: Callable[[Connection, wire.Message, array[int]], None] | None = None
+        # What was announced, until what comes after it: owned, or why it cannot be done.
+        self.announced: Request | LimitExceeded | None = None
 
-    async def receive(self, parse: Callable[[bytes], wire.Message]) -> Request | None:
-        """The next request; None at the end of the connection. Raises ProtocolError."""
+    async def receive(self) -> Request | None:
+        """The next request; None at the end of the connection. What is announced is given to `hear`
+        (its descriptors are borrowed), and becomes a request once it is filled. Raises
+        ProtocolError, LimitExceeded: what came gets that answer."""
         while True:
             await trio.lowlevel.wait_readable(self.sock)
             await self._room()
@@ -62,21 +66,47 @@ class Connection:
                 continue
             except OSError:
                 return None
-            break
-        try:
-            if flags & socket.MSG_CTRUNC:
-                raise LimitExceeded(
-                    "cprd had no descriptor left to receive with: raise LimitNOFILE= of"
-                    " cprd.service, or drop holds"
-                )
-            if not data:
-                if fds:
-                    raise ProtocolError("an empty message with descriptors")
-                return None
-            return Request(parse(data), fds)
-        except BaseException:
+            try:
+                if not data:
+                    if fds:
+                        raise ProtocolError("an empty message with descriptors")
+                    return None
+                request = self._read(data, fds, bool(flags & socket.MSG_CTRUNC))
+            except BaseException:
+                self.release(fds)
+                raise
+            if request is not None:
+                return request
+
+    def _read(self, data: bytes, fds: array[int], cut: bool) -> Request | None:
+        """The request that a message is, which owns `fds` then; None where another one follows."""
+        message = wire.decode(data, wire.MAX_REQUEST)
+        verb = message.get("verb")
+        if verb == "announce" and self.hear is not None:
+            # Never answered, whatever is wrong with it.
+            if cut:
+                self.release(fds)
+                self.announce(_cut_short())
+            else:
+                self.hear(self, message, fds)
+                self.announce(Request({**message, "verb": "save"}, fds))
+            return None
+        if verb == "filled" and self.announced is not None:
             self.release(fds)
-            raise
+            if wire.check_request(message)["save"]:
+                announced, self.announced = self.announced, None
+                if isinstance(announced, LimitExceeded):
+                    raise announced
+                try:
+                    return Request(wire.check_request(announced.message), announced.fds)
+                except BaseException:
+                    self.release(announced.fds)
+                    raise
+            self.announce(None)
+            return None
+        if cut:
+            raise _cut_short()
+        return Request(wire.check_request(message), fds)
 
     async def _room(self) -> None:
         """Take nothing more from a uid whose descriptors wait to be closed: they are ours as long.
@@ -88,14 +118,15 @@ class Connection:
             await trio.sleep(0.02)
 
     def release(self, fds: array[int]) -> None:
-        """Close descriptors that came from the client, elsewhere."""
+        """Close descriptors that came from the client, elsewhere; `fds` is empty then."""
         if fds:
             self.closer.close(self.peer.uid, fds)
+            del fds[:]
 
-    def announce(self, request: Request | None) -> None:
-        """Own a request that was announced, in place of the one before."""
-        before, self.announced = self.announced, request
-        if before is not None:
+    def announce(self, announced: Request | LimitExceeded | None) -> None:
+        """Own what was announced, in place of what was before."""
+        before, self.announced = self.announced, announced
+        if isinstance(before, Request):
             self.release(before.fds)
 
     def pass_on(self, fd: int) -> None:
@@ -163,3 +194,10 @@ class Connection:
             self.closer.close(self.peer.uid, [fd])
         else:
             os.close(fd)
+
+
+def _cut_short() -> LimitExceeded:
+    return LimitExceeded(
+        "cprd had no descriptor left to receive with: raise LimitNOFILE= of cprd.service, or drop"
+        " holds"
+    )

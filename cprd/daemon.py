@@ -265,7 +265,7 @@ class Daemon:
 
     async def _greet(self, connection: Connection) -> bool:
         try:
-            request = await connection.receive(wire.read_request)
+            request = await connection.receive()
             if request is None:
                 return False
             connection.release(request.fds)
@@ -274,6 +274,7 @@ class Daemon:
             if request.message["verb"] != "hello":
                 raise ProtocolError("the first message is hello")
             connection.early = request.message["limits"].get("early") is True
+            connection.hear = self._announced
             if request.message["version"] != wire.VERSION:
                 raise ProtocolError(
                     f"this cprd speaks version {wire.VERSION} of the protocol, the client version"
@@ -313,10 +314,10 @@ class Daemon:
         request: Request | None = None
         try:
             if connection.claims or connection.prepared:
-                request = await connection.receive(wire.read_request)
+                request = await connection.receive()
             else:
                 with trio.move_on_after(wire.IDLE):
-                    request = await connection.receive(wire.read_request)
+                    request = await connection.receive()
             if request is None:
                 return False
         except ProtocolError as error:
@@ -326,16 +327,6 @@ class Daemon:
             await self._refuse(connection, verb, error)
             return not isinstance(error, Blocked)
         verb = request.message["verb"]
-        if verb == "announce":
-            self._announced(connection, request)
-            return True
-        if verb == "filled" and connection.announced is not None:
-            connection.release(request.fds)
-            if not request.message["save"]:
-                connection.announce(None)
-                return True
-            request, connection.announced = connection.announced, None
-            verb = "save"
         if connection.nonce:  # it has got that answer
             self.registry.settled(connection.peer.uid, connection.nonce)
             self.keeper.settled(connection.peer.uid, connection.nonce)
@@ -648,17 +639,15 @@ class Daemon:
         if place == "store" and self.keeper.kept != "store":
             raise LimitExceeded(NOT_STORED)
 
-    def _announced(self, connection: Connection, request: Request) -> None:
+    def _announced(self, connection: Connection, message: wire.Message, fds: array[int]) -> None:
         """A save whose bundle is being filled: for the one who waits for that name to follow.
-        Nothing changes, and nothing is answered, before it is."""
-        message, fds = request
+        Nothing changes, and nothing is looked at more closely, before it is."""
         try:
-            queue = self._waiters.get(self._key(connection, message["name"]))
+            queue = self._waiters.get(self._key(connection, str(message.get("name"))))
         except (Denied, InvalidInput):
             queue = None  # the save will be told
         if queue and queue[0].early is not None and fds:
             queue[0].early(fds[0])
-        connection.announce(request._replace(message={**message, "verb": "save"}))
         point("daemon:announced")
 
     async def commit(self, connection: Connection, request: Request) -> None:

@@ -177,11 +177,9 @@ def decode(data: bytes, limit: int) -> Message:
     return message
 
 
-def read_request(data: bytes) -> Message:
-    """A request with exactly the fields of its verb, each of its type, plus "verb".
-
-    Raises ProtocolError that names the verb or the field."""
-    message = decode(data, MAX_REQUEST)
+def check_request(message: Message) -> Message:
+    """The request that a decoded message is, with exactly the fields of its verb, each of its type,
+    plus "verb". Raises BadRequest that names the verb or the field."""
     verb = message.get("verb")
     fields = REQUESTS.get(verb) if isinstance(verb, str) else None
     if fields is None:

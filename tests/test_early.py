@@ -456,6 +456,10 @@ def test_filled_without_an_announcement_is_refused(daemon: DaemonProcess) -> Non
 def test_an_announcement_is_refused_when_it_is_a_save(daemon: DaemonProcess) -> None:
     """Its errors are the save's."""
     with goods("new") as cargo, raw(daemon.path) as sock:
+        send(sock, wire.encode({"verb": "announce", "name": 7}))
+        send(sock, wire.FILLED)
+        with pytest.raises(cprd.ProtocolError, match="save: the field 'name' wants"):
+            read(sock, 0)
         data, packed = offer(cargo, "announce", "no/such/name")
         for count, why in ((1, "wants NAME"), (0, "descriptors with it")):
             if not count:
