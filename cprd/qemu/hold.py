@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from typing import TYPE_CHECKING, Any
 
 from cprd import cpr
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from cprd.vmstate.stream import Stream
 
 FORMAT = 1
-FILM = "cprd.main"
-"""The key of a main stream that is a descriptor."""
+FILM = "cprd:main"
+"""The key of a main stream that is a descriptor: no id in QEMU can be this."""
 LIVE = ("running", "suspended")
 """Run states in which a guest goes on by itself: `cont` brings both back."""
 
@@ -114,6 +115,15 @@ def pack(
 
 
 UNFINISHED = "its QEMU ended before its state was whole, and the guest with it: it has to boot anew"
+
+
+def is_unfinished(state: State) -> bool:
+    """Whether it is what an upgrade was still filling when it was killed."""
+    film = state.find_fd(FILM, 0)
+    try:
+        return film >= 0 and not fcntl.fcntl(film, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SEAL
+    except OSError:
+        return False  # no memfd: said by Held
 
 
 class Held:

@@ -59,11 +59,18 @@ class Preparing:
 
     def check(self) -> None:
         """Whether the cprd that has answered is still there. Does not wait. Raises Unavailable."""
+        fd = self._daemon.fileno()
         line = select.poll()
-        line.register(self._daemon.fileno(), select.POLLIN)
-        if self._daemon.fileno() < 0 or line.poll(0):
+        if fd >= 0:
+            line.register(fd, select.POLLIN)
+        if fd < 0 or line.poll(0):
             self.unanswered = True
             raise Unavailable("cprd ended meanwhile, and with it perhaps what it had prepared")
+
+    def again(self) -> Prepared:
+        """For when cprd has answered that it has nothing of it any more. Raises what cprd does."""
+        self.prepared = self._request()
+        return self.prepared
 
     def late(self) -> Prepared | None:
         """What was prepared, or is now: for when no guest waits any more. None when it cannot be

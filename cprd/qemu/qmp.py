@@ -173,10 +173,14 @@ class Monitor:
             raise MonitorLost(f"QEMU's monitor broke at {command}: {_words(error)}") from None
         if "error" in answer:
             raise MonitorRefused(f"QEMU refuses {command}: {answer['error'].get('desc')}")
+        if "return" not in answer:
+            raise MonitorLost(f"QEMU answered {command} with what is no answer")
         return answer["return"]
 
     async def catch_up(self) -> None:
         """Read what has come so far, so that next_event() sees what comes next."""
+        if self._sock.fileno() < 0:  # it has ended, and that has been seen
+            return
         poll = select.poll()
         poll.register(self._sock.fileno(), select.POLLIN)
         for _ in range(100):

@@ -22,7 +22,7 @@ from cprd.qemu.failure import (
     Refused,
 )
 from cprd.qemu.guard import Guard
-from cprd.qemu.hold import LIVE, Held, Origin
+from cprd.qemu.hold import LIVE, Held, Origin, is_unfinished
 from cprd.qemu.private import PrivatePlace
 from cprd.qemu.process import Process, readable
 from cprd.qemu.replay import Replayer
@@ -140,6 +140,10 @@ async def claim_it(daemon: cprd.Daemon, name: str, *, force: bool) -> tuple[cprd
 async def _claim(daemon: cprd.Daemon, name: str) -> cprd.Claim:
     try:
         claim = daemon.load(name, lease=LEASE)
+        if is_unfinished(claim.state):
+            claim.reject("its QEMU ended before its state was whole")
+            claim.close()
+            raise Busy("what an upgrade left is not whole")
         if not _still_there(claim):
             return claim
         claim.reject("the QEMU that it was saved from has not ended yet")

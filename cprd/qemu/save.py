@@ -25,13 +25,20 @@ from cprd.errors import Busy, CprdError, NotHeld, Timeout, Unavailable
 from cprd.pause import point
 from cprd.qemu import interrupt, stream
 from cprd.qemu.check import KEPT, examine
-from cprd.qemu.failure import Failed, InDoubt, MonitorLost, MonitorRefused, Refused
+from cprd.qemu.failure import (
+    Failed,
+    InDoubt,
+    MonitorLost,
+    MonitorRefused,
+    NeverWhole,
+    Refused,
+)
 from cprd.qemu.hold import LIVE, Origin, pack
 from cprd.qemu.preparing import Away, Preparing
 from cprd.qemu.private import PrivatePlace
 from cprd.qemu.qmp import Monitor, socket_path
 from cprd.qemu.record import Recorder, Settings, describe
-from cprd.qemu.settle import end, end_predecessor, look, owned_name, settle
+from cprd.qemu.settle import end, end_predecessor, is_unfinished, look, owned_name, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -140,6 +147,11 @@ async def make_room(
         if row is None or origin is None:
             raise Failed(f"{name!r} went away while it was being settled")
         return name, Kept(name, row["generation"], "", origin.status, settled.said)
+    if is_unfinished(row):
+        try:
+            await settle(daemon, name)
+        except NeverWhole:
+            return name, None
     if row["phase"] == "held" and replace:
         return name, None
     hint = "load it, drop it (cprctl drop), or save with --replace"

@@ -69,9 +69,12 @@ def look(daemon: Daemon, name: str) -> tuple[dict[str, Any] | None, Origin | Non
 
 
 def is_unfinished(row: dict[str, Any]) -> bool:
-    """Whether it is what an upgrade was still filling when it was killed."""
+    """As hold.is_unfinished, of a row that was shown: seen to have no seals, not only not seen to
+    have some."""
     return any(
-        (found["name"], found["id"]) == (FILM, 0) and "sealed" not in found["what"]
+        (found["name"], found["id"]) == (FILM, 0)
+        and found["what"].startswith("memfd ")
+        and found["what"].endswith(", no seals")
         for found in row.get("descriptors", ())
     )
 
@@ -104,6 +107,8 @@ async def settle(daemon: Daemon, name: str) -> Settled:
         if phase == "held":
             if old is not None and origin is not None:
                 return await _ask(daemon, name, row, origin, old)
+            if origin is not None and is_unfinished(row):  # somebody released it
+                _drop_unfinished(daemon, name, row, origin)
             return Settled()
         if phase == "in-doubt":
             return await _in_doubt(daemon, name, row, origin, old)
@@ -199,6 +204,13 @@ async def _ask(
             )
         status = await _at_rest(monitor)
         if status == "postmigrate":
+            if is_unfinished(row):
+                raise InDoubt(
+                    f"{name!r}: what an upgrade left there never was a guest's state, and the QEMU"
+                    f" (pid {old.pid}) has handed its guest over since, by another way"
+                    " (postmigrate). It is left alone: drop the hold (cprctl drop NAME --force); if"
+                    " the guest runs nowhere else, `cont` there"
+                )
             if row["phase"] == "in-doubt" and not forced:
                 if origin.untouched and not os.path.exists(origin.untouched):
                     raise InDoubt(

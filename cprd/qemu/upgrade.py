@@ -218,7 +218,13 @@ class _Move:
 
     async def _hold(self, prepared: Prepared, settings: Settings, failure: CprdError) -> CprdError:
         """Both QEMUs have ended, and neither has run the guest since its state was taken."""
-        await commit(self.daemon, prepared, self.old, settings, self.name)
+        try:
+            await commit(self.daemon, prepared, self.old, settings, self.name)
+        except Failed:  # a cprd that keeps it in memory was restarted; we have all of it still
+            assert self.preparing is not None
+            if prepared.kept != "memory":
+                raise
+            await commit(self.daemon, self.preparing.again(), self.old, settings, self.name)
         return Failed(
             f"{failure}; the old QEMU has ended, too. The guest is held, whole, under {self.name}:"
             " go on with `cprctl qemu start`"
@@ -329,7 +335,8 @@ class _Move:
         await replayer.loaded()
         point("qemu-upgrade:loaded")
         assert self.preparing is not None
-        self.preparing.check()
+        if not self.old_process.ended():  # else there is nothing to go back to: see complete()
+            self.preparing.check()
 
     async def _piece(self, data: bytes) -> None:
         assert self.replayer is not None

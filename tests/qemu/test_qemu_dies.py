@@ -3,13 +3,16 @@ not run since, that is as good as its end; before, the guest is lost, and that i
 
 from __future__ import annotations
 
-import subprocess
+import os
+import signal
+import time
+from collections.abc import Callable
 
 import pytest
 
+from tests.conftest import DaemonProcess
 from tests.qemu.machine import Machine
 from tests.qemu.steps import Standing, kill, rows, words
-from tests.qemu.sweep import adopt_orphans, kill_where_it_stops
 
 
 @pytest.mark.parametrize("step", ["main", "prepared", "shut", "completed", "committed"])
@@ -81,22 +84,55 @@ def test_its_guest_had_gone_on_before_it_died(vm: Machine) -> None:
     assert rows(vm) == []
 
 
-@pytest.mark.parametrize("force", [False, True], ids=["", "forced"])
-@pytest.mark.parametrize("step", ["prepared", "ready"])
-def test_everybody_dies_before_it_was_whole(vm: Machine, step: str, force: bool) -> None:
-    """What was prepared is nobody's state: its guest ended with its QEMU, and boots anew."""
-    adopt_orphans()
-    try:
-        (old,) = vm.alive()
-        words = vm.argv("qemu", "upgrade", vm.name, "--qmp", vm.qmp, "--", *vm.command)
-        env = {**vm.env, "CPRD_PAUSE": f"qemu-upgrade:{step}"}
-        kill_where_it_stops(subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL))
-        kill(old)
-        vm.until(lambda: vm.alive() == [], "the end of the new QEMU")
-        vm.until(lambda: [row["phase"] for row in rows(vm)] == ["in-doubt"], "in doubt")
-        vm.start(*(["--force"] if force else []))
-        vm.until(lambda: vm.lines().count("BOOT") == 2, "a cold boot")
-        assert "ended before its state was whole, and the guest with it" in vm.said()
-        assert rows(vm) == []
-    finally:
-        adopt_orphans(False)
+@pytest.mark.parametrize("step", ["main", "loaded"])
+def test_in_an_upgrade_whose_cprd_was_restarted(
+    vm: Machine, daemon: DaemonProcess, step: str
+) -> None:
+    """The new one has it all; there is no way back that cprd would be needed for."""
+    (old,) = vm.alive()
+    standing = Standing(vm, f"qemu-upgrade:{step}", *words(vm, "upgrade"))
+    daemon.restart()
+    kill(old)
+    assert standing.go() == (0, "")
+    vm.goes_on()
+    assert rows(vm) == []
+
+
+@pytest.mark.parametrize("step", ["whole", "completed"])
+def test_both_qemus_of_an_upgrade_whose_cprd_was_restarted(
+    vm: Machine, daemon: DaemonProcess, step: str
+) -> None:
+    """What it had of it is gone; cprctl has it still."""
+    standing = Standing(vm, f"qemu-upgrade:{step}", *words(vm, "upgrade"))
+    daemon.restart()
+    for pid in vm.alive():
+        kill(pid)
+    assert standing.go()[0] == 1
+    assert [row["phase"] for row in rows(vm)] == ["held"]
+    vm.start()
+    vm.goes_on()
+
+
+def test_it_has_written_all_while_the_new_one_reads_slowly(
+    make_machine: Callable[..., Machine],
+) -> None:
+    extra = [
+        word
+        for number in range(6)  # a stream that is longer than a socket's buffer
+        for word in ("-device", f"qemu-xhci,p2=15,p3=15,id=x{number}")
+    ]
+    vm = make_machine(*extra)
+    vm.start()
+    vm.goes_on()
+    (old,) = vm.alive()
+    standing = Standing(vm, "qemu-upgrade:ready", *words(vm, "upgrade"))
+    (new,) = [pid for pid in vm.alive() if pid != old]
+    os.kill(new, signal.SIGSTOP)
+    standing.let_go()
+    time.sleep(1.0)
+    kill(old)
+    time.sleep(0.3)  # for it to be seen before the rest is read
+    os.kill(new, signal.SIGCONT)
+    assert standing.end() == (0, "")
+    vm.goes_on()
+    assert rows(vm) == []
