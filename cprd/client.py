@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from functools import partial
 
 from cprd import link, verbs, wire
 from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded, Timeout, Unavailable
@@ -13,7 +12,7 @@ from cprd.verbs import Saved, Ticket
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
-    import socket
+    import _socket as socket
     from collections.abc import Callable
     from types import TracebackType
     from typing import Any, TypeVar
@@ -265,7 +264,10 @@ class Daemon:
         stays held), Denied, Unavailable."""
         connection = self._connection.for_waiting(wait)
         try:
-            make = partial(Claim, connection)
+
+            def make(loaded: verbs.Loaded) -> Claim:
+                return Claim(connection, loaded)
+
             return connection.run(verbs.load(name, wait, lease, generation, make))
         finally:
             connection.leave()

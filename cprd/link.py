@@ -4,9 +4,9 @@ interrupted."""
 
 from __future__ import annotations
 
+import _socket as socket  # as in rights
 import errno
 import os
-import socket
 import struct
 from array import array
 
@@ -28,7 +28,7 @@ RETRY_EVERY = 0.05
 HELLOS = 6  # tries until a cprd is believed not to want us: each may have met one that was killed
 SERVED = 1.0  # s after which a connection that is lost had not been refused
 
-_TRUNC, _CTRUNC = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)
+_TRUNC, _CTRUNC = socket.MSG_TRUNC, socket.MSG_CTRUNC
 _TIMEVAL = struct.Struct("ll")
 
 LOST = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)

@@ -6,10 +6,10 @@ sending *uid* and the soft RLIMIT_NOFILE of the sending process (ETOOMANYREFS).
 
 from __future__ import annotations
 
+import _socket as socket  # without the enums of socket, which take 5 ms to import
 import _thread
 import errno
 import os
-import socket
 from array import array
 from collections.abc import Iterable, Sequence
 
@@ -18,10 +18,8 @@ from cprd.errors import LimitExceeded
 SCM_MAX_FD = 253
 SO_PEEK_OFF = 42  # asm-generic/socket.h; the socket module does not name it
 _SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
-# As plain integers: the enum's operators cost as much as a system call.
-_NOSIGNAL, _CLOEXEC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
-_DONTWAIT = int(socket.MSG_DONTWAIT)
-_RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
+_NOSIGNAL, _CLOEXEC, _DONTWAIT = socket.MSG_NOSIGNAL, socket.MSG_CMSG_CLOEXEC, socket.MSG_DONTWAIT
+_RIGHTS = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
 
 
 def send(

@@ -110,7 +110,7 @@ class _Connection(link.Line):
             self._break()
             raise
 
-    def _close(self, sock: socket.socket) -> None:
+    def _close(self, sock: socket.SocketType) -> None:
         trio.lowlevel.notify_closing(sock)
         super()._close(sock)
 
@@ -230,7 +230,7 @@ class _Connection(link.Line):
         self._owed = None
         return answer
 
-    async def _send(self, sock: socket.socket, call: verbs.Call) -> None:
+    async def _send(self, sock: socket.SocketType, call: verbs.Call) -> None:
         sent = call.sent
         while True:
             self._owed = call
@@ -241,7 +241,7 @@ class _Connection(link.Line):
                 self._owed, call.sent = None, sent
                 await trio.lowlevel.wait_writable(sock)
 
-    async def _read(self, sock: socket.socket, call: verbs.Call) -> verbs.Answer:
+    async def _read(self, sock: socket.SocketType, call: verbs.Call) -> verbs.Answer:
         while True:
             await trio.lowlevel.wait_readable(sock)
             try:

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -372,8 +372,8 @@ def test_a_daemon_that_stands_still_makes_it_wait(
 
 
 @contextmanager
-def raw(path: str, **limits: Any) -> Iterator[socket.socket]:
-    with open_socket(path) as sock:
+def raw(path: str, **limits: Any) -> Iterator[socket.SocketType]:
+    with closing(open_socket(path)) as sock:
         sock.settimeout(10)
         send(sock, wire.encode({"verb": "hello", "version": wire.VERSION, "limits": limits}))
         read(sock, 0)
