@@ -72,6 +72,7 @@ class _Connection(link.Line):
         except link.Lost:
             raise Unavailable("the connection is lost") from None
         finally:
+            self._withdraw()
             if self._owed is not None:
                 self._put_aside()
 
@@ -114,6 +115,8 @@ class _Connection(link.Line):
             except (link.Lost, Unavailable) as error:
                 # The daemon restarts, or its idle deadline passed. Every request that changes
                 # something has a nonce, so saying it twice does it once.
+                if call.early is not None:
+                    call.early.close()  # nobody looks after it meanwhile
                 now = time.monotonic()
                 if now - tried > link.SERVED:  # it was there in between
                     give_up = 0.0
@@ -138,7 +141,9 @@ class _Connection(link.Line):
             if not again:
                 self._sock.settimeout(link.mute(call))
                 self._owed = call
-                link.send_call(self._sock, call, 0)
+                filled = call.announced is not None and call.announced is self._announced
+                link.send_call(self._sock, call, 0, filled=filled)
+                self._announced = None
             answer = self._read(self._sock, call, seconds)
         except TimeoutError:
             if again:  # it was lost with the interrupt: by its nonce it can be had anew
@@ -158,10 +163,10 @@ class _Connection(link.Line):
         return answer
 
     def _read(self, sock: socket.socket, call: verbs.Call, seconds: float) -> verbs.Answer:
+        end = time.monotonic() + seconds
         sock.settimeout(seconds)
         answer = link.read(sock, 0)
         if answer.early:
-            end = time.monotonic() + seconds
             while answer.early:
                 early = call.early
                 if self._follow(call, answer):

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from array import array
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import trio
@@ -49,7 +49,7 @@ class Connection:
         self.prepared: set[int] = set()
         self.nonce = b""  # of the last request
         self.early = False  # its client follows bundles that are being filled
-        self.hear: Callable[[Connection, wire.Message, array[int]], None] | None = None
+        self.hear: Callable[[Connection, wire.Message, array[int]], Awaitable[None]] | None = None
         # What was announced, until what comes after it: owned, or why it cannot be done.
         self.announced: Request | LimitExceeded | None = None
 
@@ -71,39 +71,41 @@ class Connection:
                     if fds:
                         raise ProtocolError("an empty message with descriptors")
                     return None
-                request = self._read(data, fds, bool(flags & socket.MSG_CTRUNC))
+                request = await self._read(data, fds, bool(flags & socket.MSG_CTRUNC))
             except BaseException:
                 self.release(fds)
                 raise
             if request is not None:
                 return request
 
-    def _read(self, data: bytes, fds: array[int], cut: bool) -> Request | None:
+    async def _read(self, data: bytes, fds: array[int], cut: bool) -> Request | None:
         """The request that a message is, which owns `fds` then; None where another one follows."""
         message = wire.decode(data, wire.MAX_REQUEST)
         verb = message.get("verb")
         if verb == "announce" and self.hear is not None:
             # Never answered, whatever is wrong with it.
-            if cut:
+            wanted = 1 + (message.get("after_exit") == "pidfd")
+            if cut or len(fds) != wanted:  # not to pile up meanwhile; the save will be told
                 self.release(fds)
-                self.announce(_cut_short())
             else:
-                self.hear(self, message, fds)
-                self.announce(Request({**message, "verb": "save"}, fds))
+                await self.hear(self, message, fds)
+            self.announce(_cut_short() if cut else Request({**message, "verb": "save"}, fds))
             return None
-        if verb == "filled" and self.announced is not None:
+        if verb == "filled" and self.hear is not None:
             self.release(fds)
-            if wire.check_request(message)["save"]:
-                announced, self.announced = self.announced, None
-                if isinstance(announced, LimitExceeded):
-                    raise announced
+            if not wire.check_request(message)["save"]:  # said to be sure, perhaps; not answered
+                self.announce(None)
+                return None
+            announced, self.announced = self.announced, None
+            if isinstance(announced, LimitExceeded):
+                raise announced
+            if announced is not None:
                 try:
                     return Request(wire.check_request(announced.message), announced.fds)
                 except BaseException:
                     self.release(announced.fds)
                     raise
-            self.announce(None)
-            return None
+        self.announce(None)  # nothing came of it
         if cut:
             raise _cut_short()
         return Request(wire.check_request(message), fds)

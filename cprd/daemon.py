@@ -98,9 +98,9 @@ class Daemon:
         self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         soft = raise_nofile()
         self.max_connections = max(12, min(config.all_connections, soft // 16))
-        # Each connection has two descriptors, each hold two and up to four pidfds; a message can
-        # bring 253 at once.
-        self.max_holds = max(4, (soft - 2 * self.max_connections - 253 - 32) // 6)
+        # Each connection has two descriptors, and two with what it announced; each hold two and up
+        # to four pidfds; a message can bring 253 at once.
+        self.max_holds = max(4, (soft - 4 * self.max_connections - 253 - 32) // 6)
 
     def adopt(self, left: list[tuple[Hold, dict[str, int]]], blind: str) -> None:
         """Take over what an earlier daemon left: holds, and their pidfds, which this owns now."""
@@ -321,6 +321,7 @@ class Daemon:
             if request is None:
                 return False
         except ProtocolError as error:
+            await self._turn(connection)
             await self._refuse(connection, verb, error)
             return isinstance(error, wire.BadRequest)  # what follows noise is noise
         except LimitExceeded as error:
@@ -344,7 +345,6 @@ class Daemon:
             await self._refuse(connection, verb, _no_descriptor(error))
         finally:
             connection.release(request.fds)
-            connection.announce(None)
         return True
 
     async def _turn(self, connection: Connection) -> None:
@@ -639,14 +639,17 @@ class Daemon:
         if place == "store" and self.keeper.kept != "store":
             raise LimitExceeded(NOT_STORED)
 
-    def _announced(self, connection: Connection, message: wire.Message, fds: array[int]) -> None:
+    async def _announced(
+        self, connection: Connection, message: wire.Message, fds: array[int]
+    ) -> None:
         """A save whose bundle is being filled: for the one who waits for that name to follow.
         Nothing changes, and nothing is looked at more closely, before it is."""
+        await self._turn(connection)
         try:
             queue = self._waiters.get(self._key(connection, str(message.get("name"))))
         except (Denied, InvalidInput):
             queue = None  # the save will be told
-        if queue and queue[0].early is not None and fds:
+        if queue and queue[0].early is not None:
             queue[0].early(fds[0])
         point("daemon:announced")
 

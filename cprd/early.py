@@ -8,6 +8,7 @@ is closed at once when its saver lets go of the bundle without that answer.
 
 from __future__ import annotations
 
+import _thread
 import os
 import select
 import time
@@ -46,8 +47,10 @@ class Early:
         """Follow the bundle `fd`, which this owns now; what it followed before is closed. `answers`
         (borrowed): the connection on which the load will be answered. Whether there is something to
         wait for, with wait()."""
-        self.close()
-        self.bundle, self._answers = fd, answers
+        try:
+            self.close()
+        finally:
+            self.bundle, self._answers = fd, answers
         try:
             self.header, self._leaves = bundle.peek_tree(fd)
             self._parts = [array("i") for _ in self._leaves]
@@ -80,6 +83,9 @@ class Early:
         try:
             self._read_on(SOON)
             if self._waits:
+                if self._leaves[self._waits[-1]] in found:  # readable, and nothing in it: its
+                    self.close()  # filling end was closed, and would say so for ever
+                    return False
                 self._await_next()
         except (CprdError, OSError):
             self.close()
@@ -130,6 +136,8 @@ class Early:
         except BaseException:
             close_all(carried)
             raise
+        leaves, self._leaves = self._leaves, array("i")
+        close_all(leaves)  # room for the answer
         return self._state
 
     def finish(self, fd: int, header: Header) -> State | None:
@@ -146,6 +154,7 @@ class Early:
     def close(self) -> None:
         """Let go of everything. May be used again."""
         fds = list(self._leaves)
+        foreign = any(self._parts)
         for part in self._parts:
             fds.extend(part)
         self._leaves, self._parts, self._waits = array("i"), [], []
@@ -153,13 +162,23 @@ class Early:
         events, self.events = self.events, None
         self.header = None
         state, self._state = self._state, None
-        if state is not None:
-            state.close()
         if fd >= 0:
             fds.append(fd)
-        close_all(fds)
         if events is not None:
             events.close()
+        if state is None and not foreign:
+            close_all(fds)
+            return
+        try:  # these may be the last copies, and block when they are closed
+            _thread.start_new_thread(_let_go, (state, fds))
+        except RuntimeError:
+            _let_go(state, fds)
+
+
+def _let_go(state: State | None, fds: list[int]) -> None:
+    if state is not None:
+        state.close()
+    close_all(fds)
 
 
 def _same(one: int, other: int) -> bool:

@@ -83,12 +83,12 @@ def where(path: str | os.PathLike[str] | None) -> str:
     return default_socket() if path is None else os.fspath(path)
 
 
-def send_call(sock: socket.socket, call: Call, flags: int) -> None:
-    """Raises Lost, LimitExceeded (too many in flight), BlockingIOError."""
+def send_call(sock: socket.socket, call: Call, flags: int, *, filled: bool) -> None:
+    """`filled`: it is what was announced there. Raises Lost, LimitExceeded (too many in flight),
+    BlockingIOError."""
     call.sent = True  # before it is: an interrupt may come at any point
     try:
-        announced, call.announced = call.announced, None
-        if announced is not None and announced.said_to is sock:
+        if filled:
             send(sock, wire.FILLED, (), flags)
         else:
             send(sock, call.data, call.fds, flags)
@@ -156,6 +156,7 @@ class Line:
         self._sock: socket.socket | None = None
         self._owed: Call | None = None  # sent, and perhaps its answer is still to come
         self._aside: list[socket.socket] = []
+        self._announced: Call | None = None  # said on this connection, perhaps, and nothing since
 
     def fileno(self) -> int:
         return self._sock.fileno() if self._sock is not None else -1
@@ -213,11 +214,13 @@ class Line:
 
     def _break(self) -> None:
         sock, self._sock, self._owed = self._sock, None, None
+        self._announced = None
         if sock is not None:
             self._close(sock)
 
     def _put_aside(self) -> None:
         """Out of step: not to be used as it is."""
+        self._withdraw()
         if self.tickets and self._sock is not None:
             self._aside.append(self._sock)
             self._sock = self._owed = None
@@ -240,16 +243,24 @@ class Line:
 
     def _mention(self, call: Call) -> Answer:
         """Say what gets no answer, if that can be done at once. Never waits, raises nothing."""
-        before = call.announced
         sock = self._sock if self._owed is None else None
-        if sock is not None and (before is None or before.said_to is sock):
-            call.sent, call.said_to = True, sock
+        if sock is not None:
+            call.sent, self._announced = True, call  # before it is: an interrupt may come
             try:
                 send(sock, call.data, call.fds)
                 os.sched_yield()  # the daemon may have been woken up on this very CPU
             except (OSError, CprdError):
-                call.said_to = None  # what comes after it will tell
+                self._announced = None  # what comes after it will tell
         return Answer({}, array("i"))
+
+    def _withdraw(self) -> None:
+        """Nothing comes of what was announced, if it is still to be filled: cprd lets go of it."""
+        announced, self._announced = self._announced, None
+        if announced is not None and self._sock is not None and self.pid == os.getpid():
+            try:
+                send(self._sock, wire.NOT_FILLED)
+            except (OSError, CprdError):
+                pass  # the connection has ended
 
     def _follow(self, call: Call, answer: Answer) -> bool:
         """What came before the answer: whether there is something of it to wait for."""

@@ -144,6 +144,7 @@ class _Connection(link.Line):
             except link.Lost:
                 raise Unavailable("the connection is lost") from None
             finally:
+                self._withdraw()
                 if self._owed is not None:
                     self._put_aside()
 
@@ -189,6 +190,8 @@ class _Connection(link.Line):
                     await self._open(brief=call.brief)
                 return await self._exchange(call.after(tried - began))
             except (link.Lost, Unavailable) as error:
+                if call.early is not None:
+                    call.early.close()  # nobody looks after it meanwhile
                 now = trio.current_time()
                 if now - tried > link.SERVED:  # it was there in between
                     give_up = 0.0
@@ -235,7 +238,9 @@ class _Connection(link.Line):
         while True:
             self._owed = call
             try:
-                link.send_call(sock, call, socket.MSG_DONTWAIT)
+                filled = call.announced is not None and call.announced is self._announced
+                link.send_call(sock, call, socket.MSG_DONTWAIT, filled=filled)
+                self._announced = None
                 return
             except BlockingIOError:
                 self._owed, call.sent = None, sent

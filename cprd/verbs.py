@@ -49,7 +49,7 @@ class Call:
     `announced`: what was said before, which makes this a short one on the same connection."""
 
     __slots__ = (
-        *("_message", "announced", "brief", "data", "early", "fds", "said_to", "sent", "sure"),
+        *("_message", "announced", "brief", "data", "early", "fds", "sent", "sure"),
         *("tied", "unanswered", "wait"),
     )
 
@@ -75,7 +75,6 @@ class Call:
         self.early = early
         self.unanswered = unanswered
         self.announced = announced
-        self.said_to: object = None  # the socket that it was said to
         self.sent = False
         self._message = message
         if len(self.data) > wire.MAX_REQUEST:
@@ -224,20 +223,15 @@ def save(
     packing = Packing(state, common.forbidden())
     announced: Call | None = None
     try:
-        if verb == "save" and common.announces and state.fd_count > ANNOUNCED:
+        soon = after_exit is False or after_exit is None  # else it is served later
+        if verb == "save" and soon and common.announces and state.fd_count > ANNOUNCED:
             coming = packing.begin()
             if coming is not None:
                 fields, fds = _bundle(coming, ttl, after_exit)
                 message = {"verb": "announce", "name": name, **fields, **offer}
                 announced = Call(message, fds, unanswered=True)
                 yield announced
-        packed = packing.fill()
-    except GeneratorExit:
-        raise
-    except BaseException:
-        if announced is not None:
-            yield Call({"verb": "filled", "save": False}, announced=announced, unanswered=True)
-        raise
+        packed = packing.fill()  # should it fail, its connection says that nothing comes of it
     finally:
         packing.close()
     try:

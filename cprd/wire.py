@@ -220,6 +220,7 @@ def ok(**fields: Any) -> bytes:
 
 
 FILLED = encode({"verb": "filled", "save": True})
+NOT_FILLED = encode({"verb": "filled", "save": False})
 EARLY = encode({"early": {}})
 """Not an answer: the bundle that comes with it is being filled, by a save of the name that this
 load waits for. Only for those whose hello had `early` among its limits."""

@@ -3,13 +3,15 @@ saver in between: it gets all of it or nothing, and what it had read already is 
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import trio
 
 import cprd
 import cprd.trio
-from cprd import verbs, wire
+from cprd import link, rights, verbs, wire
+from cprd.bundle import HEADER, MAGIC, NODE, VERSION
 from cprd.link import open_socket, read
 from cprd.rights import receive, send
 from tests.conftest import DaemonProcess, open_fds, until
@@ -521,3 +524,198 @@ def test_received_from_early_it_is_damaged(daemon: DaemonProcess) -> None:
             os.close(fd)
         with daemon.connect() as connection:
             assert connection.list() == []
+
+
+# Who is interrupted, or short of something
+
+
+def test_an_interrupt_around_the_announcement_leaves_the_connection_in_step(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = rights.send
+
+    def interrupted(sock: Any, data: bytes, *rest: Any) -> None:
+        if b"announce" in data:
+            raise KeyboardInterrupt
+        real(sock, data, *rest)
+
+    with goods("new", MANY) as new, goods("a") as a, daemon.connect() as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr(link, "send", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                connection.save(NAME, new.state())
+        assert connection.status()["pid"] == daemon.pid
+        connection.save("a", a.state())
+        with connection.load("a") as claim:
+            assert claim.state["tag"] == "a"
+
+
+@pytest.mark.parametrize("where", ["packed", "sending"])
+def test_an_interrupt_after_it_was_filled_lets_go_of_it(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """On a connection that has a claim, and stays open."""
+    real = rights.send
+
+    def at(name: str) -> None:
+        if name == "save:packed":
+            raise Interrupt
+
+    def interrupted(sock: Any, data: bytes, *rest: Any) -> None:
+        if data == wire.FILLED:
+            raise Interrupt
+        real(sock, data, *rest)
+
+    with daemon.connect() as connection, goods("old") as old, goods("new", MANY) as new:
+        connection.save("other", old.state())
+        with connection.load("other"):
+            with monkeypatch.context() as patch:
+                if where == "packed":
+                    patch.setattr(verbs, "point", at)
+                else:
+                    patch.setattr(link, "send", interrupted)
+                with pytest.raises(Interrupt):
+                    connection.save(NAME, new.state())
+            assert_let_go(new)
+
+
+def test_what_was_announced_is_let_go_before_a_later_request_waits(daemon: DaemonProcess) -> None:
+    with goods("new") as cargo, raw(daemon.path) as sock:
+        data, packed = offer(cargo, "announce")
+        send(sock, data, [packed.fd])
+        packed.close()
+        send(sock, wire.encode({**WAIT, "nonce": wire.nonce()}))
+        assert_let_go(cargo)
+
+
+def test_a_daemon_without_a_descriptor_for_it_answers_once(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+
+    def at(name: str) -> None:
+        if name == "pack:built":
+            taken = {int(number) for number in os.listdir(f"/proc/{daemon.pid}/fd")}
+            free = next(number for number in range(10000) if number not in taken)
+            resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (free, limits[1]))
+        if name == "pack:manifest":
+            time.sleep(0.1)
+            resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+
+    with goods("new", MANY) as new, goods("a") as a, daemon.connect() as connection:
+        connection.save("a", a.state())
+        with monkeypatch.context() as patch:
+            patch.setattr("cprd.bundle.point", at)
+            with pytest.raises(cprd.LimitExceeded, match="no descriptor left to receive with"):
+                connection.save(NAME, new.state())
+        with connection.load("a") as claim:
+            assert claim.state["tag"] == "a"
+        connection.save(NAME, new.state())
+
+
+def test_what_is_announced_with_too_many_descriptors_is_not_kept(daemon: DaemonProcess) -> None:
+    with goods("new") as cargo, raw(daemon.path) as sock:
+        base = daemon.fds()
+        data, packed = offer(cargo, "announce")
+        send(sock, data, [packed.fd] * 253)
+        packed.close()
+        assert_let_go(cargo)
+        daemon.await_fds(base)
+        send(sock, wire.FILLED)
+        with pytest.raises(cprd.ProtocolError, match="wants 1 descriptors with it, has 0"):
+            read(sock, 0)
+
+
+@CLIENTS
+def test_a_daemon_that_is_lost_ends_the_following(daemon: DaemonProcess, client: str) -> None:
+    with successor(daemon, client) as waits, goods("new", MANY) as cargo:
+        with saver_at(daemon, cargo, "pack:sent#3") as walker:
+            until(lambda: waits.fds() >= 3 * 253, lambda: f"{waits.fds()} descriptors in it")
+            daemon.restart()
+            until(lambda: waits.fds() < 20, lambda: f"{waits.fds()} descriptors in it")
+            go_on(walker)
+        waits.got("new")
+
+
+@CLIENTS
+def test_a_leaf_that_will_never_be_filled_is_not_waited_for(
+    daemon: DaemonProcess, client: str
+) -> None:
+    with successor(daemon, client) as waits, goods("new", MANY) as cargo, goods("x") as small:
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+        (inlet, root), (filling, leaf) = pairs
+        with raw(daemon.path) as saver, inlet, root, leaf:
+            filling.close()
+            header = HEADER.pack(MAGIC, VERSION, NODE, 1, 1, 10, 0, 0)
+            send(inlet, header, [leaf.fileno()])
+            data, packed = offer(small, "announce")
+            send(saver, data, [root.fileno()])
+            packed.close()
+            time.sleep(0.1)
+            before = cpu_time(waits.child.pid)
+            time.sleep(1.0)
+            assert cpu_time(waits.child.pid) - before < 0.2
+            waits.lets_go()
+        with daemon.connect() as connection:
+            connection.save(NAME, cargo.state())
+        waits.got("new")
+
+
+def cpu_time(pid: int) -> float:
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def test_a_claim_that_is_forgotten_meanwhile(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Giving it back is another request on that connection."""
+
+    def at(name: str) -> None:
+        if name == "pack:manifest":
+            gc.collect()
+
+    with daemon.connect() as connection, goods("old") as old, goods("new", MANY) as new:
+        connection.save("other", old.state())
+        forgotten: list[Any] = [connection.load("other")]
+        forgotten.append(forgotten)
+        del forgotten
+        with monkeypatch.context() as patch:
+            patch.setattr("cprd.bundle.point", at)
+            connection.save(NAME, new.state())
+        assert {row["phase"] for row in connection.list()} == {"held"}
+
+
+@CLIENTS
+def test_files_that_are_slow_to_close_do_not_make_the_wait_longer(
+    daemon: DaemonProcess, client: str
+) -> None:
+    with successor(daemon, client, wait=2.0) as waits, goods("new", MANY, connections=3) as cargo:
+        for ours, _ in cargo.pairs:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 4))
+            ours.settimeout(0)
+            with suppress(BlockingIOError):
+                while True:
+                    ours.send(b"x" * 65536)
+        began = time.monotonic()
+        with saver_at(daemon, cargo, "pack:parked") as walker:
+            until(lambda: waits.fds() >= MANY, lambda: f"{waits.fds()} descriptors in it")
+            for ours, _ in cargo.pairs:
+                ours.close()
+            os.kill(waits.child.pid, signal.SIGSTOP)  # for it to be the last that closes them
+            time.sleep(0.1)
+            walker.kill()
+            os.kill(waits.child.pid, signal.SIGCONT)
+        assert waits.child.hear().startswith("NotHeld: ")
+        assert time.monotonic() - began < 4.0
+
+
+def test_one_that_is_served_later_is_not_announced(daemon: DaemonProcess) -> None:
+    with successor(daemon) as waits, goods("new", MANY) as cargo, daemon.connect() as connection:
+        until_then = os.pidfd_open(os.getpid())
+        try:
+            connection.save(NAME, cargo.state(), after_exit=until_then)
+        finally:
+            os.close(until_then)
+        time.sleep(0.2)
+        assert waits.fds() <= 0
+        connection.drop(NAME)
