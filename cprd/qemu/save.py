@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from cprd.errors import Busy, CprdError, NotHeld, Timeout, Unavailable
@@ -35,7 +35,7 @@ from cprd.qemu.failure import (
 )
 from cprd.qemu.hold import LIVE, Origin, pack
 from cprd.qemu.preparing import Away, Preparing
-from cprd.qemu.private import PrivatePlace
+from cprd.qemu.private import PrivatePlace, remove_mark
 from cprd.qemu.qmp import Monitor, socket_path
 from cprd.qemu.record import Recorder, Settings, describe
 from cprd.qemu.settle import end, end_predecessor, is_unfinished, look, owned_name, settle
@@ -119,6 +119,7 @@ async def make_room(
     try:
         process = monitor.process
         name = owned_name(name, process.uid if process is not None else -1)
+        await _drop_stale(daemon, monitor)
         row, origin = look(daemon, name)
         if row is None:
             if await monitor.status() == "postmigrate":
@@ -161,6 +162,23 @@ async def make_room(
         f"{name!r} is held already ({row['phase']}: {row['reason'] or 'of another QEMU'}); {hint}."
         f" The guest is in its QEMU as before ({status})"
     )
+
+
+async def _drop_stale(daemon: Daemon, monitor: Monitor) -> None:
+    """What killed helpers left of this QEMU, under whatever name, is older than its guest's memory
+    while that runs. Once it is handed over anew, nobody could tell the two any more."""
+    process = monitor.process
+    if process is None or await monitor.status() not in (*LIVE, "paused"):
+        return
+    for row in daemon.list():
+        if row["phase"] != "in-doubt" or row.get("acting"):
+            continue
+        full = f"{row['uid']}/{row['name']}" if os.geteuid() == 0 else row["name"]
+        _, origin = look(daemon, full)
+        if origin is not None and origin.old == process.record():
+            with suppress(NotHeld):
+                daemon.drop(full, force=True)
+            remove_mark(origin.untouched, row["uid"])
 
 
 def _handed_over(path: str, name: str) -> str:

@@ -68,9 +68,11 @@ def test_its_guest_was_booted_otherwise_and_is_saved(vm: Machine) -> None:
 def test_its_guest_was_handed_over_by_another_way_since(vm: Machine, force: bool) -> None:
     """It is whole in the old QEMU, which must not quit for what never was a state."""
     old = killed_at(vm, "prepared")
-    standing = Standing(vm, "qemu-save:completed", "qemu", "save", "vm2", "--qmp", vm.qmp)
-    standing.process.kill()
-    standing.process.wait()
+    off = [{"capability": name, "state": False} for name in ("return-path", "events")]
+    vm.execute("migrate-set-capabilities", capabilities=off)
+    vm.execute("migrate-set-parameters", mode="normal")
+    vm.execute("migrate", uri="exec:cat > /dev/null")
+    vm.until(lambda: vm.status() == "postmigrate", "the end of that migration")
     assert vm.start(*(["--force"] if force else [])).wait(PATIENCE) == 4
     assert "has handed its guest over since, by another way" in vm.said()
     assert vm.alive() == [old]
@@ -106,5 +108,25 @@ def test_no_room_for_the_stream(vm: Machine) -> None:
     status, said = standing.go()
     assert status == 1, said
     assert "the guest runs on in its QEMU" in said
+    vm.goes_on()
+    assert rows(vm) == []
+
+
+@pytest.mark.parametrize("step", ["prepared", "loaded"])
+def test_what_is_older_than_the_guest_is_dropped_when_it_is_saved_under_another_name(
+    vm: Machine, step: str
+) -> None:
+    """Or the old QEMU's word, that its guest has left it, would be taken for this one."""
+    old = killed_at(vm, step)
+    vm.goes_on()
+    standing = Standing(vm, "qemu-save:completed", "qemu", "save", "vm2", "--qmp", vm.qmp)
+    standing.process.kill()
+    standing.process.wait()
+    vm.until(lambda: {row["phase"] for row in rows(vm)} == {"in-doubt"}, "in doubt")
+    assert [row["name"] for row in rows(vm)] == ["vm2"]
+    assert vm.start().wait(PATIENCE) == 1  # for the old one has the monitor's path still
+    assert vm.alive() == [old]
+    vm.name = "vm2"
+    vm.start()
     vm.goes_on()
     assert rows(vm) == []
