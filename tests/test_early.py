@@ -163,7 +163,7 @@ def test_a_saver_on_trio_announces_too(daemon: DaemonProcess) -> None:
         waits.got("new")
 
 
-@pytest.mark.parametrize("saver", ["blocking", "trio"])
+@pytest.mark.parametrize("saver", ["blocking", pytest.param("trio", marks=pytest.mark.full)])
 def test_a_saver_killed_at_every_step_leaves_all_or_nothing(
     daemon: DaemonProcess, tmp_path: Path, saver: str
 ) -> None:
@@ -194,7 +194,7 @@ def test_a_saver_killed_at_every_step_leaves_all_or_nothing(
         until(lambda: daemon.fds() == base, lambda: f"{daemon.fds()} descriptors in cprd")
 
 
-@CLIENTS
+@pytest.mark.parametrize("client", ["blocking", pytest.param("trio", marks=pytest.mark.full)])
 def test_a_successor_killed_at_every_step_costs_nothing(
     start_daemon: Callable[..., DaemonProcess], tmp_path: Path, client: str
 ) -> None:

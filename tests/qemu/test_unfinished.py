@@ -47,7 +47,7 @@ def boots_anew(vm: Machine, *words: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["", "--force", "released"])
-@pytest.mark.parametrize("step", ["prepared", "ready"])
+@pytest.mark.parametrize("step", ["prepared"])
 def test_its_guest_boots_anew(vm: Machine, step: str, how: str) -> None:
     end(vm, killed_at(vm, step))
     if how == "released":
