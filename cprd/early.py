@@ -56,7 +56,7 @@ class Early:
             self._parts = [array("i") for _ in self._leaves]
             self._waits = [0, *range(len(self._leaves) - 1, 0, -1)]  # the first one is filled last
             point("load:early")
-            self._read_on(SOON)
+            self._read_on()
             self.events = select.epoll(3)
             self.events.register(answers, select.EPOLLIN)
             self.events.register(fd, 0)  # its saver let go of it: EPOLLHUP
@@ -81,7 +81,7 @@ class Early:
         if not found or self._answers in found:
             return False
         try:
-            self._read_on(SOON)
+            self._read_on()
             if self._waits:
                 if self._leaves[self._waits[-1]] in found:  # readable, and nothing in it: its
                     self.close()  # filling end was closed, and would say so for ever
@@ -95,21 +95,18 @@ class Early:
     def _await_next(self) -> None:
         assert self.events is not None
         leaf = self._leaves[self._waits[-1]]
-        try:
-            self.events.register(leaf, select.EPOLLIN | select.EPOLLONESHOT)
-        except FileExistsError:
-            self.events.modify(leaf, select.EPOLLIN | select.EPOLLONESHOT)
+        self.events.register(leaf, select.EPOLLIN | select.EPOLLONESHOT)
 
-    def _read_on(self, soon: float) -> None:
-        """Read the leaves that are filled, or will be within so many seconds. Raises Damaged,
-        LimitExceeded, OSError."""
+    def _read_on(self) -> None:
+        """Read the leaves that are filled, or will be soon. Raises Damaged, LimitExceeded,
+        OSError."""
         end = 0.0
         while self._waits:
             number = self._waits[-1]
             leaf = self._leaves[number]
             if not bundle.queued(leaf):
                 now = time.monotonic()
-                end = end or now + soon
+                end = end or now + SOON
                 if now >= end:
                     return
                 os.sched_yield()

@@ -246,7 +246,10 @@ def test_a_refused_save_is_let_go_by_who_followed_it(daemon: DaemonProcess, clie
         waits.got("old", 4)
 
 
-def test_a_save_that_fails_while_it_parks_is_let_go_by_all(daemon: DaemonProcess) -> None:
+@contextmanager
+def a_save_that_fails(daemon: DaemonProcess) -> Iterator[tuple[cprd.Daemon, Goods]]:
+    """A connection and what is to be saved in this block, in vain, while a successor waits. Then
+    nobody has anything of it, and the next save is served."""
     with (
         successor(daemon) as waits,
         daemon.connect() as connection,
@@ -254,16 +257,22 @@ def test_a_save_that_fails_while_it_parks_is_let_go_by_all(daemon: DaemonProcess
         goods("later", MANY) as later,
     ):
         base = daemon.fds()
+        yield connection, new
+        waits.lets_go()
+        assert_let_go(new)
+        daemon.await_fds(base)
+        assert connection.list() == []
+        connection.save(NAME, later.state())
+        waits.got("later")
+
+
+def test_a_save_that_fails_while_it_parks_is_let_go_by_all(daemon: DaemonProcess) -> None:
+    with a_save_that_fails(daemon) as (connection, new):
         state = new.state()
         closed = new.eventfds.pop()
         os.close(closed)
         with pytest.raises(cprd.InvalidInput, match=rf"fd {closed} of .* was closed before save"):
             connection.save(NAME, state)
-        waits.lets_go()
-        assert_let_go(new)
-        daemon.await_fds(base)
-        connection.save(NAME, later.state())
-        waits.got("later")
 
 
 class Interrupt(BaseException):
@@ -277,23 +286,11 @@ def test_an_interrupted_save_is_let_go_by_all(
         if name == "pack:manifest":
             raise Interrupt
 
-    with (
-        successor(daemon) as waits,
-        daemon.connect() as connection,
-        goods("new", MANY) as new,
-        goods("later", MANY) as later,
-    ):
-        base = daemon.fds()
+    with a_save_that_fails(daemon) as (connection, new):
         with monkeypatch.context() as patch:
             patch.setattr("cprd.bundle.point", interrupt)
             with pytest.raises(Interrupt):
                 connection.save(NAME, new.state())
-        waits.lets_go()
-        assert_let_go(new)
-        daemon.await_fds(base)
-        assert connection.list() == []
-        connection.save(NAME, later.state())
-        waits.got("later")
 
 
 def assert_let_go(cargo: Goods) -> None:

@@ -25,6 +25,17 @@ def soon(vm: Machine, since: float) -> None:
     assert time.monotonic() - since < 3.0
 
 
+def the_next_save_ends_the_doubt(vm: Machine, daemon: DaemonProcess) -> None:
+    """Once cprd, which was mute, speaks again."""
+    os.kill(daemon.pid, signal.SIGCONT)
+    vm.until(lambda: all(row["phase"] == "in-doubt" for row in rows(vm)), "in doubt, or nothing")
+    vm.goes_on()
+    assert vm.save().returncode == 0
+    assert [row["phase"] for row in rows(vm)] == ["held"]
+    vm.start()
+    vm.goes_on()
+
+
 @FULL
 @pytest.mark.parametrize(("verb", "step"), STEPS)
 def test_it_is_dead(vm: Machine, daemon: DaemonProcess, verb: str, step: str) -> None:
@@ -58,13 +69,7 @@ def test_it_is_mute_for_good_and_the_doubt_that_is_left_ends_with_the_next_save(
     assert status == 1
     assert "the guest runs on in its QEMU" in said
     assert "may hold what it was sent" in said
-    os.kill(daemon.pid, signal.SIGCONT)
-    vm.until(lambda: all(row["phase"] == "in-doubt" for row in rows(vm)), "in doubt, or nothing")
-    vm.goes_on()
-    assert vm.save().returncode == 0
-    assert [row["phase"] for row in rows(vm)] == ["held"]
-    vm.start()
-    vm.goes_on()
+    the_next_save_ends_the_doubt(vm, daemon)
 
 
 @FULL
@@ -83,13 +88,7 @@ def test_it_is_mute_for_good_and_an_upgrade_needs_it_no_more(
     status, said = standing.end()
     assert status == 4
     assert "the guest runs, and cprd could not be told" in said
-    os.kill(daemon.pid, signal.SIGCONT)
-    vm.until(lambda: all(row["phase"] == "in-doubt" for row in rows(vm)), "in doubt, or nothing")
-    vm.goes_on()
-    assert vm.save().returncode == 0
-    assert [row["phase"] for row in rows(vm)] == ["held"]
-    vm.start()
-    vm.goes_on()
+    the_next_save_ends_the_doubt(vm, daemon)
 
 
 @pytest.mark.parametrize("how", ["killed", "mute"])
