@@ -22,7 +22,7 @@ def private_cprd() -> Iterator[tuple[str, int]]:
         path = os.path.join(place, "cprd.sock")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("CPRD_", "LISTEN_"))}
         process = subprocess.Popen(
-            [sys.executable, "-m", "cprd.main", "--socket", path],
+            [sys.executable, "-m", "cprd.daemon.command", "--socket", path],
             stderr=subprocess.PIPE,
             env={**kept, "PYTHONPATH": ROOT},
         )

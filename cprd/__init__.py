@@ -13,7 +13,7 @@ with cprd.connect() as daemon:              # the restarted one
         sock = socket.socket(fileno=claim.state.take_fd("listener", 0))
 """
 
-from cprd.client import Claim, Daemon, Prepared, Saved, connect
+from cprd.client.blocking import Claim, Daemon, Prepared, Saved, connect
 from cprd.errors import (
     AlreadyHeld,
     Busy,

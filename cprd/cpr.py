@@ -22,7 +22,7 @@ from __future__ import annotations
 from struct import Struct
 
 from cprd.errors import InvalidInput
-from cprd.rights import close_all
+from cprd.linux.rights import close_all
 from cprd.vmstate.channel import Channel, Tape, as_channel, drain
 from cprd.vmstate.description import VMStateDescription, decode
 from cprd.vmstate.description import encode as encode_vmstate

@@ -14,14 +14,14 @@ import select
 import time
 from array import array
 
-from cprd import bundle
+from cprd.bundle import layout
 from cprd.errors import CprdError
-from cprd.pause import point
-from cprd.rights import close_all
+from cprd.linux.pause import point
+from cprd.linux.rights import close_all
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
-    from cprd.bundle import Header
+    from cprd.bundle.layout import Header
     from cprd.state import State
 
 SOON = 0.0005  # s that the next leaf is looked for before sleeping: it is being filled right now,
@@ -52,7 +52,7 @@ class Early:
         finally:
             self.bundle, self._answers = fd, answers
         try:
-            self.header, self._leaves = bundle.peek_tree(fd)
+            self.header, self._leaves = layout.peek_tree(fd)
             self._parts = [array("i") for _ in self._leaves]
             self._waits = [0, *range(len(self._leaves) - 1, 0, -1)]  # the first one is filled last
             point("load:early")
@@ -104,7 +104,7 @@ class Early:
         while self._waits:
             number = self._waits[-1]
             leaf = self._leaves[number]
-            if not bundle.queued(leaf):
+            if not layout.queued(leaf):
                 now = time.monotonic()
                 end = end or now + SOON
                 if now >= end:
@@ -118,7 +118,7 @@ class Early:
             point("load:early-read")
 
     def _read(self, number: int) -> None:
-        bundle.peek_leaf(self._leaves[number], number, self._parts[number])
+        layout.peek_leaf(self._leaves[number], number, self._parts[number])
         self._waits.pop()
 
     def _make_state(self) -> State:
@@ -128,8 +128,8 @@ class Early:
         for part in parts:
             carried.extend(part)
         try:
-            bundle.check_total(self.header, len(carried))
-            self._state = bundle.state_of(self.header, carried)
+            layout.check_total(self.header, len(carried))
+            self._state = layout.state_of(self.header, carried)
         except BaseException:
             close_all(carried)
             raise

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, MutableMapping
 import msgpack
 
 from cprd.errors import Damaged, InvalidInput, LimitExceeded
-from cprd.rights import close_all
+from cprd.linux.rights import close_all
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:

@@ -20,11 +20,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
-from cprd import link, verbs, wire
+from cprd.client import link, verbs
+from cprd.client.verbs import Saved, Ticket
 from cprd.early import Early
 from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded, Timeout, Unavailable
+from cprd.protocol import messages
 from cprd.state import HasFileno, State
-from cprd.verbs import Saved, Ticket
 
 __all__ = ["Claim", "Daemon", "Prepared", "Saved", "connect"]
 
@@ -224,7 +225,7 @@ class _Connection(link.Line):
                 f"cprd at {self.path} accepted the connection and has not answered within"
                 f" {seconds:g} s"
             ) from None
-        except (link.Lost, wire.Garbled):
+        except (link.Lost, messages.Garbled):
             self._break()
             raise
         except CprdError:
@@ -346,7 +347,7 @@ class Daemon:
         return await self._connection.run(verbs.rows())
 
     async def show(self, name: str) -> dict[str, Any]:
-        from cprd.peek import describe_bundle
+        from cprd.bundle.inspect import describe_bundle
 
         row, bundle = await self._connection.run(verbs.show(name))
         return await trio.to_thread.run_sync(describe_bundle, row, bundle)
@@ -354,7 +355,7 @@ class Daemon:
     async def status(self) -> dict[str, Any]:
         return await self._connection.run(verbs.status())
 
-    async def wait(self, name: str, timeout: float = wire.MAX_WAIT) -> int:
+    async def wait(self, name: str, timeout: float = messages.MAX_WAIT) -> int:
         connection = self._connection.for_waiting(timeout)
         try:
             return await connection.run(verbs.wait(name, timeout))

@@ -61,7 +61,7 @@ def until(true: Callable[[], object], what: Callable[[], str]) -> None:
 
 
 class DaemonProcess:
-    """`python -m cprd.main --socket PATH` as a process of its own."""
+    """`python -m cprd.daemon.command --socket PATH` as a process of its own."""
 
     def __init__(
         self,
@@ -73,7 +73,14 @@ class DaemonProcess:
     ) -> None:
         """`config`: TOML. `nofile`: soft and hard RLIMIT_NOFILE. `env` is added to ours."""
         self.path = str(place / "cprd.sock")
-        self.command = [sys.executable, "-m", "cprd.main", "--socket", self.path, *arguments]
+        self.command = [
+            sys.executable,
+            "-m",
+            "cprd.daemon.command",
+            "--socket",
+            self.path,
+            *arguments,
+        ]
         if config:
             (place / "cprd.toml").write_text(config)
             self.command += ["--config", str(place / "cprd.toml")]

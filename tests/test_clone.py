@@ -1,4 +1,4 @@
-"""A plain clone on a machine that has Python and nothing else: cprd/bootstrap.py and what follows.
+"""A plain clone on a machine that has Python and nothing else: tools/bootstrap.py and what follows.
 
 Each test has a clone of its own, whose pyproject.toml asks for one package, `held`, and whose
 cprctl needs it. Its wheel lies in a directory that pip is pointed to, so that the real venv and the
@@ -60,7 +60,7 @@ class Clone:
         }
 
     def command(self, *extras: str) -> list[str]:
-        return [sys.executable, "-I", str(self.path / "cprd/bootstrap.py"), *extras]
+        return [sys.executable, "-I", str(self.path / "tools/bootstrap.py"), *extras]
 
     def prepare(self, *extras: str) -> subprocess.CompletedProcess[str]:
         return self.run(*self.command(*extras))

@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cprd.holds import TRANSITIONS
-from cprd.wire import REQUESTS
+from cprd.protocol.messages import REQUESTS
+from cprd.protocol.registry import TRANSITIONS
 from tests.conftest import DaemonProcess, until
 
 ROOT = Path(__file__).parent.parent

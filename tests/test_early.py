@@ -20,15 +20,17 @@ import trio
 
 import cprd
 import cprd.trio
-from cprd import link, rights, verbs, wire
-from cprd.bundle import HEADER, MAGIC, NODE, VERSION
-from cprd.link import open_socket, read
-from cprd.rights import receive, send
+from cprd.bundle.layout import HEADER, MAGIC, NODE, VERSION
+from cprd.client import link, verbs
+from cprd.client.link import open_socket, read
+from cprd.linux import rights
+from cprd.linux.rights import receive, send
+from cprd.protocol import messages
 from tests.conftest import DaemonProcess, open_fds, until
-from tests.programs.child import Child, Line
-from tests.programs.goods import Goods, goods
-from tests.programs.walk import NAME
-from tests.test_sweep import Walker, learn
+from tests.daemon.test_sweep import Walker, learn
+from tests.support.child import Child, Line
+from tests.support.goods import Goods, goods
+from tests.support.walk import NAME
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -288,7 +290,7 @@ def test_an_interrupted_save_is_let_go_by_all(
 
     with a_save_that_fails(daemon) as (connection, new):
         with monkeypatch.context() as patch:
-            patch.setattr("cprd.bundle.point", interrupt)
+            patch.setattr("cprd.bundle.layout.point", interrupt)
             with pytest.raises(Interrupt):
                 connection.save(NAME, new.state())
 
@@ -375,20 +377,22 @@ def test_a_daemon_that_stands_still_makes_it_wait(
 def raw(path: str, **limits: Any) -> Iterator[socket.SocketType]:
     with closing(open_socket(path)) as sock:
         sock.settimeout(10)
-        send(sock, wire.encode({"verb": "hello", "version": wire.VERSION, "limits": limits}))
+        send(
+            sock, messages.encode({"verb": "hello", "version": messages.VERSION, "limits": limits})
+        )
         read(sock, 0)
         yield sock
 
 
 def offer(cargo: Goods, verb: str, name: str = NAME) -> tuple[bytes, Any]:
     """A save of a small state, in its words; and the bundle, to be closed."""
-    from cprd.bundle import pack
+    from cprd.bundle.layout import pack
 
     packed = pack(cargo.state())
     fields: dict[str, Any] = {"fds": packed.fds, "bytes": packed.size, "parked": packed.parked}
     fields |= {"depth": packed.depth, "ttl": None, "after_exit": "no", "if_exists": "error"}
-    message = {"verb": verb, "name": name, **fields, "require": None, "nonce": wire.nonce()}
-    return wire.encode(message), packed
+    message = {"verb": verb, "name": name, **fields, "require": None, "nonce": messages.nonce()}
+    return messages.encode(message), packed
 
 
 WAIT = {"verb": "load", "name": NAME, "wait": 10.0, "lease": 5.0, "generation": None}
@@ -399,11 +403,11 @@ def test_who_did_not_ask_for_it_is_told_of_nothing_early(
     daemon: DaemonProcess, limits: dict[str, Any]
 ) -> None:
     with goods("new") as cargo, raw(daemon.path, **limits) as waits, raw(daemon.path) as saver:
-        send(waits, wire.encode({**WAIT, "nonce": wire.nonce()}))
+        send(waits, messages.encode({**WAIT, "nonce": messages.nonce()}))
         time.sleep(0.1)
         data, packed = offer(cargo, "announce")
         send(saver, data, [packed.fd])
-        send(saver, wire.FILLED)
+        send(saver, messages.FILLED)
         assert read(saver, 0).fields["generation"]
         packed.close()
         answer = read(waits, 0)
@@ -413,7 +417,7 @@ def test_who_did_not_ask_for_it_is_told_of_nothing_early(
 
 def test_what_is_announced_and_not_filled_is_let_go(daemon: DaemonProcess) -> None:
     with raw(daemon.path, early=True) as waits, raw(daemon.path) as saver:
-        send(waits, wire.encode({**WAIT, "nonce": wire.nonce()}))
+        send(waits, messages.encode({**WAIT, "nonce": messages.nonce()}))
         until(lambda: daemon.fds() > 0, lambda: "")
         base = daemon.fds()
         for end in ("not filled", "announced again", "another request", "the connection's"):
@@ -427,7 +431,7 @@ def test_what_is_announced_and_not_filled_is_let_go(daemon: DaemonProcess) -> No
                 early.close()
                 until(lambda: daemon.fds() == base + 1, lambda: f"{daemon.fds()}, not {base + 1}")
                 if end == "not filled":
-                    send(saver, wire.encode({"verb": "filled", "save": False}))
+                    send(saver, messages.encode({"verb": "filled", "save": False}))
                 elif end == "announced again":
                     with goods("again") as other:
                         data, packed = offer(other, "announce", "another")
@@ -435,9 +439,9 @@ def test_what_is_announced_and_not_filled_is_let_go(daemon: DaemonProcess) -> No
                         packed.close()
                         until(lambda: daemon.fds() == base + 1, lambda: f"{daemon.fds()}")
                         assert_let_go(cargo)
-                    send(saver, wire.encode({"verb": "filled", "save": False}))
+                    send(saver, messages.encode({"verb": "filled", "save": False}))
                 elif end == "another request":
-                    send(saver, wire.encode({"verb": "status"}))
+                    send(saver, messages.encode({"verb": "status"}))
                     assert read(saver, 0).fields["phases"] == {}
                 else:
                     saver.close()
@@ -448,7 +452,7 @@ def test_what_is_announced_and_not_filled_is_let_go(daemon: DaemonProcess) -> No
 def test_filled_without_an_announcement_is_refused(daemon: DaemonProcess) -> None:
     with raw(daemon.path) as sock:
         for _ in range(2):
-            send(sock, wire.FILLED)
+            send(sock, messages.FILLED)
             with pytest.raises(cprd.ProtocolError, match="nothing was announced"):
                 read(sock, 0)
 
@@ -456,8 +460,8 @@ def test_filled_without_an_announcement_is_refused(daemon: DaemonProcess) -> Non
 def test_an_announcement_is_refused_when_it_is_a_save(daemon: DaemonProcess) -> None:
     """Its errors are the save's."""
     with goods("new") as cargo, raw(daemon.path) as sock:
-        send(sock, wire.encode({"verb": "announce", "name": 7}))
-        send(sock, wire.FILLED)
+        send(sock, messages.encode({"verb": "announce", "name": 7}))
+        send(sock, messages.FILLED)
         with pytest.raises(cprd.ProtocolError, match="save: the field 'name' wants"):
             read(sock, 0)
         data, packed = offer(cargo, "announce", "no/such/name")
@@ -466,7 +470,7 @@ def test_an_announcement_is_refused_when_it_is_a_save(daemon: DaemonProcess) -> 
                 packed.close()
                 data, packed = offer(cargo, "announce")
             send(sock, data, [packed.fd] * count)
-            send(sock, wire.FILLED)
+            send(sock, messages.FILLED)
             with pytest.raises(cprd.CprdError, match=why):
                 read(sock, 0)
         packed.close()
@@ -508,7 +512,7 @@ def test_received_from_early_it_is_damaged(daemon: DaemonProcess) -> None:
     """A waiting program that receives instead of peeking destroys what is being saved: said so,
     and never served in part."""
     with goods("new", MANY) as cargo, raw(daemon.path, early=True) as waits:
-        send(waits, wire.encode({**WAIT, "nonce": wire.nonce()}))
+        send(waits, messages.encode({**WAIT, "nonce": messages.nonce()}))
         time.sleep(0.1)
         with saver_at(daemon, cargo, "pack:sent#3") as walker:
             early = read(waits, 0)
@@ -559,7 +563,7 @@ def test_an_interrupt_after_it_was_filled_lets_go_of_it(
             raise Interrupt
 
     def interrupted(sock: Any, data: bytes, *rest: Any) -> None:
-        if data == wire.FILLED:
+        if data == messages.FILLED:
             raise Interrupt
         real(sock, data, *rest)
 
@@ -581,7 +585,7 @@ def test_what_was_announced_is_let_go_before_a_later_request_waits(daemon: Daemo
         data, packed = offer(cargo, "announce")
         send(sock, data, [packed.fd])
         packed.close()
-        send(sock, wire.encode({**WAIT, "nonce": wire.nonce()}))
+        send(sock, messages.encode({**WAIT, "nonce": messages.nonce()}))
         assert_let_go(cargo)
 
 
@@ -602,7 +606,7 @@ def test_a_daemon_without_a_descriptor_for_it_answers_once(
     with goods("new", MANY) as new, goods("a") as a, daemon.connect() as connection:
         connection.save("a", a.state())
         with monkeypatch.context() as patch:
-            patch.setattr("cprd.bundle.point", at)
+            patch.setattr("cprd.bundle.layout.point", at)
             with pytest.raises(cprd.LimitExceeded, match="no descriptor left to receive with"):
                 connection.save(NAME, new.state())
         with connection.load("a") as claim:
@@ -618,7 +622,7 @@ def test_what_is_announced_with_too_many_descriptors_is_not_kept(daemon: DaemonP
         packed.close()
         assert_let_go(cargo)
         daemon.await_fds(base)
-        send(sock, wire.FILLED)
+        send(sock, messages.FILLED)
         with pytest.raises(cprd.ProtocolError, match="wants 1 descriptors with it, has 0"):
             read(sock, 0)
 
@@ -677,7 +681,7 @@ def test_a_claim_that_is_forgotten_meanwhile(
         forgotten.append(forgotten)
         del forgotten
         with monkeypatch.context() as patch:
-            patch.setattr("cprd.bundle.point", at)
+            patch.setattr("cprd.bundle.layout.point", at)
             connection.save(NAME, new.state())
         assert {row["phase"] for row in connection.list()} == {"held"}
 

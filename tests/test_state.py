@@ -15,11 +15,10 @@ import msgpack
 import pytest
 
 from cprd import InvalidInput, LimitExceeded, State
-from cprd.bundle import pack, unpack
+from cprd.bundle.layout import pack, unpack
 from cprd.state import SEALS
-
-from .conftest import open_fds
-from .test_bundle import full_table, of, opened
+from tests.bundle.test_bundle import full_table, of, opened
+from tests.conftest import open_fds
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cprd.errors import Busy, CprdError, InvalidInput, NotHeld
-from cprd.streams import note, stand_in
+from cprd.linux.stdio import note, stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -80,7 +80,7 @@ def exit_status(error: CprdError) -> int:
 
 def fail(why: str, status: int) -> int:
     """Say why on one line of stderr; returns `status`."""
-    from cprd.describe import printable
+    from cprd.linux.describe import printable
 
     note(f"cprctl: {printable(' '.join(why.split()))}")
     return status

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cprd.cli.names import listen_fdnames
 from cprd.errors import CprdError, InvalidInput, LimitExceeded
-from cprd.streams import flush, note
+from cprd.linux.stdio import flush, note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

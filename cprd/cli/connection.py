@@ -14,6 +14,6 @@ if TYPE_CHECKING:
 def connect(args: argparse.Namespace) -> Daemon:
     """Speak to the daemon; the caller closes it. Raises Unavailable when nobody answers."""
     import cprd
-    from cprd.paths import default_socket
+    from cprd.linux.paths import default_socket
 
     return cprd.connect(args.socket or default_socket(user=args.user))

@@ -151,7 +151,7 @@ def run_save(args: argparse.Namespace) -> int:
 
 
 def run_start(args: argparse.Namespace) -> int:
-    from cprd.paths import default_socket
+    from cprd.linux.paths import default_socket
     from cprd.qemu.start import start
 
     return start(
@@ -178,7 +178,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 def run_stop(args: argparse.Namespace) -> int:
-    from cprd.paths import default_socket
+    from cprd.linux.paths import default_socket
     from cprd.qemu import interrupt
     from cprd.qemu.stop import stop
 

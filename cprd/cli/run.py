@@ -118,7 +118,7 @@ def _adopt(state: State, addresses: list[Address], crew: Crew) -> None:
     import os
 
     from cprd.cli.addresses import match, open_listener
-    from cprd.streams import note
+    from cprd.linux.stdio import note
 
     if addresses:
         ids = match(addresses, {id: fd for _, id, fd in state.fds(KEY)})

@@ -151,7 +151,7 @@ def _process(after_exit: str | None) -> int:
     import os
 
     from cprd.errors import InvalidInput
-    from cprd.streams import note
+    from cprd.linux.stdio import note
 
     if after_exit is None:
         return -1

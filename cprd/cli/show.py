@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(hold: dict[str, Any]) -> None:
     from cprd.cli.table import seconds, show_rows
-    from cprd.describe import printable, size
+    from cprd.linux.describe import printable, size
 
     facts = [f"generation {hold.get('generation')}", str(hold.get("phase"))]
     facts += [f"uid {hold.get('uid')}", f"{hold.get('fds')} fds", f"age {seconds(hold.get('age'))}"]

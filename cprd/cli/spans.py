@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DAY = 24 * 3600  # cprd.wire.MAX_WAIT, MAX_LEASE
-YEARS = 10 * 365 * DAY  # cprd.wire.MAX_TTL
+DAY = 24 * 3600  # cprd.protocol.messages.MAX_WAIT, MAX_LEASE
+YEARS = 10 * 365 * DAY  # cprd.protocol.messages.MAX_TTL
 
 
 def seconds(most: int) -> Callable[[str], float]:

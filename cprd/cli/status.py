@@ -19,7 +19,7 @@ def add_parser(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> int:
     from cprd.cli.connection import connect
     from cprd.cli.table import print_json
-    from cprd.describe import printable
+    from cprd.linux.describe import printable
 
     with connect(args) as daemon:
         status = daemon.status()

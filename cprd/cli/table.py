@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from cprd.describe import printable
+from cprd.linux.describe import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

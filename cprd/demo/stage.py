@@ -257,7 +257,9 @@ class _Play:
         )
 
     async def set_up(self) -> None:
-        daemon = self._start("-c", "import sys; from cprd.main import main; sys.exit(main())")
+        daemon = self._start(
+            "-c", "import sys; from cprd.daemon.command import main; sys.exit(main())"
+        )
         await _answers(daemon, self.folder / "cprd.sock")
         self.server = self._start("-m", "cprd.demo.server", NAME)
         self.port = await self.server.ready()

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cprd.client.verbs import Abandoned
 from cprd.errors import Busy, CprdError, Fenced, NotHeld, Unavailable
 from cprd.qemu.failure import Failed
 from cprd.qemu.settle import look
-from cprd.verbs import Abandoned
 
 if TYPE_CHECKING:
     from cprd import Daemon, Prepared

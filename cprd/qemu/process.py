@@ -12,7 +12,7 @@ import select
 import signal
 from typing import TYPE_CHECKING, Any
 
-from cprd.peers import credentials, has_ended
+from cprd.linux.processes import credentials, has_ended
 
 if TYPE_CHECKING:
     import socket

@@ -18,14 +18,15 @@ import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cprd import cpr, rights
+from cprd import cpr
 from cprd.errors import CprdError, Damaged, LimitExceeded, Timeout
+from cprd.linux import rights
+from cprd.linux.rights import close_all
 from cprd.qemu import stream
 from cprd.qemu.failure import MonitorRefused, Refused
 from cprd.qemu.process import readable, soon_readable
 from cprd.qemu.qmp import migration_is
 from cprd.qemu.unstick import unstick, why
-from cprd.rights import close_all
 from cprd.vmstate.channel import Tape
 
 if TYPE_CHECKING:

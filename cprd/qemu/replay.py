@@ -13,7 +13,7 @@ import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cprd import rights
+from cprd.linux import rights
 from cprd.qemu.failure import Failed, MonitorBusy, MonitorLost
 from cprd.qemu.process import readable, soon_readable, writable
 from cprd.qemu.qmp import Monitor

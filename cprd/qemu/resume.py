@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import cprd
 from cprd.errors import Busy, CprdError, Damaged, NotHeld
-from cprd.pause import point
+from cprd.linux.pause import point
 from cprd.qemu import interrupt, launch
 from cprd.qemu.aside import aside
 from cprd.qemu.failure import (

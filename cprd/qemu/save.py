@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from cprd.errors import Busy, CprdError, NotHeld, Timeout, Unavailable
-from cprd.pause import point
+from cprd.linux.pause import point
 from cprd.qemu import interrupt, stream
 from cprd.qemu.check import KEPT, examine
 from cprd.qemu.failure import (

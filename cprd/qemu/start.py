@@ -17,13 +17,13 @@ import os
 import sys
 
 from cprd.errors import Busy
-from cprd.pause import point
+from cprd.linux.pause import point
+from cprd.linux.stdio import flush
 from cprd.qemu.command import Command
 from cprd.qemu.failure import Refused
 from cprd.qemu.launch import Plumbing, execute, hear, say
 from cprd.qemu.taken import refuse_taken
 from cprd.qemu.version import version_of
-from cprd.streams import flush
 
 TOLD = "NOTIFY_SOCKET"
 

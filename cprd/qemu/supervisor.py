@@ -10,7 +10,7 @@ from cprd.errors import CprdError
 
 def tell(message: str) -> None:
     """Send a notification, if a manager asked for some. A manager that is away is no failure."""
-    from cprd.systemd import Manager, drive
+    from cprd.systemd.notify import Manager, drive
 
     try:
         manager = Manager.from_environment(os.environ)
@@ -25,8 +25,8 @@ def tell(message: str) -> None:
 def succeed(pid: int, status: str) -> None:
     """Say that `pid` is the service from now on, and wait until the manager has seen it: the old
     main process may end only then."""
-    from cprd.systemd import Manager, drive, mainpid
-    from cprd.systemd import status as status_line
+    from cprd.systemd.notify import Manager, drive, mainpid
+    from cprd.systemd.notify import status as status_line
 
     manager = Manager.from_environment(os.environ)
     if manager is None:

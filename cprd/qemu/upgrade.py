@@ -29,7 +29,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cprd.errors import CprdError, Fenced, Timeout, Unavailable
-from cprd.pause import point
+from cprd.linux.pause import point
+from cprd.linux.stdio import flush
 from cprd.qemu import interrupt, launch, stream
 from cprd.qemu.check import about_command_line, examine
 from cprd.qemu.failure import Failed, InDoubt, MonitorLost, Refused
@@ -61,7 +62,6 @@ from cprd.qemu.supervisor import succeed
 from cprd.qemu.version import version_of
 from cprd.qemu.voice import onward
 from cprd.state import SEALS
-from cprd.streams import flush
 
 if TYPE_CHECKING:
     from cprd import Daemon, Prepared

@@ -14,9 +14,9 @@ import socket
 import time
 from types import SimpleNamespace
 
-from cprd import rights
 from cprd.errors import InvalidInput, LimitExceeded, Timeout, Unavailable
-from cprd.rights import close_all
+from cprd.linux import rights
+from cprd.linux.rights import close_all
 from cprd.vmstate.description import VMStateDescription, encode, get, place
 from cprd.vmstate.stream import Source, Stream, VMStateError
 

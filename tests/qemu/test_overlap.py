@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cprd.peers import credentials
+from cprd.linux.processes import credentials
 from cprd.qemu.overlap import SharedPaths, mend
 from cprd.qemu.private import MARK, PrivatePlace
 from cprd.qemu.process import Process

@@ -38,7 +38,13 @@ class Users(Machine):
 def python() -> str:
     """An interpreter which that user may run, with all that we need; "" when there is none."""
     for found in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
-        words = [*USER, f"PYTHONPATH={PATHS}", found, "-c", "import cprd.main, cprd.cli, qemu.qmp"]
+        words = [
+            *USER,
+            f"PYTHONPATH={PATHS}",
+            found,
+            "-c",
+            "import cprd.daemon.command, cprd.cli, qemu.qmp",
+        ]
         if subprocess.run(words, capture_output=True, check=False, cwd="/").returncode == 0:
             return found
     return ""
@@ -68,7 +74,7 @@ def vm(place: Path) -> Iterator[Users]:
     (place / "run").mkdir()
     for path in (place, *place.iterdir()):
         os.chown(path, UID, UID)
-    words = [*USER, interpreter, "-m", "cprd.main", "--socket", machine.daemon]
+    words = [*USER, interpreter, "-m", "cprd.daemon.command", "--socket", machine.daemon]
     with open(place / "cprd.log", "wb") as log:
         daemon = subprocess.Popen(words, env=machine.env, stdout=log, stderr=log)
     try:

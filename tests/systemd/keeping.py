@@ -27,19 +27,19 @@ UNIT = "cprd.service"
 
 PROGRAM = """
 import os, signal, sys
-import cprd.pause, cprd.shelf, cprd.keeper, cprd.store
+import cprd.linux.pause, cprd.daemon.storage.shelf, cprd.daemon.storage.shelves, cprd.daemon.storage.fdstore
 
 def arm(*_):
     with open("/run/cprd/pause") as file:
-        cprd.pause._where = file.read()
-    cprd.pause._hits.clear()
+        cprd.linux.pause._where = file.read()
+    cprd.linux.pause._hits.clear()
 
 signal.signal(signal.SIGUSR1, arm)
 if os.path.exists("/run/cprd/pause-at-start"):
-    cprd.pause._where = open("/run/cprd/pause-at-start").read()
+    cprd.linux.pause._where = open("/run/cprd/pause-at-start").read()
 if os.path.exists("/run/cprd/settings"):
     exec(open("/run/cprd/settings").read())
-from cprd.main import main
+from cprd.daemon.command import main
 main()
 """
 

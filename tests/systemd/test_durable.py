@@ -13,13 +13,13 @@ from collections.abc import Callable
 import pytest
 
 import cprd
-from cprd.holds import HELD, UNREADABLE
-from tests.memory import Memory
+from cprd.protocol.registry import HELD, UNREADABLE
+from tests.support.memory import Memory
 
 from .keeping import UNIT, Keeping, Task, things
 from .machine import Machine
 
-SMALL = "cprd.shelf.WANTED_BUFFER = 8192\ncprd.keeper.MAX_RECORDS = 3\n"
+SMALL = "cprd.daemon.storage.shelf.WANTED_BUFFER = 8192\ncprd.keeper.MAX_RECORDS = 3\n"
 
 
 def entries(keeping: Keeping) -> int:
@@ -77,7 +77,7 @@ def test_the_store_stays_small_however_much_is_held_and_ended(systemd: Machine) 
 def test_a_stream_of_saves_does_not_outrun_the_store(systemd: Machine) -> None:
     """A shelf as large as a kernel's usual wmem_max lets it be is written anew every 140 saves; by
     then the manager has to have the next one."""
-    keeping = Keeping(systemd, settings="cprd.shelf.WANTED_BUFFER = 212992\n")
+    keeping = Keeping(systemd, settings="cprd.daemon.storage.shelf.WANTED_BUFFER = 212992\n")
     with keeping.connect() as daemon:
         for number in range(1000):
             assert daemon.save("stream", cprd.State()).kept == "store", number
@@ -117,7 +117,11 @@ def test_in_a_store_with_hardly_any_room_what_is_called_stored_is(
 
 def test_room_taken_away_is_noticed_and_used_again_when_it_is_back(systemd: Machine) -> None:
     """With FileDescriptorStoreMax= lowered, `systemctl daemon-reload` drops what exceeds it."""
-    keeping = Keeping(systemd, settings=SMALL + "cprd.store.RECHECK = cprd.store.RETRY = 0.2\n")
+    keeping = Keeping(
+        systemd,
+        settings=SMALL
+        + "cprd.daemon.storage.fdstore.RECHECK = cprd.daemon.storage.fdstore.RETRY = 0.2\n",
+    )
     with things(1) as (thing,), keeping.connect() as daemon:
         assert daemon.save("first", thing.state, require="store").kept == "store"
         thing.saved()
@@ -164,7 +168,7 @@ def test_room_that_only_the_spare_had_is_taken_away_before_it_takes_over(
 def test_a_rewrite_while_the_manager_is_busy_removes_nothing_too_early(systemd: Machine) -> None:
     """While it is asked whether one shelf is stored, two others take over, the second one not
     stored."""
-    keeping = Keeping(systemd, settings=SMALL + "cprd.store.RECHECK = 1.0\n")
+    keeping = Keeping(systemd, settings=SMALL + "cprd.daemon.storage.fdstore.RECHECK = 1.0\n")
     with things(1) as (thing,), keeping.connect() as daemon:
         daemon.save("first", thing.state, require="store")
         thing.saved()
@@ -209,7 +213,7 @@ def test_required_to_be_stored_it_is_refused_where_its_own_slot_is_not(systemd: 
 
 def test_a_shelf_that_was_stored_once_is_not_taken_out_by_the_next_cprd(systemd: Machine) -> None:
     """The store became smaller, the shelf was written anew and is not stored; SIGHUP."""
-    fast = "cprd.store.RECHECK = cprd.store.RETRY = 0.3\n"
+    fast = "cprd.daemon.storage.fdstore.RECHECK = cprd.daemon.storage.fdstore.RETRY = 0.3\n"
     keeping = Keeping(systemd, settings=SMALL + fast)
     with things(1) as (thing,), keeping.connect() as daemon:
         daemon.save("first", thing.state, require="store")
@@ -268,11 +272,11 @@ def test_filled_by_strangers_it_loses_nothing_that_was_stored(systemd: Machine) 
 
 def test_a_downgrade_by_a_crash_and_an_upgrade_after_it_lose_nothing(systemd: Machine) -> None:
     """The newer one's shelf lies beside the older one's in the store, and neither grows there."""
-    newer = SMALL + "cprd.shelf.VERSION = 3\ncprd.slot.VERSION = 2\n"
+    newer = SMALL + "cprd.daemon.storage.shelf.VERSION = 3\ncprd.slot.VERSION = 2\n"
     keeping = Keeping(systemd, settings=newer)
     with things(1, 2, 3) as (new, shared, old), keeping.connect() as daemon:
         daemon.save("new", new.state, require="store")
-        keeping.settings(newer.replace("cprd.slot.VERSION = 2", ""))
+        keeping.settings(newer.replace("cprd.daemon.storage.slot.VERSION = 2", ""))
         keeping.kill()
         daemon.save("shared", shared.state)
         for thing in (new, shared):

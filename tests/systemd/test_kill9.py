@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import cprd
-from cprd.holds import CLAIMED, HELD, IN_DOUBT, PREPARED
+from cprd.protocol.registry import CLAIMED, HELD, IN_DOUBT, PREPARED
 
 from .keeping import UNIT, Keeping, Task, Thing, things
 from .machine import Machine
@@ -262,7 +262,7 @@ def test_killed_at_each_step_it_is_done_once(keeping: Keeping, verb: type[Step])
     keeping.await_kept("store")
 
 
-SMALL = "cprd.shelf.WANTED_BUFFER = 8192\ncprd.keeper.MAX_RECORDS = 2\n"
+SMALL = "cprd.daemon.storage.shelf.WANTED_BUFFER = 8192\ncprd.keeper.MAX_RECORDS = 2\n"
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""cprd.systemd against the real store: what is kept, what is silently not, and what comes back.
+"""cprd.systemd.notify against the real store: what is kept, what is silently not, and what comes back.
 
 Each test runs a small service whose main process is the program given; what it prints is in the
 journal.
@@ -11,7 +11,7 @@ import signal
 import textwrap
 from pathlib import Path
 
-from cprd import systemd as own
+from cprd.systemd import notify as own
 
 from .machine import Machine
 

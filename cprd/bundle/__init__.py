@@ -1,0 +1,1 @@
+"""A whole state packed into one descriptor: layout, packing, reading, looking inside."""

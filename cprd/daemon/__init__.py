@@ -1,0 +1,1 @@
+"""The daemon: connections, requests, steps of the life cycle."""

@@ -1,0 +1,1 @@
+"""Where holds outlive the daemon: slots, shelves, systemd's descriptor store."""

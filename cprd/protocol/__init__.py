@@ -1,0 +1,1 @@
+"""The messages and the life cycle of holds. No I/O, no clock."""

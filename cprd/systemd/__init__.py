@@ -1,0 +1,1 @@
+"""The service manager's protocols: notifications, the descriptor store."""

@@ -1,0 +1,301 @@
+"""The daemon as a process: how it starts, what it refuses to start with, how it ends, its log."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cprd
+from cprd.daemon import command
+from cprd.daemon import config as configuration
+from tests.conftest import CHECKOUT, PATIENCE, DaemonProcess, until
+from tests.support.goods import goods, state_of
+
+Start = Callable[..., DaemonProcess]
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run cprd until it ends by itself."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("CPRD_")}
+    return subprocess.run(
+        [sys.executable, "-m", "cprd.daemon.command", *arguments],
+        env={**kept, "PYTHONPATH": str(CHECKOUT), **env},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def test_sigterm_ends_it_cleanly_and_takes_its_socket_away(daemon: DaemonProcess) -> None:
+    with daemon.connect() as connection:
+        connection.save("web", state_of("x", [], []))
+        assert daemon.stop() == 0
+        assert not os.path.exists(daemon.path)
+        daemon.await_log("stopping signal=SIGTERM lost=1")
+    with pytest.raises(cprd.Unavailable, match="no cprd answers"):
+        cprd.connect(daemon.path)
+
+
+def test_what_waits_ends_with_the_daemon(daemon: DaemonProcess) -> None:
+    assert daemon.process is not None
+    with daemon.connect() as connection:
+        connection.status()
+        daemon.process.send_signal(signal.SIGINT)
+        assert daemon.process.wait(10) == 0
+        daemon.await_log("stopping signal=SIGINT")
+
+
+def test_a_stale_socket_is_taken_over(daemon: DaemonProcess) -> None:
+    daemon.kill()
+    assert os.path.exists(daemon.path)
+    daemon.start()
+    daemon.connect().close()
+
+
+def test_a_living_daemons_socket_is_not_taken_over(daemon: DaemonProcess) -> None:
+    second = run("--socket", daemon.path)
+    assert second.returncode == 1
+    assert second.stderr == f"cprd: another cprd serves {daemon.path}\n"
+    daemon.connect().close()
+
+
+def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    refused = run("--socket", str(tmp_path / "file"))
+    assert refused.returncode == 1
+    assert "is not a socket" in refused.stderr
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = run("--socket", str(tmp_path / "file" / "cprd.sock"))
+    assert refused.returncode == 1
+    assert str(tmp_path / "file") in refused.stderr
+
+
+def test_check_serves_nothing_and_says_what_it_would(tmp_path: Path) -> None:
+    config = tmp_path / "cprd.toml"
+    config.write_text("[limits]\nholds = 7\nlease = 1.5\n")
+    path = str(tmp_path / "cprd.sock")
+    good = run("--check", "--config", str(config), "--socket", path)
+    assert good.returncode == 0
+    assert path in good.stdout
+    assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[limits]\nhold = 7\n", "limits.hold"),
+        ("[limits]\nholds = 0\n", "limits.holds"),
+        ("[limits]\nholds = true\n", "limits.holds"),
+        ('[limits]\nholds = "7"\n', "limits.holds"),
+        ("limits = 3\n", "limits"),
+        ("[limit]\nholds = 7\n", "limit"),
+        ("[limits\n", "cprd.toml"),
+        (None, "cprd.toml"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_and_named(
+    tmp_path: Path, text: str | None, named: str
+) -> None:
+    config = tmp_path / "cprd.toml"
+    if text is not None:
+        config.write_text(text)
+    for check in (["--check"], []):
+        refused = run("--config", str(config), "--socket", str(tmp_path / "s"), *check)
+        assert refused.returncode == 1
+        assert named in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    assert not os.path.exists(tmp_path / "s")
+
+
+def test_the_systems_configuration_is_read_where_none_is_named_and_not_for_a_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cprd.toml"
+    monkeypatch.setattr(configuration, "SYSTEM", str(file))
+    monkeypatch.setenv("INVOCATION_ID", "0" * 32)  # as a service has it
+    assert configuration.default_path(user=False) == ""
+    file.symlink_to(tmp_path / "nowhere")
+    assert configuration.default_path(user=False) == str(file)
+    assert configuration.default_path(user=True) == ""
+    with pytest.raises(cprd.CprdError, match=r"cprd\.toml"):
+        configuration.read(configuration.default_path(user=False))
+    monkeypatch.delenv("INVOCATION_ID")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert configuration.default_path(user=False) == ""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert configuration.default_path(user=False) == str(file)
+
+
+def test_wrong_usage_ends_with_2() -> None:
+    assert run("--soccet", "x").returncode == 2
+
+
+def test_without_a_runtime_directory_user_says_what_is_missing() -> None:
+    refused = run("--user", XDG_RUNTIME_DIR="")
+    assert refused.returncode == 1
+    assert "$XDG_RUNTIME_DIR" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("release", "good"),
+    [("5.9.16", False), ("4.19.0-27-amd64", False), ("5.10.0", True), ("6.1.0-13-arm64", True)],
+)
+def test_an_old_kernel_is_refused_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, release: str, good: bool
+) -> None:
+    real = os.uname()
+    fake = os.uname_result((real.sysname, real.nodename, release, real.version, real.machine))
+    monkeypatch.setattr(os, "uname", lambda: fake)
+    if good:
+        command._check_kernel()
+    else:
+        with pytest.raises(cprd.Unavailable, match=re.escape(release)):
+            command._check_kernel()
+
+
+def test_one_line_an_event_and_nothing_of_what_is_held(daemon: DaemonProcess) -> None:
+    secret = "hunter2-and-more"
+    name = 'naïve name="x'
+    with daemon.connect() as connection, goods(secret) as cargo:
+        state = cargo.state()
+        state["password"] = {secret: secret}
+        state.save_fd(secret, 0, cargo.eventfds[0])
+        connection.save(name, state)
+        connection.load(name).close()
+        with pytest.raises(cprd.AlreadyHeld):
+            connection.save(name, state)
+        with connection.load(name):
+            pass
+        with pytest.raises(cprd.NotHeld):
+            connection.load(name)
+    daemon.stop()
+    lines = daemon.log()
+    assert not [line for line in lines if secret in line]
+    events = [line.split()[0] for line in lines]
+    assert events == [
+        "ready",
+        *("held", "claimed", "held", "refused", "claimed", "ended", "refused"),
+        "stopping",
+    ]
+    for line in lines:
+        assert re.fullmatch(r'[a-z-]+( [a-z_]+=("[^"]*"|[^ "=]+|\'[^\']*\'))*', line), line
+    held = lines[1]
+    assert f"uid={os.geteuid()} " in held
+    assert "generation=" in held
+
+
+def test_a_name_cannot_forge_a_line_of_the_log(daemon: DaemonProcess) -> None:
+    with daemon.connect() as connection:
+        for name in ("x\nended", "x\x1b[31m", "x\u2028y"):
+            with pytest.raises(cprd.InvalidInput):
+                connection.drop(name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        import msgpack
+
+        from cprd.client import verbs
+
+        sock.connect(daemon.path)
+        sock.send(next(verbs.hello()).data)
+        sock.recv(65536)
+        drop = {"verb": "drop", "name": "x\nended", "force": True, "nonce": b"n" * 16}
+        sock.send(msgpack.packb(drop))
+        sock.recv(65536)
+        sock.send(msgpack.packb({"verb": "x\nended how=drop"}))
+        sock.recv(65536)
+    daemon.stop()
+    assert not [line for line in daemon.log() if line.startswith("ended")]
+
+
+def test_it_accepts_again_when_descriptors_are_free_again(
+    start_daemon: Callable[..., DaemonProcess],
+) -> None:
+    """Without a descriptor left it turns clients away, lives, and comes back by itself."""
+    daemon = start_daemon(nofile=(64, 64), config="[limits]\nconnections = 500\n")
+    socks = []
+    try:
+        for _ in range(100):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            sock.settimeout(10)
+            sock.connect(daemon.path)
+            socks.append(sock)
+    finally:
+        for sock in socks:
+            sock.close()
+    assert daemon.alive()
+    with daemon.connect() as connection:
+        assert connection.list() == []
+
+
+# Its log
+
+
+def test_a_log_that_nobody_reads_makes_nobody_wait(start_daemon: Start) -> None:
+    daemon = start_daemon()
+    with daemon.connect() as connection:
+        daemon.leave_log_unread(True)
+        try:
+            for _ in range(1500):  # more than the pipe takes, and a thousand lines
+                connection.save("web", cprd.State())
+                connection.drop("web")
+        finally:
+            daemon.leave_log_unread(False)
+        assert daemon.await_log("log-lines-lost")
+        connection.save("last", cprd.State())
+        assert daemon.await_log("name=last")
+
+
+@pytest.mark.parametrize("closed", ["its reader", "stdin, stdout and stderr"])
+def test_a_log_that_has_gone_costs_nothing(tmp_path: Path, closed: str) -> None:
+    path = str(tmp_path / "sock")
+    command = [sys.executable, "-m", "cprd.daemon.command", "--socket", path]
+    if closed != "its reader":
+        command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    )
+    assert process.stderr is not None
+    process.stderr.close()
+    try:
+        until(lambda: os.path.exists(path), lambda: "no socket")
+        with cprd.connect(path) as connection:
+            connection.save("web", cprd.State())
+
+            def started() -> float:
+                return time.monotonic() - float(connection.status()["uptime"])
+
+            before = started()
+            os.kill(process.pid, signal.SIGHUP)
+            until(lambda: started() > before + 0.03, lambda: "not re-executed")
+            assert [row["name"] for row in connection.list()] == ["web"]
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+        assert not os.path.exists(path)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_socket_of_another_daemon_stays_where_it_is(start_daemon: Start) -> None:
+    """Somebody removed the file, and started another one in its place."""
+    first = start_daemon()
+    os.unlink(first.path)
+    start_daemon("--socket", first.path)
+    with cprd.connect(first.path) as connection:
+        connection.save("web", cprd.State())
+        first.stop()
+        with cprd.connect(first.path) as second:
+            assert [row["name"] for row in second.list()] == ["web"]

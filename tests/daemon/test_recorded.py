@@ -1,0 +1,250 @@
+"""What version 1 of the records looked like, byte for byte, as cprd 0.1.0 wrote them.
+
+Any later cprd has to read these: they lie in the store of a machine that is upgraded. So do not
+write them anew when a format changes: add what the new version writes, and keep reading these.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import cprd
+from cprd.bundle import layout
+from cprd.daemon.closer import Closer
+from cprd.daemon.storage import shelf, slot
+from cprd.daemon.storage.shelves import Keeper
+from cprd.protocol.registry import HELD, IN_DOUBT, Hold
+from cprd.state import SEALS
+
+BUNDLE = bytes.fromhex("435052420100010002000000020000000d000000000000000000000000000000")
+MANIFEST = bytes.fromhex(
+    """
+    83a873656374696f6e739294a5776f726473c300c40881a574616c6c792a94a3726177c200c4056279746573
+    a3696473c60000000403000000a56e616d6573c6000000056576656e74
+    """
+)
+# Before `parked` was written.
+EARLY_RECORD = bytes.fromhex(
+    """
+    435052530100e803000001002a36fe9c97170477c3a96283a5726f6c657390a7616e73776572739184a37569
+    64cd03e8a56e6f6e6365c41062626262626262626262626262626262a6616e7377657282aa67656e65726174
+    696f6ecf17979cfe362a0001a5746f6b656ec400a26174cb408f420000000000a4686f6c64de0014a5706861
+    7365a468656c64a366647301a473697a6507a763726561746564cb408f420000000000a765787069726573cb
+    409f420000000000a874746c5f6c656674c0a8617474656d70747301ab6c6173745f72656a656374a26e6fa6
+    726561736f6ea0a57361766572cd1092aa61667465725f65786974ffa8636c61696d616e7400ad6c6173745f
+    636c61696d616e74cd1093a5746f6b656ec400a56c65617365cb0000000000000000a8646561646c696e65cb
+    0000000000000000a6616374696e6700a5626567756ec2a4626f726ec4106262626262626262626262626262
+    6262a46c617374c4106c6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c
+    """
+)
+HELD_RECORD = bytes.fromhex(
+    """
+    435052530100e803000001002a36fe9c97170477c3a96283a5726f6c657390a7616e73776572739184a37569
+    64cd03e8a56e6f6e6365c41062626262626262626262626262626262a6616e7377657282aa67656e65726174
+    696f6ecf17979cfe362a0001a5746f6b656ec400a26174cb408f420000000000a4686f6c64de0015a5706861
+    7365a468656c64a366647301a473697a6507a763726561746564cb408f420000000000a765787069726573cb
+    409f420000000000a874746c5f6c656674c0a8617474656d70747301ab6c6173745f72656a656374a26e6fa6
+    726561736f6ea0a57361766572cd1092aa61667465725f65786974ffa8636c61696d616e7400ad6c6173745f
+    636c61696d616e74cd1093a5746f6b656ec400a56c65617365cb0000000000000000a8646561646c696e65cb
+    0000000000000000a6616374696e6700a67061726b656402a5626567756ec2a4626f726ec410626262626262
+    62626262626262626262a46c617374c4106c6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c
+    """
+)
+DOUBT_RECORD = bytes.fromhex(
+    """
+    435052530100e803000001002a36fe9c97170477c3a96283a5726f6c657393aa61667465725f65786974a863
+    6c61696d616e74a6616374696e67a7616e73776572739284a3756964cd03e8a56e6f6e6365c4106262626262
+    6262626262626262626262a6616e7377657282aa67656e65726174696f6ecf17979cfe362a0001a5746f6b65
+    6ec400a26174cb408f42000000000084a3756964cd03e8a56e6f6e6365c4104c4c4c4c4c4c4c4c4c4c4c4c4c
+    4c4c4ca6616e7377657280a26174cb408f900000000000a4686f6c64de0015a57068617365a8696e2d646f75
+    6274a366647301a473697a6507a763726561746564cb408f420000000000a765787069726573c0a874746c5f
+    6c656674cb404e000000000000a8617474656d70747302ab6c6173745f72656a656374a26e6fa6726561736f
+    6ea5626567756ea57361766572cd1092aa61667465725f65786974cd1092a8636c61696d616e74cd1093ad6c
+    6173745f636c61696d616e7400a5746f6b656ec41074747474747474747474747474747474a56c65617365cb
+    403e000000000000a8646561646c696e65cb0000000000000000a6616374696e67cd1094a67061726b656402
+    a5626567756ec3a4626f726ec41062626262626262626262626262626262a46c617374c4104c4c4c4c4c4c4c
+    4c4c4c4c4c4c4c4c4c
+    """
+)
+LAST_RECORD = bytes.fromhex(
+    """
+    435052530100e803000001002a36fe9c9717009184a3756964cd03e8a56e6f6e6365c4106262626262626262
+    6262626262626262a6616e7377657282aa67656e65726174696f6ecf17979cfe362a0001a5746f6b656ec400
+    a26174cb408f420000000000
+    """
+)
+SHELF_HEADER = bytes.fromhex("4350524801006881a66e756d62657207")
+SHELF_SLOTS = bytes.fromhex("4350524801007381a16e01")
+SHELF_OUTCOMES = bytes.fromhex(
+    """
+    4350524801006f81a3616c6c9185a3756964cd03e8a56e6f6e6365c410626262626262626262626262626262
+    62a6616e7377657282aa67656e65726174696f6ecf17979cfe362a0001a5746f6b656ec400a26174cb408f42
+    0000000000aa67656e65726174696f6ecf17979cfe362a0001
+    """
+)
+SHELF_COMPLETE = bytes.fromhex("4350524801006381a87265706c61636573920304")
+
+GENERATION = 1_700_000_000_000_000_001
+COMMON: dict[str, Any] = {
+    **{"uid": 1000, "name": "w\u00e9b", "generation": GENERATION, "fds": 1, "size": 7, "parked": 2},
+    **{"created": 1000.25, "last_reject": "no", "saver": 4242, "born": b"b" * 16},
+}
+HELD_HOLD = Hold(
+    phase=HELD, expires=2000.5, attempts=1, last_claimant=4243, last=b"l" * 16, **COMMON
+)
+DOUBT_HOLD = Hold(
+    phase=IN_DOUBT,
+    ttl_left=60.0,
+    attempts=2,
+    reason="begun",
+    after_exit=4242,
+    claimant=4243,
+    token=b"t" * 16,
+    lease=30.0,
+    acting=4244,
+    begun=True,
+    last=b"L" * 16,
+    **COMMON,
+)
+SAVED: slot.Answered = {
+    "uid": 1000,
+    "nonce": b"b" * 16,
+    "answer": {"generation": GENERATION, "token": b""},
+    "at": 1000.25,
+}
+BEGUN: slot.Answered = {"uid": 1000, "nonce": b"L" * 16, "answer": {}, "at": 1010.0}
+OUTCOME = {**SAVED, "generation": GENERATION}
+
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
+Pair = tuple[socket.socket, socket.socket]
+
+
+def queue(*messages: tuple[bytes, Sequence[int]]) -> Pair:
+    """(outlet, inlet) of a queue with these messages."""
+    inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for data, fds in messages:
+        socket.send_fds(inlet, [data], fds)
+    return outlet, inlet
+
+
+@pytest.fixture
+def held() -> Iterator[int]:
+    """A bundle of version 1, with an eventfd of 7 in it."""
+    event = os.eventfd(7)
+    manifest = os.memfd_create("manifest", os.MFD_ALLOW_SEALING)
+    os.write(manifest, MANIFEST)
+    fcntl.fcntl(manifest, fcntl.F_ADD_SEALS, SEALS)
+    outlet, inlet = queue((BUNDLE, [manifest, event]))
+    inlet.close()
+    os.close(manifest)
+    os.close(event)
+    with outlet:
+        yield outlet.fileno()
+
+
+def check(fd: int) -> None:
+    """That it is the state which was saved."""
+    layout.check(fd, 2, seal=True)
+    state = layout.unpack(fd)
+    assert dict(state) == {"words": {"tally": 42}, "raw": b"bytes"}
+    assert os.eventfd_read(state.find_fd("event", 3)) == 7
+    os.eventfd_write(state.find_fd("event", 3), 7)
+    state.close()
+
+
+def test_a_bundle_of_version_1_is_read(held: int) -> None:
+    check(held)
+
+
+def test_a_shelf_of_version_1_is_adopted_with_all_that_lies_on_it(held: int) -> None:
+    pidfds = [os.pidfd_open(os.getpid()) for _ in range(3)]
+    going = queue((HELD_RECORD, [held]), (DOUBT_RECORD, pidfds))
+    ended = queue((HELD_RECORD, [held]), (LAST_RECORD, []))
+    for fd in pidfds:
+        os.close(fd)
+    old = queue((SHELF_HEADER, []), (SHELF_COMPLETE, []))
+    new = queue(
+        (SHELF_HEADER, []),
+        (SHELF_SLOTS, [end.fileno() for end in ended]),
+        (SHELF_SLOTS, [end.fileno() for end in going]),
+        (SHELF_OUTCOMES, []),
+        (SHELF_COMPLETE, []),
+    )
+    for end in (*going, *ended):
+        end.close()
+    closer = Closer()
+    keeper = Keeper(closer, lambda: 1020.0)
+    found, blind = keeper.adopt({3: old, 7: new}, frozenset((3, 7)))
+    assert not blind
+    ((hold, roles),) = found
+    assert hold == DOUBT_HOLD
+    assert sorted(roles) == ["acting", "after_exit", "claimant"]
+    for fd in roles.values():
+        assert "pidfd" in os.readlink(f"/proc/self/fd/{fd}")
+        os.close(fd)
+    assert keeper.answers() == [OUTCOME, SAVED, BEGUN]
+    assert keeper.shelf.number == 7
+    assert not keeper.untouchable
+    assert not [one for one in keeper.shelves() if one.number == 3]
+    fd = keeper.bundle(GENERATION)
+    check(fd)
+    os.close(fd)
+    assert closer.drained(10)
+    for lying in keeper.slots.values():
+        lying.close()
+    for one in keeper.shelves():
+        one.close()
+
+
+def test_a_held_hold_of_version_1_is_read() -> None:
+    assert slot.decode(HELD_RECORD) == (HELD_HOLD, (), [SAVED])
+    assert slot.decode(EARLY_RECORD) == (replace(HELD_HOLD, parked=0), (), [SAVED])
+    assert not slot.is_last(HELD_RECORD)
+    assert slot.is_last(LAST_RECORD)
+
+
+@pytest.mark.skipif(slot.VERSION != 1, reason="slots have another version by now")
+def test_slots_that_say_version_1_have_it() -> None:
+    """Whoever changes what is written counts the version up, and reads both."""
+    roles = ("after_exit", "claimant", "acting")
+    assert slot.encode(HELD_HOLD, (), [SAVED]) == HELD_RECORD
+    assert slot.encode(DOUBT_HOLD, roles, [SAVED, BEGUN]) == DOUBT_RECORD
+
+
+@pytest.mark.skipif(shelf.VERSION != 1, reason="shelves have another version by now")
+def test_shelves_that_say_version_1_have_it() -> None:
+    one = shelf.Shelf.create(7)
+    one.add_slots([(0, 1)])
+    one.add_outcomes([OUTCOME])
+    one.complete([3, 4])
+    written = []
+    for data, fds in shelf.records(one.outlet, shelf.MAX_RECORD):
+        written.append(data)
+        for fd in fds:
+            os.close(fd)
+    one.close()
+    assert written == [SHELF_HEADER, SHELF_SLOTS, SHELF_OUTCOMES, SHELF_COMPLETE]
+
+
+@pytest.mark.skipif(layout.VERSION != 1, reason="bundles have another version by now")
+def test_bundles_that_say_version_1_have_it() -> None:
+    event = os.eventfd(7)
+    state = cprd.State()
+    state["words"] = {"tally": 42}
+    state["raw"] = b"bytes"
+    state.save_fd("event", 3, event)
+    packed = layout.pack(state)
+    with socket.socket(fileno=os.dup(packed.fd)) as outlet:
+        data, fds, _, _ = socket.recv_fds(outlet, 4096, 9)
+    assert data == BUNDLE
+    assert os.pread(fds[0], 4096, 0) == MANIFEST
+    for fd in (*fds, event):
+        os.close(fd)
+    packed.close()

@@ -1,1 +1,0 @@
-"""Processes that the tests start, stop and kill, and what they hand over."""

@@ -1,0 +1,755 @@
+"""The life cycle, walked verb by verb: the table as data, each verb in each phase, refusals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from cprd.errors import AlreadyHeld, Busy, CprdError, Damaged, Fenced, LimitExceeded, NotHeld
+from cprd.protocol.registry import (
+    CLAIMED,
+    DAMAGED,
+    HELD,
+    IN_DOUBT,
+    NOTHING,
+    PHASES,
+    PREPARED,
+    REMEMBERED,
+    REMEMBERED_FOR,
+    TRANSITIONS,
+    UNREADABLE,
+    UNSETTLED,
+    Hold,
+    Peer,
+    Quota,
+    Registry,
+    Step,
+)
+
+SAVER = Peer(1000, 101)
+OTHER = Peer(1000, 202)
+THIRD = Peer(1000, 303)
+QEMU = 404
+KEY = (1000, "web")
+
+
+@dataclass
+class World:
+    """A registry with a clock that only moves when told to, and requests with nonces."""
+
+    registry: Registry = field(default_factory=Registry)
+    now: float = 1000.0
+    nonces: int = 0
+
+    def nonce(self) -> bytes:
+        self.nonces += 1
+        return self.nonces.to_bytes(16, "big")
+
+    def do(self, step: Step) -> dict[str, Any]:
+        self.registry.apply(step, self.now)
+        return step.answer
+
+    @property
+    def top(self) -> Hold:
+        return self.registry.top(KEY)
+
+    # The verbs, each with what is usual.
+
+    def save(self, peer: Peer = SAVER, **how: Any) -> dict[str, Any]:
+        how = {"nonce": self.nonce(), "fds": 1, "size": 0, **how}
+        return self.do(self.registry.save(self.now, peer, KEY, **how))
+
+    def prepare(self, peer: Peer = SAVER, **how: Any) -> dict[str, Any]:
+        return self.save(peer, prepare=True, token=b"p" * 16, **how)
+
+    def commit(self, peer: Peer = SAVER, nonce: bytes = b"") -> dict[str, Any]:
+        hold = self.top
+        token, nonce = b"p" * 16, nonce or self.nonce()
+        step = self.registry.commit(self.now, peer, KEY, hold.generation, token, nonce)
+        return self.do(step)
+
+    def abort(self) -> None:
+        token = b"p" * 16
+        self.do(self.registry.abort(self.now, SAVER, KEY, self.top.generation, token, self.nonce()))
+
+    def load(self, peer: Peer = OTHER, token: bytes = b"c" * 16, **how: Any) -> dict[str, Any]:
+        how = {"nonce": self.nonce(), "lease": 30.0, **how}
+        return self.do(self.registry.load(self.now, peer, KEY, token=token, **how))
+
+    def spoken_for(self) -> tuple[int, bytes]:
+        return self.registry.of(KEY)[0].generation, b"c" * 16
+
+    def begin(self, acting: int = 0) -> None:
+        generation, token = self.spoken_for()
+        self.do(self.registry.begin(self.now, OTHER, KEY, generation, token, self.nonce(), acting))
+
+    def confirm(self) -> None:
+        generation, token = self.spoken_for()
+        self.do(self.registry.confirm(self.now, OTHER, KEY, generation, token, self.nonce()))
+
+    def confirm_next(self, **how: Any) -> dict[str, Any]:
+        generation, token = self.spoken_for()
+        how = {"fds": 1, "size": 0, "ttl": None, "after_exit": -1, **how}
+        step = self.registry.confirm_next(
+            self.now, OTHER, KEY, generation, token, self.nonce(), **how
+        )
+        return self.do(step)
+
+    def reject(self, why: str = "too old") -> None:
+        generation, token = self.spoken_for()
+        self.do(self.registry.reject(self.now, OTHER, KEY, generation, token, self.nonce(), why))
+
+    def renew(self) -> None:
+        self.do(self.registry.renew(self.now, KEY, *self.spoken_for(), None))
+
+    def claimant_gone(self) -> None:
+        self.do(self.registry.claimant_gone(self.now, *self.spoken_for(), "its process ended"))
+
+    def drop(self, *, force: bool = False) -> None:
+        self.do(self.registry.drop(self.now, THIRD, KEY, force=force, nonce=self.nonce()))
+
+    def release(self, *, force: bool = True) -> None:
+        self.do(self.registry.release(self.now, THIRD, KEY, force=force, nonce=self.nonce()))
+
+
+def nothing() -> World:
+    return World()
+
+
+def prepared() -> World:
+    world = World()
+    world.prepare()
+    return world
+
+
+def held() -> World:
+    world = World()
+    world.save()
+    return world
+
+
+def claimed() -> World:
+    world = held()
+    world.load()
+    return world
+
+
+def begun() -> World:
+    world = claimed()
+    world.begin(acting=QEMU)
+    return world
+
+
+def vanished() -> World:
+    world = prepared()
+    world.do(world.registry.saver_gone(world.top.generation))
+    return world
+
+
+def damaged() -> World:
+    world = held()
+    world.do(world.registry.found_damaged(world.top.generation, "a part is missing"))
+    return world
+
+
+def unreadable() -> World:
+    world = World()
+    world.registry.adopt([Hold(1000, "web", 7, UNREADABLE, reason="version 9")])
+    return world
+
+
+STAGES: dict[str, Callable[[], World]] = {
+    "nothing": nothing,
+    "prepared": prepared,
+    "held": held,
+    "claimed": claimed,
+    "begun": begun,
+    "vanished": vanished,
+    "damaged": damaged,
+    "unreadable": unreadable,
+}
+VERBS: dict[str, Callable[[World], object]] = {
+    "save": lambda world: world.save(THIRD),
+    "replace": lambda world: world.save(THIRD, if_exists="replace"),
+    "replace by claimant": lambda world: world.save(OTHER, if_exists="replace"),
+    "save by acting": lambda world: world.save(Peer(1000, QEMU)),
+    "save after acting": lambda world: world.save(THIRD, after_exit=QEMU),
+    "prepare": lambda world: world.prepare(THIRD),
+    "commit": World.commit,
+    "abort": World.abort,
+    "load": lambda world: world.load(THIRD, token=b"t" * 16),
+    "renew": World.renew,
+    "begin": World.begin,
+    "confirm": World.confirm,
+    "confirm next": World.confirm_next,
+    "reject": World.reject,
+    "drop": World.drop,
+    "drop by force": lambda world: world.drop(force=True),
+    "release": lambda world: world.release(force=False),
+    "release by force": World.release,
+}
+
+# What each verb leads to in each stage: the phase of the name afterwards, or the error.
+# ("again": held, and a new generation.)
+EXPECTED: dict[str, dict[str, str | type[CprdError]]] = {
+    "nothing": {
+        **dict.fromkeys(("save", "replace", "replace by claimant", "save by acting"), "again"),
+        "save after acting": "again",
+        "prepare": PREPARED,
+        "load": NotHeld,
+        **dict.fromkeys(("drop", "drop by force", "release", "release by force"), NotHeld),
+    },
+    "prepared": {
+        **dict.fromkeys(("save", "save by acting", "save after acting", "prepare"), AlreadyHeld),
+        **dict.fromkeys(("replace", "replace by claimant", "load"), Busy),
+        "commit": HELD,
+        "abort": NOTHING,
+        **dict.fromkeys(("renew", "begin", "confirm", "confirm next", "reject"), Fenced),
+        **dict.fromkeys(("drop", "drop by force", "release", "release by force"), Busy),
+    },
+    "held": {
+        **dict.fromkeys(("save", "save by acting", "save after acting", "prepare"), AlreadyHeld),
+        **dict.fromkeys(("replace", "replace by claimant"), "again"),
+        "load": CLAIMED,
+        **dict.fromkeys(("commit", "abort"), Fenced),
+        **dict.fromkeys(("renew", "begin", "confirm", "confirm next", "reject"), Fenced),
+        **dict.fromkeys(("drop", "drop by force"), NOTHING),
+        **dict.fromkeys(("release", "release by force"), HELD),
+    },
+    "claimed": {
+        **dict.fromkeys(("save", "save by acting", "save after acting", "prepare"), AlreadyHeld),
+        "replace": Busy,
+        "replace by claimant": "again",
+        "load": Busy,
+        **dict.fromkeys(("commit", "abort"), Fenced),
+        "renew": CLAIMED,
+        "begin": IN_DOUBT,
+        "confirm": NOTHING,
+        "confirm next": "again",
+        "reject": HELD,
+        "drop": Busy,
+        "drop by force": NOTHING,
+        **dict.fromkeys(("release", "release by force"), Busy),
+    },
+    "begun": {
+        **dict.fromkeys(("save", "prepare"), AlreadyHeld),
+        **dict.fromkeys(("save by acting", "save after acting", "replace by claimant"), "again"),
+        **dict.fromkeys(("replace", "load"), Busy),
+        **dict.fromkeys(("commit", "abort"), Fenced),
+        "renew": IN_DOUBT,
+        "begin": IN_DOUBT,
+        "confirm": NOTHING,
+        "confirm next": "again",
+        "reject": HELD,
+        "drop": Busy,
+        "drop by force": NOTHING,
+        "release": Busy,
+        "release by force": HELD,
+    },
+    "vanished": {
+        **dict.fromkeys(("save", "save by acting", "save after acting", "prepare"), AlreadyHeld),
+        **dict.fromkeys(("replace", "replace by claimant", "load"), Busy),
+        **dict.fromkeys(("commit", "abort"), Fenced),
+        **dict.fromkeys(("renew", "begin", "confirm", "confirm next", "reject"), Fenced),
+        "drop": Busy,
+        "drop by force": NOTHING,
+        "release": Busy,
+        "release by force": HELD,
+    },
+    **{
+        stage: {
+            **dict.fromkeys(
+                ("save", "save by acting", "save after acting", "prepare"), AlreadyHeld
+            ),
+            **dict.fromkeys(("replace", "replace by claimant"), Busy),
+            "load": Damaged if stage == "damaged" else Busy,
+            **dict.fromkeys(("commit", "abort"), Fenced),
+            **dict.fromkeys(("renew", "begin", "confirm", "confirm next", "reject"), Fenced),
+            "drop": Busy,
+            "drop by force": NOTHING,
+            **dict.fromkeys(("release", "release by force"), Busy),
+        }
+        for stage in ("damaged", "unreadable")
+    },
+}
+
+
+def phase(world: World) -> str:
+    records = world.registry.of(KEY)
+    return records[-1].phase if records else NOTHING
+
+
+@pytest.mark.parametrize(
+    ("stage", "verb"), [(stage, verb) for stage, verbs in EXPECTED.items() for verb in verbs]
+)
+def test_each_verb_in_each_phase(stage: str, verb: str) -> None:
+    world = STAGES[stage]()
+    before = world.registry.of(KEY)
+    next_generation = world.registry.next_generation
+    expected = EXPECTED[stage][verb]
+    if isinstance(expected, str):
+        VERBS[verb](world)
+        if expected == "again":
+            assert phase(world) == HELD
+            assert [hold.generation for hold in world.registry.of(KEY)] == [next_generation]
+        else:
+            assert phase(world) == expected
+        return
+    with pytest.raises(CprdError) as refused:
+        VERBS[verb](world)
+    assert type(refused.value) is expected
+    assert "web" in str(refused.value)
+    assert world.registry.of(KEY) == before  # a refusal changes nothing
+    assert world.registry.next_generation == next_generation
+
+
+def test_the_expectations_leave_no_verb_out() -> None:
+    on_nothing = {"commit", "abort", "renew", "begin", "confirm", "confirm next", "reject"}
+    for stage, verbs in EXPECTED.items():
+        assert VERBS.keys() - verbs.keys() == (on_nothing if stage == "nothing" else set())
+
+
+def test_the_table_says_what_the_design_says() -> None:
+    """The phases and what ends them, word for word: a change of it is meant, or wrong."""
+    ends: dict[str, set[str]] = {}
+    for (before, event), after in TRANSITIONS.items():
+        assert before in (NOTHING, *PHASES)
+        assert after in (NOTHING, *PHASES)
+        ends.setdefault(before, set()).add(f"{event} -> {after}")
+    assert ends[PREPARED] == {"commit -> held", "abort -> -", "saver gone -> in-doubt"}
+    assert ends[CLAIMED] >= {
+        "confirm -> -",
+        "confirm next -> -",
+        "reject -> held",
+        "claimant gone -> held",
+        "lease over -> held",
+        "begin -> in-doubt",
+        "drop by force -> -",
+    }
+    served = {event for (before, event), after in TRANSITIONS.items() if after == CLAIMED}
+    assert served == {"load"}
+    assert {before for (before, event), _ in TRANSITIONS.items() if event == "load"} == {HELD}
+    for kept in (DAMAGED, UNREADABLE):
+        assert ends[kept] == {"drop by force -> -"}
+    # Nothing leaves doubt on its own: neither a death nor time.
+    assert not [e for e in ends[IN_DOUBT] if re.match(r"(ttl|lease)", e)]
+    assert "claimant gone -> in-doubt" in ends[IN_DOUBT]
+
+
+def test_every_transition_was_reached_by_some_verb() -> None:
+    """The table holds nothing that the verbs never do."""
+    reached = set()
+    real = dict(TRANSITIONS)
+
+    class Noting(dict[tuple[str, str], str]):
+        def __getitem__(self, key: tuple[str, str]) -> str:
+            reached.add(key)
+            return real[key]
+
+    import cprd.protocol.registry
+
+    noting = Noting(real)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cprd.protocol.registry, "TRANSITIONS", noting)
+        for stage, make in STAGES.items():
+            for verb in EXPECTED[stage]:
+                world = make()
+                try:
+                    VERBS[verb](world)
+                except CprdError:
+                    pass
+            world = make()
+            for generation in [hold.generation for hold in world.registry]:
+                world.do(world.registry.claimant_gone(world.now, generation, b"c" * 16, "so"))
+            world = make()
+            for generation in [hold.generation for hold in world.registry]:
+                world.do(world.registry.found_damaged(generation, "so"))
+        world = claimed()
+        world.now += 31
+        step = world.registry.expire(world.now)
+        assert step is not None
+        world = World()
+        world.save(ttl=1.0)
+        world.now += 2
+        assert world.registry.expire(world.now) is not None
+    # These name how an old hold ended when a new one took its place; nobody looks them up.
+    by_the_new_one = {
+        (HELD, "replace"),
+        (HELD, "release"),
+        (CLAIMED, "confirm next"),
+        (IN_DOUBT, "confirm next"),
+        (IN_DOUBT, "replace"),
+        (IN_DOUBT, "saved by the acting process"),
+    }
+    assert real.keys() - reached == by_the_new_one
+
+
+# What a death leaves
+
+
+def test_a_claimant_that_dies_gives_it_back_with_the_reason() -> None:
+    world = claimed()
+    world.claimant_gone()
+    assert world.top.phase == HELD
+    assert "pid 202 did not confirm: its process ended" in world.top.last_reject
+    answer = world.load(THIRD, token=b"t" * 16)
+    assert (answer["attempts"], answer["last_claimant"]) == (2, OTHER.pid)
+
+
+def test_the_death_of_an_earlier_claimant_ends_no_later_claim() -> None:
+    world = claimed()
+    generation = world.top.generation
+    world.reject()
+    world.load(THIRD, token=b"t" * 16)
+    world.do(world.registry.claimant_gone(world.now, generation, b"c" * 16, "late news"))
+    assert (world.top.phase, world.top.claimant) == (CLAIMED, THIRD.pid)
+
+
+def test_after_begin_a_death_leaves_doubt_and_says_who_acts() -> None:
+    world = begun()
+    world.claimant_gone()
+    assert world.top.phase == IN_DOUBT
+    assert "pid 202 began to act on it" in world.top.reason
+    assert f"pid {QEMU} acts on it" in world.top.reason
+    with pytest.raises(Busy, match="release it"):
+        world.load(THIRD)
+
+
+def test_a_process_that_acted_and_ended_is_nobody_any_more() -> None:
+    """Its pid may be another process's by now: a save by that one replaces nothing."""
+    world = begun()
+    world.do(world.registry.acting_gone(world.top.generation))
+    assert f"pid {QEMU} has ended since" in world.top.reason
+    with pytest.raises(AlreadyHeld):
+        world.save(Peer(1000, QEMU))
+
+
+def test_a_reject_after_the_claimant_came_back_from_begin_is_served_again() -> None:
+    world = begun()
+    world.reject("QEMU did not even start")
+    assert (world.top.phase, world.top.acting, world.top.begun) == (HELD, 0, False)
+    world.load(THIRD, token=b"t" * 16)
+    world.do(world.registry.claimant_gone(world.now, world.top.generation, b"t" * 16, "so"))
+    assert world.top.phase == HELD  # the doubt of the first claim is not the second one's
+
+
+def test_a_saver_of_another_pid_namespace_is_not_called_pid_0() -> None:
+    world = World()
+    world.prepare(Peer(1000, 0))
+    with pytest.raises(Busy, match="another pid namespace"):
+        world.load(THIRD)
+
+
+# What lies under a prepared save
+
+
+def test_an_older_hold_stays_under_a_prepared_one_and_is_not_served_meanwhile() -> None:
+    world = held()
+    old = world.top.generation
+    world.prepare(if_exists="replace")
+    assert [hold.phase for hold in world.registry.of(KEY)] == [HELD, PREPARED]
+    with pytest.raises(Busy, match="prepared"):
+        world.load()
+    world.abort()
+    assert world.load()["generation"] == old
+
+
+def test_commit_ends_the_older_hold_in_the_same_step() -> None:
+    world = held()
+    old = world.top.generation
+    new = world.prepare(if_exists="replace")["generation"]
+    step = world.registry.commit(world.now, SAVER, KEY, new, b"p" * 16, world.nonce())
+    assert [(ended.hold.generation, ended.how) for ended in step.ended] == [(old, "replace")]
+    world.do(step)
+    assert [hold.generation for hold in world.registry.of(KEY)] == [new]
+
+
+def test_a_save_in_doubt_that_is_released_ends_what_lay_under_it() -> None:
+    world = held()
+    new = world.prepare(if_exists="replace")["generation"]
+    world.do(world.registry.saver_gone(new))
+    world.release()
+    assert [hold.generation for hold in world.registry.of(KEY)] == [new]
+
+
+def test_what_cannot_be_released_says_what_to_do_instead() -> None:
+    world = held()
+    world.prepare(if_exists="replace")
+    with pytest.raises(Busy, match=r"cannot be released: prepared by .* or end it: then"):
+        world.release()
+    with pytest.raises(Busy, match=r"cannot be released: claimed by .* without a release"):
+        claimed().release()
+
+
+def test_a_save_in_doubt_that_is_dropped_lets_what_lay_under_it_be_served() -> None:
+    world = held()
+    old = world.top.generation
+    world.prepare(if_exists="replace")
+    world.do(world.registry.saver_gone(world.top.generation))
+    world.drop(force=True)
+    assert world.load()["generation"] == old
+
+
+def test_a_claimant_that_prepared_cannot_also_confirm_next() -> None:
+    """Both would be committed, and after the newer one the older would be served: a state twice."""
+    world = claimed()
+    world.prepare(OTHER, if_exists="replace")
+    with pytest.raises(Busy, match="prepared"):
+        world.confirm_next()
+    world.commit(OTHER)
+    assert [hold.phase for hold in world.registry.of(KEY)] == [HELD]
+
+
+# Time
+
+
+def test_a_ttl_does_not_run_while_claimed() -> None:
+    world = World()
+    world.save(ttl=10.0)
+    world.now += 4
+    world.load(lease=100.0)
+    assert world.top.ttl_left == 6.0
+    world.now += 50
+    assert world.registry.expire(world.now) is None
+    world.reject()
+    assert world.registry.next_deadline() == world.now + 6
+    world.now += 6
+    step = world.registry.expire(world.now)
+    assert step is not None
+    assert [ended.how for ended in step.ended] == ["ttl over"]
+    world.do(step)
+    assert phase(world) == NOTHING
+
+
+def test_a_ttl_begins_with_commit_not_with_prepare() -> None:
+    world = World()
+    world.prepare(ttl=10.0)
+    world.now += 1000
+    assert world.registry.expire(world.now) is None
+    world.commit()
+    assert world.registry.next_deadline() == world.now + 10
+
+
+def test_a_lease_that_is_over_gives_back_once_and_a_renewed_one_later() -> None:
+    world = claimed()
+    world.now += 20
+    world.renew()
+    world.now += 20
+    assert world.registry.expire(world.now) is None
+    world.now += 10
+    step = world.registry.expire(world.now)
+    assert step is not None
+    world.do(step)
+    assert "lease of 30 s is over" in world.top.last_reject
+    with pytest.raises(Fenced, match="lease of 30 s is over"):
+        world.confirm()
+    assert world.registry.expire(world.now) is None
+
+
+def test_doubt_has_no_end_in_time() -> None:
+    for stage in (begun, vanished):
+        world = stage()
+        world.now += 1e9
+        assert world.registry.next_deadline() is None
+        assert world.registry.expire(world.now) is None
+
+
+def test_many_renewals_do_not_pile_up() -> None:
+    world = claimed()
+    for _ in range(1000):
+        world.now += 1
+        world.renew()
+    assert len(world.registry._deadlines) <= 64 + 4
+    assert world.registry.next_deadline() == world.now + 30
+
+
+# Not before the predecessor has ended
+
+
+def test_what_waits_for_its_predecessor_is_busy_with_its_pid() -> None:
+    world = World()
+    world.save(after_exit=SAVER.pid)
+    with pytest.raises(Busy, match="predecessor, pid 101, has not ended"):
+        world.load()
+    world.do(world.registry.predecessor_gone(world.top.generation))
+    world.load()
+
+
+# Requests that are repeated
+
+
+@pytest.mark.parametrize(
+    ("stage", "ask"),
+    [
+        (nothing, lambda w, n: w.registry.save(w.now, SAVER, KEY, nonce=n, fds=1, size=0)),
+        (
+            nothing,
+            lambda w, n: w.registry.save(
+                w.now, SAVER, KEY, nonce=n, fds=1, size=0, prepare=True, token=b"p" * 16
+            ),
+        ),
+        (
+            prepared,
+            lambda w, n: w.registry.commit(w.now, SAVER, KEY, 1, b"p" * 16, n),
+        ),
+        (prepared, lambda w, n: w.registry.abort(w.now, SAVER, KEY, 1, b"p" * 16, n)),
+        (held, lambda w, n: w.registry.load(w.now, OTHER, KEY, token=b"t" * 16, nonce=n, lease=9)),
+        (claimed, lambda w, n: w.registry.begin(w.now, OTHER, KEY, 1, b"c" * 16, n)),
+        (claimed, lambda w, n: w.registry.confirm(w.now, OTHER, KEY, 1, b"c" * 16, n)),
+        (claimed, lambda w, n: w.registry.reject(w.now, OTHER, KEY, 1, b"c" * 16, n, "so")),
+        (
+            claimed,
+            lambda w, n: w.registry.confirm_next(
+                w.now, OTHER, KEY, 1, b"c" * 16, n, fds=1, size=0, ttl=None, after_exit=-1
+            ),
+        ),
+        (held, lambda w, n: w.registry.drop(w.now, THIRD, KEY, force=False, nonce=n)),
+        (begun, lambda w, n: w.registry.release(w.now, THIRD, KEY, force=True, nonce=n)),
+    ],
+)
+def test_a_request_repeated_after_a_lost_answer_gets_its_first_answer(
+    stage: Callable[[], World], ask: Callable[[World, bytes], Step]
+) -> None:
+    world = stage()
+    nonce = b"n" * 16
+    first = ask(world, nonce)
+    assert not first.remembered
+    world.do(first)
+    records = list(world.registry)
+    again = ask(world, nonce)
+    assert again.remembered
+    assert again.answer == first.answer
+    assert not again.put
+    assert not again.ended
+    assert list(world.registry) == records
+
+
+def test_a_repeated_load_by_another_process_is_a_load() -> None:
+    world = held()
+    world.load(nonce=b"n" * 16)
+    with pytest.raises(Busy):
+        world.load(THIRD, nonce=b"n" * 16)
+
+
+def test_a_repeated_prepare_that_is_in_doubt_by_now_speaks_for_nothing() -> None:
+    world = World()
+    world.prepare(nonce=b"n" * 16)
+    world.do(world.registry.saver_gone(world.top.generation))
+    assert world.prepare(nonce=b"n" * 16)["token"] == b"p" * 16  # its first answer
+    with pytest.raises(Fenced, match="in-doubt"):
+        world.commit()
+    forgetful = World()
+    forgetful.registry.adopt(list(world.registry))  # a restart that lost the answer
+    with pytest.raises(Fenced, match="in-doubt"):
+        forgetful.prepare(nonce=b"n" * 16)
+
+
+def test_remembered_answers_are_bounded_in_number_and_time() -> None:
+    registry = Registry()
+    for number in range(3 * REMEMBERED):
+        registry.remember(1000, number.to_bytes(16, "big"), {}, 1000.0)
+        registry.settled(1000, number.to_bytes(16, "big"))
+    assert len(registry._answers[1000].settled) == REMEMBERED
+    late = 1000.0 + REMEMBERED_FOR + 1
+    registry.remember(1000, b"late" * 4, {}, late)
+    assert not registry._answers[1000].settled
+    for number in range(UNSETTLED + 10):
+        registry.remember(2000, number.to_bytes(16, "big"), {}, late)
+    assert len(registry._answers[2000].unsettled) == UNSETTLED
+    registry.forget_old(late + REMEMBERED_FOR + 1)  # whoever they belong to
+    assert not registry._answers
+
+
+def test_an_answer_that_may_not_have_arrived_outlives_any_traffic() -> None:
+    world = held()
+    lost = b"lost" * 4
+    world.do(world.registry.drop(world.now, THIRD, KEY, force=False, nonce=lost))
+    for number in range(10 * REMEMBERED):
+        nonce = number.to_bytes(16, "big")
+        world.registry.remember(THIRD.uid, nonce, {}, world.now)
+        world.registry.settled(THIRD.uid, nonce)
+    assert world.registry.drop(world.now, THIRD, KEY, force=False, nonce=lost).remembered
+
+
+def test_one_uids_nonce_means_nothing_to_another() -> None:
+    world = held()
+    nonce = b"n" * 16
+    world.do(world.registry.drop(world.now, THIRD, KEY, force=False, nonce=nonce))
+    stranger = Peer(2000, 9)
+    with pytest.raises(NotHeld):
+        world.registry.drop(world.now, stranger, (2000, "web"), force=False, nonce=nonce)
+
+
+# Generations
+
+
+def test_a_generation_is_never_used_again() -> None:
+    world = World(Registry(first_generation=50))
+    seen = []
+    for _ in range(5):
+        seen.append(world.save()["generation"])
+        world.drop()
+    world.registry.adopt([Hold(1, "far", 900, HELD)])
+    seen.append(world.save()["generation"])
+    assert seen == [50, 51, 52, 53, 54, 901]
+
+
+def test_a_load_of_a_certain_generation_refuses_another() -> None:
+    world = held()
+    with pytest.raises(Fenced, match="by now"):
+        world.load(generation=world.top.generation + 1)
+    world.load(generation=world.top.generation)
+
+
+# Quotas
+
+
+def test_quotas_count_what_a_uid_has_and_forgive_what_is_replaced() -> None:
+    world = World(Registry(Quota(holds=2, fds=10)))
+    world.save(fds=6)
+    key = (1000, "two")
+    with pytest.raises(LimitExceeded, match="11 descriptors"):
+        world.registry.save(world.now, SAVER, key, nonce=b"a" * 16, fds=5, size=0)
+    world.do(world.registry.save(world.now, SAVER, key, nonce=b"a" * 16, fds=4, size=0))
+    third = (1000, "three")
+    with pytest.raises(LimitExceeded, match=r"limits\.holds"):
+        world.registry.save(world.now, SAVER, third, nonce=b"b" * 16, fds=0, size=0)
+    with pytest.raises(LimitExceeded):  # both are kept until commit
+        world.prepare(if_exists="replace", fds=1)
+    world.save(if_exists="replace", fds=6)
+    stranger = (2000, "web")
+    world.do(world.registry.save(world.now, Peer(2000, 1), stranger, nonce=b"c", fds=9, size=0))
+    world.drop()
+    usage = world.registry.usage(1000)
+    assert (usage.holds, usage.fds) == (1, 4)
+
+
+# After a restart
+
+
+def test_of_two_committed_records_the_newer_wins_and_the_older_is_over() -> None:
+    registry = Registry()
+    old, new = Hold(1000, "web", 3, HELD), Hold(1000, "web", 5, HELD)
+    other = Hold(1000, "two", 4, HELD)
+    assert registry.adopt([new, other, old]) == [old]
+    assert registry.of(KEY) == (new,)
+    assert registry.next_generation == 6
+
+
+def test_what_lies_under_a_prepared_record_is_kept_over_a_restart() -> None:
+    old, new = Hold(1000, "web", 3, HELD), Hold(1000, "web", 5, PREPARED)
+    for top in (new, replace(new, phase=IN_DOUBT, reason="its saver ended")):
+        registry = Registry()
+        assert registry.adopt([old, top]) == []
+        assert registry.of(KEY) == (old, top)
+
+
+def test_while_a_record_cannot_be_named_no_name_is_said_to_be_free() -> None:
+    registry = Registry()
+    registry.blind = "a record that cannot be read"
+    with pytest.raises(Busy, match="may be held"):
+        registry.check_load(0.0, KEY)
