@@ -37,7 +37,7 @@ MEMORY = "/run/cprd-memory/cprd.sock"
 
 FDSTORE = f"""
 import os, sys, time
-from cprd import systemd
+from cprd.systemd import notify as systemd
 manager = systemd.Manager.from_environment(os.environ)
 systemd.drive(manager.tell(systemd.ready()), 10)
 fds = [os.eventfd(0) for _ in range({COUNT})]

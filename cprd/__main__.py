@@ -2,7 +2,7 @@
 imports the package, which needs msgpack, before it comes here.
 
 Should this Python lack the packages that cprd needs, an environment that has them is made first
-(bootstrap.py), and the process goes on there."""
+(tools/bootstrap.py), and the process goes on there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 from importlib.util import find_spec
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
+BOOTSTRAP = os.path.join(os.path.dirname(PACKAGE), "tools", "bootstrap.py")
 PREPARED = "CPRD_PREPARED"  # set across our own exec only: a failure must not turn into a loop
 
 
@@ -21,9 +22,10 @@ def main() -> int:
         sys.path[0] = os.path.dirname(PACKAGE)
     prepared = os.environ.pop(PREPARED, None)
     wanted = ["msgpack", "trio", "rich", *(["qemu"] if "qemu" in sys.argv[1:] else [])]
-    if prepared is None and any(find_spec(name) is None for name in wanted):
-        bootstrap = [sys.executable, "-I", os.path.join(PACKAGE, "bootstrap.py"), "qemu"]
-        answer = subprocess.run(bootstrap, stdout=subprocess.PIPE, text=True, check=False)
+    lacking = any(find_spec(name) is None for name in wanted)
+    if prepared is None and lacking and os.path.exists(BOOTSTRAP):
+        command = [sys.executable, "-I", BOOTSTRAP, "all"]
+        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if answer.returncode:
             return 1
         python = answer.stdout.strip()

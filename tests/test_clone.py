@@ -20,7 +20,7 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parents[1]
 PROJECT = """[project]
 dependencies = ["held"]
-optional-dependencies = { qemu = ["held"], more = ["held>=1"], none = ["held>=2"] }
+optional-dependencies = { all = ["held"], qemu = ["held"], more = ["held>=1"], none = ["held>=2"] }
 scripts = { cprctl = "cprd.cli:main" }
 """
 CPRCTL = """import sys
@@ -39,8 +39,9 @@ class Clone:
         self.path = path
         package = path / "cprd"
         package.mkdir()
-        for name in ("__main__.py", "bootstrap.py"):
-            shutil.copy(CHECKOUT / "cprd" / name, package)
+        shutil.copy(CHECKOUT / "cprd/__main__.py", package)
+        (path / "tools").mkdir()
+        shutil.copy(CHECKOUT / "tools/bootstrap.py", path / "tools")
         (package / "__init__.py").write_text("import held\n")
         (package / "trio.py").write_text("raise ImportError('taken for the package trio')\n")
         (package / "cli.py").write_text(CPRCTL)

@@ -100,8 +100,20 @@ def read_project(extras: list[str]) -> tuple[list[str], dict[str, str]]:
         ) from None
     wanted: list[str] = [*project["dependencies"]]
     for extra in extras:
-        wanted += project["optional-dependencies"][extra]
+        wanted += _expanded(project["optional-dependencies"], extra)
     return wanted, project["scripts"]
+
+
+def _expanded(optional: dict[str, list[str]], extra: str) -> list[str]:
+    """The packages of one extra, with those of the extras of cprd that the extra names."""
+    wanted: list[str] = []
+    for package in optional[extra]:
+        if package.startswith("cprd["):
+            for other in package[len("cprd[") : -1].split(","):
+                wanted += _expanded(optional, other)
+        else:
+            wanted.append(package)
+    return wanted
 
 
 def place() -> str:

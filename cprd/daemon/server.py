@@ -291,8 +291,8 @@ class Daemon:
             connection.hear = self._announced
             if request.message["version"] != messages.VERSION:
                 raise ProtocolError(
-                    f"this cprd speaks version {messages.VERSION} of the protocol, the client version"
-                    f" {request.message['version']}: upgrade the older one"
+                    f"this cprd speaks version {messages.VERSION} of the protocol, the client"
+                    f" version {request.message['version']}: upgrade the older one"
                 )
         except CprdError as error:
             await self._refuse(connection, "hello", error)

@@ -24,7 +24,7 @@ from cprd.demo.timeline import Report, Restart, ceiling, longest_silence, rates,
 from tests.conftest import DaemonProcess
 
 NO, NO3 = (False, False), (False, True, True)
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ UNIT = "cprd.service"
 
 PROGRAM = """
 import os, signal, sys
-import cprd.linux.pause, cprd.daemon.storage.shelf, cprd.daemon.storage.shelves, cprd.daemon.storage.fdstore
+import cprd.linux.pause, cprd.daemon.storage.shelf, cprd.daemon.storage.shelves
+import cprd.daemon.storage.fdstore
 
 def arm(*_):
     with open("/run/cprd/pause") as file:

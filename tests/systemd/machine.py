@@ -28,7 +28,7 @@ TREE = os.environ.get("CPRD_SYSTEMD_TREE", "/")
 OWN = "/run/boot"
 LAUNCHERS = {
     "test-python": "",
-    "cprd": "-m cprd.daemon.command",
+    "cprd": "-m cprd.main",
     "cprctl": "-m cprd.cli",
     "cprd-demo-server": "-m cprd.demo.server",
 }

@@ -240,7 +240,8 @@ def test_filled_by_strangers_it_loses_nothing_that_was_stored(systemd: Machine) 
     drop_in = "FileDescriptorStoreMax=12\nNotifyAccess=all\n"
     keeping = Keeping(systemd, settings=SMALL, drop_in=drop_in)
     program = (
-        "import os; from cprd import systemd as s; m = s.Manager.from_environment(os.environ)\n"
+        "import os; from cprd.systemd import notify as s\n"
+        "m = s.Manager.from_environment(os.environ)\n"
         "for n in range(12): s.drive(m.store('x', os.memfd_create('x')), 5)\n"
         "s.drive(m.barrier(), 5)\n"
     )

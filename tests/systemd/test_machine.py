@@ -16,7 +16,7 @@ from .machine import BOOT, CHECKOUT, Machine, MachineError
 
 KEEPER = """
 import os, socket, sys
-from cprd import systemd
+from cprd.systemd import notify as systemd
 
 manager = systemd.Manager.from_environment(os.environ)
 assert manager is not None

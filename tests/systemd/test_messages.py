@@ -1,5 +1,5 @@
-"""cprd.systemd.notify without a systemd: messages, activation through a real exec, and a manager's socket
-that this test reads, or does not read."""
+"""cprd.systemd without a systemd: messages, activation through a real exec, and a manager's
+socket that this test reads, or does not read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cprd.systemd import notify
 
 PROGRAM = """
 import json, os, sys
-from cprd import systemd
+from cprd.systemd import notify
 try:
     got = notify.listen_fds(os.environ)
 except Exception as error:

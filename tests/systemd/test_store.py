@@ -1,4 +1,4 @@
-"""cprd.systemd.notify against the real store: what is kept, what is silently not, and what comes back.
+"""cprd.systemd against the real store: what is kept, what is silently not, and what comes back.
 
 Each test runs a small service whose main process is the program given; what it prints is in the
 journal.
@@ -17,7 +17,7 @@ from .machine import Machine
 
 HEAD = """
 import os, select, signal, socket, sys
-from cprd import systemd
+from cprd.systemd import notify as systemd
 manager = systemd.Manager.from_environment(os.environ)
 assert manager is not None
 held = systemd.listen_fds(os.environ)

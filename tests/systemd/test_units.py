@@ -18,7 +18,7 @@ UNKNOWN_TO_252 = "Unknown key 'FileDescriptorStorePreserve'"
 
 NEEDS = """
 import ctypes, errno, os, resource, select, signal, socket, threading, time
-from cprd import systemd
+from cprd.systemd import notify as systemd
 
 manager = systemd.Manager.from_environment(os.environ)
 held = systemd.listen_fds(os.environ)

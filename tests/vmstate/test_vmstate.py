@@ -626,7 +626,7 @@ def test_a_tape_refuses_places_outside_its_bytes_and_takes_nothing() -> None:
 
 
 def test_the_example_of_the_documentation_runs() -> None:
-    page = os.path.join(os.path.dirname(__file__), os.pardir, "docs", "vmstate.md")
+    page = os.path.join(os.path.dirname(__file__), os.pardir, os.pardir, "docs", "vmstate.md")
     with open(page) as file:
         example = file.read().split("```python\n")[1].split("```")[0]
     with nothing_leaks():
