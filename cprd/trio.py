@@ -22,7 +22,6 @@ import trio
 
 from cprd.client import link, verbs
 from cprd.client.verbs import Saved, Ticket
-from cprd.early import Early
 from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded, Timeout, Unavailable
 from cprd.protocol import messages
 from cprd.state import HasFileno, State
@@ -145,7 +144,6 @@ class _Connection(link.Line):
             except link.Lost:
                 raise Unavailable("the connection is lost") from None
             finally:
-                self._withdraw()
                 if self._owed is not None:
                     self._put_aside()
 
@@ -180,8 +178,6 @@ class _Connection(link.Line):
             verb.close()
 
     async def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
-        if call.unanswered:  # no other task runs meanwhile: the state stays as it is
-            return self._mention(call)
         give_up = 0.0
         began = trio.current_time()
         while True:
@@ -191,8 +187,6 @@ class _Connection(link.Line):
                     await self._open(brief=call.brief)
                 return await self._exchange(call.after(tried - began))
             except (link.Lost, Unavailable) as error:
-                if call.early is not None:
-                    call.early.close()  # nobody looks after it meanwhile
                 now = trio.current_time()
                 if now - tried > link.SERVED:  # it was there in between
                     give_up = 0.0
@@ -216,7 +210,7 @@ class _Connection(link.Line):
                     with trio.fail_after(link.mute(call)):
                         await self._send(self._sock, call)
                 with trio.fail_after(seconds):
-                    answer = await self._read(self._sock, call)
+                    answer = await self._read(self._sock)
         except trio.TooSlowError:
             if again:  # it was lost with the interrupt: by its nonce it can be had anew
                 self._put_aside()
@@ -239,34 +233,19 @@ class _Connection(link.Line):
         while True:
             self._owed = call
             try:
-                filled = call.announced is not None and call.announced is self._announced
-                link.send_call(sock, call, socket.MSG_DONTWAIT, filled=filled)
-                self._announced = None
+                link.send_call(sock, call, socket.MSG_DONTWAIT)
                 return
             except BlockingIOError:
                 self._owed, call.sent = None, sent
                 await trio.lowlevel.wait_writable(sock)
 
-    async def _read(self, sock: socket.SocketType, call: verbs.Call) -> verbs.Answer:
+    async def _read(self, sock: socket.SocketType) -> verbs.Answer:
         while True:
             await trio.lowlevel.wait_readable(sock)
             try:
-                answer = link.read(sock, socket.MSG_DONTWAIT)
+                return link.read(sock, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 continue
-            if not answer.early:
-                return answer
-            early = call.early
-            if self._follow(call, answer):
-                assert early is not None
-                await self._wait_early(early)
-
-    async def _wait_early(self, early: Early) -> None:
-        while True:
-            assert early.events is not None
-            await trio.lowlevel.wait_readable(early.events.fileno())
-            if not early.wait(0):
-                return
 
 
 class Daemon:

@@ -38,10 +38,6 @@ from cprd.state import (
     sealed_memfd,
 )
 
-TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
-if TYPE_CHECKING:
-    from cprd.early import Early
-
 VERSION = 1
 MAGIC = b"CPRB"
 LEAF, NODE = 1, 2
@@ -61,10 +57,9 @@ class Header:
     """The header of one node. Errors of the layout raise Damaged; another version raises Busy: that
     is whole, for a program that can read it."""
 
-    __slots__ = ("data", "depth", "here", "index", "kind", "size", "total")
+    __slots__ = ("depth", "here", "index", "kind", "size", "total")
 
     def __init__(self, data: bytes) -> None:
-        self.data = data
         if not data:
             raise Damaged("not a whole bundle: nothing is queued in a part of it")
         version = int.from_bytes(data[4:6], "little")
@@ -114,215 +109,147 @@ def pack(state: State, forbidden: Sequence[int] = ()) -> Packed:
 
     `forbidden`: sockets (fds) that must not be in it, because the bundle would come to lie in their
     own queues. Raises InvalidInput (naming key or section) and LimitExceeded (naming the limit)."""
-    packing = Packing(state, forbidden)
+    if forbidden:
+        _refuse_cycles(state, forbidden)
     try:
-        return packing.fill()
-    finally:
-        packing.close()
+        return _pack_explained(state)
+    except LimitExceeded:
+        # A program that has more open than its soft limit allows (it was lowered since) has no
+        # room for the sockets of a tree.
+        with hard_limit() as (soft, hard):
+            if soft == hard:
+                raise
+            return _pack_explained(state)
 
 
-class Packing:
-    """A bundle in the making: `begin`, if somebody is to see it being filled, and `fill`."""
+def _pack_explained(state: State) -> Packed:
+    try:
+        return _pack(state)
+    except OSError as error:
+        raise _explain(error, state) from None
 
-    def __init__(self, state: State, forbidden: Sequence[int] = ()) -> None:
-        """`state` and `forbidden` as for pack(), which see."""
-        if forbidden:
-            _refuse_cycles(state, forbidden)
-        self._state = state
-        self._parking: _Parking | None = None
-        self.begun = False  # fill() fills, or has filled, what begin() made
 
-    def begin(self) -> Packed | None:
-        """Make all sockets of a tree, with nothing in its leaves yet, for readers that follow
-        (`early.Early`): what fill() will return, and still owned here. None where there is no tree,
-        or none can be made: fill() says why."""
-        parking = self._parking = _Parking(self._state)
-        try:
-            parking.build()
-        except Exception:
-            self.close()
-            return None
-        self.begun = parking.depth > 0
-        return parking.packed([]) if self.begun else None
-
-    def fill(self) -> Packed:
-        """Park everything. Raises as pack() does."""
-        try:
-            return self._fill_explained()
-        except LimitExceeded:
-            # A program that has more open than its soft limit allows (it was lowered since) has no
-            # room for the sockets of a tree.
-            with hard_limit() as (soft, hard):
-                if soft == hard:
-                    raise
-                return self._fill_explained()
-
-    def _fill_explained(self) -> Packed:
-        try:
-            parking = self._parking
-            if parking is None:
-                self.begun = False
-                parking = self._parking = _Parking(self._state)
-                parking.build()
-            packed = parking.fill()
-            self._parking = None
-            return packed
-        except OSError as error:
-            self.close()  # first: one of these may have got the number of a closed one
-            raise _explain(error, self._state) from None
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Close what was made for a bundle that has not become one."""
-        parking, self._parking = self._parking, None
-        if parking is not None:
-            parking.close()
+def _pack(state: State) -> Packed:
+    names, ids, fds = state._as_columns()
+    parking = _Parking(state._as_numbers())
+    try:
+        manifest, sections, size = _manifest(state, names, ids)
+        parking.made.append(manifest)
+        parking.made += [fd for fd, temporary in sections if temporary]
+        carried = array("i", (manifest, *(fd for fd, _ in sections))) + fds
+        point("pack:manifest")
+        root = parking.tree(carried, size)
+        point("pack:parked")
+    except BaseException:
+        close_all(parking.made)
+        raise
+    return Packed(root, parking.parked, parking.depth, len(fds), size, parking.made)
 
 
 class _Parking:
-    """Puts descriptors into sockets: a tree of sockets first, then what lies in its leaves. `made`
-    has all that was opened for it, and belongs to it until it is filled."""
+    """Puts descriptors into sockets. `made` has all that was opened for it and must be closed."""
 
-    def __init__(self, state: State) -> None:
-        self.names, self.ids, self.fds = state._as_columns()
-        self.numbers = state._as_numbers()
-        self.state = state
+    def __init__(self, numbers: set[int]) -> None:
         self.made: list[int] = []
-        self.inlets: list[socket.socket] = []  # of the leaves; `made` owns their descriptors
-        self.sections: list[tuple[str, int, int, bytes]] = []  # key, packed, memfd?, data
-        self.memfds: list[int] = []  # of sections
-        self.size = self.total = 0  # bytes of sections; descriptors
-        self.root = -1
-        self.parked = self.depth = 0  # of the root
+        self.numbers = numbers  # of what is to be saved
+        self.parked = self.depth = 0  # of the socket that was made last: the root, in the end
 
-    def close(self) -> None:
-        self._detach()
-        made, self.made = self.made, []
-        close_all(made)
-
-    def _detach(self) -> None:
-        inlets, self.inlets = self.inlets, []
-        for inlet in inlets:
-            inlet.detach()
-
-    def build(self) -> None:
-        """Everything but what its leaves hold."""
-        self._describe_sections()
-        self.total = 1 + len(self.memfds) + len(self.fds)
-        outlets = []
-        for _ in range(0, self.total, SCM_MAX_FD):
-            inlet, outlet = self._pair()
-            self.inlets.append(inlet)
-            outlets.append(outlet)
-        self._check_new()
+    def tree(self, carried: Sequence[int], size: int) -> int:
+        """One socket (not in `made`) that carries all of `carried`, which stays the caller's."""
+        self.check_new()
+        count = len(carried)
+        if count <= SCM_MAX_FD:
+            return self.socket_with(LEAF, 0, carried, count, size, 0)
         # Whole leaves first, then nodes above them until one is enough.
-        level, below = outlets, SCM_MAX_FD
-        while len(level) > 1:
-            self.depth += 1
-            if self.depth == MAX_DEPTH:
-                raise LimitExceeded(f"{self.total} descriptors do not fit in one bundle")
-            is_root = len(level) <= SCM_MAX_FD
-            above = []
+        level: list[int] = []
+        totals: list[int] = []
+        for index, start in enumerate(range(0, count, SCM_MAX_FD)):
+            part = carried[start : start + SCM_MAX_FD]
+            level.append(self.socket_with(LEAF, 0, part, len(part), 0, index))
+            self.made.append(level[-1])
+            totals.append(len(part))
+        for depth in range(1, MAX_DEPTH):
+            if len(level) <= SCM_MAX_FD:
+                return self.socket_with(NODE, depth, level, sum(totals), size, 0)
+            above: list[int] = []
+            above_totals: list[int] = []
             for index, start in enumerate(range(0, len(level), SCM_MAX_FD)):
                 part = level[start : start + SCM_MAX_FD]
-                total = min(self.total - start * below, SCM_MAX_FD * below)
-                size = self.size if is_root else 0
-                header = (MAGIC, VERSION, NODE, self.depth, len(part), total, size, index)
-                inlet, outlet = self._pair()
-                try:
-                    send(inlet, HEADER.pack(*header), part)
-                finally:
-                    inlet.detach()
-                above.append(outlet)
-                self.parked = len(part)
-            level, below = above, below * SCM_MAX_FD
-        self.root = level[0]
-        point("pack:built")
+                above_totals.append(sum(totals[start : start + SCM_MAX_FD]))
+                above.append(self.socket_with(NODE, depth, part, above_totals[-1], 0, index))
+                self.made.append(above[-1])
+            level, totals = above, above_totals
+        raise LimitExceeded(f"{count} descriptors do not fit in one bundle")
 
-    def fill(self) -> Packed:
-        """Everything into the leaves, the one with the manifest last: readers that follow have the
-        others to read while it is made. All that was made is the result's."""
-        carried = array("i", (-1, *self.memfds)) + self.fds
-        for index in range(1, len(self.inlets)):
-            self._fill_leaf(index, carried)
-        manifest = _manifest(self.sections, self.names, self.ids)
-        self.made.append(manifest)
-        self._check_new()
-        carried[0] = manifest
-        point("pack:manifest")
-        self._fill_leaf(0, carried)
-        point("pack:parked")
-        self._detach()
-        made, self.made = self.made, []
-        made.remove(self.root)
-        return self.packed(made)
-
-    def packed(self, made: list[int]) -> Packed:
-        return Packed(self.root, self.parked, self.depth, len(self.fds), self.size, made)
-
-    def _fill_leaf(self, index: int, carried: array[int]) -> None:
-        part = carried[index * SCM_MAX_FD : (index + 1) * SCM_MAX_FD]
-        here, size = len(part), 0
-        if not self.depth:  # it is the root
-            self.parked, size = here, self.size
-        send(
-            self.inlets[index], HEADER.pack(MAGIC, VERSION, LEAF, 0, here, here, size, index), part
-        )
-        point("pack:sent")
-
-    def _pair(self) -> tuple[socket.socket, int]:
-        """A new pair, whose descriptors are in `made`: inlet (to be detached), outlet."""
+    def socket_with(
+        self, kind: int, depth: int, fds: Sequence[int], total: int, size: int, index: int
+    ) -> int:
+        """A socket (not in `made`) whose queue holds one message with `fds`, which stay the
+        caller's."""
         inlet, outlet = socket.socketpair(_UNIX, _SEQPACKET)
         self.made += (inlet.fileno(), outlet.fileno())
-        return inlet, outlet.detach()
+        try:
+            self.check_new(2)
+            header = HEADER.pack(MAGIC, VERSION, kind, depth, len(fds), total, size, index)
+            send(inlet, header, fds)
+            self.parked, self.depth = len(fds), depth
+            point("pack:sent")
+        finally:
+            inlet.detach()
+            outlet_fd = outlet.detach()
+        self.made.pop()
+        return outlet_fd
 
-    def _check_new(self) -> None:
-        """What was made cannot have the number of a descriptor that is to be saved, unless that one
-        was closed since: a file of our own would travel in its place."""
-        if not self.numbers.isdisjoint(self.made):
+    def check_new(self, last: int = 0) -> None:
+        """What was just made cannot have the number of a descriptor that is to be saved, unless
+        that one was closed since: a file of our own would travel in its place."""
+        if not self.numbers.isdisjoint(self.made[-last:]):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-
-    def _describe_sections(self) -> None:
-        for key, section in self.state._sections.items():
-            if isinstance(section, MemfdSection):
-                check_seals(key, section.fd)
-                self.memfds.append(section.fd)
-                self.sections.append((key, section.packed, 1, b""))
-                self.size += section.size()
-                continue
-            data, packed = encode_section(key, section)
-            self.size += len(data)
-            if len(data) <= INLINE:
-                self.sections.append((key, packed, 0, bytes(data)))
-            else:
-                memfd = sealed_memfd(f"section.{key}", [data])
-                self.made.append(memfd)
-                self.memfds.append(memfd)
-                self.sections.append((key, packed, 1, b""))
 
 
 def _manifest(
-    sections: list[tuple[str, int, int, bytes]], names: bytearray | bytes, ids: array[int]
-) -> int:
-    """The manifest's memfd, which the caller owns."""
-    if sys.byteorder == "big":
-        ids = ids[:]
-        ids.byteswap()
-    # One map, written piece by piece: the columns are not copied on their way.
-    packer = msgpack.Packer(use_bin_type=True, autoreset=False)
-    packer.pack_map_header(3)
-    packer.pack("sections")
-    packer.pack(sections)
-    raw_ids = memoryview(ids).cast("B")
-    manifest: list[bytes | memoryview] = [packer.bytes(), *_binary("ids", raw_ids)]
-    manifest += _binary("names", memoryview(names))
-    length = sum(map(len, manifest))
-    if length > MAX_MANIFEST:
-        raise LimitExceeded(
-            f"keys and small sections take {length} bytes; the limit is {MAX_MANIFEST}"
-        )
-    return sealed_memfd("cprd-manifest", manifest)
+    state: State, names: bytearray | bytes, ids: array[int]
+) -> tuple[int, list[tuple[int, bool]], int]:
+    """The manifest's memfd (the caller owns it), the memfds of sections as (fd, made here for this
+    bundle), the bytes of all sections."""
+    described: list[tuple[str, int, int, bytes]] = []  # key, packed, memfd?, data
+    memfds: list[tuple[int, bool]] = []
+    size = 0
+    try:
+        for key, section in state._sections.items():
+            if isinstance(section, MemfdSection):
+                check_seals(key, section.fd)
+                memfds.append((section.fd, False))
+                described.append((key, section.packed, 1, b""))
+                size += section.size()
+                continue
+            data, packed = encode_section(key, section)
+            size += len(data)
+            if len(data) <= INLINE:
+                described.append((key, packed, 0, bytes(data)))
+            else:
+                memfds.append((sealed_memfd(f"section.{key}", [data]), True))
+                described.append((key, packed, 1, b""))
+        if sys.byteorder == "big":
+            ids = ids[:]
+            ids.byteswap()
+        # One map, written piece by piece: the columns are not copied on their way.
+        packer = msgpack.Packer(use_bin_type=True, autoreset=False)
+        packer.pack_map_header(3)
+        packer.pack("sections")
+        packer.pack(described)
+        raw_ids = memoryview(ids).cast("B")
+        manifest: list[bytes | memoryview] = [packer.bytes(), *_binary("ids", raw_ids)]
+        manifest += _binary("names", memoryview(names))
+        length = sum(map(len, manifest))
+        if length > MAX_MANIFEST:
+            raise LimitExceeded(
+                f"keys and small sections take {length} bytes; the limit is {MAX_MANIFEST}"
+            )
+        return sealed_memfd("cprd-manifest", manifest), memfds, size
+    except BaseException:
+        close_all(fd for fd, temporary in memfds if temporary)
+        raise
 
 
 def _binary(key: str, data: memoryview) -> tuple[bytes, memoryview]:
@@ -432,11 +359,11 @@ def check(fd: int, parked: int, *, seal: bool) -> None:
 
 
 def _check_counts(sock: socket.SocketType, found: int, parked: int) -> None:
-    size = queued(sock.fileno())
-    if not size:
+    queued = _queued(sock)
+    if not queued:
         raise Damaged("not a whole bundle: nothing is queued in it")
-    if size != HEADER.size:
-        raise Damaged(f"not a whole bundle: {size} bytes are queued in it, not {HEADER.size}")
+    if queued != HEADER.size:
+        raise Damaged(f"not a whole bundle: {queued} bytes are queued in it, not {HEADER.size}")
     if found != parked:
         raise Damaged(f"not a whole bundle: it should hold {parked} descriptors and holds {found}")
 
@@ -459,9 +386,9 @@ def _as_socket(fd: int) -> socket.SocketType:
         raise Damaged(f"not a bundle: {error.strerror}") from None
 
 
-def queued(fd: int) -> int:
+def _queued(sock: socket.SocketType) -> int:
     """Bytes in the queue: of all messages, and the payload of each is a header."""
-    return int.from_bytes(fcntl.ioctl(fd, 0x541B, b"\0" * 4), sys.byteorder)  # SIOCINQ
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), 0x541B, b"\0" * 4), sys.byteorder)  # SIOCINQ
 
 
 def _peek_header(sock: socket.SocketType) -> Header:
@@ -491,9 +418,8 @@ def scm_fds(fd: int) -> int:
     return int(count.split(None, 1)[0]) if count else -1
 
 
-def unpack(fd: int, early: Early | None = None) -> State:
-    """Peek a whole state out of a bundle, which stays the caller's and as it was. `early`: what was
-    read of it already, perhaps.
+def unpack(fd: int) -> State:
+    """Peek a whole state out of a bundle, which stays the caller's and as it was.
 
     The returned state owns its descriptors. Raises Damaged when anything is missing or too much,
     and LimitExceeded when they do not fit in this process; then none is left open."""
@@ -503,16 +429,11 @@ def unpack(fd: int, early: Early | None = None) -> State:
     finally:
         sock.close()
     _room_for(root)
-    if early is not None:
-        state = early.finish(fd, root)
-        if state is not None:
-            point("load:peeked")
-            return state
     carried = array("i")
     try:
         _peek(fd, root.depth, root.index, carried)
         point("load:peeked")
-        return state_of(root, carried)
+        return _state_of(root, carried)
     except BaseException:
         close_all(carried)
         raise
@@ -520,86 +441,48 @@ def unpack(fd: int, early: Early | None = None) -> State:
 
 def _peek(fd: int, depth: int, index: int, carried: array[int]) -> None:
     """Append all descriptors below one node to `carried`, whose owner closes them on an error.
-    `fd` is borrowed."""
-    if depth == 0:
-        peek_leaf(fd, index, carried)
-        return
-    header, fds = _peek_node(fd, depth, index)
-    try:
-        before = len(carried)
-        for number, child in enumerate(fds):
-            _peek(child, depth - 1, number, carried)
-        check_total(header, len(carried) - before)
-    finally:
-        close_all(fds)
 
-
-def peek_tree(fd: int) -> tuple[Header, array[int]]:
-    """The header of a root and the leaves right below it, which the caller owns. Raises Damaged
-    for a bundle of any other shape, LimitExceeded when what it is to hold does not fit here."""
-    header, fds = _peek_node(fd, 1, 0)
-    try:
-        _room_for(header)
-    except BaseException:
-        close_all(fds)
-        raise
-    return header, fds
-
-
-def peek_leaf(fd: int, index: int, carried: array[int]) -> None:
-    """Append the descriptors in one leaf to `carried`. `fd` is borrowed.
-
-    One look at each socket: five system calls for 253 descriptors."""
-    data, fds, flags, size = _look(fd)
-    count = len(fds)
-    if (count and size == HEADER.size and not flags & _CTRUNC) and data == HEADER.pack(
-        MAGIC, VERSION, LEAF, 0, count, count, 0, index
-    ):  # as nearly always, 40 times for 10,000 descriptors
-        carried.extend(fds)
-        return
-    carried.extend(_checked(data, fds, flags, size, 0, index)[1])
-
-
-def _peek_node(fd: int, depth: int, index: int) -> tuple[Header, array[int]]:
-    """What one node holds: its header, and descriptors that the caller owns. `fd` is borrowed."""
-    return _checked(*_look(fd), depth, index)
-
-
-def _look(fd: int) -> tuple[bytes, array[int], int, int]:
-    """One message (payload, descriptors, flags), and the bytes in all that are queued."""
+    One look at each socket: five system calls for 253 descriptors. `fd` is borrowed."""
     sock = _as_socket(fd)
     try:
         sock.setsockopt(_SOL_SOCKET, SO_PEEK_OFF, -1)
-        size = queued(fd)
-        return *_receive(sock), size
+        data, fds, flags = _receive(sock)
+        queued = _queued(sock)
     except OSError as error:
         raise Damaged(f"a part of the bundle cannot be read: {error.strerror}") from None
     finally:
         sock.close()
-
-
-def _checked(
-    data: bytes, fds: array[int], flags: int, size: int, depth: int, index: int
-) -> tuple[Header, array[int]]:
+    count = len(fds)
+    if (
+        depth == 0 and count and queued == HEADER.size and not flags & _CTRUNC
+    ) and data == HEADER.pack(
+        MAGIC, VERSION, LEAF, 0, count, count, 0, index
+    ):  # as nearly always, 40 times for 10,000 descriptors
+        carried.extend(fds)
+        return
     try:
         header = Header(data)
         if flags & _CTRUNC:
             raise _cut_short(header)
         if len(fds) != header.here:
             raise Damaged(f"a part of the bundle says {header.here} descriptors, has {len(fds)}")
-        if size != HEADER.size:
+        if queued != HEADER.size:
             raise Damaged("a part of the bundle has more than one message queued in it")
         if header.depth != depth or header.index != index:
             raise Damaged("the parts of the bundle are not in their places")
-        return header, fds
-    except BaseException:
+        if header.kind == LEAF:
+            carried.extend(fds)
+            fds = array("i")
+            return
+        before = len(carried)
+        for number, child in enumerate(fds):
+            _peek(child, depth - 1, number, carried)
+        if len(carried) - before != header.total:
+            raise Damaged(
+                f"the bundle says {header.total} descriptors and holds {len(carried) - before}"
+            )
+    finally:
         close_all(fds)
-        raise
-
-
-def check_total(header: Header, found: int) -> None:
-    if found != header.total:
-        raise Damaged(f"the bundle says {header.total} descriptors and holds {found}")
 
 
 def _receive(sock: socket.SocketType) -> tuple[bytes, array[int], int]:
@@ -634,7 +517,7 @@ def _cut_short(header: Header) -> Exception:
     )
 
 
-def state_of(root: Header, carried: array[int]) -> State:
+def _state_of(root: Header, carried: array[int]) -> State:
     """Make the state of what a bundle carried; it owns `carried` when this returns."""
     manifest = carried[0]
     sections: dict[str, InlineSection | MemfdSection] = {}

@@ -13,7 +13,6 @@ from cprd.state import State
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
-    import _socket as socket
     from collections.abc import Callable
     from types import TracebackType
     from typing import Any, TypeVar
@@ -73,7 +72,6 @@ class _Connection(link.Line):
         except link.Lost:
             raise Unavailable("the connection is lost") from None
         finally:
-            self._withdraw()
             if self._owed is not None:
                 self._put_aside()
 
@@ -103,8 +101,6 @@ class _Connection(link.Line):
             verb.close()
 
     def _exchange_again(self, call: verbs.Call) -> verbs.Answer:
-        if call.unanswered:
-            return self._mention(call)
         give_up = 0.0
         began = time.monotonic()
         while True:
@@ -116,8 +112,6 @@ class _Connection(link.Line):
             except (link.Lost, Unavailable) as error:
                 # The daemon restarts, or its idle deadline passed. Every request that changes
                 # something has a nonce, so saying it twice does it once.
-                if call.early is not None:
-                    call.early.close()  # nobody looks after it meanwhile
                 now = time.monotonic()
                 if now - tried > link.SERVED:  # it was there in between
                     give_up = 0.0
@@ -142,10 +136,9 @@ class _Connection(link.Line):
             if not again:
                 self._sock.settimeout(link.mute(call))
                 self._owed = call
-                filled = call.announced is not None and call.announced is self._announced
-                link.send_call(self._sock, call, 0, filled=filled)
-                self._announced = None
-            answer = self._read(self._sock, call, seconds)
+                link.send_call(self._sock, call, 0)
+            self._sock.settimeout(seconds)
+            answer = link.read(self._sock, 0)
         except TimeoutError:
             if again:  # it was lost with the interrupt: by its nonce it can be had anew
                 self._put_aside()
@@ -161,21 +154,6 @@ class _Connection(link.Line):
             self._owed = None
             raise
         self._owed = None
-        return answer
-
-    def _read(self, sock: socket.socket, call: verbs.Call, seconds: float) -> verbs.Answer:
-        end = time.monotonic() + seconds
-        sock.settimeout(seconds)
-        answer = link.read(sock, 0)
-        if answer.early:
-            while answer.early:
-                early = call.early
-                if self._follow(call, answer):
-                    assert early is not None
-                    while early.wait(max(0.0, end - time.monotonic())):
-                        pass
-                sock.settimeout(max(0.001, end - time.monotonic()))
-                answer = link.read(sock, 0)
         return answer
 
 

@@ -8,7 +8,6 @@ import _socket as socket  # as in rights
 import errno
 import os
 import struct
-from array import array
 
 from cprd.client.verbs import Answer, Call, Common
 from cprd.errors import CprdError, Denied, InvalidInput, LimitExceeded, Unavailable
@@ -83,15 +82,11 @@ def where(path: str | os.PathLike[str] | None) -> str:
     return default_socket() if path is None else os.fspath(path)
 
 
-def send_call(sock: socket.socket, call: Call, flags: int, *, filled: bool) -> None:
-    """`filled`: it is what was announced there. Raises Lost, LimitExceeded (too many in flight),
-    BlockingIOError."""
+def send_call(sock: socket.socket, call: Call, flags: int) -> None:
+    """Raises Lost, LimitExceeded (too many in flight), BlockingIOError."""
     call.sent = True  # before it is: an interrupt may come at any point
     try:
-        if filled:
-            send(sock, messages.FILLED, (), flags)
-        else:
-            send(sock, call.data, call.fds, flags)
+        send(sock, call.data, call.fds, flags)
     except LOST:
         try:
             read(sock, socket.MSG_DONTWAIT).close()  # a refusal may have come before the end
@@ -101,7 +96,7 @@ def send_call(sock: socket.socket, call: Call, flags: int, *, filled: bool) -> N
 
 
 def read(sock: socket.socket, flags: int) -> Answer:
-    """One answer, or what is announced before it. Raises what the daemon raised, Lost, Garbled,
+    """One answer. Raises what the daemon raised, Lost, Garbled,
     BlockingIOError or TimeoutError."""
     try:
         try:
@@ -117,9 +112,6 @@ def read(sock: socket.socket, flags: int) -> Answer:
             raise Lost
         if seen & _TRUNC:
             raise messages.Garbled(f"an answer longer than {messages.MAX_ANSWER} bytes")
-        if data == messages.EARLY:
-            answer.early = True
-            return answer
         answer.fields = messages.read_answer(data)
     except BaseException:
         answer.close()
@@ -156,7 +148,6 @@ class Line:
         self._sock: socket.socket | None = None
         self._owed: Call | None = None  # sent, and perhaps its answer is still to come
         self._aside: list[socket.socket] = []
-        self._announced: Call | None = None  # said on this connection, perhaps, and nothing since
 
     def fileno(self) -> int:
         return self._sock.fileno() if self._sock is not None else -1
@@ -206,7 +197,6 @@ class Line:
     def _greeted(self, greeting: dict[str, Any]) -> None:
         self.greeting = greeting
         self.common.uid = greeting.get("uid", os.getuid())
-        self.common.announces = greeting.get("announce") is True
 
     def _close(self, sock: socket.socket) -> None:
         self.common.sockets.discard(sock)
@@ -214,13 +204,11 @@ class Line:
 
     def _break(self) -> None:
         sock, self._sock, self._owed = self._sock, None, None
-        self._announced = None
         if sock is not None:
             self._close(sock)
 
     def _put_aside(self) -> None:
         """Out of step: not to be used as it is."""
-        self._withdraw()
         if self.tickets and self._sock is not None:
             self._aside.append(self._sock)
             self._sock = self._owed = None
@@ -241,35 +229,6 @@ class Line:
                 return True
         return False
 
-    def _mention(self, call: Call) -> Answer:
-        """Say what gets no answer, if that can be done at once. Never waits, raises nothing."""
-        sock = self._sock if self._owed is None else None
-        if sock is not None:
-            call.sent, self._announced = True, call  # before it is: an interrupt may come
-            try:
-                send(sock, call.data, call.fds)
-                os.sched_yield()  # the daemon may have been woken up on this very CPU
-            except (OSError, CprdError):
-                self._announced = None  # what comes after it will tell
-        return Answer({}, array("i"))
-
-    def _withdraw(self) -> None:
-        """Nothing comes of what was announced, if it is still to be filled: cprd lets go of it."""
-        announced, self._announced = self._announced, None
-        if announced is not None and self._sock is not None and self.pid == os.getpid():
-            try:
-                send(self._sock, messages.NOT_FILLED)
-            except (OSError, CprdError):
-                pass  # the connection has ended
-
-    def _follow(self, call: Call, answer: Answer) -> bool:
-        """What came before the answer: whether there is something of it to wait for."""
-        assert self._sock is not None
-        if call.early is None or len(answer.fds) != 1:
-            answer.close()
-            return False
-        return call.early.begin(answer.fds.pop(), self._sock.fileno())
-
     def _may_end(self, call: Call) -> bool:
         """Whether the verb has nothing to do about its interrupted call."""
         return not call.sent or (call.tied and not self.tickets)
@@ -279,11 +238,7 @@ def _caught_up(sock: socket.socket) -> bool:
     """Whether the answer that a connection owes has come; it is thrown away. Raises Lost."""
     try:
         sock.setblocking(False)
-        early = True
-        while early:
-            answer = read(sock, socket.MSG_DONTWAIT)
-            early = answer.early
-            answer.close()
+        read(sock, socket.MSG_DONTWAIT).close()
     except BlockingIOError:
         return False
     except (messages.Garbled, OSError):

@@ -13,8 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Generator, Sequence
 
-from cprd.bundle.layout import Packed, Packing, pack, unpack
-from cprd.early import Early
+from cprd.bundle.layout import Packed, pack, unpack
 from cprd.errors import CprdError, Damaged, InvalidInput, LimitExceeded, ProtocolError
 from cprd.linux.pause import point
 from cprd.linux.rights import close_all
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     Verb: TypeAlias = "Generator[Call, Answer, T]"
 
 
-ANNOUNCED = 1000  # descriptors from which on a save is announced to whoever waits for it
-
-
 class Abandoned(BaseException):
     """An interrupt whose raiser cannot wait, and sees himself to what becomes of the request."""
 
@@ -44,14 +40,9 @@ class Call:
 
     `sure`: what becomes of it must be learned, so it is not cancelled. `tied`: the end of its
     connection undoes it. `brief`: it is worth a moment, and no more. `sent`: perhaps it was;
-    interrupted before that, it never happened. `early`: what follows a bundle that is announced
-    before the answer. `unanswered`: a word on the side, lost where it cannot be said at once.
-    `announced`: what was said before, which makes this a short one on the same connection."""
+    interrupted before that, it never happened."""
 
-    __slots__ = (
-        *("_message", "announced", "brief", "data", "early", "fds", "sent", "sure"),
-        *("tied", "unanswered", "wait"),
-    )
+    __slots__ = ("_message", "brief", "data", "fds", "sent", "sure", "tied", "wait")
 
     def __init__(
         self,
@@ -62,9 +53,6 @@ class Call:
         sure: bool = False,
         tied: bool = False,
         brief: bool = False,
-        early: Early | None = None,
-        unanswered: bool = False,
-        announced: Call | None = None,
     ) -> None:
         self.data = messages.encode(message)
         self.fds = fds
@@ -72,9 +60,6 @@ class Call:
         self.sure = sure
         self.tied = tied
         self.brief = brief
-        self.early = early
-        self.unanswered = unanswered
-        self.announced = announced
         self.sent = False
         self._message = message
         if len(self.data) > messages.MAX_REQUEST:
@@ -88,20 +73,18 @@ class Call:
             return self
         left = max(0.0, self.wait - seconds)
         field = "timeout" if self._message["verb"] == "wait" else "wait"
-        return Call({**self._message, field: left}, self.fds, left, early=self.early)
+        return Call({**self._message, field: left}, self.fds, left)
 
 
 class Answer:
-    """What came back. It owns `fds`. `cut`: not all of them could be installed. `early`: it is not
-    the answer yet, but what is announced before it."""
+    """What came back. It owns `fds`. `cut`: not all of them could be installed."""
 
-    __slots__ = ("cut", "early", "fds", "fields")
+    __slots__ = ("cut", "fds", "fields")
 
     def __init__(self, fields: dict[str, Any], fds: array[int]) -> None:
         self.fields = fields
         self.fds = fds
         self.cut = False
-        self.early = False
 
     def close(self) -> None:
         """Close what nobody took out of `fds`."""
@@ -153,11 +136,10 @@ class Ticket:
 class Common:
     """What all connections of one Daemon have in common."""
 
-    __slots__ = ("_claims", "announces", "sockets", "uid")
+    __slots__ = ("_claims", "sockets", "uid")
 
     def __init__(self) -> None:
         self.sockets: set[HasFileno] = set()
-        self.announces = False  # the daemon passes on what is said of a bundle in the making
         self.uid = 0  # ours, as the daemon sees it
         # Tickets only: a claim that its program forgot ends, and takes its ticket away.
         self._claims: dict[tuple[int, str], Ticket] = {}
@@ -184,11 +166,7 @@ class Common:
 
 def hello(*, brief: bool = False) -> Verb[dict[str, Any]]:
     answer = yield Call(
-        {
-            "verb": "hello",
-            "version": messages.VERSION,
-            "limits": {"answer": messages.MAX_ANSWER, "early": True},
-        },
+        {"verb": "hello", "version": messages.VERSION, "limits": {"answer": messages.MAX_ANSWER}},
         brief=brief,
     )
     if answer.fields.get("version") != messages.VERSION:
@@ -217,30 +195,21 @@ def save(
         raise InvalidInput(f'if_exists wants "error" or "replace", not {if_exists!r}')
     if require not in (None, "memory", "store"):
         raise InvalidInput(f'require wants None or "store", not {require!r}')
-    offer = {
-        "if_exists": if_exists,
-        "require": "store" if require == "store" else None,
-        "nonce": messages.nonce(),
-    }
-    packing = Packing(state, common.forbidden())
-    announced: Call | None = None
-    try:
-        soon = after_exit is False or after_exit is None  # else it is served later
-        if verb == "save" and soon and common.announces and state.fd_count > ANNOUNCED:
-            coming = packing.begin()
-            if coming is not None:
-                fields, fds = _bundle(coming, ttl, after_exit)
-                message = {"verb": "announce", "name": name, **fields, **offer}
-                announced = Call(message, fds, unanswered=True)
-                yield announced
-        packed = packing.fill()  # should it fail, its connection says that nothing comes of it
-    finally:
-        packing.close()
+    packed = pack(state, common.forbidden())
     try:
         fields, fds = _bundle(packed, ttl, after_exit)
         point("save:packed")
-        message = {"verb": verb, "name": name, **fields, **offer}
-        call = Call(message, fds, announced=announced if packing.begun else None)
+        call = Call(
+            {
+                "verb": verb,
+                "name": name,
+                **fields,
+                "if_exists": if_exists,
+                "require": "store" if require == "store" else None,
+                "nonce": messages.nonce(),
+            },
+            fds,
+        )
         try:
             answer = yield call
         except (CprdError, GeneratorExit):
@@ -351,21 +320,6 @@ def load(
 ) -> Verb[T]:
     """Claim, read all of it, and `make` the claim; what cannot be read, or is interrupted, is given
     back with the reason."""
-    early = Early()
-    try:
-        return (yield from _load(name, wait, lease, generation, make, early))
-    finally:
-        early.close()
-
-
-def _load(
-    name: str,
-    wait: float,
-    lease: float,
-    generation: int | None,
-    make: Callable[[Loaded], T],
-    early: Early,
-) -> Verb[T]:
     check_name(name)
     check_seconds("wait", wait, messages.MAX_WAIT)
     check_seconds("lease", lease, messages.MAX_LEASE)
@@ -383,7 +337,6 @@ def _load(
         },
         wait=wait,
         tied=True,
-        early=early,
     )
     bundle = -1
     state: State | None = None
@@ -400,7 +353,7 @@ def _load(
     try:
         bundle = answer.bundle()
         point("load:claimed")
-        state = unpack(bundle, early)
+        state = unpack(bundle)
         point("load:unpacked")
         if state.fd_count != fields["fds"]:
             found = state.fd_count

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import trio
@@ -48,17 +48,9 @@ class Connection:
         self.claims: set[tuple[int, bytes]] = set()  # (generation, token)
         self.prepared: set[int] = set()
         self.nonce = b""  # of the last request
-        self.early = False  # its client follows bundles that are being filled
-        self.hear: Callable[[Connection, messages.Message, array[int]], Awaitable[None]] | None = (
-            None
-        )
-        # What was announced, until what comes after it: owned, or why it cannot be done.
-        self.announced: Request | LimitExceeded | None = None
 
-    async def receive(self) -> Request | None:
-        """The next request; None at the end of the connection. What is announced is given to `hear`
-        (its descriptors are borrowed), and becomes a request once it is filled. Raises
-        ProtocolError, LimitExceeded: what came gets that answer."""
+    async def receive(self, parse: Callable[[bytes], messages.Message]) -> Request | None:
+        """The next request; None at the end of the connection. Raises ProtocolError."""
         while True:
             await trio.lowlevel.wait_readable(self.sock)
             await self._room()
@@ -68,51 +60,21 @@ class Connection:
                 continue
             except OSError:
                 return None
-            try:
-                if not data:
-                    if fds:
-                        raise ProtocolError("an empty message with descriptors")
-                    return None
-                request = await self._read(data, fds, bool(flags & socket.MSG_CTRUNC))
-            except BaseException:
-                self.release(fds)
-                raise
-            if request is not None:
-                return request
-
-    async def _read(self, data: bytes, fds: array[int], cut: bool) -> Request | None:
-        """The request that a message is, which owns `fds` then; None where another one follows."""
-        message = messages.decode(data, messages.MAX_REQUEST)
-        verb = message.get("verb")
-        if verb == "announce" and self.hear is not None:
-            # Never answered, whatever is wrong with it.
-            wanted = 1 + (message.get("after_exit") == "pidfd")
-            if cut or len(fds) != wanted:  # not to pile up meanwhile; the save will be told
-                self.release(fds)
-            else:
-                await self.hear(self, message, fds)
-            self.announce(_cut_short() if cut else Request({**message, "verb": "save"}, fds))
-            return None
-        if verb == "filled" and self.hear is not None:
-            self.release(fds)
-            if not messages.check_request(message)[
-                "save"
-            ]:  # said to be sure, perhaps; not answered
-                self.announce(None)
+            break
+        try:
+            if flags & socket.MSG_CTRUNC:
+                raise LimitExceeded(
+                    "cprd had no descriptor left to receive with: raise LimitNOFILE= of"
+                    " cprd.service, or drop holds"
+                )
+            if not data:
+                if fds:
+                    raise ProtocolError("an empty message with descriptors")
                 return None
-            announced, self.announced = self.announced, None
-            if isinstance(announced, LimitExceeded):
-                raise announced
-            if announced is not None:
-                try:
-                    return Request(messages.check_request(announced.message), announced.fds)
-                except BaseException:
-                    self.release(announced.fds)
-                    raise
-        self.announce(None)  # nothing came of it
-        if cut:
-            raise _cut_short()
-        return Request(messages.check_request(message), fds)
+            return Request(parse(data), fds)
+        except BaseException:
+            self.release(fds)
+            raise
 
     async def _room(self) -> None:
         """Take nothing more from a uid whose descriptors wait to be closed: they are ours as long.
@@ -124,24 +86,9 @@ class Connection:
             await trio.sleep(0.02)
 
     def release(self, fds: array[int]) -> None:
-        """Close descriptors that came from the client, elsewhere; `fds` is empty then."""
+        """Close descriptors that came from the client, elsewhere."""
         if fds:
             self.closer.close(self.peer.uid, fds)
-            del fds[:]
-
-    def announce(self, announced: Request | LimitExceeded | None) -> None:
-        """Own what was announced, in place of what was before."""
-        before, self.announced = self.announced, announced
-        if isinstance(before, Request):
-            self.release(before.fds)
-
-    def pass_on(self, fd: int) -> None:
-        """Tell a client that waits of a bundle (borrowed) that is being filled, if that can be done
-        at once."""
-        try:
-            send(self.sock, messages.EARLY, (fd,))
-        except (OSError, LimitExceeded):
-            pass  # it reads the bundle when it is there
 
     async def answer(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         """Send an answer; `fds` stay the caller's. Raises BrokenPipeError when the client has
@@ -183,7 +130,6 @@ class Connection:
     def close(self) -> None:
         """End it, now as far as the peer can see it, and let go of it in the peer's worker."""
         trio.lowlevel.notify_closing(self.sock)
-        self.announce(None)
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -200,10 +146,3 @@ class Connection:
             self.closer.close(self.peer.uid, [fd])
         else:
             os.close(fd)
-
-
-def _cut_short() -> LimitExceeded:
-    return LimitExceeded(
-        "cprd had no descriptor left to receive with: raise LimitNOFILE= of cprd.service, or drop"
-        " holds"
-    )

@@ -70,19 +70,15 @@ class Waiter:
     """A load (or wait) that waits for its turn. First come, first served.
 
     `tell` answers what was taken there and then, if the client reads: it waits no longer than it
-    must, not for its task's turn. `early` passes on a bundle that is still being filled."""
+    must, not for its task's turn."""
 
-    __slots__ = ("done", "early", "result", "scope", "take", "tell", "told")
+    __slots__ = ("done", "result", "scope", "take", "tell", "told")
 
     def __init__(
-        self,
-        take: Callable[[], Step | Hold],
-        tell: Callable[[Step | Hold], bool] | None = None,
-        early: Callable[[int], object] | None = None,
+        self, take: Callable[[], Step | Hold], tell: Callable[[Step | Hold], bool] | None = None
     ) -> None:
         self.take = take
         self.tell = tell
-        self.early = early
         self.done = self.told = False
         self.scope = trio.CancelScope()  # of the wait, which its turn ends
         self.result: Step | Hold | CprdError | None = None
@@ -112,9 +108,9 @@ class Daemon:
         self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         soft = raise_nofile()
         self.max_connections = max(12, min(config.all_connections, soft // 16))
-        # Each connection has two descriptors, and two with what it announced; each hold two and up
-        # to four pidfds; a message can bring 253 at once.
-        self.max_holds = max(4, (soft - 4 * self.max_connections - 253 - 32) // 6)
+        # Each connection has two descriptors, each hold two and up to four pidfds; a message can
+        # bring 253 at once.
+        self.max_holds = max(4, (soft - 2 * self.max_connections - 253 - 32) // 6)
 
     def adopt(self, left: list[tuple[Hold, dict[str, int]]], blind: str) -> None:
         """Take over what an earlier daemon left: holds, and their pidfds, which this owns now."""
@@ -279,7 +275,7 @@ class Daemon:
 
     async def _greet(self, connection: Connection) -> bool:
         try:
-            request = await connection.receive()
+            request = await connection.receive(messages.read_request)
             if request is None:
                 return False
             connection.release(request.fds)
@@ -287,8 +283,6 @@ class Daemon:
                 raise ProtocolError(f"hello: wants no descriptors, has {len(request.fds)}")
             if request.message["verb"] != "hello":
                 raise ProtocolError("the first message is hello")
-            connection.early = request.message["limits"].get("early") is True
-            connection.hear = self._announced
             if request.message["version"] != messages.VERSION:
                 raise ProtocolError(
                     f"this cprd speaks version {messages.VERSION} of the protocol, the client"
@@ -310,7 +304,6 @@ class Daemon:
                 pid=connection.peer.pid,
                 lease_by=lease_by,
                 kept=self.keeper.kept,
-                announce=True,
                 limits={
                     "request": messages.MAX_REQUEST,
                     "answer": messages.MAX_ANSWER,
@@ -328,10 +321,10 @@ class Daemon:
         request: Request | None = None
         try:
             if connection.claims or connection.prepared:
-                request = await connection.receive()
+                request = await connection.receive(messages.read_request)
             else:
                 with trio.move_on_after(messages.IDLE):
-                    request = await connection.receive()
+                    request = await connection.receive(messages.read_request)
             if request is None:
                 return False
         except ProtocolError as error:
@@ -653,20 +646,6 @@ class Daemon:
         if place == "store" and self.keeper.kept != "store":
             raise LimitExceeded(NOT_STORED)
 
-    async def _announced(
-        self, connection: Connection, message: messages.Message, fds: array[int]
-    ) -> None:
-        """A save whose bundle is being filled: for the one who waits for that name to follow.
-        Nothing changes, and nothing is looked at more closely, before it is."""
-        await self._turn(connection)
-        try:
-            queue = self._waiters.get(self._key(connection, str(message.get("name"))))
-        except (Denied, InvalidInput):
-            queue = None  # the save will be told
-        if queue and queue[0].early is not None:
-            queue[0].early(fds[0])
-        point("daemon:announced")
-
     async def commit(self, connection: Connection, request: Request) -> None:
         """commit and abort."""
         message = request.message
@@ -729,8 +708,7 @@ class Daemon:
             if not message["wait"] or isinstance(error, Damaged):
                 raise
             tell = partial(self._tell_claim, connection)
-            early = connection.pass_on if connection.early else None
-            waiter = Waiter(partial(self._claim, connection, message, key), tell, early)
+            waiter = Waiter(partial(self._claim, connection, message, key), tell)
             found = await self._wait(connection, key, waiter, message["wait"])
             if found is None:  # the answer is the one that a load would get now
                 self._refresh(key)
@@ -1094,18 +1072,12 @@ async def _hello_again(daemon: Daemon, connection: Connection, request: Request)
     raise ProtocolError("hello was said already")
 
 
-async def _not_announced(daemon: Daemon, connection: Connection, request: Request) -> None:
-    raise ProtocolError("filled: nothing was announced on this connection")
-
-
 _VERBS: dict[str, Handler] = {
     "hello": _hello_again,
     "save": Daemon.save,
     "prepare": Daemon.save,
     "commit": Daemon.commit,
     "abort": Daemon.commit,
-    "announce": _not_announced,
-    "filled": _not_announced,
     "load": Daemon.load,
     "renew": Daemon.renew,
     "begin": Daemon.begin,

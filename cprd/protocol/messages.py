@@ -129,9 +129,6 @@ _NONCE = {"nonce": _bytes(NONCE)}
 REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "hello": {"version": _count(1 << 16), "limits": _map},
     "save": {**_SAVE, **_NONCE},
-    # A save whose bundle is being filled, which gets no answer, and what comes after it.
-    "announce": {**_SAVE, **_NONCE},
-    "filled": {"save": _flag},
     "prepare": {**_SAVE, **_NONCE},
     "commit": {**_CLAIM, **_NONCE},
     "abort": {**_CLAIM, **_NONCE},
@@ -177,9 +174,11 @@ def decode(data: bytes, limit: int) -> Message:
     return message
 
 
-def check_request(message: Message) -> Message:
-    """The request that a decoded message is, with exactly the fields of its verb, each of its type,
-    plus "verb". Raises BadRequest that names the verb or the field."""
+def read_request(data: bytes) -> Message:
+    """A request with exactly the fields of its verb, each of its type, plus "verb".
+
+    Raises ProtocolError that names the verb or the field."""
+    message = decode(data, MAX_REQUEST)
     verb = message.get("verb")
     fields = REQUESTS.get(verb) if isinstance(verb, str) else None
     if fields is None:
@@ -217,13 +216,6 @@ def read_answer(data: bytes) -> Message:
 
 def ok(**fields: Any) -> bytes:
     return encode({"ok": fields})
-
-
-FILLED = encode({"verb": "filled", "save": True})
-NOT_FILLED = encode({"verb": "filled", "save": False})
-EARLY = encode({"early": {}})
-"""Not an answer: the bundle that comes with it is being filled, by a save of the name that this
-load waits for. Only for those whose hello had `early` among its limits."""
 
 
 def refusal(error: CprdError) -> bytes:

@@ -393,7 +393,7 @@ async def test_giving_back_that_fails_ends_the_connection_of_the_claim(
 async def test_an_interrupt_while_a_state_is_read_gives_it_back(
     connect: Connect, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unpack(fd: int, early: object) -> State:
+    def unpack(fd: int) -> State:
         raise KeyboardInterrupt
 
     with opened(2) as fds:
@@ -572,6 +572,43 @@ def _save(daemon: DaemonProcess, state: State) -> None:
         client.save("web", state)
 
 
+async def test_a_save_that_fails_in_its_midst_leaves_nothing_open_anywhere(
+    connect: Connect, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A descriptor closed meanwhile, an interrupt, a refusal: a tree of sockets that is half
+    filled goes, and the connection serves on."""
+
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(name: str) -> None:
+        if name == "pack:sent":
+            raise Interrupt
+
+    errors = {"closed": InvalidInput, "interrupted": Interrupt, "refused": AlreadyHeld}
+    async with connect() as client:
+        with opened(2) as fds:
+            prepared = await client.prepare("web", of(fds))
+            base, ours = daemon.fds(), open_fds()
+            for how, error in errors.items():
+                near, far = socket.socketpair()
+                with far, opened(1000) as many, monkeypatch.context() as patch:
+                    state = of([*many, near.fileno()])
+                    if how == "closed":
+                        os.close(many.pop())
+                    elif how == "interrupted":
+                        patch.setattr("cprd.bundle.layout.point", interrupt)
+                    with near, pytest.raises(error):
+                        await client.save("web", state)
+                    far.settimeout(10)
+                    assert far.recv(1) == b"", how
+                daemon.await_fds(base)
+                assert open_fds() == ours, how
+            await prepared.commit()
+            async with client.load("web") as claim:
+                assert values(claim.state) == [1, 2]
+
+
 # The daemon is gone, restarted, or mute
 
 
@@ -612,6 +649,26 @@ async def test_a_request_waits_for_a_daemon_that_is_being_restarted(
         back.start()
         assert await client.list() == []
         back.join()
+
+
+async def test_a_daemon_restarted_while_a_save_parks_gets_all_of_it(
+    connect: Connect, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whoever waits for it, on a connection that is lost, gets it."""
+
+    def at(name: str) -> None:
+        if name == "pack:manifest" and threading.current_thread() is saver:
+            daemon.restart()
+
+    with opened(1000) as fds, daemon.connect() as other:
+        saver = threading.Timer(0.1, lambda: other.save("web", of(fds)))
+        with monkeypatch.context() as patch:
+            patch.setattr("cprd.bundle.layout.point", at)
+            saver.start()
+            async with connect() as client:
+                async with client.load("web", wait=20.0) as claim:
+                    assert values(claim.state) == list(range(1, 1001))
+            saver.join()
 
 
 async def test_a_daemon_that_stays_away_is_unavailable_after_a_while(
@@ -1112,6 +1169,26 @@ def test_what_is_forgotten_is_let_go_by_garbage_collection(daemon: DaemonProcess
         del prepared
         gc.collect()
         until(lambda: phases(daemon)["new"] == "in-doubt", lambda: repr(phases(daemon)))
+
+
+def test_a_claim_forgotten_while_another_is_saved_is_given_back(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Giving back is a request on the same connection, in the midst of the save's."""
+
+    def at(name: str) -> None:
+        if name == "pack:manifest":
+            gc.collect()
+
+    with opened(300) as fds, daemon.connect() as client:
+        client.save("other", of(fds[:2]))
+        forgotten: list[Any] = [client.load("other")]
+        forgotten.append(forgotten)
+        del forgotten
+        with monkeypatch.context() as patch:
+            patch.setattr("cprd.bundle.layout.point", at)
+            client.save("web", of(fds))
+        assert phases(daemon) == {"other": "held", "web": "held"}
 
 
 # Of trio's client only

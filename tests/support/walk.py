@@ -20,7 +20,7 @@ def blocking(path: str, act: str, state: cprd.State) -> None:
         elif act == "prepare-commit":
             daemon.prepare(NAME, state, if_exists="replace").commit()
         else:
-            claim = daemon.load(NAME, lease=600.0, wait=30.0 * act.startswith("wait"))
+            claim = daemon.load(NAME, lease=600.0)
             if act == "begin-confirm":
                 claim.begin()
             if act == "reject":
@@ -41,7 +41,7 @@ async def on_trio(path: str, act: str, state: cprd.State) -> None:
         elif act == "prepare-commit":
             await (await daemon.prepare(NAME, state, if_exists="replace")).commit()
         else:
-            claim = await daemon.load(NAME, lease=600.0, wait=30.0 * act.startswith("wait"))
+            claim = await daemon.load(NAME, lease=600.0)
             if act == "begin-confirm":
                 await claim.begin()
             if act == "reject":
