@@ -17,7 +17,24 @@ class NotHeld(CprdError):
 
 
 class Busy(CprdError):
-    """Something is held, and may not be had now; the message says why (claimed, in doubt, ...)."""
+    """Something is held, and may not be had now; the message says why (claimed, in doubt, ...).
+
+    `pid`: the process in the way; None where no process is, or where none can be seen. `phase`: of
+    the hold; None where a name is out of sight. `until`: when a lease ends, in seconds of
+    CLOCK_BOOTTIME; None where no time ends the wait."""
+
+    def __init__(
+        self,
+        why: str = "",
+        *,
+        pid: int | None = None,
+        phase: str | None = None,
+        until: float | None = None,
+    ) -> None:
+        super().__init__(why)
+        self.pid = pid
+        self.phase = phase
+        self.until = until
 
 
 class Damaged(Busy):

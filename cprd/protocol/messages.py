@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import msgpack
 
-from cprd.errors import CODES, CprdError, InvalidInput, ProtocolError
+from cprd.errors import CODES, Busy, CprdError, InvalidInput, ProtocolError
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
@@ -210,8 +210,13 @@ def read_answer(data: bytes) -> Message:
             return _map(message["ok"])
     except (ProtocolError, ValueError) as error:
         raise Garbled(f"not an answer: {error}") from None
-    why = message.get("why")
-    raise CODES.get(str(message.get("error")), CprdError)(str(why))
+    error = CODES.get(str(message.get("error")), CprdError)(str(message.get("why")))
+    if isinstance(error, Busy):
+        pid, phase, until = (message.get(field) for field in ("pid", "phase", "until"))
+        error.pid = pid if isinstance(pid, int) else None
+        error.phase = phase if isinstance(phase, str) else None
+        error.until = float(until) if isinstance(until, int | float) else None
+    raise error
 
 
 def ok(**fields: Any) -> bytes:
@@ -221,7 +226,10 @@ def ok(**fields: Any) -> bytes:
 def refusal(error: CprdError) -> bytes:
     for cls in type(error).__mro__:
         if cls.__name__ in CODES:
-            return encode({"error": cls.__name__, "why": str(error)[:4000]})
+            fields: Message = {"error": cls.__name__, "why": str(error)[:4000]}
+            if isinstance(error, Busy):
+                fields |= {"pid": error.pid, "phase": error.phase, "until": error.until}
+            return encode(fields)
     raise AssertionError
 
 
