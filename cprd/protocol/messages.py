@@ -210,13 +210,13 @@ def read_answer(data: bytes) -> Message:
             return _map(message["ok"])
     except (ProtocolError, ValueError) as error:
         raise Garbled(f"not an answer: {error}") from None
-    error = CODES.get(str(message.get("error")), CprdError)(str(message.get("why")))
-    if isinstance(error, Busy):
+    said = CODES.get(str(message.get("error")), CprdError)(str(message.get("why")))
+    if isinstance(said, Busy):
         pid, phase, until = (message.get(field) for field in ("pid", "phase", "until"))
-        error.pid = pid if isinstance(pid, int) else None
-        error.phase = phase if isinstance(phase, str) else None
-        error.until = float(until) if isinstance(until, int | float) else None
-    raise error
+        said.pid = pid if isinstance(pid, int) else None
+        said.phase = phase if isinstance(phase, str) else None
+        said.until = float(until) if isinstance(until, int | float) else None
+    raise said
 
 
 def ok(**fields: Any) -> bytes:
