@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+from tests.support.checkout import CHECKOUT
+
 PROJECT = """[project]
 dependencies = ["held"]
 optional-dependencies = { all = ["held"], qemu = ["held"], more = ["held>=1"], none = ["held>=2"] }

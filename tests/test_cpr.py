@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cprd import cpr
 from cprd.errors import InvalidInput, LimitExceeded, Timeout, Unavailable
 from cprd.vmstate import SocketChannel, Stream, Tape, drain
+from tests.support.descriptors import inodes, memfds, nothing_leaks_inside, open_fds
 
 # Streams captured from Debian's QEMU 10.0.2 and 11.1.3, element by element.
 HEADER = "51435052 00000001"
@@ -51,27 +52,6 @@ CAPTURED = [
 FORMS = [*CAPTURED, pytest.param(STUB_11, 24 + 27, 1, cpr.STUB, id="without-iommufd")]
 
 
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@contextmanager
-def nothing_leaks() -> Iterator[None]:
-    before = sorted(os.listdir("/proc/self/fd"))
-    yield
-    assert sorted(os.listdir("/proc/self/fd")) == before
-
-
-@contextmanager
-def memfds(count: int) -> Iterator[list[int]]:
-    fds = [os.memfd_create(f"block{n}") for n in range(count)]
-    try:
-        yield fds
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
 @contextmanager
 def line(timeout: float | None = 20) -> Iterator[tuple[socket.socket, SocketChannel]]:
     """A sender's plain socket and the receiving channel."""
@@ -87,10 +67,6 @@ def own_state_is_empty() -> Iterator[None]:
     cpr.state_close()
     cpr.clear()
     assert open_fds() == before
-
-
-def inodes(fds: Sequence[int]) -> list[int]:
-    return [os.fstat(fd).st_ino for fd in fds]
 
 
 def offsets_of(stream: bytes, count: int) -> list[int]:
@@ -268,7 +244,7 @@ def test_a_mutilated_stream_is_refused_or_understood_to_the_last_byte(
 ) -> None:
     for at, new, gone in wounds:
         stream = stream[:at] + new + stream[at + gone :]
-    with nothing_leaks(), memfds(count) as fds:
+    with nothing_leaks_inside(), memfds(count) as fds:
         tape = Tape(stream, [os.dup(fd) for fd in fds] if stream else ())
         try:
             received, state = cpr.receive(tape)
@@ -320,7 +296,7 @@ def many(count: int) -> bytes:
 
 @pytest.mark.parametrize("count", [0, 1, 6, 22, 60])
 def test_one_descriptor_a_byte_as_qemu_sends(count: int) -> None:
-    with nothing_leaks(), memfds(count) as fds, line() as (left, channel):
+    with nothing_leaks_inside(), memfds(count) as fds, line() as (left, channel):
         marks = list(zip(offsets_of(many(count), count), fds, strict=True))
         sender = SocketChannel(left)
         sender.send_stream(Stream(many(count), marks))
@@ -335,7 +311,7 @@ def test_one_descriptor_a_byte_as_qemu_sends(count: int) -> None:
 @pytest.mark.parametrize("count", [1, 16, 60, 253])
 def test_all_descriptors_in_the_first_message(count: int) -> None:
     for split in (1, 9, len(many(count))):
-        with nothing_leaks(), memfds(count) as fds, line() as (left, channel):
+        with nothing_leaks_inside(), memfds(count) as fds, line() as (left, channel):
             send_message(left, many(count)[:split], fds)
             left.sendall(many(count)[split:])
             left.shutdown(socket.SHUT_WR)
@@ -355,7 +331,7 @@ def test_any_legal_arrangement(data: st.DataObject) -> None:
     for place in dummies:
         latest = max(n for n, start in enumerate(starts) if start <= place)
         carriers.append(data.draw(st.integers(carriers[-1] if carriers else 0, latest)))
-    with nothing_leaks(), memfds(count) as fds, line() as (left, channel):
+    with nothing_leaks_inside(), memfds(count) as fds, line() as (left, channel):
         for n, (start, end) in enumerate(zip(starts, [*cuts, len(stream)], strict=True)):
             carried = [fd for fd, by in zip(fds, carriers, strict=True) if by == n]
             send_message(left, stream[start:end], carried)
@@ -367,7 +343,7 @@ def test_any_legal_arrangement(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("cut", range(0, 151, 7))
 def test_a_sender_that_dies_half_way_leaves_no_descriptor(cut: int) -> None:
-    with nothing_leaks(), memfds(6) as fds, line() as (left, channel):
+    with nothing_leaks_inside(), memfds(6) as fds, line() as (left, channel):
         places = [place for place in offsets_of(Q35_10_0, 6) if place < cut]
         marks = list(zip(places, fds, strict=False))
         SocketChannel(left).send_stream(Stream(Q35_10_0[:cut], marks))
@@ -378,7 +354,7 @@ def test_a_sender_that_dies_half_way_leaves_no_descriptor(cut: int) -> None:
 
 def test_a_wrong_number_of_descriptors_over_a_socket_is_refused() -> None:
     for count in (0, 5, 7):
-        with nothing_leaks(), memfds(count) as fds, line() as (left, channel):
+        with nothing_leaks_inside(), memfds(count) as fds, line() as (left, channel):
             send_message(left, Q35_10_0, fds)
             left.shutdown(socket.SHUT_WR)
             with pytest.raises(cpr.VMStateError, match="descriptor"):
@@ -387,7 +363,7 @@ def test_a_wrong_number_of_descriptors_over_a_socket_is_refused() -> None:
 
 def test_descriptors_lost_at_the_limit_are_an_error_after_the_stream_was_read_to_its_end() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with nothing_leaks(), memfds(10) as fds, line() as (left, channel):
+    with nothing_leaks_inside(), memfds(10) as fds, line() as (left, channel):
         marks = list(zip(offsets_of(many(10), 10), fds, strict=True))
         SocketChannel(left).send_stream(Stream(many(10), marks))
         left.shutdown(socket.SHUT_WR)
@@ -403,7 +379,7 @@ def test_descriptors_lost_at_the_limit_are_an_error_after_the_stream_was_read_to
 
 
 def test_a_stream_beyond_the_limits_is_read_on_and_refused() -> None:
-    with nothing_leaks(), memfds(10) as fds, line() as (left, channel):
+    with nothing_leaks_inside(), memfds(10) as fds, line() as (left, channel):
         marks = list(zip(offsets_of(many(10), 10), fds, strict=True))
         SocketChannel(left).send_stream(Stream(many(10), marks))
         left.shutdown(socket.SHUT_WR)
@@ -413,7 +389,7 @@ def test_a_stream_beyond_the_limits_is_read_on_and_refused() -> None:
 
 
 def test_a_mute_sender_is_a_timeout_that_leaks_nothing() -> None:
-    with nothing_leaks(), memfds(1) as fds, line(timeout=0.05) as (left, channel):
+    with nothing_leaks_inside(), memfds(1) as fds, line(timeout=0.05) as (left, channel):
         send_message(left, many(1)[:-1], fds)
         with pytest.raises(Timeout, match=r"0\.05 s"):
             cpr.receive(channel)
@@ -428,20 +404,20 @@ def test_time_runs_out_even_when_bytes_are_always_ready() -> None:
 
 
 def test_a_receiver_that_does_not_read_is_a_timeout() -> None:
-    with nothing_leaks(), line(timeout=0.05) as (_, channel):
+    with nothing_leaks_inside(), line(timeout=0.05) as (_, channel):
         with pytest.raises(Timeout, match="did not read"):
             channel.send(bytes(1 << 22))
 
 
 def test_a_receiver_that_is_gone_is_unavailable() -> None:
-    with nothing_leaks(), line() as (left, channel):
+    with nothing_leaks_inside(), line() as (left, channel):
         left.close()
         with pytest.raises(Unavailable):
             channel.send(b"x")
 
 
 def test_a_closed_descriptor_is_named_before_it_is_sent() -> None:
-    with nothing_leaks(), line() as (_, channel):
+    with nothing_leaks_inside(), line() as (_, channel):
         gone = os.memfd_create("gone")
         os.close(gone)
         with pytest.raises(InvalidInput, match=f"descriptor {gone} "):
@@ -455,7 +431,7 @@ def test_a_channel_over_the_wrong_kind_of_socket_is_refused() -> None:
 
 
 def test_a_tape_replays_with_each_descriptor_beside_its_dummy_byte() -> None:
-    with nothing_leaks(), memfds(6) as fds, line() as (left, channel):
+    with nothing_leaks_inside(), memfds(6) as fds, line() as (left, channel):
         send_message(left, Q35_11_1, fds)
         left.shutdown(socket.SHUT_WR)
         tape, state = cpr.receive(channel)
@@ -477,7 +453,7 @@ def test_a_tape_replays_with_each_descriptor_beside_its_dummy_byte() -> None:
 
 
 def test_what_one_side_saves_the_other_finds() -> None:
-    with nothing_leaks(), memfds(2) as (ram, rom):
+    with nothing_leaks_inside(), memfds(2) as (ram, rom):
         left, right = socket.socketpair()
         right.settimeout(20)
         cpr.save_fd("ram0", 0, ram)
@@ -517,7 +493,7 @@ def test_a_save_half_closes_and_sees_the_hang_up_of_the_loader() -> None:
 def test_a_loaded_state_is_saved_again_in_its_form(
     stream: bytes, size: int, count: int, form: cpr.Form
 ) -> None:
-    with nothing_leaks(), memfds(count) as fds:
+    with nothing_leaks_inside(), memfds(count) as fds:
         cpr.state_load(Tape(stream, [os.dup(fd) for fd in fds]))
         assert cpr.state_form() == form
         with Tape() as out:
@@ -531,7 +507,7 @@ def test_a_loaded_state_is_saved_again_in_its_form(
 
 
 def test_a_failed_load_changes_nothing_and_leaks_nothing() -> None:
-    with nothing_leaks(), memfds(6) as fds, memfds(1) as (mine,):
+    with nothing_leaks_inside(), memfds(6) as fds, memfds(1) as (mine,):
         cpr.save_fd("mine", 0, mine)
         for damaged in (Q35_10_0[:-1], Q35_10_0 + b"x", b"QEVM" + Q35_10_0[4:]):
             with line() as (left, channel):
@@ -545,7 +521,7 @@ def test_a_failed_load_changes_nothing_and_leaks_nothing() -> None:
 
 
 def test_a_load_by_descriptor_number_leaves_the_number_to_its_owner() -> None:
-    with nothing_leaks(), memfds(1) as (ram,):
+    with nothing_leaks_inside(), memfds(1) as (ram,):
         left, right = socket.socketpair()
         with left, right:
             cpr.save_fd("ram0", 0, ram)
@@ -590,7 +566,7 @@ def test_a_bad_key_is_refused_at_once(name: str, id: int, fd: int, what: str) ->
 
 
 def test_deleting_a_loaded_descriptor_that_nobody_found_closes_it() -> None:
-    with nothing_leaks(), memfds(1) as (ram,):
+    with nothing_leaks_inside(), memfds(1) as (ram,):
         cpr.state_load(Tape(stream_of(HEADER, RAM0, END), [os.dup(ram)]))
         (got,) = (fd for _, _, fd in cpr.fds())
         cpr.delete_fd("ram0", 0)
@@ -599,7 +575,7 @@ def test_deleting_a_loaded_descriptor_that_nobody_found_closes_it() -> None:
 
 
 def test_an_object_is_kept_alive_until_it_was_sent() -> None:
-    with nothing_leaks():
+    with nothing_leaks_inside():
         left, right = socket.socketpair()
         with right:
             cpr.save_fd("listener", 0, left)

@@ -14,20 +14,20 @@ from pathlib import Path
 
 from cprd.protocol.messages import REQUESTS
 from cprd.protocol.registry import TRANSITIONS
-from tests.conftest import DaemonProcess, until
-
-ROOT = Path(__file__).parent.parent
+from tests.support.checkout import CHECKOUT
+from tests.support.daemon import DaemonProcess
+from tests.support.patience import until
 
 
 def test_the_table_of_transitions_is_the_one_in_the_code() -> None:
-    page = (ROOT / "docs/lifecycle.md").read_text()
+    page = (CHECKOUT / "docs/lifecycle.md").read_text()
     table = page.split("| phase | event | then |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", table, re.M)
     assert {(phase, event): then for phase, event, then in rows} == TRANSITIONS
 
 
 def test_every_verb_is_documented_with_its_fields() -> None:
-    page = (ROOT / "docs/protocol.md").read_text()
+    page = (CHECKOUT / "docs/protocol.md").read_text()
     documented: dict[str, set[str]] = {}
     for verbs, fields in re.findall(r"^\| (`[^|]+`) \| ([^|]*)\|", page, re.M):
         for verb in re.findall(r"`(\w+)`", verbs):
@@ -36,7 +36,7 @@ def test_every_verb_is_documented_with_its_fields() -> None:
 
 
 def test_pages_that_are_linked_exist() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
@@ -46,7 +46,7 @@ def test_importing_cprd_pulls_in_nothing_heavy() -> None:
     heavy = {"trio", "asyncio", "rich", "dataclasses", "inspect", "logging", "subprocess", "json"}
     code = "import sys, cprd; print(' '.join(sys.modules))"
     said = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CHECKOUT
     )
     assert not heavy & set(said.stdout.split())
 
@@ -61,11 +61,11 @@ assert not hasattr(cprd, "nonsense")
 from cprd import *
 assert "trio" not in globals()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKOUT)
 
 
 def test_the_server_of_the_readme_keeps_its_clients(daemon: DaemonProcess, tmp_path: Path) -> None:
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
+    code = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.S)[0]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     assert "7000" in code

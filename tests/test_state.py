@@ -17,8 +17,8 @@ import pytest
 from cprd import InvalidInput, LimitExceeded, State
 from cprd.bundle.layout import pack, unpack
 from cprd.state import SEALS
-from tests.bundle.test_bundle import full_table, of, opened
-from tests.conftest import open_fds
+from tests.support.descriptors import open_fds
+from tests.support.eventfds import full_table, of, opened
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 

@@ -31,19 +31,12 @@ from cprd.bundle.layout import HEADER, LEAF, MAGIC, NODE, VERSION, pack, unpack
 from cprd.linux.rights import close_all, receive
 from cprd.protocol import messages
 from cprd.state import sealed_memfd
-from tests.conftest import DaemonProcess, open_fds, until
+from tests.support.daemon import DaemonProcess
+from tests.support.descriptors import open_fds
+from tests.support.eventfds import full_table, of, opened, values
+from tests.support.patience import until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
-
-
-@contextmanager
-def opened(count: int) -> Iterator[list[int]]:
-    """`count` eventfds, the n-th with the value n + 1."""
-    fds = [os.eventfd(number + 1, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for number in range(count)]
-    try:
-        yield fds
-    finally:
-        close_all(fds)
 
 
 @contextmanager
@@ -54,22 +47,6 @@ def packed(state: State) -> Iterator[int]:
         yield made.fd
     finally:
         made.close()
-
-
-def of(fds: list[int], name: str = "fd") -> State:
-    state = State()
-    for number, fd in enumerate(fds):
-        state.save_fd(name, number, fd)
-    return state
-
-
-def values(state: State) -> list[int]:
-    """What the eventfds of a loaded state count, each put back."""
-    found = []
-    for _, _, fd in state.fds():
-        found.append(os.eventfd_read(fd))
-        os.eventfd_write(fd, found[-1])
-    return found
 
 
 # Whole ones
@@ -756,24 +733,3 @@ def test_descriptors_that_are_cut_off_are_told_and_none_stays(count: int) -> Non
         state = unpack(fd)
         assert values(state) == list(range(1, count + 1))
         state.close()
-
-
-@contextmanager
-def full_table(at_least: int, room: int) -> Iterator[None]:
-    """A table of descriptors with `room` free places and one more for whoever counts them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    fillers = [os.dup(0) for _ in range(at_least)]
-    first = os.dup(0)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (first, hard))
-    fillers.append(first)
-    while True:
-        try:
-            fillers.append(os.dup(0))  # places below
-        except OSError:
-            break
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(fillers) + 1 + room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        close_all(fillers)

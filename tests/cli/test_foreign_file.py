@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKOUT, DaemonProcess
+from tests.support.checkout import CHECKOUT
+from tests.support.daemon import DaemonProcess
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root"),

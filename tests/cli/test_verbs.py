@@ -19,7 +19,9 @@ import pytest
 
 import cprd
 from cprd.cli.peek import in_a_child
-from tests.conftest import CHECKOUT, DaemonProcess, until
+from tests.support.checkout import CHECKOUT
+from tests.support.daemon import DaemonProcess
+from tests.support.patience import until
 
 CPRCTL = [sys.executable, "-m", "cprd.cli"]
 pytestmark = pytest.mark.usefixtures("nothing_leaks")

@@ -24,8 +24,10 @@ import cprd.trio
 from cprd import AlreadyHeld, Busy, Fenced, InvalidInput, NotHeld, State, Timeout, Unavailable
 from cprd.client import link, verbs
 from cprd.protocol import messages
-from tests.bundle.test_bundle import of, opened, values
-from tests.conftest import DaemonProcess, open_fds, until
+from tests.support.daemon import DaemonProcess
+from tests.support.descriptors import open_fds
+from tests.support.eventfds import of, opened, values
+from tests.support.patience import until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 

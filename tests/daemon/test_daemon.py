@@ -17,8 +17,10 @@ import pytest
 import cprd
 from cprd.daemon import command
 from cprd.daemon import config as configuration
-from tests.conftest import CHECKOUT, PATIENCE, DaemonProcess, until
+from tests.support.checkout import CHECKOUT
+from tests.support.daemon import DaemonProcess
 from tests.support.goods import goods, state_of
+from tests.support.patience import PATIENCE, until
 
 Start = Callable[..., DaemonProcess]
 

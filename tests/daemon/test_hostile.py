@@ -21,9 +21,10 @@ import cprd
 from cprd.client import verbs
 from cprd.linux.rights import close_all, receive, send
 from cprd.protocol import messages
-from tests.conftest import DaemonProcess, until
 from tests.support.child import Child, Line
+from tests.support.daemon import DaemonProcess
 from tests.support.goods import state_of, tcp_pair
+from tests.support.patience import until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 

@@ -8,8 +8,9 @@ import time
 import pytest
 
 import cprd
-from tests.conftest import DaemonProcess, open_fds
 from tests.support.child import Child, Line
+from tests.support.daemon import DaemonProcess
+from tests.support.descriptors import open_fds
 from tests.support.goods import state_of, tcp_pair
 from tests.support.memory import Memory
 

@@ -19,8 +19,9 @@ import cprd.trio
 from cprd import LimitExceeded, ProtocolError, State, Unavailable
 from cprd.linux.rights import close_all
 from cprd.protocol import messages
-from tests.bundle.test_bundle import full_table, of, opened, values
-from tests.conftest import DaemonProcess, until
+from tests.support.daemon import DaemonProcess
+from tests.support.eventfds import full_table, of, opened, values
+from tests.support.patience import until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 

@@ -20,7 +20,10 @@ from typing import Any
 import pytest
 
 import cprd
-from tests.conftest import CHECKOUT, DaemonProcess, open_fds, until
+from tests.support.checkout import CHECKOUT
+from tests.support.daemon import DaemonProcess
+from tests.support.descriptors import open_fds
+from tests.support.patience import until
 
 CLIENT = """
 import os, sys, cprd

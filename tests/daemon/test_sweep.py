@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 
 import cprd
-from tests.conftest import CHECKOUT, DaemonProcess, until
+from tests.support.checkout import CHECKOUT
 from tests.support.child import Child
+from tests.support.daemon import DaemonProcess
 from tests.support.goods import Goods, goods
+from tests.support.patience import until
 from tests.support.walk import NAME
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")

@@ -20,7 +20,9 @@ import pytest
 
 import cprd
 from cprd.bundle import layout
-from tests.conftest import CHECKOUT, PATIENCE, DaemonProcess
+from tests.support.checkout import CHECKOUT
+from tests.support.daemon import DaemonProcess
+from tests.support.patience import PATIENCE
 
 PROGRAM = """
 import os, sys

@@ -21,10 +21,10 @@ from cprd.demo.load import Load
 from cprd.demo.picture import legend, svg, terminal
 from cprd.demo.server import LINE, Tally
 from cprd.demo.timeline import Report, Restart, ceiling, longest_silence, rates, round_up
-from tests.conftest import DaemonProcess
+from tests.support.checkout import CHECKOUT
+from tests.support.daemon import DaemonProcess
 
 NO, NO3 = (False, False), (False, True, True)
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -29,15 +29,7 @@ def owned(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def open_now() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture(autouse=True)
-def nothing_leaks() -> Iterator[None]:
-    before = open_now()
-    yield
-    assert open_now() == before
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 def test_tcp_says_addresses_and_state() -> None:

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 
-PATIENCE = 20.0
+from tests.support.patience import PATIENCE
 
 
 class Line:

@@ -20,15 +20,16 @@ import sysconfig
 from pathlib import Path
 from typing import IO
 
+from tests.support.checkout import CHECKOUT
+
 from . import boot
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 BOOT = Path(__file__).with_name("boot.py")
 TREE = os.environ.get("CPRD_SYSTEMD_TREE", "/")
 OWN = "/run/boot"
 LAUNCHERS = {
     "test-python": "",
-    "cprd": "-m cprd.main",
+    "cprd": "-m cprd.daemon.command",
     "cprctl": "-m cprd.cli",
     "cprd-demo-server": "-m cprd.demo.server",
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-from .machine import CHECKOUT, Machine
+from tests.support.checkout import CHECKOUT
+
+from .machine import Machine
 
 UNITS = CHECKOUT / "systemd"
 SERVED = ["cprd.socket", "cprd.service", "vm@.service", "chat@.service"]

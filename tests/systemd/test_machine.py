@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.checkout import CHECKOUT
+
 from . import boot
-from .machine import BOOT, CHECKOUT, Machine, MachineError
+from .machine import BOOT, Machine, MachineError
 
 KEEPER = """
 import os, socket, sys

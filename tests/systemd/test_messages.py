@@ -17,6 +17,7 @@ import trio.testing
 
 from cprd.errors import InvalidInput, LimitExceeded, ProtocolError, Timeout, Unavailable
 from cprd.systemd import notify
+from tests.support.descriptors import open_fds
 
 PROGRAM = """
 import json, os, sys
@@ -30,10 +31,6 @@ left = [name for name in os.environ if name.startswith("LISTEN_")]
 told = [[name, fd, os.get_inheritable(fd), os.fstat(fd).st_ino] for name, fd in got]
 print(json.dumps({"got": told, "left": left}))
 """
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def start(passed: list[tuple[str, int]], change: dict[str, str] | None = None) -> object:

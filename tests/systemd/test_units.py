@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from .machine import CHECKOUT, Machine
+from tests.support.checkout import CHECKOUT
+
+from .machine import Machine
 from .ours import SERVED, UNITS, install
 
 UNKNOWN_TO_252 = "Unknown key 'FileDescriptorStorePreserve'"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from cprd import vmstate as vm
 from cprd.errors import InvalidInput
+from tests.support.descriptors import inodes, memfds, nothing_leaks_inside
 
 POINT = vm.VMStateDescription("point", fields=[vm.int16("x"), vm.int16("y")])
 
@@ -84,27 +84,6 @@ def load_thing(data: bytes, version: int = 3) -> SimpleNamespace:
     blank = SimpleNamespace(extra=0, since2=0, more="", since3=0)
     loaded: SimpleNamespace = vm.decode(THING, data, into=blank, version=version)
     return loaded
-
-
-@contextmanager
-def nothing_leaks() -> Iterator[None]:
-    before = sorted(os.listdir("/proc/self/fd"))
-    yield
-    assert sorted(os.listdir("/proc/self/fd")) == before
-
-
-@contextmanager
-def memfds(count: int) -> Iterator[list[int]]:
-    fds = [os.memfd_create(f"file{n}") for n in range(count)]
-    try:
-        yield fds
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
-def inodes(fds: list[int]) -> list[int]:
-    return [os.fstat(fd).st_ino for fd in fds]
 
 
 # The form of each kind
@@ -516,7 +495,7 @@ def server_fds(obj: SimpleNamespace) -> list[int]:
 
 
 def test_descriptors_travel_in_the_order_of_their_fields() -> None:
-    with nothing_leaks(), memfds(5) as fds:
+    with nothing_leaks_inside(), memfds(5) as fds:
         left, right = socket.socketpair()
         with vm.SocketChannel(left) as sender, vm.SocketChannel(right, 20) as receiver:
             vm.save(sender, SERVER, server(fds))
@@ -531,7 +510,7 @@ def test_descriptors_travel_in_the_order_of_their_fields() -> None:
 
 
 def test_two_states_follow_each_other_on_one_connection() -> None:
-    with nothing_leaks(), memfds(5) as fds:
+    with nothing_leaks_inside(), memfds(5) as fds:
         left, right = socket.socketpair()
         with vm.SocketChannel(left) as sender, vm.SocketChannel(right, 20) as receiver:
             vm.save(sender, SERVER, server(fds))
@@ -547,7 +526,7 @@ def test_two_states_follow_each_other_on_one_connection() -> None:
 
 def test_an_object_with_fileno_is_a_descriptor_too() -> None:
     vmsd = vm.VMStateDescription("t", fields=[vm.fd("sock")])
-    with nothing_leaks():
+    with nothing_leaks_inside():
         left, right = socket.socketpair()
         with left, right, vm.Tape() as tape:
             vm.save(tape, vmsd, SimpleNamespace(sock=left))
@@ -558,7 +537,7 @@ def test_an_object_with_fileno_is_a_descriptor_too() -> None:
 
 
 def test_a_load_cut_anywhere_closes_what_came_and_forgets_it() -> None:
-    with nothing_leaks(), memfds(5) as fds:
+    with nothing_leaks_inside(), memfds(5) as fds:
         stream = vm.encode(SERVER, server(fds))
         for cut in range(len(stream.data)):
             marks = [(place, os.dup(fd)) for place, fd in stream.marks if place < cut]
@@ -577,7 +556,7 @@ def test_a_refusing_hook_leaves_no_descriptor_behind() -> None:
     vmsd = vm.VMStateDescription(
         "t", fields=[vm.fd("one"), vm.array("two", vm.fd, 2)], post_load=refuse
     )
-    with nothing_leaks(), memfds(3) as fds:
+    with nothing_leaks_inside(), memfds(3) as fds:
         into = SimpleNamespace()
         with vm.Tape(b"   ", [os.dup(fd) for fd in fds]) as tape, vm.Reader(tape) as reader:
             with pytest.raises(vm.VMStateError, match="no such disk"):
@@ -588,7 +567,7 @@ def test_a_refusing_hook_leaves_no_descriptor_behind() -> None:
 
 def test_descriptors_that_nobody_asked_for_are_closed_with_the_reader() -> None:
     vmsd = vm.VMStateDescription("t", fields=[vm.fd("one")])
-    with nothing_leaks(), memfds(3) as fds:
+    with nothing_leaks_inside(), memfds(3) as fds:
         with vm.Tape(b" ", [os.dup(fd) for fd in fds]) as tape, vm.Reader(tape) as reader:
             got = vm.load(reader, vmsd)
             with pytest.raises(vm.VMStateError, match="2 more descriptors"):
@@ -598,7 +577,7 @@ def test_descriptors_that_nobody_asked_for_are_closed_with_the_reader() -> None:
 
 
 def test_decoding_from_memory_closes_nothing_even_when_it_fails() -> None:
-    with nothing_leaks(), memfds(5) as fds:
+    with nothing_leaks_inside(), memfds(5) as fds:
         stream = vm.encode(SERVER, server(fds))
         assert server_fds(vm.decode(SERVER, stream.data, fds)) == fds
         with pytest.raises(vm.Truncated):
@@ -608,7 +587,7 @@ def test_decoding_from_memory_closes_nothing_even_when_it_fails() -> None:
 
 def test_a_late_descriptor_is_refused_while_the_stream_is_still_arriving() -> None:
     vmsd = vm.VMStateDescription("t", fields=[vm.uint8("n"), vm.fd("one"), vm.uint8("m")])
-    with nothing_leaks(), memfds(1) as fds, vm.Tape() as tape:
+    with nothing_leaks_inside(), memfds(1) as fds, vm.Tape() as tape:
         tape.feed(b"\1 ")
         tape.feed(b"\2", [os.dup(fds[0])])
         with vm.Reader(tape) as reader, pytest.raises(vm.VMStateError, match=r"^t\.one: no desc"):
@@ -616,7 +595,7 @@ def test_a_late_descriptor_is_refused_while_the_stream_is_still_arriving() -> No
 
 
 def test_a_tape_refuses_places_outside_its_bytes_and_takes_nothing() -> None:
-    with nothing_leaks(), memfds(2) as fds:
+    with nothing_leaks_inside(), memfds(2) as fds:
         for offsets in ([0], [1, 0], [0, 2], [-1, 0]):
             with pytest.raises(InvalidInput, match="offsets"):
                 vm.Tape(b"  ", fds, offsets)
@@ -629,5 +608,5 @@ def test_the_example_of_the_documentation_runs() -> None:
     page = os.path.join(os.path.dirname(__file__), os.pardir, os.pardir, "docs", "vmstate.md")
     with open(page) as file:
         example = file.read().split("```python\n")[1].split("```")[0]
-    with nothing_leaks():
+    with nothing_leaks_inside():
         exec(compile(example, page, "exec"), {"__name__": "example"})

@@ -1,0 +1,37 @@
+"""Counting descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from tests.support.patience import until
+
+
+def open_fds(pid: int | str = "self") -> int:
+    """How many descriptors a process has (of this process, minus the descriptor that looks)."""
+    return len(os.listdir(f"/proc/{pid}/fd")) - (pid == "self")
+
+
+@contextlib.contextmanager
+def nothing_leaks_inside() -> Iterator[None]:
+    """This process leaves the block with as many descriptors as it entered it with."""
+    before = open_fds()
+    yield
+    until(lambda: open_fds() == before, lambda: f"{open_fds()} descriptors, not {before}")
+
+
+def inodes(fds: list[int]) -> list[int]:
+    return [os.fstat(fd).st_ino for fd in fds]
+
+
+@contextlib.contextmanager
+def memfds(count: int) -> Iterator[list[int]]:
+    """So many empty memfds, closed with the block."""
+    fds = [os.memfd_create(f"memfd{number}") for number in range(count)]
+    try:
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)

@@ -1,0 +1,54 @@
+"""Bounds in seconds, for this machine as fast as this machine is today.
+
+`patience(seconds)`: what takes at most so long on two idle cores may take here. The factor is
+measured once, at the start of the run: by the wall-clock time of a Python that starts, several at
+once, as the tests start them. $CPRD_TEST_PATIENCE sets the factor instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+VARIABLE = "CPRD_TEST_PATIENCE"
+IDLE = 0.1  # s, for SAMPLE on two idle cores of 2024
+SAMPLE = 4  # Pythons at once
+ROOM = 2.0  # the load may grow after the measurement
+
+
+@functools.cache
+def factor() -> float:
+    """How many times slower than two idle cores this machine may be, at least 1."""
+    told = os.environ.get(VARIABLE)
+    if told is None:
+        told = os.environ[VARIABLE] = f"{_measured():.2f}"  # workers of one run share the figure
+    return max(1.0, float(told))
+
+
+def patience(seconds: float) -> float:
+    """The bound for what takes less than `seconds` on two idle cores."""
+    return seconds * factor()
+
+
+def _measured() -> float:
+    begin = time.monotonic()
+    command = [sys.executable, "-I", "-c", "import json, subprocess, socket"]
+    started = [subprocess.Popen(command) for _ in range(SAMPLE)]
+    for process in started:
+        process.wait()
+    return ROOM * (time.monotonic() - begin) / IDLE
+
+
+PATIENCE = patience(20.0)  # s, for whatever should have happened at once
+
+
+def until(true: Callable[[], object], what: Callable[[], str], seconds: float = PATIENCE) -> None:
+    """Wait for what has no event of its own to wait for; `what` says how far it came."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"after {seconds:g} s still {what()}"
+        time.sleep(0.005)  # the one sleep of all that poll
