@@ -19,7 +19,7 @@ import pytest
 
 from tests.support import checkout, signals
 from tests.support.checkout import CHECKOUT
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import DaemonProcess, Shared
 from tests.support.descriptors import nothing_leaks_inside, open_fds
 from tests.support.patience import PATIENCE, until
 
@@ -64,14 +64,22 @@ def start_daemon() -> Iterator[Callable[..., DaemonProcess]]:
         yield start
 
 
-@pytest.fixture
-def daemon(start_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
-    """A cprd with the usual limits, for this test only."""
-    return start_daemon()
+@pytest.fixture(scope="session")
+def shared_daemon() -> Iterator[Shared]:
+    shared = Shared()
+    yield shared
+    shared.end()
 
 
 @pytest.fixture
-def nothing_leaks() -> Iterator[None]:
+def daemon(shared_daemon: Shared) -> Iterator[DaemonProcess]:
+    """A cprd with the usual limits, in which nothing is held. It may have been another test's."""
+    yield shared_daemon.take()
+    shared_daemon.give_back()
+
+
+@pytest.fixture
+def nothing_leaks(shared_daemon: Shared) -> Iterator[None]:
     """This process ends a test with as many descriptors as it began it."""
-    with nothing_leaks_inside():
+    with nothing_leaks_inside(but=shared_daemon.fds):
         yield

@@ -362,7 +362,9 @@ def test_a_msgpack_value_comes_back_as_it_was(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [1 << 64, object(), {1, 2}, "\ud800", {"deep": object()}, 1j], ids=repr
+    "value",
+    [1 << 64, object(), {1, 2}, "\ud800", {"deep": object()}, 1j],
+    ids=["too large", "an object", "a set", "a surrogate", "deep", "complex"],
 )
 def test_what_msgpack_cannot_say_is_refused_with_the_sections_name(value: Any) -> None:
     state = State()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
+import termios
 import threading
 import time
 from pathlib import Path
@@ -48,7 +53,7 @@ class DaemonProcess:
         self._lines: list[str] = []
         self._news = threading.Condition()
         self._reading = threading.Lock()
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
     @property
@@ -59,9 +64,7 @@ class DaemonProcess:
     def start(self) -> None:
         """Start it (again), and wait until it serves."""
         seen = len(self._lines)
-        self.process = subprocess.Popen(
-            self.command, stderr=subprocess.PIPE, text=True, env=self.env, cwd="/"
-        )
+        self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, env=self.env, cwd="/")
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
         self.await_log("ready ", since=seen)
@@ -130,9 +133,87 @@ class DaemonProcess:
         else:
             self._reading.release()
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr is not None
-        for line in process.stderr:
-            with self._reading, self._news:
-                self._lines.append(line.rstrip("\n"))
+        fd = process.stderr.fileno()
+        news = select.poll()
+        news.register(fd, select.POLLIN)
+        begun = b""
+        while True:
+            news.poll()
+            with self._reading, self._news:  # read and noted in one: see forget_log
+                data = os.read(fd, 1 << 16)
+                *lines, begun = (begun + data).split(b"\n")
+                self._lines += [line.decode(errors="replace") for line in lines]
                 self._news.notify_all()
+            if not data:
+                return
+
+    # Used again
+
+    def remember(self) -> None:
+        """What it is like before anybody used it, for `as_started`."""
+        self._first_pid = self.pid
+        self._first_command, self._first_env = list(self.command), dict(self.env)
+        self._first_fds = self.fds()
+
+    def as_started(self) -> bool:
+        """Whether it is as it was: the same process, nothing held, nobody connected, nothing left
+        to let go of, no word of it unread. What it has held is dropped."""
+        same = self.alive() and self.pid == self._first_pid
+        if not same or any("re-executing" in line for line in self._lines):
+            return False
+        if (self.command, self.env) != (self._first_command, self._first_env):
+            return False
+        try:
+            with self.connect() as daemon:
+                for row in daemon.list():
+                    own = row["uid"] == os.getuid()
+                    daemon.drop(row["name"] if own else f"{row['uid']}/{row['name']}", force=True)
+            until(lambda: self.fds() == self._first_fds, lambda: "more descriptors", 0.5)
+        except (AssertionError, cprd.CprdError):
+            return False
+        return self._forget_log()
+
+    def _forget_log(self) -> bool:
+        """Whether all of its log so far could be read, and forgotten."""
+        assert self.process is not None
+        assert self.process.stderr is not None
+        unread = array.array("i", [0])
+        with self._news:
+            fcntl.ioctl(self.process.stderr.fileno(), termios.FIONREAD, unread)
+            if not unread[0]:
+                self._lines.clear()
+        return not unread[0]
+
+
+class Shared:
+    """One cprd for many tests, one after the other. Each finds it as it was after its start; where
+    a test leaves it otherwise, the next one gets a new one."""
+
+    def __init__(self) -> None:
+        self._daemon: DaemonProcess | None = None
+        self._place: tempfile.TemporaryDirectory[str] | None = None
+
+    def take(self) -> DaemonProcess:
+        if self._daemon is None:
+            self._place = tempfile.TemporaryDirectory(prefix="cprd-test.")
+            place = Path(self._place.name)
+            place.chmod(0o755)  # other uids come, too
+            self._daemon = DaemonProcess(place)
+            self._daemon.remember()
+        return self._daemon
+
+    def give_back(self) -> None:
+        if self._daemon is not None and not self._daemon.as_started():
+            self.end()
+
+    def end(self) -> None:
+        if self._daemon is not None and self._place is not None:
+            self._daemon.stop()
+            self._place.cleanup()
+            self._daemon = self._place = None
+
+    def fds(self) -> int:
+        """How many descriptors of this process it costs: its log's."""
+        return self._daemon is not None
