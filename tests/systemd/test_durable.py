@@ -19,7 +19,9 @@ from tests.support.memory import Memory
 from .keeping import UNIT, Keeping, Task, things
 from .machine import Machine
 
-SMALL = "cprd.daemon.storage.shelf.WANTED_BUFFER = 8192\ncprd.keeper.MAX_RECORDS = 3\n"
+SMALL = (
+    "cprd.daemon.storage.shelf.WANTED_BUFFER = 8192\ncprd.daemon.storage.shelves.MAX_RECORDS = 3\n"
+)
 
 
 def entries(keeping: Keeping) -> int:
@@ -273,7 +275,7 @@ def test_filled_by_strangers_it_loses_nothing_that_was_stored(systemd: Machine) 
 
 def test_a_downgrade_by_a_crash_and_an_upgrade_after_it_lose_nothing(systemd: Machine) -> None:
     """The newer one's shelf lies beside the older one's in the store, and neither grows there."""
-    newer = SMALL + "cprd.daemon.storage.shelf.VERSION = 3\ncprd.slot.VERSION = 2\n"
+    newer = SMALL + "cprd.daemon.storage.shelf.VERSION = 3\ncprd.daemon.storage.slot.VERSION = 2\n"
     keeping = Keeping(systemd, settings=newer)
     with things(1, 2, 3) as (new, shared, old), keeping.connect() as daemon:
         daemon.save("new", new.state, require="store")

@@ -262,7 +262,9 @@ def test_killed_at_each_step_it_is_done_once(keeping: Keeping, verb: type[Step])
     keeping.await_kept("store")
 
 
-SMALL = "cprd.daemon.storage.shelf.WANTED_BUFFER = 8192\ncprd.keeper.MAX_RECORDS = 2\n"
+SMALL = (
+    "cprd.daemon.storage.shelf.WANTED_BUFFER = 8192\ncprd.daemon.storage.shelves.MAX_RECORDS = 2\n"
+)
 
 
 @pytest.mark.full
