@@ -36,9 +36,6 @@ def main(argv: list[str] | None = None) -> int:
         file = options.config or config.default_path(user=options.user)
         settings = config.read(file) if file else config.Config()
         if options.check:
-            import cprd.daemon.server
-            import cprd.daemon.storage.fdstore  # noqa: F401  # all that would be executed can be read
-
             which = file or "the defaults"
             print(f"cprd: the configuration is good ({which}); would serve {_path(options)}")
             return 0
@@ -49,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         elif given.path:
             given.path = _path(options)
         given.look()
+        if options.keep:
+            _become_parent(given)
     except CprdError as error:
         print(f"cprd: {error}", file=sys.stderr)
         return 1
@@ -101,6 +100,29 @@ class Given:
                 os.unlink(self.path)
         except OSError:
             pass
+
+
+def _become_parent(given: Given) -> None:
+    """Execute the parent of --keep, which starts this command again without --keep. Raises
+    CprdError."""
+    from cprd.keep.become import become_parent
+    from cprd.linux.rights import hard_limit
+
+    if given.shelves:
+        raise InvalidInput(
+            "descriptors of a store came in ($LISTEN_FDS): the manager keeps what cprd holds"
+            " already, so leave out --keep"
+        )
+    assert given.listener is not None
+    command = [sys.executable, *(word for word in sys.orig_argv[1:] if word != "--keep")]
+    inode = given.inode if given.path else None
+    try:
+        with hard_limit():  # stays raised across exec
+            become_parent(given.listener, inode, command)
+    except CprdError:
+        if given.path:
+            given.unlink()
+        raise
 
 
 def _inode(path: str) -> tuple[int, int]:
@@ -164,7 +186,9 @@ def _as_socket(fd: int) -> socket.socket | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cprd", description="Holds state and open descriptors while nobody runs."
+        prog="cprd",
+        description="Holds state and open descriptors while nobody runs.",
+        allow_abbrev=False,  # --keep has to be found in the command line by its name
     )
     parser.add_argument("--socket", metavar="PATH", help="where to listen ($CPRD_SOCKET)")
     parser.add_argument(
@@ -177,6 +201,12 @@ def _parser() -> argparse.ArgumentParser:
         " /etc/cprd/cprd.toml if it exists",
     )
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="start cprd from a small parent, which keeps what cprd holds while cprd is killed and"
+        " restarted: for places without systemd (docs/containers.md)",
+    )
     return parser
 
 
@@ -283,7 +313,7 @@ async def _serve(given: Given, settings: Config) -> Keeper | None:
             log.event(
                 "ready",
                 pid=os.getpid(),
-                socket=given.path or "from systemd",
+                socket=given.path or "inherited",
                 kept=keeper.kept,
                 holds=len(registry),
             )
@@ -312,7 +342,7 @@ async def _serve(given: Given, settings: Config) -> Keeper | None:
                         lost=lost or None,
                     )
                     if manager is not None:
-                        await _tell(manager, notify.stopping())
+                        await _tell(manager, notify.stopping(_status(daemon)))
                 daemon.stopping = True
                 nursery.cancel_scope.cancel()
                 break

@@ -16,7 +16,7 @@ import trio
 from cprd.daemon import log
 from cprd.daemon.storage.shelf import Shelf
 from cprd.daemon.storage.shelves import Keeper
-from cprd.errors import CprdError
+from cprd.errors import CprdError, Unavailable
 from cprd.linux.pause import point
 from cprd.systemd.notify import CANARY, Manager, adrive
 
@@ -78,6 +78,8 @@ class Store:
                 if keeper.beside:
                     keeper.compact()
         except (CprdError, OSError, trio.TooSlowError) as error:
+            if isinstance(error, Unavailable):  # gone (the parent of --keep may be killed)
+                keeper.shelf.durable = False
             log.event("store-failed", level=log.ERROR, why=str(error) or "the manager is mute")
             return False
         return True
