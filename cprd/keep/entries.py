@@ -6,7 +6,7 @@ import resource
 import select
 import stat
 
-Entry = tuple[str, int, bool]  # name; descriptor, owned; goes when it hangs up (FDPOLL=1)
+Entry = tuple[str, int, bool]  # name; descriptor, owned; to be dropped at a hang-up (FDPOLL=1)
 MOST = 4096
 MAX_NAME = 255
 # $LISTEN_FDNAMES has to fit one string of a program's environment (MAX_ARG_STRLEN).
@@ -20,8 +20,8 @@ def room() -> int:
 
 
 def store(entries: list[Entry], name: str, fd: int, *, polled: bool) -> bool:
-    """Own `fd`: keep or close `fd`. Returns False where the store has no room. An open file that
-    is kept already stays under the first name."""
+    """Own `fd`: keep or close `fd`. Returns False where the store has no room. A known open file
+    stays under the first name."""
     if len(name) > MAX_NAME or not all(" " <= letter <= "~" and letter != ":" for letter in name):
         name = "stored"
     known = any(same(kept, fd) for _, kept, _ in entries)

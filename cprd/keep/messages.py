@@ -31,7 +31,7 @@ class Message:
 
 
 def listen(path: str) -> socket.socket:
-    """A socket for messages at `path`, which the caller owns; what is at `path` is replaced. Raises
+    """A socket for messages at `path`, owned by the caller; a file at `path` is replaced. Raises
     OSError."""
     own = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     own.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)

@@ -80,7 +80,7 @@ class Parent:
             self.become_newer()
 
     def read(self, most: float) -> None:
-        """Handle what came. Only the child's own words count, as with NotifyAccess=main."""
+        """Handle messages. Only the child's own words count, as with NotifyAccess=main."""
         while most > 0 and (message := messages.receive(self.notify)) is not None:
             most -= 1
             if message.pid == self.record.child:
@@ -88,7 +88,7 @@ class Parent:
             message.close()
 
     def handle(self, message: messages.Message) -> None:
-        """Take out of `message.fds` what is to stay open."""
+        """Take kept descriptors out of `message.fds`."""
         fields, kept = message.fields, self.record.entries
         self.refuses = self.refuses or message.cut
         if "BARRIER" in fields:  # answered by its descriptor's end
@@ -136,7 +136,7 @@ class Parent:
             os.kill(self.record.child, number)
 
     def reap(self) -> None:
-        """Take every child that ended; those of PID 1 are all orphans of the container."""
+        """Take every ended child: for PID 1 all orphans of the container."""
         try:
             while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
                 if ended[0] == self.record.child:
@@ -145,7 +145,7 @@ class Parent:
             pass
 
     def gone(self, code: int) -> None:
-        """The child ended. What it sent comes first: the next one must find everything."""
+        """The child ended. Its last messages come first: the next child needs everything."""
         self.read(math.inf)
         self.record.child, self.refuses = 0, False
         if self.ending or (code >= 0 and not self.record.served):
@@ -174,7 +174,7 @@ class Parent:
             self.kill(signal.SIGABRT if first else signal.SIGKILL)
 
     def become_newer(self) -> None:
-        """Execute the parent anew, if the newer one can read all this; otherwise go on."""
+        """Execute the parent anew, if the newer program can read the record; otherwise go on."""
         signal.pthread_sigmask(signal.SIG_BLOCK, child.HEARD)
         for number in self.signals():  # those that come from here on wait for the newer parent
             self.hear(number)

@@ -11,7 +11,7 @@ VERSION = 1
 
 
 class Record:
-    """The descriptors belong to whoever has the record."""
+    """The owner of a record owns the descriptors."""
 
     def __init__(self) -> None:
         self.path = ""  # of the listening socket's file, if the parent is to remove the file
@@ -34,7 +34,7 @@ class Record:
             os.set_inheritable(fd, across_exec)
 
     def write(self) -> int:
-        """An inheritable memfd, which the caller owns."""
+        """An inheritable memfd, owned by the caller."""
         memfd = os.memfd_create("cprd-keep", 0)
         os.write(memfd, marshal.dumps((VERSION, vars(self)), 4))
         return memfd

@@ -1,4 +1,4 @@
-"""Why nobody answers at a socket file that exists: in containers as a rule a stale bind mount."""
+"""Why nobody answers at an existing socket file: in containers as a rule a stale bind mount."""
 
 from __future__ import annotations
 

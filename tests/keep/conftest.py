@@ -15,7 +15,7 @@ Keep = Callable[..., KeptByParent]
 
 @pytest.fixture
 def keep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keep]:
-    """keep(*arguments, settings=, env=): cprd under --keep; all of them end with the test."""
+    """keep(*arguments, settings=): cprd under --keep; all of them end with the test."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments: str, **options: Any) -> KeptByParent:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -39,10 +38,8 @@ class KeptByParent(Kept):
         place: Path,
         *arguments: str,
         settings: str = "",
-        env: dict[str, str] | None = None,
-        pass_fds: tuple[int, ...] = (),
     ) -> None:
-        """`settings`: Python that cprd's program runs at start. `env` is added to ours."""
+        """`settings`: Python that cprd's program runs at start."""
         self.place = place
         place.chmod(0o755)
         (place / "cprd-test.py").write_text(program(str(place)))
@@ -55,8 +52,7 @@ class KeptByParent(Kept):
             self.parent = subprocess.Popen(
                 [sys.executable, str(place / "cprd-test.py"), "--keep", *arguments],
                 stderr=log,
-                env={**self.env, **(env or {})},
-                pass_fds=pass_fds,
+                env=self.env,
             )
         self.pid = 0
         self.await_start()
@@ -119,12 +115,3 @@ class KeptByParent(Kept):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
             self.parent.wait()
-
-
-@contextlib.contextmanager
-def kept_by_parent(place: Path, *arguments: str, settings: str = "") -> Iterator[KeptByParent]:
-    keeping = KeptByParent(place, *arguments, settings=settings)
-    try:
-        yield keeping
-    finally:
-        keeping.close()

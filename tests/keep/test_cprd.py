@@ -109,6 +109,48 @@ def test_the_killed_parent_is_missed(keep: Keep) -> None:
             os.kill(keeping.pid, signal.SIGKILL)
 
 
+GIVEN = """
+import os, socket, sys
+names = sys.argv.pop(1)
+environ = {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": names}
+environ["LISTEN_FDS"] = str(len(names.split(":")))
+os.dup2(int(sys.argv.pop(1)), 3)
+for _ in names.split(":")[1:]:
+    os.set_inheritable(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach(), True)
+os.execve(sys.executable, [sys.executable, "-m", "cprd.main", "--keep"], environ)
+"""
+
+
+def test_a_socket_that_a_manager_gives_is_served_and_left_alone(tmp_path: Path) -> None:
+    path = str(tmp_path / "given.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        command = [sys.executable, "-c", GIVEN, "x.socket", str(listener.fileno())]
+        parent = subprocess.Popen(
+            command, pass_fds=[listener.fileno()], env=environment(), stderr=subprocess.DEVNULL
+        )
+        try:
+            with cprd.connect(path) as daemon:
+                assert daemon.save("web", cprd.State(), require="store").kept == "store"
+                assert daemon.status()["pid"] in children(parent.pid)
+        finally:
+            parent.terminate()
+            assert parent.wait(PATIENCE) == 0
+        assert os.listdir(tmp_path) == ["given.sock"]
+        command[3] = "x.socket:shelf.1.out"
+        said = subprocess.run(
+            command,
+            pass_fds=[listener.fileno()],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert said.returncode == 1
+        assert "leave out --keep" in said.stderr
+
+
 def test_the_same_rules_hold_for_its_socket(keeping: KeptByParent, tmp_path: Path) -> None:
     said = attempt("--socket", keeping.path)
     assert (said.returncode, said.stderr) == (1, f"cprd: another cprd serves {keeping.path}\n")
