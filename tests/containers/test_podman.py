@@ -102,7 +102,7 @@ def test_a_sidecar_hands_over_between_containers_and_survives_kill_9(
     volume = tmp_path / "volume"
     volume.mkdir()
     sidecar = podman.run(
-        volume, "--detach", command=[sys.executable, "-m", "cprd.main", "--keep"]
+        volume, "--detach", command=[sys.executable, "-m", "cprd.daemon.command", "--keep"]
     )  # as root: /run/cprd/cprd.sock
     path = str(volume / "cprd.sock")
     until(lambda: os.path.exists(path), lambda: podman.logs(sidecar))

@@ -93,8 +93,8 @@ class Toy:
 
     @property
     def child(self) -> int:
-        """Its PID; 0 for none."""
-        return (children(self.pid) or [0])[0]
+        """The newest one's PID; 0 for none."""
+        return (children(self.pid) or [0])[-1]
 
     def hears(self) -> str:
         assert self.process.stdout is not None

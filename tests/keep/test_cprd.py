@@ -117,7 +117,7 @@ environ["LISTEN_FDS"] = str(len(names.split(":")))
 os.dup2(int(sys.argv.pop(1)), 3)
 for _ in names.split(":")[1:]:
     os.set_inheritable(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach(), True)
-os.execve(sys.executable, [sys.executable, "-m", "cprd.main", "--keep"], environ)
+os.execve(sys.executable, [sys.executable, "-m", "cprd.daemon.command", "--keep"], environ)
 """
 
 

@@ -19,6 +19,7 @@ import pytest
 from cprd.keep import entries
 from tests.conftest import CHECKOUT, open_fds, until
 
+from .keeping import children
 from .parent import Toy, await_state
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -172,6 +173,42 @@ def test_a_child_that_stands_still_is_replaced(make: Make) -> None:
     os.kill(toy.child, signal.SIGSTOP)  # which SIGABRT does not end
     assert toy.restarted() == ["cprd.socket", "x"]
     assert "how='signal 9'" in toy.said()
+
+
+@pytest.mark.full
+def test_a_killed_child_that_a_file_system_does_not_let_go_is_given_up(
+    make: Make, tmp_path: Path
+) -> None:
+    """FUSE: the file's close hangs, and with it the end of any process that has the file open."""
+    if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
+        pytest.skip("a file system that hangs needs root and /dev/fuse")
+    mounted = tmp_path / "mute"
+    mounted.mkdir()
+    program = CHECKOUT / "tests/support/mute_file_system.py"
+    mute = subprocess.Popen(
+        ["unshare", "--mount", "--propagation=slave", sys.executable, str(program), str(mounted)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert mute.stdout is not None
+    try:
+        assert mute.stdout.readline() == "mounted\n"
+        toy = make(watchdog=0.3)
+        toy.start()
+        toy.ask("drive(manager.store('x', os.eventfd(0))); drive(manager.barrier()); say()")
+        toy.ask(f"hangs = os.open('/proc/{mute.pid}/root{mounted}/file', os.O_RDWR); say()")
+        assert mute.stdout.readline() == "open\n"
+        stuck = toy.child
+        os.kill(stuck, signal.SIGKILL)
+        assert toy.restarted() == ["cprd.socket", "x"]
+        assert stuck in children(toy.pid), "it has ended: nothing was shown"
+        assert "stage=killed" in toy.said()
+    finally:
+        mute.kill()
+        mute.wait()
+        mute.stdout.close()
+    until(lambda: stuck not in children(toy.pid), lambda: "a zombie")
+    assert toy.kill() == ["cprd.socket", "x"]
 
 
 def test_each_failed_start_is_waited_for_longer(toy: Toy) -> None:

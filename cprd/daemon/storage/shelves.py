@@ -34,7 +34,7 @@ OUTCOMES_FOR = 300.0  # s
 FULL = "cprd's shelf is full: raise net.core.wmem_max, or drop holds"
 NOT_STORED = (
     'require="store": this cprd keeps holds in memory only; run it as a systemd service with'
-    " FileDescriptorStoreMax= (see cprctl status)"
+    " FileDescriptorStoreMax=, or as cprd --keep (see cprctl status)"
 )
 MANY_MESSAGES = 1024  # on a shelf that has few slots, before it is written anew
 
