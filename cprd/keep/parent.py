@@ -183,7 +183,7 @@ class Parent:
         line, rest = sys.orig_argv[:4], [str(memfd), *self.command]
         line[0] = sys.executable
         try:
-            if not self.ending:
+            if self.status is None and not self.ending:
                 self.record.pass_on(True)
                 try_out([*line, "check", *rest])
                 log.event("keep-re-executing", pid=os.getpid(), kept=len(self.record.entries))
@@ -213,7 +213,9 @@ def try_out(line: list[str]) -> None:
     """Raises OSError unless the program ends well within 10 s."""
     pid = os.posix_spawn(line[0], line, os.environ)
     pidfd = os.pidfd_open(pid)
-    if not select.select([pidfd], [], [], 10)[0]:
+    poll = select.poll()  # not select(): the number may be above 1023
+    poll.register(pidfd, select.POLLIN)
+    if not poll.poll(10_000):
         os.kill(pid, signal.SIGKILL)
     os.close(pidfd)
     if os.waitpid(pid, 0)[1]:

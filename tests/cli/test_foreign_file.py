@@ -52,7 +52,7 @@ def ended_last(daemon: DaemonProcess, tmp_path: Path) -> Iterator[list[subproces
     has saved the file as "web", and has it open."""
     directory = tmp_path / "mute"
     directory.mkdir()
-    program = CHECKOUT / "tests" / "programs" / "mute_file_system.py"
+    program = CHECKOUT / "tests" / "support" / "mute_file_system.py"
     server = start(daemon, str(program), str(directory))
     if not said(server):
         server.communicate()

@@ -287,16 +287,20 @@ def test_nobody_reads_stderr_and_it_goes_on(make: Make) -> None:
 # The parent itself
 
 
-def test_it_replaces_itself_and_keeps_everything(toy: Toy) -> None:
-    toy.ask("drive(manager.keep([('x', os.eventfd(7))])); drive(manager.barrier()); say()")
+@pytest.mark.parametrize("more", [0, 1100])  # descriptors beyond what select() can name
+def test_it_replaces_itself_and_keeps_everything(toy: Toy, more: int) -> None:
+    toy.do(f"made = [('x', os.eventfd(7)), *((f'm{{i}}', os.eventfd(0)) for i in range({more}))]")
+    assert toy.ask("say(drive(manager.keep(made)))") == "True"
+    toy.ask("drive(manager.barrier()); say()")
     child, before = toy.child, open_fds(toy.pid)
     for count in (1, 2):
         os.kill(toy.pid, signal.SIGHUP)
         until(lambda count=count: toy.said().count("keep-re-executing") == count, toy.said)  # type: ignore[misc]
         assert toy.ask("drive(manager.barrier()); say('there')") == "there"
         assert (toy.child, open_fds(toy.pid)) == (child, before)
-    assert toy.kill() == ["cprd.socket", "x"]
-    assert toy.ask("say(os.eventfd_read(kept[0][1]))") == "7"
+    names = toy.kill()
+    assert (names[-1], len(names)) == ("x", 2 + more)
+    assert toy.ask("say(os.eventfd_read(kept[-1][1]))") == "7"
     assert toy.end() == 0
 
 

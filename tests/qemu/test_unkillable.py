@@ -29,7 +29,7 @@ class Mute:
     def __init__(self, place: Path) -> None:
         self.place = place
         place.mkdir()
-        program = CHECKOUT / "tests" / "programs" / "mute_file_system.py"
+        program = CHECKOUT / "tests" / "support" / "mute_file_system.py"
         self.server = subprocess.Popen(
             [sys.executable, program, place], stdout=subprocess.PIPE, text=True
         )
