@@ -1,6 +1,7 @@
 """The fixtures that all tests share: a real cprd of their own, and counting descriptors.
 
-`daemon` is a cprd with the usual limits; `start_daemon(...)` starts one with others.
+`daemon` is a cprd with the usual limits, `new_daemon` an unused one; `start_daemon(...)` starts one
+with others.
 `nothing_leaks` (by name, or pytest.mark.usefixtures) fails a test that leaves this process with
 another number of descriptors than it found.
 """
@@ -76,6 +77,12 @@ def daemon(shared_daemon: Shared) -> Iterator[DaemonProcess]:
     """A cprd with the usual limits, in which nothing is held. It may have been another test's."""
     yield shared_daemon.take()
     shared_daemon.give_back()
+
+
+@pytest.fixture
+def new_daemon(start_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
+    """A cprd with the usual limits that nobody has used yet."""
+    return start_daemon()
 
 
 @pytest.fixture

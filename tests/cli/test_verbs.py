@@ -372,7 +372,8 @@ def test_of_several_that_wait_each_gets_its_turn(daemon: DaemonProcess) -> None:
         )
         for _ in range(3)
     ]
-    time.sleep(1)  # they are on their way; should one come later, it is served all the same
+    with daemon.connect() as connection:
+        until(lambda: connection.status()["connections"] == 4, lambda: "not all of them connected")
     while waiting:
         hold(daemon, "web", 1)
         until(lambda: any(one.poll() is not None for one in waiting), lambda: "nobody")

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import PATIENCE
 from tests.keep.keeping import children, environment
+from tests.support.patience import PATIENCE
 
 ALL = ("--user", "--pid", "--mount", "--net", "--ipc", "--uts")
 

@@ -14,8 +14,9 @@ import pytest
 
 import cprd
 from cprd.errors import Unavailable
-from tests.conftest import PATIENCE, DaemonProcess, until
 from tests.keep.keeping import children, environment
+from tests.support.daemon import DaemonProcess
+from tests.support.patience import PATIENCE, until
 
 from .inside import ALL, Inside, missing
 

@@ -169,10 +169,10 @@ def test_an_old_kernel_is_refused_by_its_name(
             command._check_kernel()
 
 
-def test_one_line_an_event_and_nothing_of_what_is_held(daemon: DaemonProcess) -> None:
+def test_one_line_an_event_and_nothing_of_what_is_held(new_daemon: DaemonProcess) -> None:
     secret = "hunter2-and-more"
     name = 'naïve name="x'
-    with daemon.connect() as connection, goods(secret) as cargo:
+    with new_daemon.connect() as connection, goods(secret) as cargo:
         state = cargo.state()
         state["password"] = {secret: secret}
         state.save_fd(secret, 0, cargo.eventfds[0])
@@ -184,8 +184,8 @@ def test_one_line_an_event_and_nothing_of_what_is_held(daemon: DaemonProcess) ->
             pass
         with pytest.raises(cprd.NotHeld):
             connection.load(name)
-    daemon.stop()
-    lines = daemon.log()
+    new_daemon.stop()
+    lines = new_daemon.log()
     assert not [line for line in lines if secret in line]
     events = [line.split()[0] for line in lines]
     assert events == [

@@ -24,7 +24,8 @@ from cprd.protocol import messages
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 from tests.support.goods import state_of, tcp_pair
-from tests.support.patience import until
+from tests.support.patience import rest, until
+from tests.support.processes import await_quiet
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -313,7 +314,7 @@ def test_files_that_block_on_close_block_nobody(daemon: DaemonProcess) -> None:
             connection.drop("x")
             assert before == {}
             until(lambda: connection.status()["closing"], lambda: "nothing blocks")
-            time.sleep(0.2)  # nobody else waits: for so long, too
+            rest(0.2)  # nobody else waits: for so long, too
             assert connection.status()["closing"]
         peers.close()  # their peers end, and with them the waiting
         with daemon.connect() as connection:
@@ -325,7 +326,7 @@ def answers_that_fit(daemon: DaemonProcess, request: bytes) -> int:
     with raw(daemon.path) as sock:
         for _ in range(300):
             sock.send(request)
-        time.sleep(0.5)
+        await_quiet(daemon.pid)
         os.kill(daemon.pid, signal.SIGSTOP)
         count = 0
         sock.settimeout(0)
@@ -356,7 +357,7 @@ def test_a_hold_that_ends_while_its_answer_is_not_read_blocks_nobody(
                 sock.send(small)
             show = {"verb": "show", "name": "x"}
             sock.send(packed(**(show if verb == "show" else {**LOAD, "lease": 60})))
-            time.sleep(0.5)
+            await_quiet(daemon.pid)
             connection.drop("x", force=True)
             os.close(ours.detach())
         until(lambda: connection.status()["closing"], lambda: "nothing blocks")

@@ -13,6 +13,7 @@ from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
 from tests.support.goods import state_of, tcp_pair
 from tests.support.memory import Memory
+from tests.support.processes import await_quiet
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -104,7 +105,7 @@ def test_a_thousand_hand_overs_leave_nothing_behind(daemon: DaemonProcess) -> No
     with Child(hands_over, daemon.path) as client:
         client.say(WARM)
         fds_before = client.hear()
-        time.sleep(0.1)  # its workers end a second after their last work; they own no descriptor
+        await_quiet(daemon.pid)
         daemon_fds, memory = daemon.fds(), private_memory(daemon.pid)
         client.say(MEASURED)
         assert client.hear() == fds_before

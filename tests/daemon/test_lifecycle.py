@@ -19,7 +19,7 @@ from cprd.protocol import messages
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 from tests.support.goods import goods, state_of
-from tests.support.patience import until
+from tests.support.patience import rest, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes other uids: wants root")
@@ -53,7 +53,7 @@ def claims(line: Line, path: str, lease: float = 600.0, then: str = "") -> None:
         elif told == "fork":
             if not os.fork():
                 line.say(os.getpid())
-                time.sleep(600)
+                signal.pause()
         elif told == "receive":
             _, fds, _ = receive(socket.socket(fileno=os.dup(claim._bundle)), 4096)
             line.say(len(fds))
@@ -337,7 +337,7 @@ def test_a_ttl_ends_a_hold_and_stands_still_while_it_is_claimed(daemon: DaemonPr
     with daemon.connect() as connection:
         connection.save("web", empty(), ttl=0.3)
         claim = connection.load("web")
-        time.sleep(0.4)  # what must not happen meanwhile has no event
+        rest(0.4)  # what must not happen meanwhile has no event
         assert the_row(connection)["phase"] == "claimed"
         claim.reject("later")
         claim.close()

@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import IO
 
-from tests.conftest import CHECKOUT, open_fds
-from tests.support.keeping import PATIENCE, Kept, program
+from tests.support.checkout import CHECKOUT
+from tests.support.descriptors import open_fds
+from tests.support.keeping import Kept, program
+from tests.support.patience import PATIENCE, until
 
 # Of a parent that keeps nothing: three streams, the listening socket, the socket for messages, and
 # both ends of the pipe that signals come by.
@@ -58,13 +59,14 @@ class KeptByParent(Kept):
         self.await_start()
 
     def await_start(self) -> None:
-        end = time.monotonic() + PATIENCE
-        while f"ready pid={self._child()} " not in self.said():
+
+        def started() -> bool:
+            if f"ready pid={self._child()} " in self.said():
+                return True
             assert self.parent.poll() is None, self.said()
-            assert time.monotonic() < end, self.said()
-            time.sleep(0.003)
-            if self._stands_in_its_start():
-                break
+            return self._stands_in_its_start()
+
+        until(started, self.said)
         self.pid = self._child()
 
     def _child(self) -> int:

@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from cprd.keep import messages
 from cprd.keep.record import Record
-from tests.conftest import CHECKOUT, until
-from tests.support.keeping import PATIENCE
+from tests.support.checkout import CHECKOUT
+from tests.support.patience import PATIENCE, until
+from tests.support.processes import state
 
 from .keeping import children, environment
 
@@ -148,12 +148,5 @@ class Toy:
             stream.close()
 
 
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
 def await_state(pid: int, wanted: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while state_of(pid) != wanted:
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    until(lambda: state(pid) == wanted, lambda: f"{state(pid)}, not {wanted}")

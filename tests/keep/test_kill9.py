@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from tests.conftest import until
 from tests.support.keeping import SMALL, things
+from tests.support.patience import until
 from tests.support.sweeps import (
     VERBS,
     Confirm,

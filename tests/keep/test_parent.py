@@ -10,14 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cprd.keep import entries
-from tests.conftest import CHECKOUT, open_fds, until
+from tests.support.checkout import CHECKOUT
+from tests.support.descriptors import open_fds
+from tests.support.patience import rest, until
 
 from .keeping import children
 from .parent import Toy, await_state
@@ -360,7 +361,7 @@ def test_it_does_nothing_while_nothing_happens(toy: Toy) -> None:
 
     toy.ask("drive(manager.keep([('x', os.eventfd(7))])); drive(manager.barrier()); say()")
     before = spent(), switches()
-    time.sleep(0.5)  # nothing to wait for: it must not wake up
+    rest(0.5)  # nothing to wait for: it must not wake up
     assert spent() - before[0] <= 1
     assert switches() - before[1] <= 2
 

@@ -13,14 +13,14 @@ import select
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import cprd
+from tests.support.patience import PATIENCE, patience, until
+from tests.support.processes import state
 
-PATIENCE = 30.0  # s, for whatever should have happened long ago
 SMALL = (
     "cprd.daemon.storage.shelf.WANTED_BUFFER = 8192\ncprd.daemon.storage.shelves.MAX_RECORDS = 2\n"
 )
@@ -107,10 +107,7 @@ class Kept:
 
     def await_kept(self, where: str) -> None:
         """Wait until it says so: shelves go to the store beside the requests."""
-        end = time.monotonic() + PATIENCE
-        while self.kept() != where:
-            assert time.monotonic() < end, f"not kept in the {where}"
-            time.sleep(0.01)
+        until(lambda: self.kept() == where, lambda: f"not kept in the {where}")
 
     # Stopping and killing
 
@@ -134,30 +131,27 @@ class Kept:
 
     def stands(self) -> bool:
         """Whether it has stopped itself."""
-        try:
-            stat = Path(f"/proc/{self.pid}/stat").read_text()
-        except FileNotFoundError:
-            return False
-        return stat.rpartition(")")[2].split()[0] == "T"
+        return state(self.pid) == "T"
 
     def quiet(self) -> None:
         """Wait until it has let go of all that has ended, which it does after it has answered."""
         with self.connect() as daemon:
-            while daemon.status()["closing"]:
-                time.sleep(0.002)
+            until(lambda: not daemon.status()["closing"], lambda: f"{daemon.status()}")
 
     def await_stop(self, unless: Callable[[], bool] = lambda: False) -> bool:
         """Wait until it stands; False when `unless` came true first, and nothing is left to do."""
-        end = time.monotonic() + PATIENCE
         quiet: Task | None = None
-        while not self.stands():
+
+        def over() -> bool:
+            nonlocal quiet
+            if self.stands():
+                return True
             if quiet is None and unless():
                 quiet = Task(self.quiet)
-            elif quiet is not None and quiet.done():
-                return self.stands()
-            assert time.monotonic() < end, self.said()[-3000:]
-            time.sleep(0.003)
-        return True
+            return quiet is not None and quiet.done()
+
+        until(over, lambda: self.said()[-3000:])
+        return self.stands()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """And wait for the next one."""
@@ -210,10 +204,10 @@ class Thing:
             self._writing = -1
 
     def let_go(self, seconds: float = 1.0) -> bool:
-        """Whether everybody has let go of it, within so long."""
+        """Whether everybody has let go of it, within so long on idle cores."""
         poll = select.poll()
         poll.register(self.reading, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
+        return bool(poll.poll(patience(seconds) * 1000))
 
     def close(self) -> None:
         self.saved()

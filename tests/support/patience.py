@@ -46,9 +46,15 @@ def _measured() -> float:
 PATIENCE = patience(20.0)  # s, for whatever should have happened at once
 
 
+def rest(seconds: float) -> None:
+    """Let time pass in which something must not happen, or in which something happens at any
+    moment: there is no event to await. The caller says which of them."""
+    time.sleep(seconds)
+
+
 def until(true: Callable[[], object], what: Callable[[], str], seconds: float = PATIENCE) -> None:
     """Wait for what has no event of its own to wait for; `what` says how far it came."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"after {seconds:g} s still {what()}"
-        time.sleep(0.005)  # the one sleep of all that poll
+        time.sleep(0.005)  # between two looks: here, and nowhere else

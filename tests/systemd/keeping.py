@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from typing import IO
 
-from tests.support.keeping import PATIENCE, SMALL, Kept, Task, Thing, program, things
+from tests.support.keeping import SMALL, Kept, Task, Thing, program, things
+from tests.support.patience import until
 
 from .machine import Machine, MachineError
 from .ours import install
 
-__all__ = ["PATIENCE", "SMALL", "UNIT", "Keeping", "Task", "Thing", "things"]
+__all__ = ["SMALL", "UNIT", "Keeping", "Task", "Thing", "things"]
 
 UNIT = "cprd.service"
 
@@ -43,17 +43,18 @@ class Keeping(Kept):
 
     def await_start(self) -> None:
         """Wait for another main process than the one before."""
-        end = time.monotonic() + PATIENCE
-        while True:
+
+        def started() -> bool:
             try:
                 pid = self.machine.main_pid(UNIT)
             except (MachineError, OSError):
-                pid = 0
-            if pid not in (0, self.pid):
-                self.pid = pid
-                return
-            assert time.monotonic() < end, self.said()[-3000:]
-            time.sleep(0.01)
+                return False
+            if pid in (0, self.pid):
+                return False
+            self.pid = pid
+            return True
+
+        until(started, lambda: self.said()[-3000:])
 
     def said(self) -> str:
         return self.machine.journal(UNIT)

@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.qemu.machine import QEMU
+from tests.support.patience import rest
 
 from .machine import Machine
 from .vm import Guest, install_cprd, needs_qemu, processes, unit_line
@@ -163,7 +163,7 @@ def kill_cprd_during(verb: str, guest: Guest, after: float) -> None:
     """A job of the VM's unit; `after` seconds from its start on, cprd is killed."""
     pid = guest.systemd.main_pid("cprd.service")
     job = guest.systemd.popen("systemctl", verb, guest.unit)
-    time.sleep(after)  # for any moment will do (those that matter are in the sweeps of both sides)
+    rest(after)  # for any moment will do (those that matter are in the sweeps of both sides)
     os.kill(pid, signal.SIGKILL)
     assert job.wait(60) == 0, f"killed after {after} s: {guest.systemd.journal()}"
     guest.runs_in_the_unit()
