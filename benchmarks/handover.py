@@ -33,7 +33,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import cprd
 from benchmarks.stage import cpu_seconds, median, pairs, private_cprd, verdict
-from cprd.state import SEALS
+from cprd.linux.memfd import SEALS
 
 MANY = 10_000
 HAND_OVERS = 20  # for one measurement of the daemon's CPU time

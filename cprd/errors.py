@@ -69,6 +69,12 @@ class InvalidInput(CprdError, ValueError):
     """An argument that is refused before anything happened; the message names the field."""
 
 
+class MissingKey(CprdError, KeyError):
+    """A state has nothing under the key; the message names the key, and keys that are there."""
+
+    __str__ = Exception.__str__  # KeyError's would quote the message
+
+
 CODES: dict[str, type[CprdError]] = {
     cls.__name__: cls
     for cls in (

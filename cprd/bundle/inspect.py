@@ -1,23 +1,71 @@
-"""Looking into what is held, without a claim and without disturbing it.
+"""Look at what is held, without a claim and without disturbing the bundle.
 
-The descriptors of others get installed here for a moment. Nothing is asked of them that can block;
-they are closed in a thread of its own, because that can.
+`check` looks from outside only, as cprd does. `describe_bundle` reads the bundle: the descriptors
+of others get installed here for a moment. Nothing is asked of them that can block; a thread of its
+own closes them, because that can.
 """
 
 from __future__ import annotations
 
+import _socket as socket  # as in rights
+import errno
 import os
 import threading
 from typing import Any
 
 import msgpack
 
-from cprd.bundle.layout import unpack
-from cprd.errors import Busy
+from cprd.bundle.layout import HEADER
+from cprd.bundle.unpack import as_socket, unpack
+from cprd.errors import Busy, Damaged
 from cprd.linux.describe import describe
-from cprd.state import InlineSection, MemfdSection, State, _Decoded
+from cprd.linux.rights import queued, scm_fds
+from cprd.state import InlineSection, MemfdSection, State
 
 SMALL = 4096  # bytes of a section whose value is shown
+
+
+def check(fd: int, parked: int, *, seal: bool) -> None:
+    """Look at the outside of a bundle, whose root holds `parked` descriptors as its saver says:
+    what cprd does with what is saved, O(1) in what lies below the root.
+
+    `fd` is borrowed. With `seal`, nothing can be appended afterwards. Raises Damaged when it is
+    not a whole bundle, OSError (EMFILE) when there is no descriptor left to look with.
+
+    The header is not read. A read takes the socket's lock, and whoever else has the socket can
+    sleep with that lock in hand (in recv(), in a page of a file system of its own); so can the
+    owner of a TCP socket in send(), and getsockname() waits for it. Nothing here takes either."""
+    if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+        raise Damaged("not a bundle: not a socket")
+    found = scm_fds(fd)
+    if found < 0:
+        raise Damaged("not a bundle: not an AF_UNIX socket")
+    sock = as_socket(fd)
+    try:
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_SEQPACKET:
+            raise Damaged("not a bundle: not a SOCK_SEQPACKET socket")
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise Damaged("not a bundle: a listening socket")
+        _check_counts(sock, found, parked)
+        if seal:  # not before: what is no bundle stays as it was
+            try:
+                sock.shutdown(socket.SHUT_RD)
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:
+                    raise
+            _check_counts(sock, scm_fds(fd), parked)
+    finally:
+        sock.close()
+
+
+def _check_counts(sock: socket.SocketType, found: int, parked: int) -> None:
+    waiting = queued(sock)
+    if not waiting:
+        raise Damaged("not a whole bundle: nothing is queued in it")
+    if waiting != HEADER.size:
+        raise Damaged(f"not a whole bundle: {waiting} bytes are queued in it, not {HEADER.size}")
+    if found != parked:
+        raise Damaged(f"not a whole bundle: it should hold {parked} descriptors and holds {found}")
 
 
 def describe_bundle(row: dict[str, Any], bundle: int) -> dict[str, Any]:
@@ -41,7 +89,7 @@ def describe_bundle(row: dict[str, Any], bundle: int) -> dict[str, Any]:
         row["descriptors"] = [
             {"name": name, "id": id, "what": describe(fd)} for name, id, fd in state.fds()
         ]
-        row["sections"] = [_section(state, key) for key in state]
+        row["sections"] = [_section(key, section) for key, section in state.sections()]
     finally:
         threading.Thread(target=_let_go, args=(state, bundle), daemon=True).start()
     return row
@@ -52,21 +100,17 @@ def _let_go(state: State, bundle: int) -> None:
     os.close(bundle)
 
 
-def _section(state: State, key: str) -> dict[str, Any]:
-    section = state._sections[key]
-    stored = section.stored if isinstance(section, _Decoded) else section
-    if isinstance(stored, MemfdSection):
-        size = stored.size()
-        return {"key": key, "kind": "memfd", "bytes": size}
-    assert isinstance(stored, InlineSection)
+def _section(key: str, section: InlineSection | MemfdSection) -> dict[str, Any]:
+    if isinstance(section, MemfdSection):
+        return {"key": key, "kind": "memfd", "bytes": section.size()}
     shown: dict[str, Any] = {
         "key": key,
-        "kind": "msgpack" if stored.packed else "bytes",
-        "bytes": len(stored.data),
+        "kind": "msgpack" if section.packed else "bytes",
+        "bytes": len(section.data),
     }
-    if stored.packed and len(stored.data) <= SMALL:
+    if section.packed and len(section.data) <= SMALL:
         try:
-            shown["value"] = msgpack.unpackb(stored.data, raw=False, strict_map_key=False)
+            shown["value"] = msgpack.unpackb(section.data, raw=False, strict_map_key=False)
         except Exception:
             shown["value"] = None  # not what its saver said it is
     return shown

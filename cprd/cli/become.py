@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cprd.cli.names import listen_fdnames
 from cprd.errors import CprdError, InvalidInput, LimitExceeded
+from cprd.linux.nofile import raise_soft_limit, set_soft_limit
 from cprd.linux.stdio import flush, note
 
 if TYPE_CHECKING:
@@ -48,16 +49,11 @@ class RaisedLimit:
     """The soft RLIMIT_NOFILE at the hard one while a state is loaded, put back at the end."""
 
     def __init__(self) -> None:
-        import resource
-
-        self.soft, self.hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (self.hard, self.hard))
+        self.soft, self.hard = raise_soft_limit()
 
     def restore(self, count: int) -> None:
         """Put the limit back for a command that gets `count` descriptors. When they do not fit, it
         stays raised, with as many free below it as the command would have had, and we say so."""
-        import resource
-
         soft = self.soft
         if count and FIRST + count >= soft:
             soft = min(self.hard, FIRST + count + self.soft)
@@ -65,7 +61,7 @@ class RaisedLimit:
                 f"cprctl: the soft RLIMIT_NOFILE of {self.soft} is too low for {count} descriptors:"
                 f" the command starts with {soft} (set LimitNOFILE= or ulimit -Sn to choose)"
             )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, self.hard))
+        set_soft_limit(soft)
 
 
 class Crew:

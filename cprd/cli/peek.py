@@ -72,14 +72,13 @@ def in_a_child(look: Callable[[], dict[str, Any]], patience: float = PATIENCE) -
 
 def _answer(look: Callable[[], dict[str, Any]], write: int) -> None:
     """In the child: look, write the answer as one msgpack value, let go of the pipe, end."""
-    import resource
-
     import msgpack
+
+    from cprd.linux.nofile import raise_soft_limit
 
     try:
         os.write(write, os.getpid().to_bytes(4, "big"))
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        raise_soft_limit()
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):  # a pipeline that we were in must not wait for an orphan
             os.dup2(null, standard)

@@ -141,7 +141,7 @@ def _section(state: State, key: str, path: str, files: list[int]) -> None:
 def _seal(memfd: int) -> None:
     import fcntl
 
-    from cprd.state import SEALS
+    from cprd.linux.memfd import SEALS
 
     fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, SEALS)
 

@@ -11,8 +11,9 @@ import struct
 
 from cprd.client.verbs import Answer, Call, Common
 from cprd.errors import CprdError, Denied, InvalidInput, LimitExceeded, Unavailable
+from cprd.linux.nofile import hard_limit
 from cprd.linux.paths import default_socket
-from cprd.linux.rights import hard_limit, receive, send
+from cprd.linux.rights import receive, send
 from cprd.protocol import messages
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import

@@ -13,7 +13,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Generator, Sequence
 
-from cprd.bundle.layout import Packed, pack, unpack
+from cprd.bundle.pack import Packed, pack
+from cprd.bundle.unpack import unpack
 from cprd.errors import CprdError, Damaged, InvalidInput, LimitExceeded, ProtocolError
 from cprd.linux.pause import point
 from cprd.linux.rights import close_all

@@ -106,7 +106,7 @@ def _become_parent(given: Given) -> None:
     """Execute the parent of --keep, which starts this command again without --keep. Raises
     CprdError."""
     from cprd.keep.become import become_parent
-    from cprd.linux.rights import hard_limit
+    from cprd.linux.nofile import hard_limit
 
     if given.shelves:
         raise InvalidInput(

@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import trio
 
-from cprd.bundle.layout import scm_fds
 from cprd.daemon.closer import Closer
 from cprd.errors import LimitExceeded, ProtocolError
-from cprd.linux.rights import receive, send
+from cprd.linux.rights import receive, scm_fds, send
 from cprd.protocol import messages
 from cprd.protocol.registry import Peer
 

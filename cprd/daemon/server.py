@@ -21,7 +21,7 @@ from typing import Any
 
 import trio
 
-from cprd.bundle import layout
+from cprd.bundle import inspect
 from cprd.daemon import log
 from cprd.daemon.closer import Closer
 from cprd.daemon.config import Config
@@ -38,7 +38,7 @@ from cprd.errors import (
     NotHeld,
     ProtocolError,
 )
-from cprd.linux import processes
+from cprd.linux import nofile, processes
 from cprd.linux.pause import point
 from cprd.linux.rights import SCM_MAX_FD, close_all
 from cprd.protocol import messages
@@ -511,7 +511,7 @@ class Daemon:
         try:
             fd = self.keeper.bundle(hold.generation)
             try:
-                layout.check(fd, hold.parked, seal=False)
+                inspect.check(fd, hold.parked, seal=False)
             finally:
                 os.close(fd)  # the slot has another: never the last one
         except Damaged as error:
@@ -589,7 +589,7 @@ class Daemon:
             )
         if message["fds"] >= message["parked"] * SCM_MAX_FD ** message["depth"]:
             raise Damaged("not the bundle that the request describes: counts differ")
-        layout.check(fds[0], message["parked"], seal=True)
+        inspect.check(fds[0], message["parked"], seal=True)
 
     async def save(self, connection: Connection, request: Request) -> None:
         """save and prepare."""
@@ -1130,13 +1130,10 @@ def _close_roles(roles: dict[str, int]) -> None:
 def raise_nofile() -> int:
     """The soft limit of descriptors, raised to the hard one where that is allowed: cprd is there
     to have many."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError) as error:
-            log.event("limit-not-raised", level=log.WARNING, soft=soft, hard=hard, why=str(error))
-            return soft
+    try:
+        _, hard = nofile.raise_soft_limit()
+    except LimitExceeded as error:
+        soft, hard = nofile.limits()
+        log.event("limit-not-raised", level=log.WARNING, soft=soft, hard=hard, why=str(error))
+        return soft
     return hard

@@ -24,6 +24,7 @@ import cprd
 from cprd.demo.load import Load
 from cprd.demo.timeline import Report, Restart
 from cprd.errors import CprdError, LimitExceeded
+from cprd.linux.nofile import limits, raise_soft_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -173,16 +174,14 @@ def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 def _make_room(connections: int) -> None:
     """Raise the soft RLIMIT_NOFILE, here and for the children. Raises LimitExceeded."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = limits()
     needed = 2 * connections + 100
     if hard < needed:
         raise LimitExceeded(
             f"{connections} connections need {needed} descriptors, and the hard RLIMIT_NOFILE is"
             f" {hard}: raise it (ulimit -Hn), or use --connections {max(1, (hard - 100) // 2)}"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, needed)), hard))
+    raise_soft_limit(needed)
 
 
 async def _perform(

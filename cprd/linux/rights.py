@@ -7,13 +7,15 @@ sending *uid* and the soft RLIMIT_NOFILE of the sending process (ETOOMANYREFS).
 from __future__ import annotations
 
 import _socket as socket  # without the enums of socket, which take 5 ms to import
-import _thread
 import errno
+import fcntl
 import os
+import sys
 from array import array
 from collections.abc import Iterable, Sequence
 
 from cprd.errors import LimitExceeded
+from cprd.linux.nofile import hard_limit
 
 SCM_MAX_FD = 253
 SO_PEEK_OFF = 42  # asm-generic/socket.h; the socket module does not name it
@@ -59,37 +61,6 @@ def _send_with_hard_limit(
             ) from None
 
 
-_raised = _thread.RLock()
-
-
-class hard_limit:
-    """A block with the soft RLIMIT_NOFILE at the hard one, and as before after it: for parking,
-    not for longer (select() and programs that are started trust in a low one). Gives both as they
-    were. One thread at a time, so that none takes another's raised limit for its own."""
-
-    def __enter__(self) -> tuple[int, int]:
-        import resource
-
-        _raised.acquire()
-        try:
-            self._before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if soft != hard:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except BaseException:
-            _raised.release()
-            raise
-        return self._before
-
-    def __exit__(self, *exc: object) -> None:
-        import resource
-
-        try:
-            if self._before[0] != self._before[1]:
-                resource.setrlimit(resource.RLIMIT_NOFILE, self._before)
-        finally:
-            _raised.release()
-
-
 def receive(sock: socket.SocketType, size: int, flags: int = 0) -> tuple[bytes, array[int], int]:
     """Receive (or, with MSG_PEEK, copy) one message: payload, descriptors, message flags.
 
@@ -101,6 +72,23 @@ def receive(sock: socket.SocketType, size: int, flags: int = 0) -> tuple[bytes, 
         if (level, kind) == _RIGHTS:
             fds.frombytes(raw[: len(raw) - len(raw) % 4])
     return data, fds, seen
+
+
+def queued(sock: socket.SocketType) -> int:
+    """Bytes in the queue of a socket, of all messages (SIOCINQ), without reading them."""
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), 0x541B, b"\0" * 4), sys.byteorder)
+
+
+def scm_fds(fd: int) -> int:
+    """Count the descriptors queued in a socket (fdinfo, Linux 5.6) without reading it; -1 for what
+    is no AF_UNIX socket. `fd` is borrowed. Does not wait for the socket's lock."""
+    info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        said = os.read(info, 4096)
+    finally:
+        os.close(info)
+    _, _, count = said.partition(b"scm_fds:")
+    return int(count.split(None, 1)[0]) if count else -1
 
 
 def close_all(fds: Iterable[int]) -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from cprd import cpr
 from cprd.errors import Damaged, InvalidInput
+from cprd.linux.memfd import check_seals
 from cprd.qemu.stream import is_whole, machine, run_state
-from cprd.state import MemfdSection, State, check_seals
+from cprd.state import MemfdSection, State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

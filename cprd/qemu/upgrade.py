@@ -29,6 +29,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cprd.errors import CprdError, Fenced, Timeout, Unavailable
+from cprd.linux.memfd import SEALS
 from cprd.linux.pause import point
 from cprd.linux.stdio import flush
 from cprd.qemu import interrupt, launch, stream
@@ -61,7 +62,6 @@ from cprd.qemu.settle import end
 from cprd.qemu.supervisor import succeed
 from cprd.qemu.version import version_of
 from cprd.qemu.voice import onward
-from cprd.state import SEALS
 
 if TYPE_CHECKING:
     from cprd import Daemon, Prepared

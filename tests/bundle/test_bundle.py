@@ -26,11 +26,13 @@ from hypothesis import strategies as st
 
 import cprd
 from cprd import Busy, Damaged, InvalidInput, LimitExceeded, State
-from cprd.bundle import layout
-from cprd.bundle.layout import HEADER, LEAF, MAGIC, NODE, VERSION, pack, unpack
-from cprd.linux.rights import close_all, receive
+from cprd.bundle.inspect import check
+from cprd.bundle.layout import HEADER, LEAF, MAGIC, NODE, VERSION
+from cprd.bundle.pack import pack
+from cprd.bundle.unpack import unpack
+from cprd.linux.memfd import sealed_memfd
+from cprd.linux.rights import close_all, receive, scm_fds
 from cprd.protocol import messages
-from cprd.state import sealed_memfd
 from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
 from tests.support.eventfds import full_table, of, opened, values
@@ -56,7 +58,7 @@ def packed(state: State) -> Iterator[int]:
 def test_every_number_of_descriptors_comes_back_in_order(count: int) -> None:
     with opened(count) as fds, packed(of(fds)) as fd:
         assert HEADER.unpack(_first(fd))[5] == count + 1
-        layout.check(fd, count + 1 if count < 253 else -(-(count + 1) // 253), seal=False)
+        check(fd, count + 1 if count < 253 else -(-(count + 1) // 253), seal=False)
         state = unpack(fd)
         assert [(name, id) for name, id, _ in state.fds()] == [("fd", n) for n in range(count)]
         assert values(state) == list(range(1, count + 1))
@@ -348,7 +350,7 @@ def test_a_spoilt_bundle_is_never_served_in_part_by_cprd(
     fd = SPOILT[how](hand)
     first = _first(fd)
     fds = HEADER.unpack(first)[5] - 1 if first[:4] == MAGIC else 0
-    parked = layout.scm_fds(fd)
+    parked = scm_fds(fd)
     depth = 0 if fds < parked else 1
     with daemon.connect() as client:
         say(client, "save", save_message("web", fds, 0, parked=parked, depth=depth), [fd])

@@ -474,7 +474,8 @@ async def test_confirm_alone_closes_nothing(connect: Connect) -> None:
             with pytest.raises(Fenced):
                 await claim.confirm()
             await claim.close()
-            assert claim.state.fd_count == 0
+            with pytest.raises(InvalidInput, match="this state is closed"):
+                claim.state.take_fd("fd", 0)
             with pytest.raises(ValueError, match="released"):
                 view[0]
 
@@ -599,7 +600,7 @@ async def test_a_save_that_fails_in_its_midst_leaves_nothing_open_anywhere(
                     if how == "closed":
                         os.close(many.pop())
                     elif how == "interrupted":
-                        patch.setattr("cprd.bundle.layout.point", interrupt)
+                        patch.setattr("cprd.bundle.pack.point", interrupt)
                     with near, pytest.raises(error):
                         await client.save("web", state)
                     far.settimeout(10)
@@ -665,7 +666,7 @@ async def test_a_daemon_restarted_while_a_save_parks_gets_all_of_it(
     with opened(1000) as fds, daemon.connect() as other:
         saver = threading.Timer(0.1, lambda: other.save("web", of(fds)))
         with monkeypatch.context() as patch:
-            patch.setattr("cprd.bundle.layout.point", at)
+            patch.setattr("cprd.bundle.pack.point", at)
             saver.start()
             async with connect() as client:
                 async with client.load("web", wait=20.0) as claim:
@@ -1188,7 +1189,7 @@ def test_a_claim_forgotten_while_another_is_saved_is_given_back(
         forgotten.append(forgotten)
         del forgotten
         with monkeypatch.context() as patch:
-            patch.setattr("cprd.bundle.layout.point", at)
+            patch.setattr("cprd.bundle.pack.point", at)
             client.save("web", of(fds))
         assert phases(daemon) == {"other": "held", "web": "held"}
 

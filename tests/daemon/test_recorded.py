@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 
 import cprd
-from cprd.bundle import layout
+from cprd.bundle import inspect, layout
+from cprd.bundle.pack import pack
+from cprd.bundle.unpack import unpack
 from cprd.daemon.closer import Closer
 from cprd.daemon.storage import shelf, slot
 from cprd.daemon.storage.shelves import Keeper
+from cprd.linux.memfd import SEALS
 from cprd.protocol.registry import HELD, IN_DOUBT, Hold
-from cprd.state import SEALS
 
 BUNDLE = bytes.fromhex("435052420100010002000000020000000d000000000000000000000000000000")
 MANIFEST = bytes.fromhex(
@@ -151,8 +153,8 @@ def held() -> Iterator[int]:
 
 def check(fd: int) -> None:
     """That it is the state which was saved."""
-    layout.check(fd, 2, seal=True)
-    state = layout.unpack(fd)
+    inspect.check(fd, 2, seal=True)
+    state = unpack(fd)
     assert dict(state) == {"words": {"tally": 42}, "raw": b"bytes"}
     assert os.eventfd_read(state.find_fd("event", 3)) == 7
     os.eventfd_write(state.find_fd("event", 3), 7)
@@ -240,7 +242,7 @@ def test_bundles_that_say_version_1_have_it() -> None:
     state["words"] = {"tally": 42}
     state["raw"] = b"bytes"
     state.save_fd("event", 3, event)
-    packed = layout.pack(state)
+    packed = pack(state)
     with socket.socket(fileno=os.dup(packed.fd)) as outlet:
         data, fds, _, _ = socket.recv_fds(outlet, 4096, 9)
     assert data == BUNDLE

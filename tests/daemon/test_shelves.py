@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import cprd
-from cprd.bundle import layout
+from cprd.bundle.pack import Packed, pack
+from cprd.bundle.unpack import unpack
 from cprd.daemon.closer import Closer
 from cprd.daemon.storage import shelf, shelves, slot
 from cprd.daemon.storage.shelf import Shelf
@@ -69,17 +70,17 @@ class Desk:
             self.keeper.let_go([ended.hold for ended in step.ended])
         return step.answer
 
-    def pack(self, number: int) -> layout.Packed:
+    def pack(self, number: int) -> Packed:
         state = cprd.State()
         state["number"] = number
         if number in self.pipes:
             state.save_fd("pipe", 0, self.pipes[number])
-        return layout.pack(state)
+        return pack(state)
 
     def number(self, hold: Hold) -> int:
         fd = self.keeper.bundle(hold.generation)
         try:
-            state = layout.unpack(fd)
+            state = unpack(fd)
             try:
                 found: int = state["number"]
                 return found

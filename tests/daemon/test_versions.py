@@ -245,7 +245,8 @@ def test_of_a_newer_shelf_with_newer_slots_all_is_listed_and_can_be_dropped(
 @contextlib.contextmanager
 def newer_program(path: str, program: str) -> Iterator[subprocess.Popen[str]]:
     """A client whose bundles have version 2."""
-    code = "import sys, cprd, cprd.bundle.layout\ncprd.bundle.layout.VERSION = 2\n"
+    code = "import sys, cprd\nfrom cprd.bundle import layout, pack, unpack\n"
+    code += "layout.VERSION = pack.VERSION = unpack.VERSION = 2\n"
     code += "daemon = cprd.connect(sys.argv[1])\n" + program
     with subprocess.Popen(
         [sys.executable, "-c", code, path],

@@ -11,7 +11,7 @@ import fcntl
 import os
 import select
 
-from cprd.state import SEALS
+from cprd.linux.memfd import SEALS
 
 IN_DELETE_SELF = 0x400  # linux/inotify.h
 libc = ctypes.CDLL(None, use_errno=True)

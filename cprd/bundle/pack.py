@@ -1,0 +1,250 @@
+"""Pack a whole state into ONE descriptor."""
+
+from __future__ import annotations
+
+import _socket as socket  # as in rights; socket.socketpair() takes 10 us a pair to wrap its ends
+import errno
+import fcntl
+import os
+from array import array
+from collections.abc import Sequence
+
+from cprd.bundle.layout import (
+    HEADER,
+    INLINE,
+    LEAF,
+    MAGIC,
+    MAX_DEPTH,
+    NODE,
+    VERSION,
+    Section,
+    encode_manifest,
+)
+from cprd.errors import InvalidInput, LimitExceeded
+from cprd.linux.memfd import check_seals, sealed_memfd
+from cprd.linux.nofile import ADVICE, hard_limit, limits
+from cprd.linux.pause import point
+from cprd.linux.rights import SCM_MAX_FD, close_all, send
+from cprd.state import MemfdSection, State
+
+Columns = tuple[bytes, "array[int]", "array[int]"]
+_UNIX, _SEQPACKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
+
+
+class Packed:
+    """A packed state. `fd` is owned by whoever holds this object until close()."""
+
+    __slots__ = ("_made", "depth", "fd", "fds", "parked", "size")
+
+    def __init__(
+        self, fd: int, parked: int, depth: int, fds: int, size: int, made: list[int]
+    ) -> None:
+        self.fd = fd
+        self.parked = parked  # descriptors in the root's message
+        self.depth = depth  # of the root; 0: it is a leaf
+        self.fds = fds  # descriptors under keys
+        self.size = size  # bytes of all sections
+        self._made = made  # what else was made, of no use any more
+
+    def close(self) -> None:
+        """Close everything that packing made: not before the bundle has been handed over, for each
+        of these closes makes the kernel look for garbage among its sockets."""
+        made, self._made = self._made, []
+        if self.fd >= 0:
+            made.append(self.fd)
+            self.fd = -1
+        close_all(made)
+
+
+def pack(state: State, forbidden: Sequence[int] = ()) -> Packed:
+    """Park everything in `state` in a new bundle; the caller owns the result, `state` is untouched.
+
+    `forbidden`: sockets (fds) that must not be in it, because the bundle would come to lie in their
+    own queues. Does not block. Raises InvalidInput (naming key or section) and LimitExceeded
+    (naming the limit)."""
+    columns = state.columns()
+    if forbidden:
+        _refuse_cycles(state, columns[2], forbidden)
+    try:
+        return _pack_explained(state, columns)
+    except LimitExceeded:
+        # A program that has more open than its soft limit allows (it was lowered since) has no
+        # room for the sockets of a tree.
+        with hard_limit() as (soft, hard):
+            if soft == hard:
+                raise
+            return _pack_explained(state, columns)
+
+
+def _pack_explained(state: State, columns: Columns) -> Packed:
+    try:
+        return _pack(state, columns)
+    except OSError as error:
+        raise _explain(error, state) from None
+
+
+def _pack(state: State, columns: Columns) -> Packed:
+    names, ids, fds = columns
+    made: list[int] = []
+    parking = _Parking(made)
+    try:
+        described, memfds, size = _sections(state, made)
+        manifest = sealed_memfd("cprd-manifest", encode_manifest(names, ids, described))
+        made.append(manifest)
+        carried = array("i", (manifest, *memfds)) + fds
+        point("pack:manifest")
+        root = parking.tree(carried, size)
+        made.append(root)
+        # What was made here cannot have the number of a descriptor that is to be saved, unless that
+        # one was closed since: a file of our own would travel in its place. All are still open.
+        if not set(made).isdisjoint(fds):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        point("pack:parked")
+    except BaseException:
+        close_all(made)
+        raise
+    made.pop()
+    return Packed(root, parking.parked, parking.depth, len(fds), size, made)
+
+
+def _sections(state: State, made: list[int]) -> tuple[list[Section], list[int], int]:
+    """The sections for the manifest, the memfds of the large ones, and the bytes of all. What was
+    opened for this bundle is appended to `made`."""
+    described: list[Section] = []
+    memfds: list[int] = []
+    size = 0
+    for key, section in state.sections():
+        if isinstance(section, MemfdSection):
+            check_seals(key, section.fd)
+            memfds.append(section.fd)
+            size += section.size()
+        else:
+            size += len(section.data)
+            if len(section.data) <= INLINE:
+                described.append((key, section.packed, False, bytes(section.data)))
+                continue
+            memfds.append(sealed_memfd(f"section.{key}", [section.data]))
+            made.append(memfds[-1])
+        described.append((key, section.packed, True, b""))
+    return described, memfds, size
+
+
+class _Parking:
+    """Puts descriptors into sockets. `made` gets all that was opened, for the caller to close."""
+
+    def __init__(self, made: list[int]) -> None:
+        self.made = made
+        self.parked = self.depth = 0  # of the socket that was made last: the root, in the end
+
+    def tree(self, carried: Sequence[int], size: int) -> int:
+        """One socket (not in `made`) that carries all of `carried`, which stays the caller's."""
+        count = len(carried)
+        if count <= SCM_MAX_FD:
+            return self.socket_with(LEAF, 0, carried, count, size, 0)
+        # Whole leaves first, then nodes above them until one is enough.
+        level: list[int] = []
+        totals: list[int] = []
+        for index, start in enumerate(range(0, count, SCM_MAX_FD)):
+            part = carried[start : start + SCM_MAX_FD]
+            level.append(self.socket_with(LEAF, 0, part, len(part), 0, index))
+            self.made.append(level[-1])
+            totals.append(len(part))
+        for depth in range(1, MAX_DEPTH):
+            if len(level) <= SCM_MAX_FD:
+                return self.socket_with(NODE, depth, level, sum(totals), size, 0)
+            above: list[int] = []
+            above_totals: list[int] = []
+            for index, start in enumerate(range(0, len(level), SCM_MAX_FD)):
+                part = level[start : start + SCM_MAX_FD]
+                above_totals.append(sum(totals[start : start + SCM_MAX_FD]))
+                above.append(self.socket_with(NODE, depth, part, above_totals[-1], 0, index))
+                self.made.append(above[-1])
+            level, totals = above, above_totals
+        raise LimitExceeded(f"{count} descriptors do not fit in one bundle")
+
+    def socket_with(
+        self, kind: int, depth: int, fds: Sequence[int], total: int, size: int, index: int
+    ) -> int:
+        """A socket (not in `made`) whose queue holds one message with `fds`, which stay the
+        caller's."""
+        inlet, outlet = socket.socketpair(_UNIX, _SEQPACKET)
+        self.made += (inlet.fileno(), outlet.fileno())
+        try:
+            header = HEADER.pack(MAGIC, VERSION, kind, depth, len(fds), total, size, index)
+            send(inlet, header, fds)
+            self.parked, self.depth = len(fds), depth
+            point("pack:sent")
+        finally:
+            inlet.detach()
+            outlet_fd = outlet.detach()
+        self.made.pop()
+        return outlet_fd
+
+
+def _refuse_cycles(state: State, fds: array[int], forbidden: Sequence[int]) -> None:
+    """A socket may not lie in a queue that it is the way to: the kernel would take the cycle for
+    garbage. Copies of such a socket are looked for in small states only; in large ones just the
+    descriptor itself.
+
+    Copies share the flags of the open file, and O_APPEND means nothing to a socket: it is set on
+    the forbidden ones, and only what has it is looked at more closely (0.2 us a descriptor instead
+    of the 3 us of a readlink; neither touches the file itself, which could block)."""
+    if set(forbidden).isdisjoint(fds):
+        if len(fds) > 1024:
+            return
+        for fd in forbidden:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            if not flags & os.O_APPEND:
+                fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_APPEND)
+    bad = {os.readlink(f"/proc/self/fd/{fd}") for fd in forbidden}
+    for name, id, fd in state.fds():
+        try:
+            if fd not in forbidden:
+                if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
+                    continue
+                if os.readlink(f"/proc/self/fd/{fd}") not in bad:
+                    continue
+        except OSError:
+            continue  # not open: the kernel says so in a moment, and then it is explained
+        raise InvalidInput(
+            f"({name!r}, {id}): fd {fd} is a connection to cprd itself; a bundle may not come to"
+            " hold itself"
+        )
+
+
+def _explain(error: OSError, state: State) -> Exception:
+    """What the kernel's errno means for whoever saves."""
+    soft, hard = limits()
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return LimitExceeded(
+            f"no descriptor left to pack with ({error.strerror}): RLIMIT_NOFILE is {soft} (hard"
+            f" {hard}); raise it {ADVICE}"
+        )
+    if error.errno == errno.EBADF:
+        for name, id, fd in state.fds():
+            try:
+                fcntl.fcntl(fd, fcntl.F_GETFD)
+            except (OSError, ValueError):
+                return InvalidInput(
+                    f"fd {fd} of ({name!r}, {id}) is not an open descriptor, or was closed before"
+                    " save"
+                )
+    if error.errno == errno.EINVAL:
+        for name, id, fd in state.fds():
+            try:
+                _try_one(fd)
+            except OSError:
+                return InvalidInput(
+                    f"fd {fd} of ({name!r}, {id}) cannot be passed to another process (the kernel"
+                    " refuses some kinds, io_uring for one)"
+                )
+    return LimitExceeded(f"cannot park the descriptors: {error.strerror}")
+
+
+def _try_one(fd: int) -> None:
+    inlet, outlet = socket.socketpair(_UNIX, _SEQPACKET)
+    try:
+        send(inlet, b"x", [fd])
+    finally:
+        inlet.close()
+        outlet.close()

@@ -1,0 +1,71 @@
+"""RLIMIT_NOFILE: how many descriptors a process may have, and a uid in flight.
+
+The soft limit counts; a process may raise the soft limit up to the hard limit.
+"""
+
+from __future__ import annotations
+
+import _thread
+
+from cprd.errors import LimitExceeded
+
+ADVICE = "(resource.setrlimit, ulimit -n, LimitNOFILE=)"
+"""How an administrator, a shell and a program raise the limit: the end of an error message."""
+
+# The module `resource` is imported late everywhere: programs that load no state save 0.3 ms.
+
+
+def limits() -> tuple[int, int]:
+    """The soft and the hard limit of this process."""
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def raise_soft_limit(wanted: int | None = None) -> tuple[int, int]:
+    """Raise the soft limit to `wanted`, or to the hard limit; never lower it.
+
+    Returns both limits as before. Raises LimitExceeded where the kernel refuses."""
+    soft, hard = limits()
+    set_soft_limit(max(soft, hard if wanted is None else min(hard, wanted)))
+    return soft, hard
+
+
+def set_soft_limit(soft: int) -> None:
+    """Set the soft limit, at most to the hard limit. Raises LimitExceeded."""
+    import resource
+
+    before, hard = limits()
+    if before == soft:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    except (OSError, ValueError) as error:
+        raise LimitExceeded(
+            f"the soft RLIMIT_NOFILE of {before} cannot become {soft} (hard {hard}): {error}"
+        ) from None
+
+
+_raised = _thread.RLock()
+
+
+class hard_limit:
+    """A block with the soft limit at the hard limit, and as before afterwards.
+
+    For parking, not for longer: select() and started programs rely on a low soft limit. Gives both
+    limits as before. One thread at a time: no thread takes another's raised limit for its own."""
+
+    def __enter__(self) -> tuple[int, int]:
+        _raised.acquire()
+        try:
+            self._before = raise_soft_limit()
+        except BaseException:
+            _raised.release()
+            raise
+        return self._before
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            set_soft_limit(self._before[0])
+        finally:
+            _raised.release()
