@@ -11,7 +11,6 @@ Exit status: 0 when the ratio is within its bound, 1 when not.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import re
@@ -27,8 +26,8 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.stage import private_cprd, verdict
-from cprd.qemu.qmp import Monitor, event_is, migration_is, stamp
-from cprd.qemu.record import Settings
+from cprd.qemu.monitor import Monitor, event_is, migration_is, stamp
+from cprd.qemu.source import Settings
 from tests.qemu.machine import Machine
 
 RATIO = 1.4
@@ -96,23 +95,19 @@ def _plain(vm: Machine) -> float:
         time.sleep(0.001)
     time.sleep(0.05)  # it waits already
 
-    async def hand_over() -> float:
-        old = await Monitor.connect(vm.qmp)
-        await Settings.prepare(old)
-        old.forget_events()
-        unix = {"transport": "socket", "type": "unix"}
-        channels = [
-            {"channel-type": kind, "addr": {**unix, "path": path}}
-            for kind, path in (("main", main), ("cpr", cpr))
-        ]
-        await old.execute("migrate", channels=channels)
-        await old.event(migration_is("completed"), 10.0)
-        stopped = await old.event(event_is("STOP"), 10.0)
-        await old.execute("quit")
-        await old.close()
-        return stamp(stopped)
-
-    stopped = asyncio.run(hand_over())
+    old = Monitor.connect(vm.qmp)
+    Settings.prepare(old)
+    old.forget_events()
+    unix = {"transport": "socket", "type": "unix"}
+    channels = [
+        {"channel-type": kind, "addr": {**unix, "path": path}}
+        for kind, path in (("main", main), ("cpr", cpr))
+    ]
+    old.execute("migrate", channels=channels)
+    old.event(migration_is("completed"), 10.0)
+    stopped = stamp(old.event(event_is("STOP"), 10.0))
+    old.execute("quit")
+    old.close()
     resumed = stamp(_raw_event(ours, "RESUME"))
     ours.close()
     vm.until(lambda: len(vm.alive()) == 1, "the old QEMU's end")

@@ -56,6 +56,10 @@ def add_parser(verbs: Verbs) -> None:
     upgrade.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
     upgrade.set_defaults(run=_with_qmp(run_upgrade), takes_command=True)
 
+    _add_stop(actions)
+
+
+def _add_stop(actions: Verbs) -> None:
     stop = actions.add_parser("stop", help="for ExecStop=: save, or else shut the guest down")
     stop.add_argument("name", metavar="NAME")
     stop.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
@@ -80,27 +84,20 @@ def _with_qmp(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     """Say what is missing before anything is asked of cprd or of a QEMU."""
 
     def checked(args: argparse.Namespace) -> int:
-        from importlib.util import find_spec
-
         from cprd.cli import fail
         from cprd.errors import CprdError
 
-        if find_spec("qemu") is None or find_spec("qemu.qmp") is None:
-            raise CprdError(
-                "cprctl qemu needs the Python package qemu.qmp: pip install 'qemu.qmp>=0.0.3', or"
-                " cprd with its extra: pip install '.[qemu]'"
-            )
         if "qmp" in args:
-            from cprd.qemu.overlap import mend
-            from cprd.qemu.qmp import socket_path
+            from cprd.qemu.monitor import socket_path
+            from cprd.qemu.sockets import mend
 
             mend(socket_path(args.qmp))
         try:
             return run(args)
         except CprdError as error:
-            from cprd.qemu import interrupt
+            from cprd.qemu import signals
 
-            status = interrupt.exit_status()
+            status = signals.exit_status()
             if not status:
                 raise
             return fail(str(error), status)
@@ -109,42 +106,39 @@ def _with_qmp(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from cprd.qemu import interrupt
-    from cprd.qemu.check import about_command_line, command_line, examine
-    from cprd.qemu.qmp import Monitor
+    from cprd.qemu import signals
+    from cprd.qemu.examine import about_command_line, examine
+    from cprd.qemu.monitor import Monitor
+    from cprd.qemu.process import command_line
 
-    async def ask() -> int:
-        monitor = await Monitor.connect(args.qmp)
+    with signals.watched():
+        monitor = Monitor.connect(args.qmp)
         try:
-            report = await examine(monitor)
+            report = examine(monitor)
             pid = monitor.process.pid if monitor.process is not None else 0
             words = command_line(pid) if pid else []
             upgrade, notes = about_command_line(words, pid) if words else ([], [])
-            interrupt.check()
+            signals.check()
         finally:
-            await monitor.close()
-        for problem in report.problems:
-            print(f"no: {problem}")
-        for problem in upgrade:
-            print(f"not by upgrade: {problem}")
-        for note in [*report.notes, *notes]:
-            print(f"note: {note}")
-        if not report.problems:
-            print(f"this VM ({report.status}) can be handed over")
-        return 1 if report.problems else 0
-
-    return interrupt.run(ask())
+            monitor.close()
+    for problem in report.problems:
+        print(f"no: {problem}")
+    for problem in upgrade:
+        print(f"not by upgrade: {problem}")
+    for note in [*report.notes, *notes]:
+        print(f"note: {note}")
+    if not report.problems:
+        print(f"this VM ({report.status}) can be handed over")
+    return 1 if report.problems else 0
 
 
 def run_save(args: argparse.Namespace) -> int:
     from cprd.cli.connection import connect
-    from cprd.qemu import interrupt
+    from cprd.qemu import signals
     from cprd.qemu.save import save
 
-    with connect(args) as daemon:
-        kept = interrupt.run(
-            save(daemon, args.name, args.qmp, replace=args.replace, timeout=args.timeout)
-        )
+    with connect(args) as daemon, signals.watched():
+        kept = save(daemon, args.name, args.qmp, replace=args.replace, timeout=args.timeout)
     where = f", kept: {kept.kept}" if kept.kept else ""
     print(f"{kept.name} is held ({kept.status}, generation {kept.generation}{where})")
     return 0
@@ -154,7 +148,7 @@ def run_start(args: argparse.Namespace) -> int:
     from cprd.linux.paths import default_socket
     from cprd.qemu.start import start
 
-    return start(
+    start(
         args.socket or default_socket(user=args.user),
         args.name,
         args.command or [],
@@ -166,31 +160,31 @@ def run_start(args: argparse.Namespace) -> int:
 
 def run_upgrade(args: argparse.Namespace) -> int:
     from cprd.cli.connection import connect
-    from cprd.qemu import interrupt
+    from cprd.qemu import signals
     from cprd.qemu.command import Command
     from cprd.qemu.upgrade import upgrade
 
     command = Command(args.command or [])
-    with connect(args) as daemon:
-        done = interrupt.run(upgrade(daemon, args.name, args.qmp, command, timeout=args.timeout))
+    with connect(args) as daemon, signals.watched():
+        done = upgrade(daemon, args.name, args.qmp, command, timeout=args.timeout)
     print(f"{args.name} runs in pid {done.pid} ({done.status}); it stood still for {done.pause}")
     return 0
 
 
 def run_stop(args: argparse.Namespace) -> int:
     from cprd.linux.paths import default_socket
-    from cprd.qemu import interrupt
-    from cprd.qemu.stop import stop
+    from cprd.qemu import signals
+    from cprd.qemu.save import save
+    from cprd.qemu.stop import connect, stop
 
-    said = interrupt.run(
-        stop(
-            args.socket or default_socket(user=args.user),
-            args.name,
-            args.qmp,
-            timeout=args.timeout,
-            powerdown=args.powerdown_timeout,
-            down_marker=args.down_marker,
+    def save_it() -> str:
+        with connect(args.socket or default_socket(user=args.user)) as daemon:
+            kept = save(daemon, args.name, args.qmp, timeout=args.timeout)
+        return f"held ({kept.status}, generation {kept.generation})"
+
+    with signals.watched():
+        said = stop(
+            args.qmp, save_it, powerdown=args.powerdown_timeout, down_marker=args.down_marker
         )
-    )
     print(f"{args.name}: {said}", file=sys.stderr)
     return 0

@@ -1,12 +1,13 @@
 """A guest that outlives its QEMU: an unmodified QEMU leaves its CPR state and its migration stream
-with cprd and exits; nobody runs; another QEMU, newer if one likes, takes both and the guest goes on
-in the same RAM.
+with cprd and exits; nobody runs; another QEMU, of another version or not, takes both, and the guest
+goes on in the same RAM.
 
-Pure: `stream` (what is on the main channel), `command` (QEMU's command line), `hold` (how a VM lies
-in a State). With I/O: `qmp`, `process`, `private` (where our sockets lie), `version`, `record`
-(taking from a QEMU), `replay` (giving to one), `guard` (what keeps a new QEMU from outliving its
-helper), `settle` (what a death left in doubt), `preparing` (cprd's second while a guest stands),
-`interrupt` (signals), `check`, and the verbs: `save`, `start`, `upgrade`, `stop`.
+Pure: `stream` (the main channel), `command` (QEMU's command line), `hold` (a VM in a State),
+`errors`. With I/O: `signals` (waits, and signals that break them off), `process`, `monitor` (QMP),
+`sockets`, `source` (the QEMU that hands over), `target` (the QEMU that takes over), `spawn` (its
+start and its guard), `examine` (can this VM be handed over), `doubt` (the hold that a killed
+helper left), `handover` (the steps between a source and cprd). The verbs: `save`, `start` (with
+its helper, `restore`), `upgrade`, `stop`.
 
-What QEMU does, and why each order is as it is, is in docs/qemu.md.
+docs/qemu.md tells the behaviour of QEMU and the reason of each order.
 """

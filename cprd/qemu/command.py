@@ -1,8 +1,7 @@
-"""QEMU's command line: what we must know of it, and what we add to it. Pure.
+"""QEMU's command line: the options that cprctl must know, and the options that cprctl adds. Pure.
 
 COMMAND may begin with wrappers (chroot, prlimit, taskset, setpriv, ...); the QEMU is the first word
-that is called like one. Only the options named here are understood; all others pass through as they
-are.
+with the name of a QEMU. Only the options named here are understood; all others pass through.
 """
 
 from __future__ import annotations
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 MONITOR = "cprd-monitor"
-FDS_FOR_CPR = (10, 2)
-"""From this version on the CPR channel may be an inherited listening socket. Before: only a
-path."""
 
 _PROGRAM = re.compile(r"(qemu-system-\w+|qemu-kvm|kvm)$")
 
@@ -36,7 +32,7 @@ _BARE = frozenset(
     ).split()
 )
 _TEXT = ("append", "name")
-"""Options whose value is anybody's words, also such as look like an option."""
+"""Options whose value is free text, and may look like an option."""
 
 _OPTION = re.compile(r"--?[A-Za-z][\w-]*")
 
@@ -56,8 +52,8 @@ class Command:
     __slots__ = ("options", "program", "words")
 
     def __init__(self, words: Sequence[str], *, running: bool = False) -> None:
-        """Raises InvalidInput when there is no QEMU, or an option that cannot be. `running`: these
-        are the words of a QEMU that runs, which may have such options too."""
+        """Raises InvalidInput for an empty command, or an option that a hand-over excludes.
+        `running`: the words of a QEMU that runs, where such options are allowed."""
         self.words = list(words)
         if not self.words:
             raise InvalidInput("no QEMU command: write it after --")
@@ -89,15 +85,15 @@ class Command:
         return {options["id"]: options for options in found if "id" in options}
 
     def characters(self) -> Iterator[tuple[str, str]]:
-        """(option, what it connects to) of each option that takes a character device by itself."""
+        """(option, value) of each option that takes a character device by itself."""
         options = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb")
         for option in options:
             for value in self.values(option):
                 yield option, value.removeprefix("mon:")
 
     def listening(self) -> list[tuple[str, str]]:
-        """(option, path) of each UNIX socket that this QEMU would listen at, as far as its words
-        tell. Of a QEMU that runs the kernel knows better (overlap.py)."""
+        """(option, path) of each UNIX socket at which this QEMU would listen, as far as its words
+        tell. The kernel knows better for a QEMU that runs (process.py)."""
         found = [(f"-{option}", _server(value)) for option, value in self.characters()]
         for options in self.chardevs().values():
             if options[""] == "socket" and is_on(options, "server"):
@@ -121,8 +117,8 @@ class Command:
                 yield "-display", options["vnc"]
 
     def monitors(self, *, people: bool = False) -> list[tuple[str, bool]]:
-        """(path, whether it is pretty-printed) of each QMP monitor that listens at a path; with
-        `people` also of those that speak to people (HMP)."""
+        """(path, pretty-printed or not) of each QMP monitor that listens at a path; with `people`
+        also of the monitors for people (HMP)."""
         chardevs = self.chardevs()
         found: list[tuple[str, bool]] = []
         for option in ("qmp", "qmp-pretty", *(("monitor",) if people else ())):
@@ -142,13 +138,13 @@ class Command:
         return [(path, pretty) for path, pretty in found if path]
 
     def monitor_path(self) -> str:
-        """Where its own QMP monitor listens, one that we can speak to before any other; "" when it
-        has none at a path."""
+        """The path of its own QMP monitor, not pretty-printed if possible; "" for no monitor at a
+        path."""
         monitors = sorted(self.monitors(), key=lambda monitor: monitor[1])
         return monitors[0][0] if monitors else ""
 
     def only_pretty(self) -> str:
-        """What there is to say when all its QMP monitors are pretty-printed ("" otherwise)."""
+        """A message when all its QMP monitors are pretty-printed; "" otherwise."""
         monitors = self.monitors()
         if not monitors or not all(pretty for _, pretty in monitors):
             return ""
@@ -169,27 +165,24 @@ class Command:
                 files.append(value[5:])
         return files
 
-    def incoming(self, *, monitor: int, main: int, cpr: int | str) -> list[str]:
-        """The words that make it wait, stopped, for a state: descriptor numbers of a connected
-        monitor, a connected main channel, and a listening CPR socket or (a str) where to listen."""
-        address = (
-            {"transport": "socket", "type": "unix", "path": cpr}
-            if isinstance(cpr, str)
-            else {"transport": "socket", "type": "fd", "str": str(cpr)}
-        )
-        channels = (
-            ("main", {"transport": "socket", "type": "fd", "str": str(main)}),
-            ("cpr", address),
-        )
+    def incoming(self, *, monitor: int, main: int, cpr: str) -> list[str]:
+        """The command of a QEMU that waits, stopped, for a state. `monitor` and `main`: descriptor
+        numbers of a connected monitor and a connected main channel; `cpr`: the path at which to
+        listen for the CPR state. (From 10.2 on a descriptor would do; every version takes a
+        path.)"""
+        channels = {
+            "main": {"transport": "socket", "type": "fd", "str": str(main)},
+            "cpr": {"transport": "socket", "type": "unix", "path": cpr},
+        }
         added = ["-S", "-chardev", f"socket,id={MONITOR},fd={monitor}"]
         added += ["-mon", f"chardev={MONITOR},mode=control"]
-        for kind, addr in channels:
+        for kind, addr in channels.items():
             added += ["-incoming", json.dumps({"channel-type": kind, "addr": addr})]
         return self.words + added
 
 
 def is_qemu(word: str) -> bool:
-    """Whether a program is called like a QEMU."""
+    """Whether a program has the name of a QEMU."""
     return _PROGRAM.fullmatch(os.path.basename(word)) is not None
 
 
@@ -230,8 +223,8 @@ def _dotted(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """A word that looks like an option is one, also behind an option that we do not know: that one
-    may be a newer QEMU's flag, and what we refuse must not hide behind it."""
+    """(name, value) of each option. A word that looks like an option counts as an option, also
+    behind an unknown option: a newer QEMU's flag must not hide an option that we refuse."""
     at = 0
     while at < len(words):
         word = words[at]
@@ -257,5 +250,5 @@ def _server(value: str) -> str:
 
 
 def is_on(options: dict[str, str], key: str) -> bool:
-    """Whether a flag is set, in any of the ways that QEMU reads."""
+    """Whether a flag is set, in any spelling that QEMU reads."""
     return options.get(key, "off") in ("on", "yes", "true", "y")

@@ -1,9 +1,9 @@
-"""How a VM lies in a State: its descriptors under QEMU's own keys, and three sections. No I/O.
+"""A VM in a State: its descriptors under QEMU's own keys, and three sections. No I/O.
 
 - "cpr": the CPR stream, byte for byte; its dummy bytes stand for the descriptors, in their order;
 - "main": the migration stream, byte for byte (what `upgrade` leaves has it as a descriptor instead,
-  under FILM: a memfd that was prepared empty, and is whole once it is sealed);
-- "qemu": a small map, inline, so that `cprctl show` reads it without a claim.
+  under MAIN_KEY: a memfd that was prepared empty, and is whole once sealed);
+- "qemu": a small map, inline, so that `cprctl show` reads the map without a claim.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from cprd.state import MemfdSection, State
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cprd.vmstate.stream import Stream
 
 FORMAT = 1
-FILM = "cprd:main"
-"""The key of a main stream that is a descriptor: no id in QEMU can be this."""
+MAIN_KEY = "cprd:main"
+"""The key of a main stream that is a descriptor: no id in QEMU has a colon."""
 LIVE = ("running", "suspended")
 """Run states in which a guest goes on by itself: `cont` brings both back."""
+KEPT = (*LIVE, "paused", "io-error", "prelaunch", "watchdog")
+"""Run states that are worth keeping, and in which QEMU can migrate."""
 
 
 class Origin:
-    """The section "qemu": where the state came from, and what the guest was doing.
+    """The section "qemu": the origin of the state, and the run state of the guest.
 
-    `old` and `new` are records of processes (pid and start time); `new` is there for an upgrade,
-    and so is `untouched`, a file that goes before the new QEMU may run: without it nobody can say
-    that it has not."""
+    `old` and `new` are records of processes (pid and start time). Only an upgrade has `new`, and
+    `untouched`: the path of a file that is removed before the new QEMU may run. As long as the file
+    exists, the new QEMU has not run."""
 
     __slots__ = ("machine", "new", "old", "qmp", "status", "uid", "untouched", "version")
 
@@ -74,7 +75,7 @@ class Origin:
 
     @classmethod
     def read(cls, value: Any) -> Origin:
-        """From the section. Raises Damaged when it is none that we know."""
+        """From the section. Raises Damaged for an unknown format."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise Damaged(
                 'its section "qemu" is none of this version: it was not saved by `cprctl qemu`, or'
@@ -101,13 +102,13 @@ def pack(
     main: bytes | bytearray | int,
     origin: Origin,
 ) -> State:
-    """A State of one VM. `fds` stay the caller's, who keeps them open until the save returns; so
-    does `main` when it is a descriptor: a memfd that is still to be filled and sealed."""
+    """A State of one VM. `fds` stay the caller's, and open until the save returns; so does a `main`
+    that is a descriptor: a memfd, still to be filled and sealed."""
     state = State()
     for element in cpr.parse(cpr_data, fds).fds:
         state.save_fd(element.name, element.id, element.fd)
     if isinstance(main, int):
-        state.save_fd(FILM, 0, main)
+        state.save_fd(MAIN_KEY, 0, main)
     else:
         state["main"] = main
     state["cpr"] = bytes(cpr_data)
@@ -119,37 +120,37 @@ UNFINISHED = "its QEMU ended before its state was whole, and the guest with it: 
 
 
 def is_unfinished(state: State) -> bool:
-    """Whether it is what an upgrade was still filling when it was killed."""
-    film = state.find_fd(FILM, 0)
+    """Whether an upgrade was killed while it still filled the main stream of this state."""
+    main_fd = state.find_fd(MAIN_KEY, 0)
     try:
-        return film >= 0 and not fcntl.fcntl(film, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SEAL
+        return main_fd >= 0 and not fcntl.fcntl(main_fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SEAL
     except OSError:
         return False  # no memfd: said by Held
 
 
 class Held:
-    """A VM as it was found in a State, which owns the descriptors."""
+    """A VM in a State. The State owns the descriptors."""
 
-    __slots__ = ("_film", "cpr", "main", "origin")
+    __slots__ = ("_section", "cpr", "main", "origin")
 
     def __init__(self, state: State) -> None:
         """Raises Damaged when a part is missing or does not fit the others."""
-        film = state.find_fd(FILM, 0)
-        for key in ("cpr", "qemu", *(("main",) if film < 0 else ())):
+        main_fd = state.find_fd(MAIN_KEY, 0)
+        for key in ("cpr", "qemu", *(("main",) if main_fd < 0 else ())):
             if key not in state:
                 raise Damaged(f"there is no section {key!r}: no QEMU was saved under this name")
         self.origin = Origin.read(state["qemu"])
-        self._film: MemfdSection | None = None  # the map of it, while this lives
-        if film < 0:
+        self._section: MemfdSection | None = None  # the map of it, while this lives
+        if main_fd < 0:
             self.main: memoryview = state["main"]
         else:
             try:
-                check_seals(FILM, film)
+                check_seals(MAIN_KEY, main_fd)
             except InvalidInput:
                 raise Damaged(UNFINISHED) from None
-            self._film = MemfdSection(film, packed=False, owned=False)
-            self.main = self._film.view()
-        keys = [key for key in state.fds() if key[:2] != (FILM, 0)]
+            self._section = MemfdSection(main_fd, packed=False, owned=False)
+            self.main = self._section.view()
+        keys = [key for key in state.fds() if key[:2] != (MAIN_KEY, 0)]
         try:
             self.cpr = cpr.parse(state["cpr"], [fd for _, _, fd in keys])
         except cpr.VMStateError as error:
@@ -163,8 +164,15 @@ class Held:
         # By the stream's own word; what was seen before may not have been so any more.
         self.origin.status = run_state(self.main) or self.origin.status
 
-    def stream(self, version: tuple[int, ...]) -> Stream:
-        """The CPR stream for a QEMU of that version. Raises VMStateError when it cannot be: QEMU
-        before 10.2 knows no vfio subsection, and refuses even an empty one."""
-        state = cpr.downgrade(self.cpr) if version < (10, 2) else self.cpr
-        return cpr.encode(state)
+    def pieces(self) -> list[tuple[bytes, int]]:
+        """The CPR stream for any QEMU: (bytes, -1), or a dummy byte with its descriptor, which
+        stays here."""
+        return pieces(self.cpr)
+
+
+def pieces(state: cpr.CprState) -> list[tuple[bytes, int]]:
+    """The CPR stream of a state in the form that every version takes. QEMU before 10.2 refuses even
+    an empty vfio subsection, and a newer QEMU does without. A state with vfio devices keeps the
+    subsection, and an older QEMU refuses the state."""
+    plain = state if state.vfio_devices else cpr.downgrade(state)
+    return list(cpr.encode(plain).pieces())

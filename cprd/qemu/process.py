@@ -1,65 +1,31 @@
-"""A QEMU as a process: which one it is, whether it still is, and its end.
+"""A QEMU as a process, by the kernel's word: its identity and end, its command line, its listening
+sockets, its deleted files, its output.
 
-A pid alone may mean another process later, so that a pidfd is held, and the start time (field 22 of
-/proc/PID/stat) is what gets written down.
+A pid alone may mean another process later. So a Process holds a pidfd, and a record has the start
+time (field 22 of /proc/PID/stat) beside the pid. Another user's process may hide the rest; a
+function then returns nothing, and the caller does without.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
-import select
 import signal
+import socket
+import stat
 from typing import TYPE_CHECKING, Any
 
 from cprd.linux.processes import credentials, has_ended
+from cprd.qemu import signals
 
 if TYPE_CHECKING:
-    import socket
+    from collections.abc import Iterator
 
+GUARD = "CPRD_GUARD"
+"""In the environment of a QEMU: PID:START of the guard (spawn.py) that reads its stderr."""
 
-async def readable(fd: int, timeout: float | None = None) -> bool:
-    """Wait until `fd` is readable or hung up. False when `timeout` seconds are over before."""
-    return await _ready(fd, timeout, write=False)
-
-
-async def soon_readable(fd: int, timeout: float, *, at_once: float = 0.02) -> bool:
-    """As `readable`, for what is expected within milliseconds while a guest stands still: waits
-    `at_once` seconds in poll itself, with nothing else in between."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(min(timeout, at_once) * 1000)) or await readable(fd, timeout)
-
-
-async def writable(fd: int, timeout: float | None = None) -> bool:
-    """Wait until `fd` can be written to. False when `timeout` seconds are over before."""
-    return await _ready(fd, timeout, write=True)
-
-
-async def _ready(fd: int, timeout: float | None, *, write: bool) -> bool:
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[bool] = loop.create_future()
-    add, remove = (
-        (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
-    )
-    # A copy: two waits on one descriptor would take each other's place in the loop.
-    own = os.dup(fd)
-    timer = None
-    try:
-        add(own, _settle, done, True)
-        if timeout is not None:
-            timer = loop.call_later(timeout, _settle, done, False)
-        return await done
-    finally:
-        remove(own)
-        os.close(own)
-        if timer is not None:
-            timer.cancel()
-
-
-def _settle(done: asyncio.Future[bool], result: bool) -> None:
-    if not done.done():
-        done.set_result(result)
+_ACCEPTS = 0x10000  # __SO_ACCEPTCON in the Flags of /proc/net/unix
+_LISTEN = "0A"  # TCP_LISTEN in the st of /proc/net/tcp
+_PIDFD_GETFD = 438  # the same on every architecture
 
 
 class Process:
@@ -73,20 +39,16 @@ class Process:
 
     @classmethod
     def behind(cls, sock: socket.socket) -> Process | None:
-        """Who listens at the other end; None where that cannot be seen (another pid namespace).
+        """The process that listens at the other end; None in another pid namespace.
 
         Credentials are of the process that called listen(); QEMU does so itself even on a socket
         that it inherited."""
         uid, pid = credentials(sock)
-        if pid <= 0:
-            return None
-        try:
-            return cls(pid, os.pidfd_open(pid), uid)
-        except OSError:
-            return None
+        return cls.open(pid, uid) if pid > 0 else None
 
     @classmethod
     def open(cls, pid: int, uid: int = -1) -> Process | None:
+        """The process of that pid; None when there is none."""
         try:
             return cls(pid, os.pidfd_open(pid), uid)
         except OSError:
@@ -94,8 +56,8 @@ class Process:
 
     @classmethod
     def find(cls, record: dict[str, Any] | None, uid: int = 0) -> Process | None:
-        """The process that `record` describes, if it still is that one and has not ended. `uid`:
-        whose word the record is; only root's is taken for another uid's process."""
+        """The process of a record, unless that process has ended. `uid`: the author of the record;
+        only root's word counts for a process of another uid."""
         if not record or not isinstance(record.get("pid"), int):
             return None
         found = cls.open(record["pid"])
@@ -115,14 +77,15 @@ class Process:
         return has_ended(self.pidfd)
 
     def kill(self) -> None:
+        """SIGKILL."""
         try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         except ProcessLookupError:
             pass
 
-    async def wait(self, timeout: float) -> bool:
-        """Whether it ended within `timeout` seconds."""
-        return await readable(self.pidfd, timeout)
+    def wait(self, timeout: float) -> bool:
+        """Whether the process ended within `timeout` seconds."""
+        return signals.readable(self.pidfd, timeout)
 
     def close(self) -> None:
         if self.pidfd >= 0:
@@ -138,9 +101,147 @@ def _owner(pid: int) -> int:
 
 
 def start_time(pid: int) -> int:
-    """When it started, in clock ticks since boot; 0 when that cannot be read."""
+    """The start of a process, in clock ticks since boot; 0 when nobody can say."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return int(file.read().rpartition(b")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def command_line(pid: int) -> list[str]:
+    """The words of a running process; [] when unreadable."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")[:-1]
+    except OSError:
+        return []
+    return [word.decode("utf-8", "surrogateescape") for word in words]
+
+
+# Sockets and files
+
+
+def unix_paths(pid: int) -> list[str]:
+    """The paths of the UNIX sockets at which a process listens, as bound: relative to its working
+    directory or not, and in its own root."""
+    inodes = _sockets(pid)
+    found = []
+    for line in _lines(pid, "unix"):
+        # Num RefCount Protocol Flags Type St Inode Path; there is none when it is not bound, and @
+        # stands for the NUL of an abstract one, which has no file.
+        words = line.split(None, 7)
+        if len(words) < 8 or words[7].startswith("@") or words[6] not in inodes:
+            continue
+        if int(words[3], 16) & _ACCEPTS:
+            found.append(words[7])
+    return found
+
+
+def tcp_ports(pid: int) -> list[tuple[str, int]]:
+    """(address, port) of the TCP sockets at which a process listens."""
+    inodes = _sockets(pid)
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in _lines(pid, table):
+            # sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode ...
+            words = line.split()
+            if len(words) > 9 and words[3] == _LISTEN and words[9] in inodes:
+                address, _, port = words[1].partition(":")
+                found.append((_address(address), int(port, 16)))
+    return found
+
+
+def deleted_files(pid: int) -> list[str]:
+    """The paths of removed files that a process has open."""
+    mark = " (deleted)"
+    return [link.removesuffix(mark) for link in _links(pid) if link.endswith(mark)]
+
+
+def _sockets(pid: int) -> set[str]:
+    """The inodes of its sockets."""
+    return {link[8:-1] for link in _links(pid) if link.startswith("socket:[")}
+
+
+def _links(pid: int) -> Iterator[str]:
+    where = f"/proc/{pid}/fd"
+    try:
+        names = os.listdir(where)
+    except OSError:
+        return
+    for name in names:
+        try:
+            yield os.readlink(f"{where}/{name}")
+        except OSError:
+            continue
+
+
+def _lines(pid: int, table: str) -> list[str]:
+    """Of its own network namespace."""
+    try:
+        with open(f"/proc/{pid}/net/{table}", encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().split("\n")[1:]
+    except OSError:
+        return []
+
+
+def _address(text: str) -> str:
+    """Words of four bytes, each in the machine's own order."""
+    raw = bytes.fromhex(text)
+    words = (raw[at : at + 4] for at in range(0, len(raw), 4))
+    if socket.ntohl(1) != 1:
+        words = (word[::-1] for word in words)
+    family = socket.AF_INET if len(raw) == 4 else socket.AF_INET6
+    return socket.inet_ntop(family, b"".join(words))
+
+
+# Output
+
+
+def guard_mark(pid: int) -> str:
+    """The value of $CPRD_GUARD for a guard of that pid."""
+    return f"{pid}:{start_time(pid)}"
+
+
+def output_of(process: Process, which: int) -> int:
+    """A descriptor (the caller's) of the stdout (1) or stderr (2) of a process, for its successor.
+
+    `cprctl qemu upgrade` ends while the new QEMU lives: a caller that reads cprctl through a pipe
+    must not wait for the QEMU's end. Where the stderr is the pipe of a guard, the answer is the
+    guard's own output, so that guards do not queue up with each upgrade. Where the kernel refuses
+    (another uid, ptrace_scope), the answer is our own output, or /dev/null instead of a pipe."""
+    fd = -1
+    guard = _guard_of(process) if which == 2 else None
+    if guard is not None:
+        fd = _getfd(guard.pidfd, 1)
+        guard.close()
+    if fd < 0:
+        fd = _getfd(process.pidfd, which)
+    if fd >= 0:
+        return fd
+    try:
+        if not stat.S_ISFIFO(os.fstat(which).st_mode):
+            return os.dup(which)
+    except OSError:
+        pass
+    return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
+def _guard_of(process: Process) -> Process | None:
+    try:
+        with open(f"/proc/{process.pid}/environ", "rb") as file:
+            for entry in file.read().split(b"\0"):
+                name, _, value = entry.partition(b"=")
+                if name.decode(errors="replace") == GUARD:
+                    pid, _, start = value.partition(b":")
+                    return Process.find({"pid": int(pid), "start": int(start)})
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _getfd(pidfd: int, fd: int) -> int:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    return int(libc.syscall(_PIDFD_GETFD, pidfd, fd, 0))

@@ -2,8 +2,8 @@
 
 Layout (QEMU's migration/savevm.c and migration/migration.c; integers are big-endian): "QEVM", u32
 version 3, 07 and the machine's name, sections, 00 (end), then 06, u32 length and that many bytes of
-JSON, the description. The sender keeps the channel open until the return path says SHUT, so that
-there is no end of file to tell the end by: the description's length does.
+JSON, the description. The sender keeps the channel open until the return path says SHUT, so the
+length of the description tells the end, not an end of file.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ SHUT = 1
 PONG = 2
 _HEAD = struct.Struct(">HH")
 DONE = _HEAD.pack(SHUT, 4) + bytes(4)
-"""The return path's SHUT(0): "I have it all". The source completes by it, and can no more go
-back."""
+"""SHUT(0) on the return path: the state has arrived. The source completes, and cannot go back."""
 
 
 def is_whole(data: bytes | bytearray | memoryview) -> bool:
-    """Whether the stream ends exactly here: in a description of the length that it announces."""
+    """Whether the stream ends exactly here, in a description of the announced length."""
     if data[-1:] != b"}":
         return False
     if isinstance(data, memoryview):
@@ -39,7 +38,7 @@ def is_whole(data: bytes | bytearray | memoryview) -> bool:
 
 
 def machine(data: bytes | bytearray | memoryview) -> str:
-    """The machine type that the stream was made by. Raises Damaged when it is no stream."""
+    """The machine type of the stream. Raises Damaged when `data` is no stream."""
     head = bytes(data[:1024])
     if head[:4] != MAGIC:
         raise Damaged(f"the main stream begins with {head[:4].hex()}, not with {MAGIC.hex()}")
@@ -54,8 +53,8 @@ _STATE = re.compile(rb"\x0bglobalstate.{4}\x00\x00\x00\x01.{4}([a-z-]{1,31})\x00
 
 
 def run_state(data: bytes | bytearray | memoryview) -> str:
-    """What the guest was doing when QEMU stopped it for this stream, by QEMU's own word in it
-    ("running", "paused", ...); "" when it does not say. Asked before, it may have changed since."""
+    """The run state ("running", "paused", ...) in which QEMU stopped the guest for this stream, by
+    QEMU's own word in the stream; "" without such a word."""
     # The last one: the devices come before it, and with them what a guest may have put there.
     if isinstance(data, memoryview):
         data = bytes(data)
@@ -64,13 +63,13 @@ def run_state(data: bytes | bytearray | memoryview) -> str:
 
 
 class Answers:
-    """What comes back on the return path, piece by piece."""
+    """The messages on the return path, piece by piece."""
 
     def __init__(self) -> None:
         self._data = bytearray()
 
     def feed(self, data: bytes) -> int | None:
-        """The value of SHUT (0: loaded; else it failed), None while it has not come."""
+        """The value of SHUT (0: loaded; else the load failed); None before SHUT has come."""
         self._data += data
         while len(self._data) >= _HEAD.size:
             kind, size = _HEAD.unpack_from(self._data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cprd.qemu.qmp import Monitor
+from cprd.qemu.monitor import Monitor
 from tests.qemu.guest import boot_sector
 
 QEMU = os.environ.get("CPRD_TEST_QEMU", "qemu-system-x86_64")
@@ -86,12 +85,7 @@ class Machine:
             *extra,
         ]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("CPRD_", "NOTIFY_"))}
-        self.env = {
-            **env,
-            "CPRD_SOCKET": daemon,
-            "PYTHONPATH": str(CHECKOUT),
-            "XDG_CACHE_HOME": str(place / "cache"),
-        }
+        self.env = {**env, "CPRD_SOCKET": daemon, "PYTHONPATH": str(CHECKOUT)}
         self.processes: list[subprocess.Popen[bytes]] = []
         self.err = place / "stderr"
 
@@ -210,14 +204,11 @@ class Machine:
         return self.ask(lambda monitor: monitor.execute(command, **arguments))
 
     def ask(self, question: Callable[[Monitor], Any], qmp: str | None = None) -> Any:
-        async def run() -> Any:
-            monitor = await Monitor.connect(qmp or self.qmp)
-            try:
-                return await question(monitor)
-            finally:
-                await monitor.close()
-
-        return asyncio.run(run())
+        monitor = Monitor.connect(qmp or self.qmp)
+        try:
+            return question(monitor)
+        finally:
+            monitor.close()
 
     def await_status(self, status: str) -> None:
         self.until(lambda: self._status() == status, f"status {status}, is {self._status()}")

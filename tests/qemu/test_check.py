@@ -47,7 +47,8 @@ def boot(vm: Machine, edit: Edit = list) -> subprocess.Popen[bytes]:
         )
     vm.processes.append(process)
     vm.until(
-        lambda: process.poll() is None and vm._status() not in ("Nobody", "Refused"), "a monitor"
+        lambda: process.poll() is None and vm._status() not in ("NoListener", "Refused"),
+        "a monitor",
     )
     return process
 

@@ -21,7 +21,7 @@ import pytest
 from cprd import cpr
 from cprd.errors import LimitExceeded
 from cprd.qemu import stream
-from cprd.qemu.qmp import Monitor
+from cprd.qemu.monitor import Monitor
 from cprd.vmstate import SocketChannel, Tape
 from tests.qemu.machine import PATIENCE, Machine
 
@@ -73,9 +73,9 @@ class Transfer:
             for kind in ("cpr", "main")
         ]
 
-        async def ask(monitor: Monitor) -> None:
-            await monitor.execute("migrate-set-parameters", mode="cpr-transfer")
-            await monitor.execute("migrate", channels=channels)
+        def ask(monitor: Monitor) -> None:
+            monitor.execute("migrate-set-parameters", mode="cpr-transfer")
+            monitor.execute("migrate", channels=channels)
 
         answer = self._pool.submit(self.vm.ask, ask)
         return SocketChannel(self._listeners["cpr"].accept()[0], PATIENCE), answer

@@ -39,7 +39,6 @@ def test_an_upgrade_with_the_same_monitor_path_three_times(vm: Machine) -> None:
         assert vm.status() == "running"  # at the path that both of them had
     assert vm.cprctl("show", "vm").returncode == 3
     assert sorted(p.name for p in vm.place.iterdir()) == [
-        "cache",
         "disk.raw",
         "qmp",
         "serial.log",

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from cprd.linux.processes import credentials
-from cprd.qemu.overlap import SharedPaths, mend
-from cprd.qemu.private import MARK, PrivatePlace
 from cprd.qemu.process import Process
+from cprd.qemu.sockets import MARK, PrivateDirectory, SharedPaths, mend
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import PATIENCE, Machine
 from tests.qemu.sweep import adopt_orphans
@@ -198,10 +197,7 @@ def _kill_guard(qemu: int) -> None:
     guard = Process.open(int(mark.partition(b"=")[2].partition(b":")[0]))
     assert guard is not None
     guard.kill()
-    end = time.monotonic() + PATIENCE
-    while not guard.ended():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    assert guard.wait(PATIENCE)
     guard.close()
 
 
@@ -319,9 +315,9 @@ def test_what_a_killed_helper_left_is_swept_by_the_next(tmp_path: Path) -> None:
         young = tmp_path / ".cprd-00000006"
         young.mkdir()
         (tmp_path / ".cprd-00000007").symlink_to(kept[2])
-        first = PrivatePlace(str(tmp_path / "qmp"))
+        first = PrivateDirectory(str(tmp_path / "qmp"))
         os.utime(first.path, (0, 0))
-        second = PrivatePlace(str(tmp_path / "qmp"))
+        second = PrivateDirectory(str(tmp_path / "qmp"))
         assert [path for path in swept if path.exists()] == []
         assert [path for path in kept if not (path / "cpr").exists()] == []
         assert young.exists()
@@ -332,5 +328,5 @@ def test_what_a_killed_helper_left_is_swept_by_the_next(tmp_path: Path) -> None:
         own.close()
         old.kill()
         old.wait()
-    PrivatePlace(str(tmp_path / "qmp")).close()
+    PrivateDirectory(str(tmp_path / "qmp")).close()
     assert not kept[0].exists(), "the QEMU that it told of has ended"

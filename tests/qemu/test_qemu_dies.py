@@ -72,8 +72,8 @@ def test_its_guest_had_gone_on_before_it_died(vm: Machine) -> None:
     assert done.returncode == 0, done.stderr
     standing = Standing(vm, "qemu-save:prepared", *words(vm, "save"))
 
-    async def cancel(monitor: object) -> None:
-        await monitor.execute("migrate_cancel")  # type: ignore[attr-defined]
+    def cancel(monitor: object) -> None:
+        monitor.execute("migrate_cancel")  # type: ignore[attr-defined]
 
     vm.ask(cancel, f"{vm.place}/second")
     vm.goes_on()

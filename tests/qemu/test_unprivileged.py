@@ -43,7 +43,7 @@ def python() -> str:
             f"PYTHONPATH={PATHS}",
             found,
             "-c",
-            "import cprd.daemon.command, cprd.cli, qemu.qmp",
+            "import cprd.daemon.command, cprd.cli",
         ]
         if subprocess.run(words, capture_output=True, check=False, cwd="/").returncode == 0:
             return found

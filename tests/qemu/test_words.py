@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 import cprd
+from cprd.cpr import PLAIN, STUB, VFIO, CprFd, CprState, CprVfioDevice, encode
 from cprd.qemu import stream
-from cprd.qemu.check import about_command_line
 from cprd.qemu.command import Command, keyed
-from cprd.qemu.taken import refuse_taken
-from cprd.qemu.version import parse
+from cprd.qemu.errors import Refused
+from cprd.qemu.examine import about_command_line
+from cprd.qemu.hold import pieces
+from cprd.qemu.sockets import refuse_taken
 
 WORDS = [
     "prlimit", "--nofile=4096", "qemu-system-x86_64", "-nodefaults", "-enable-kvm", "-m", "1G",
@@ -106,7 +108,7 @@ def test_a_qemu_that_listens_at_any_of_its_monitors_is_not_started_again(
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(f"{tmp_path}{where}")
         other.listen(1)
-        with pytest.raises(cprd.Busy, match="listens at"):
+        with pytest.raises(Refused, match="listens at"):
             refuse_taken(command)
     refuse_taken(command)  # the path is there, and nobody behind it
 
@@ -159,26 +161,24 @@ def test_flags_and_their_negations() -> None:
     assert keyed('{"driver": "virtio-blk", "id": "d"}')["id"] == "d"
 
 
-@pytest.mark.parametrize("cpr", [7, "/run/vm/.cprd-1/cpr"])
-def test_what_is_added_for_a_state(cpr: int | str) -> None:
-    words = Command(["qemu-system-x86_64", "-m", "1G"]).incoming(monitor=5, main=6, cpr=cpr)
+def test_what_is_added_for_a_state() -> None:
+    command = Command(["qemu-system-x86_64", "-m", "1G"])
+    words = command.incoming(monitor=5, main=6, cpr="/run/vm/.cprd-1/cpr")
     assert "-S" in words
     channels = [json.loads(words[at + 1]) for at, word in enumerate(words) if word == "-incoming"]
     kinds = {channel["channel-type"]: channel["addr"] for channel in channels}
     assert kinds["main"] == {"transport": "socket", "type": "fd", "str": "6"}
-    assert kinds["cpr"]["type"] == ("fd" if isinstance(cpr, int) else "unix")
+    assert kinds["cpr"] == {"transport": "socket", "type": "unix", "path": "/run/vm/.cprd-1/cpr"}
 
 
-@pytest.mark.parametrize(
-    ("text", "version"),
-    [
-        ("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)", (10, 0, 2)),
-        ("QEMU emulator version 11.1", (11, 1, 0)),
-        ("qemu: what?", None),
-    ],
-)
-def test_versions_as_they_are_said(text: str, version: tuple[int, int, int] | None) -> None:
-    assert parse(text) == version
+def test_a_stream_goes_in_the_form_that_every_version_takes() -> None:
+    fds = [CprFd("ram0", 0, 7)]
+    plain = list(encode(CprState(fds)).pieces())
+    for form in (PLAIN, STUB, VFIO):
+        assert pieces(CprState(fds, form=form)) == plain
+    devices = [CprVfioDevice("vfio0", 0, 1, 2)]
+    whole = CprState(fds, devices, VFIO)
+    assert pieces(whole) == list(encode(whole).pieces())
 
 
 def _main(json_text: bytes) -> bytes:

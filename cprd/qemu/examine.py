@@ -1,23 +1,22 @@
-"""Whether a VM can be handed over, and if not, which argument to change. Asks; changes nothing that
-stays changed."""
+"""Whether a running QEMU can be handed over, and if not, which argument to change. Asks; changes
+nothing that stays changed."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
 
-from cprd.qemu.failure import MonitorRefused
-from cprd.qemu.listeners import deleted_files
-from cprd.qemu.record import MODE, UNDER_WAY
+from cprd.errors import InvalidInput
+from cprd.qemu.command import Command, is_on, keyed
+from cprd.qemu.errors import MonitorRefused, Refused
+from cprd.qemu.hold import KEPT
+from cprd.qemu.process import deleted_files, tcp_ports
+from cprd.qemu.source import MODE, UNDER_WAY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cprd.qemu.command import Command
-    from cprd.qemu.qmp import Monitor
-
-KEPT = ("running", "suspended", "paused", "io-error", "prelaunch", "watchdog")
-"""Run states that are worth keeping, and in which QEMU can migrate."""
+    from cprd.qemu.monitor import Monitor
 
 _ENDED = {
     "shutdown": "the guest has shut down: there is nothing to keep; quit this QEMU",
@@ -29,62 +28,68 @@ _ENDED = {
 
 
 class Report:
-    """`problems` each prevent a hand-over; `notes` are worth knowing; `status` is the run state."""
+    """`problems`: each prevents a hand-over; `notes`: worth knowing; `status`: the run state."""
 
-    def __init__(self, status: str, problems: list[str], notes: list[str]) -> None:
+    def __init__(self, status: str) -> None:
         self.status = status
-        self.problems = problems
-        self.notes = notes
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def refuse(self) -> str:
+        """Raises Refused with all problems; returns the run state when there are none."""
+        if self.problems:
+            raise Refused(f"this VM cannot be handed over: {'; '.join(self.problems)}")
+        return self.status
 
 
-async def examine(monitor: Monitor) -> Report:
+def examine(monitor: Monitor) -> Report:
     """Look at a running QEMU. Raises MonitorLost."""
-    problems: list[str] = []
-    notes: list[str] = []
-    status = await monitor.status()
-    if status not in KEPT:
-        problems.append(_ENDED.get(status, f"the run state is {status!r}: wait, and try again"))
-    if status == "io-error":
+    report = Report(monitor.status())
+    problems, notes = report.problems, report.notes
+    if report.status not in KEPT:
+        said = f"the run state is {report.status!r}: wait, and try again"
+        problems.append(_ENDED.get(report.status, said))
+    if report.status == "io-error":
         notes.append(
             "the guest is stopped by an I/O error: it will be so in the next QEMU too; mend the"
             " storage, then `cont` there"
         )
-    migration = await monitor.migration()
+    migration = monitor.migration()
     if migration in UNDER_WAY:
         problems.append(f"a migration is under way ({migration}): wait for it, or migrate_cancel")
     before = len(problems)
-    await _memory(monitor, problems, notes)
+    _memory(monitor, problems, notes)
     explained = len(problems) > before
-    problems += await _temporary(monitor)
+    problems += _temporary(monitor)
     problems += [
         f"block job {job.get('device', '?')!r} ({job.get('type', '?')}) is active and would be"
         " lost: wait for it, or block-job-cancel"
-        for job in await _ask(monitor, "query-block-jobs", [])
+        for job in _ask(monitor, "query-block-jobs", [])
     ]
     problems += [
         f"QEMU says: {why}"
-        for why in await _blockers(monitor)
+        for why in _blockers(monitor)
         if not (explained and "not compatible with CPR" in why)  # the same, without the cure
     ]
-    return Report(status, problems, notes)
+    return report
 
 
-async def _memory(monitor: Monitor, problems: list[str], notes: list[str]) -> None:
-    machine = await _ask(monitor, "qom-list", [], path="/machine")
+def _memory(monitor: Monitor, problems: list[str], notes: list[str]) -> None:
+    machine = _ask(monitor, "qom-list", [], path="/machine")
     properties = {row["name"] for row in machine}
     if "aux-ram-share" not in properties:
         version = ".".join(map(str, monitor.version))
         problems.append(f"QEMU {version} cannot hand over memory: it takes QEMU 10.0 or later")
         return
-    if not await _ask(monitor, "qom-get", False, path="/machine", property="aux-ram-share"):
+    if not _ask(monitor, "qom-get", False, path="/machine", property="aux-ram-share"):
         problems.append("start the VM with -machine ...,aux-ram-share=on (it cannot be set later)")
-    if await _ask(monitor, "qom-get", False, path="/machine", property="suppress-vmdesc"):
+    if _ask(monitor, "qom-get", False, path="/machine", property="suppress-vmdesc"):
         problems.append(
             "start the VM without suppress-vmdesc=on: the end of its stream could not be told"
         )
-    backends = await _ask(monitor, "query-memdev", [])
+    backends = _ask(monitor, "query-memdev", [])
     # Without -object QEMU makes one of its own, which is not shared and has no id, or a machine's.
-    machines = await _ask(monitor, "query-machines", [])
+    machines = _ask(monitor, "query-machines", [])
     defaults = {row["default-ram-id"] for row in machines if "default-ram-id" in row}
     own = [row for row in backends if row.get("id") in defaults and not row.get("share")]
     backends = [row for row in backends if "id" in row and row not in own]
@@ -100,7 +105,7 @@ async def _memory(monitor: Monitor, problems: list[str], notes: list[str]) -> No
                 f"memory backend {name!r} is private: add share=on to its -object (and let it be a"
                 " memory-backend-memfd)"
             )
-        kind = await _ask(monitor, "qom-get", "", path=f"/objects/{name}", property="type")
+        kind = _ask(monitor, "qom-get", "", path=f"/objects/{name}", property="type")
         if kind == "memory-backend-file":
             notes.append(
                 f"memory backend {name!r} is a file: it does not travel with the state, the next"
@@ -108,14 +113,14 @@ async def _memory(monitor: Monitor, problems: list[str], notes: list[str]) -> No
             )
 
 
-async def _temporary(monitor: Monitor) -> list[str]:
-    """Disks that lie in a file without a name, as -snapshot makes them: it is gone with its QEMU,
-    and so would be what the guest has written."""
+def _temporary(monitor: Monitor) -> list[str]:
+    """Disks in a file without a name, as -snapshot makes them: the file goes with its QEMU, and so
+    would all that the guest has written."""
     if monitor.process is None:
         return []
     removed = [path for path in deleted_files(monitor.process.pid) if path.startswith("/")]
     problems = []
-    for row in await _ask(monitor, "query-block", []):
+    for row in _ask(monitor, "query-block", []):
         said = json.dumps(row)
         for path in removed:
             if json.dumps(path)[1:-1] in said:
@@ -128,33 +133,33 @@ async def _temporary(monitor: Monitor) -> list[str]:
     return problems
 
 
-async def _blockers(monitor: Monitor) -> list[str]:
-    """What QEMU itself has against it, asked in the mode of a hand-over, which is put back."""
-    parameters = await _ask(monitor, "query-migrate-parameters", {})
+def _blockers(monitor: Monitor) -> list[str]:
+    """QEMU's own objections, asked for in the mode of a hand-over; the mode is put back."""
+    parameters = _ask(monitor, "query-migrate-parameters", {})
     before = parameters.get("mode", "normal")
     if before != MODE:
         try:
-            await monitor.execute("migrate-set-parameters", mode=MODE)
+            monitor.execute("migrate-set-parameters", mode=MODE)
         except MonitorRefused:
             return []  # said already: too old
     try:
-        answer = await _ask(monitor, "query-migrate", {})
+        answer = _ask(monitor, "query-migrate", {})
         return [str(why) for why in answer.get("blocked-reasons", [])]
     finally:
         if before != MODE:
-            await monitor.execute("migrate-set-parameters", mode=before)
+            monitor.execute("migrate-set-parameters", mode=before)
 
 
-async def _ask(monitor: Monitor, command: str, default: Any, **arguments: Any) -> Any:
+def _ask(monitor: Monitor, command: str, default: Any, **arguments: Any) -> Any:
     try:
-        return await monitor.execute(command, **arguments)
+        return monitor.execute(command, **arguments)
     except MonitorRefused:
         return default
 
 
 class Conflict:
-    """What two QEMUs cannot have at the same time. `port` is that of a TCP listener: 0 any one, -1
-    for what is none; `more`: how many the option may try above it."""
+    """Something that two QEMUs cannot have at the same time. `port`: of a TCP listener, 0 for any,
+    -1 for no listener; `more`: how many ports above the option may try."""
 
     def __init__(self, text: str, port: int = -1, more: int = 0) -> None:
         self.text = text
@@ -166,12 +171,8 @@ class Conflict:
 
 
 def about_command_line(words: list[str], pid: int = 0) -> tuple[list[str], list[str]]:
-    """(what prevents an overlapping upgrade, notes): what only the command line can tell, and (of
-    the QEMU `pid`, which runs with it) the kernel, about sockets that no option explains."""
-    from cprd.errors import InvalidInput
-    from cprd.qemu.command import Command
-    from cprd.qemu.listeners import tcp_ports
-
+    """(obstacles to an overlapping upgrade, notes), by the words of a command; and, for the QEMU
+    `pid` that runs with these words, by the kernel: TCP sockets that no option explains."""
     try:
         command = Command(words, running=True)
     except InvalidInput:
@@ -202,9 +203,7 @@ def _notes(command: Command) -> Iterator[str]:
 
 
 def _networks(command: Command) -> Iterator[tuple[str, dict[str, str]]]:
-    """(value, options) of each network backend; "" is its kind."""
-    from cprd.qemu.command import keyed
-
+    """(value, options) of each network backend; the key "" has the kind."""
     for value in command.values("netdev", "nic", "net"):
         options = keyed(value)
         options[""] = options[""] or options.get("type", "")
@@ -212,8 +211,6 @@ def _networks(command: Command) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _conflicts(command: Command) -> Iterator[Conflict]:
-    from cprd.qemu.command import is_on, keyed
-
     if any(True for _ in command.values("pidfile")):
         yield Conflict("-pidfile is locked by the old QEMU: leave it out, or save and start")
     for value, options in _networks(command):
@@ -233,6 +230,18 @@ def _conflicts(command: Command) -> Iterator[Conflict]:
         if is_on(options, "server") and options.get("addr.type") == "inet":
             said = options.get("addr.port", "")
             yield Conflict(f"-netdev {options['']},addr.port={said} {_LISTENS}", _last_number(said))
+    yield from _tcp_listeners(command)
+    for value in command.values("device"):
+        options = keyed(value)
+        if options[""].startswith("vhost-vsock"):
+            yield Conflict(
+                f"{options['']} guest-cid={options.get('guest-cid', '?')} is the old QEMU's, and"
+                " nobody else can have it meanwhile: save and start instead"
+            )
+
+
+def _tcp_listeners(command: Command) -> Iterator[Conflict]:
+    """But for those of networks."""
     for option, value in command.characters():
         address = _listener(option, value)
         if address:
@@ -256,19 +265,10 @@ def _conflicts(command: Command) -> Iterator[Conflict]:
                 yield Conflict(
                     f"-spice {key}={options[key]} {_LISTENS}", _last_number(options[key])
                 )
-    for value in command.values("device"):
-        options = keyed(value)
-        if options[""].startswith("vhost-vsock"):
-            yield Conflict(
-                f"{options['']} guest-cid={options.get('guest-cid', '?')} is the old QEMU's, and"
-                " nobody else can have it meanwhile: save and start instead"
-            )
 
 
 def _listener(option: str, value: str) -> str:
-    """The TCP address at which such a character device listens; "" when it does not."""
-    from cprd.qemu.command import is_on, keyed
-
+    """The TCP address at which a character device listens; "" for none."""
     kind, _, rest = value.partition(":")
     if kind not in ("tcp", "telnet", "tn3270", "websocket"):
         return ""
@@ -281,14 +281,3 @@ def _last_number(text: str) -> int:
     """The port in HOST:PORT or the like; 0 when there is none."""
     digits = text[len(text.rstrip("0123456789")) :]
     return int(digits or 0)
-
-
-def command_line(pid: int) -> list[str]:
-    """The words of a running process; [] when they cannot be read."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return [word.decode("utf-8", "surrogateescape") for word in file.read().split(b"\0")][
-                :-1
-            ]
-    except OSError:
-        return []

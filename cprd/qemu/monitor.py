@@ -1,0 +1,358 @@
+"""QEMU's monitor (QMP): JSON lines over a UNIX socket, each wait with a deadline.
+
+An answered error (MonitorRefused) means that QEMU did nothing; silence (MonitorLost) means that
+nobody knows. The difference decides whether a hand-over may be taken back.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cprd.errors import CprdError, InvalidInput
+from cprd.qemu import signals
+from cprd.qemu.errors import (
+    MonitorBusy,
+    MonitorGone,
+    MonitorLost,
+    MonitorRefused,
+    NoListener,
+    Refused,
+)
+from cprd.qemu.process import Process
+from cprd.qemu.signals import Deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Event = dict[str, Any]
+
+ANSWER = 10.0  # s for a command; QEMU's main loop can be busy with a slow disk
+GREETING = 5.0  # s; a monitor that has a client already never greets
+QUIT = 20.0  # s until a QEMU that was told to quit is killed: it may have much memory to free
+_CHUNK = 1 << 16
+_LONGEST = 64 << 20  # bytes of one message; QEMU's own are some 100 KB at most
+_EVENTS = 10_000  # that are remembered
+
+
+class Request(NamedTuple):
+    """A command that was sent."""
+
+    number: int
+    command: str
+
+
+class Monitor:
+    """One connection to a QEMU. Owns the socket and `process`: the listener, None where unseen."""
+
+    def __init__(self, sock: socket.socket, where: str, process: Process | None) -> None:
+        self.where = where
+        self.process = process
+        self.version = (0, 0, 0)
+        self._sock = sock
+        self._sock.setblocking(False)
+        self._partial = bytearray()  # of a line
+        self._greeting: dict[str, Any] | None = None
+        self._number = 0
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._waited: set[int] = set()
+        self._events: deque[Event] = deque(maxlen=_EVENTS)
+        self._ended = ""  # why nothing comes any more
+
+    @classmethod
+    def connect(cls, path: str, timeout: float = GREETING) -> Monitor:
+        """Speak to the monitor that listens at `path`.
+
+        Raises NoListener, Refused (nobody can tell whether a QEMU listens), MonitorBusy (no
+        greeting within `timeout` s), MonitorLost (no QMP)."""
+        path = socket_path(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            _connect(sock, path)
+            process = Process.behind(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return cls.over(sock, path, timeout, process)
+
+    @classmethod
+    def over(
+        cls,
+        sock: socket.socket,
+        where: str,
+        timeout: float = GREETING,
+        process: Process | None = None,
+    ) -> Monitor:
+        """Greet and negotiate over a connected socket. The monitor takes both, also on failure."""
+        monitor = cls(sock, where, process)
+        try:
+            monitor._negotiate(timeout)
+        except BaseException:
+            monitor.close()
+            raise
+        return monitor
+
+    def _negotiate(self, timeout: float) -> None:
+        deadline = Deadline(timeout)
+        try:
+            while self._greeting is None:
+                self._await(deadline)
+            qemu = self._greeting["version"]["qemu"]
+            self.version = (int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
+            request = self.send("qmp_capabilities")
+            while request.number not in self._answers:
+                self._await(deadline)
+            self.answer(request)
+        except TimeoutError:
+            raise MonitorBusy(
+                f"{self.where}: no greeting within {timeout:g} s. A monitor serves one client at a"
+                " time, and another one has it (or QEMU hangs): close that one, or give this"
+                " command a -qmp of its own"
+            ) from None
+        except (MonitorLost, MonitorRefused, KeyError, TypeError, ValueError) as error:
+            raise MonitorLost(
+                f"{self.where}: no QMP is spoken there, or a -qmp-pretty one, which is for people:"
+                f" {self._ended or error}"
+            ) from None
+
+    # Commands
+
+    def send(self, command: str, /, **arguments: Any) -> Request:
+        """Send a command. Raises MonitorGone, MonitorLost."""
+        # Nothing is read first: `cont` goes out while a guest stands still.
+        if self._ended:
+            raise MonitorGone(f"QEMU's monitor broke before {command} was sent")
+        self._number += 1
+        message = {"execute": command, "id": self._number}
+        if arguments:
+            message["arguments"] = arguments
+        whole = json.dumps(message).encode() + b"\n"
+        rest = memoryview(whole)
+        deadline = Deadline(ANSWER)
+        try:
+            while rest:
+                try:
+                    rest = rest[self._sock.send(rest, socket.MSG_NOSIGNAL) :]
+                except BlockingIOError:
+                    if not signals.writable(self._sock.fileno(), deadline.left()):
+                        raise MonitorLost(f"QEMU does not read {command}") from None
+        except OSError as error:
+            self._ended = self._ended or str(error)
+            if len(rest) == len(whole):
+                raise MonitorGone(f"QEMU's monitor broke before {command} was sent") from None
+            raise MonitorLost(f"QEMU's monitor broke at {command}: {error}") from None
+        finally:
+            if rest:  # half a command: nothing can follow
+                self._ended = self._ended or f"{command} was sent in part"
+        self._waited.add(self._number)
+        return Request(self._number, command)
+
+    def answer(self, request: Request, timeout: float = ANSWER) -> Any:
+        """The value that a command returns. Raises MonitorRefused, MonitorLost."""
+        deadline = Deadline(timeout)
+        try:
+            while not self.has_answered(request):
+                self._await(deadline)
+            answer = self._answers.pop(request.number)
+        except TimeoutError:
+            raise MonitorLost(
+                f"QEMU did not answer {request.command} within {timeout:g} s"
+            ) from None
+        except MonitorLost as error:
+            raise MonitorLost(f"QEMU's monitor broke at {request.command}: {error}") from None
+        finally:
+            self._waited.discard(request.number)
+        if "error" in answer:
+            said = answer["error"].get("desc", answer["error"])
+            raise MonitorRefused(f"QEMU refuses {request.command}: {said}")
+        return answer.get("return")
+
+    def has_answered(self, request: Request) -> bool:
+        """Whether the answer has been received."""
+        return request.number in self._answers
+
+    def execute(self, command: str, timeout: float = ANSWER, /, **arguments: Any) -> Any:
+        """Run one command; returns its value. Raises MonitorRefused, MonitorLost, MonitorGone."""
+        return self.answer(self.send(command, **arguments), timeout)
+
+    def status(self) -> str:
+        """The run state: "running", "paused", "postmigrate", ..."""
+        return str(self.execute("query-status")["status"])
+
+    def migration(self) -> str:
+        """The status of the last migration; "" for none."""
+        return str(self.execute("query-migrate").get("status", ""))
+
+    # Events
+
+    def event(self, wanted: Callable[[Event], bool], timeout: float) -> Event:
+        """Take the first event that is `wanted`, received or to come. Raises MonitorLost."""
+        deadline = Deadline(timeout)
+        while True:
+            found = self.seen(wanted)
+            if found is not None:
+                self._events.remove(found)
+                return found
+            try:
+                self._await(deadline)
+            except TimeoutError:
+                raise MonitorLost(f"QEMU sent no such event within {timeout:g} s") from None
+            except MonitorLost:
+                raise MonitorLost("QEMU's monitor broke while an event was awaited") from None
+
+    def seen(self, wanted: Callable[[Event], bool]) -> Event | None:
+        """The first received event that is `wanted`; the event stays. Does not wait."""
+        return next((event for event in self._events if wanted(event)), None)
+
+    def forget_events(self) -> None:
+        """Only later events count."""
+        self.receive()
+        self._events.clear()
+
+    def ended_at_rest(self, timeout: float = 2.0) -> bool:
+        """For a QEMU that has ended: whether its guest stood still from the last STOP to the end.
+        QEMU's last words are still in the socket, and are read to their end."""
+        deadline = Deadline(timeout)
+        with suppress(MonitorLost):
+            while True:
+                try:
+                    self._await(deadline)
+                except TimeoutError:
+                    return False
+        turns = [event["event"] for event in self._events if event["event"] in ("STOP", "RESUME")]
+        return turns[-1:] != ["RESUME"]
+
+    # The socket
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether QEMU has hung up, and all that QEMU said has been read."""
+        return bool(self._ended)
+
+    def receive(self) -> None:
+        """Take in what has arrived. Does not wait, and raises nothing."""
+        while not self._ended:
+            try:
+                data = self._sock.recv(_CHUNK)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._ended = str(error)
+                return
+            if not data:
+                self._ended = "QEMU hung up"
+                return
+            self._partial += data
+            if b"\n" in data:
+                *lines, rest = self._partial.split(b"\n")
+                self._partial = rest
+                for line in lines:
+                    self._take(line)
+            elif len(self._partial) > _LONGEST:
+                self._ended = "a message without an end"
+
+    def _take(self, line: bytearray) -> None:
+        if not line.strip():
+            return
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            self._ended = self._ended or f"no JSON object: {bytes(line[:80])!r}"
+        elif "event" in message:
+            self._events.append(message)
+        elif "QMP" in message:
+            self._greeting = message["QMP"]
+        elif message.get("id") in self._waited:
+            self._answers[message["id"]] = message
+
+    def _await(self, deadline: Deadline) -> None:
+        """Wait for more from QEMU. Raises TimeoutError, MonitorLost (nothing comes any more)."""
+        if self._ended:
+            raise MonitorLost(self._ended)
+        if not signals.readable(self._sock.fileno(), deadline.left()):
+            raise TimeoutError
+        self.receive()
+
+    def close(self) -> None:
+        """Hang up: QEMU serves the next client then. Closes `process` too."""
+        self._sock.close()
+        self._ended = self._ended or "closed"
+        if self.process is not None:
+            self.process.close()
+
+    def end(self) -> None:
+        """Quit a QEMU whose guest has left, and wait until QEMU has ended; kill QEMU if need be."""
+        with suppress(CprdError):
+            self.execute("quit")
+        if self.process is not None and not self.process.wait(QUIT):
+            self.process.kill()
+            self.process.wait(QUIT)
+
+
+def _connect(sock: socket.socket, path: str) -> None:
+    sock.setblocking(False)
+    try:
+        sock.connect(path)
+    except BlockingIOError:
+        raise MonitorBusy(
+            f"{path}: its queue of clients is full: somebody else uses this monitor; give"
+            " this command a -qmp of its own"
+        ) from None
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise NoListener(
+            f"{path}: {error.strerror}: no QEMU listens there; --qmp wants the path of a"
+            " running QEMU's -qmp unix:PATH,server=on,wait=off"
+        ) from None
+    except OSError as error:  # no permission, no socket, too long for an address, ...
+        raise Refused(
+            f"{path}: {error.strerror or error}: whether a QEMU listens there cannot be"
+            " told; --qmp wants the path of a running QEMU's"
+            " -qmp unix:PATH,server=on,wait=off"
+        ) from None
+
+
+def socket_path(text: str) -> str:
+    """The path in a --qmp argument: PATH or unix:PATH[,options]. Raises InvalidInput."""
+    path = text.removeprefix("unix:")
+    if path != text:
+        path = path.partition(",")[0]
+    if not path:
+        raise InvalidInput(f"--qmp {text!r}: wants the path of a UNIX socket")
+    return path
+
+
+def machine_type(monitor: Monitor) -> str:
+    """The machine type, as in the head of a main stream ("pc-q35-10.0"); "" where QEMU does not
+    say."""
+    with suppress(MonitorRefused):
+        kind = monitor.execute("qom-get", path="/machine", property="type")
+        return str(kind).removesuffix("-machine")
+    return ""
+
+
+def migration_is(*statuses: str) -> Callable[[Event], bool]:
+    """For `event`: the migration came to one of these statuses."""
+
+    def wanted(event: Event) -> bool:
+        return event["event"] == "MIGRATION" and event["data"]["status"] in statuses
+
+    return wanted
+
+
+def event_is(*names: str) -> Callable[[Event], bool]:
+    """For `event`: an event of one of these names."""
+    return lambda event: event["event"] in names
+
+
+def stamp(event: Event) -> float:
+    """The time of an event by QEMU's clock, in seconds since 1970."""
+    at = event["timestamp"]
+    return float(at["seconds"] + at["microseconds"] / 1e6)

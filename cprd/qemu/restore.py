@@ -1,0 +1,312 @@
+"""The helper of `cprctl qemu start`: claims the state, replays it, and lets the guest run."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import cprd
+from cprd.errors import Busy, CprdError, Damaged, NotHeld
+from cprd.linux.pause import point
+from cprd.qemu import signals, spawn
+from cprd.qemu.doubt import full_name, may_force, settle
+from cprd.qemu.errors import Failed, GuestEnded, Incomplete, InDoubt, one_line
+from cprd.qemu.hold import LIVE, Held, Origin, is_unfinished
+from cprd.qemu.process import Process
+from cprd.qemu.signals import Deadline
+from cprd.qemu.sockets import PrivateDirectory, refuse_taken
+from cprd.qemu.spawn import Guard
+from cprd.qemu.target import GONE, KILLED, Target
+
+if TYPE_CHECKING:
+    from cprd.qemu.command import Command
+
+LEASE = 30.0  # s of a claim; renewed while the new QEMU loads
+CONFIRM = 60.0  # s that cprd may be away once the guest runs
+
+
+def restore(
+    plumbing: spawn.Plumbing,
+    qemu: int,
+    socket_path: str,
+    name: str,
+    command: Command,
+    *,
+    force: bool,
+    timeout: float,
+) -> int:
+    """Do all of it, for the process `qemu` that becomes the QEMU. Returns the helper's exit status,
+    for which nobody waits."""
+    process = Process.open(qemu)
+    if process is None:
+        return 1
+    with signals.watched(), cprd.connect(socket_path) as daemon:
+        point("qemu-start:connected")
+        try:
+            with signals.allowed():
+                claim, forced = _claim(daemon, name, force=force)
+        except NotHeld:
+            spawn.say(plumbing.talk, cold=True)
+            return 0
+        with closing(claim):
+            point("qemu-start:claimed")
+            try:
+                refuse_taken(command)
+                _Restore(plumbing, process, claim, command, timeout).run()
+            except (InDoubt, GuestEnded) as error:
+                print(f"cprctl: {name}: {error}", file=sys.stderr)
+                return 1
+            except (CprdError, OSError) as error:
+                why = _give_back(claim, name, one_line(error), forced=forced)
+                if not spawn.say(plumbing.talk, fail=why, code="CprdError"):
+                    print(f"cprctl: {why}", file=sys.stderr)
+                return 1
+    return 0
+
+
+def _give_back(claim: cprd.Claim, name: str, why: str, *, forced: bool) -> str:
+    """Nothing was acted on: say so to cprd. Returns the message for people."""
+    if forced:
+        return f"{name}: {why}; it is in doubt as before: --force again, or drop it"
+    try:
+        claim.reject(why)
+    except CprdError as lost:
+        why += f" (and cprd was not told: {lost})"
+    return f"{name}: {why}; it is held as before"
+
+
+# The claim
+
+
+def _claim(daemon: cprd.Daemon, name: str, *, force: bool) -> tuple[cprd.Claim, bool]:
+    """Claim NAME, after settling a doubt; and whether that took force: then the claim has begun
+    already, so that the state is in doubt again, whatever becomes of the helper.
+
+    Raises NotHeld (a cold boot is right), Busy."""
+    name = full_name(daemon, name)
+    try:
+        if not (force and may_force(daemon, name)):
+            return _claim_settled(daemon, name), False
+    except Incomplete as gone:
+        print(f"cprctl: {gone}", file=sys.stderr)
+        return daemon.load(name, lease=LEASE), False  # NotHeld, by cprd's own word
+    daemon.release(name, force=True)
+    claim = daemon.load(name, wait=2.0, lease=LEASE)
+    try:
+        claim.begin()
+    except BaseException:
+        claim.close()
+        raise
+    return claim, True
+
+
+def _claim_settled(daemon: cprd.Daemon, name: str) -> cprd.Claim:
+    try:
+        claim = daemon.load(name, lease=LEASE)
+        why = _unservable(claim)
+        if not why:
+            return claim
+        claim.reject(why)
+        claim.close()
+        raise Busy(why)
+    except Busy as busy:
+        try:
+            return _claim_after_settling(daemon, name)
+        except Incomplete:
+            raise
+        except NotHeld:
+            # It was held when we came: who had it runs it, or has dropped it. Not for us to boot.
+            raise Busy(f"{busy}; it went away meanwhile: look, and try again") from None
+
+
+def _claim_after_settling(daemon: cprd.Daemon, name: str) -> cprd.Claim:
+    settled = settle(daemon, name)
+    if settled.runs is not None:
+        raise Busy(
+            f"nothing to start: {settled.said}; what was held under {name!r} was older than"
+            " that guest and has been dropped"
+        )
+    if settled.said:
+        print(f"cprctl: {name}: {settled.said}", file=sys.stderr)
+    return daemon.load(name, wait=2.0, lease=LEASE)
+
+
+def _unservable(claim: cprd.Claim) -> str:
+    """Why a claimed state has to be settled first; "" when it need not."""
+    if is_unfinished(claim.state):
+        return "its QEMU ended before its state was whole"
+    try:
+        origin = Origin.read(claim.state["qemu"])
+    except (KeyError, Damaged):
+        return ""  # said later
+    for record in (origin.old, origin.new):
+        process = Process.find(record)
+        if process is not None:
+            process.close()
+            return "the QEMU that it was saved from has not ended yet"
+    return ""
+
+
+# The replay
+
+
+class _Restore:
+    """One claimed state on its way into one new QEMU. Borrows all but what `run` makes."""
+
+    def __init__(
+        self,
+        plumbing: spawn.Plumbing,
+        process: Process,
+        claim: cprd.Claim,
+        command: Command,
+        timeout: float,
+    ) -> None:
+        self.plumbing = plumbing
+        self.process = process
+        self.claim = claim
+        self.command = command
+        self.timeout = timeout
+        self.held = Held(claim.state)
+
+    def run(self) -> None:
+        """All between claim and confirm. After an exception other than InDoubt and GuestEnded the
+        new QEMU has ended, and nothing was acted on."""
+        pieces = self.held.pieces()
+        origin = self.held.origin
+        directory = PrivateDirectory(self.command.monitor_path() or origin.qmp, origin.uid)
+        guard = Guard.fork(self.plumbing.take_stderr(), self.process.pidfd)
+        target = Target(self.process, self.plumbing.main, self.plumbing.monitor, self.timeout)
+        renewing = _Renewing(self.claim)
+        try:
+            path = directory.at("cpr")
+            spawn.say(self.plumbing.talk, go=True, cpr=path, guard=guard.pid)
+            point("qemu-start:go")
+            with signals.allowed():
+                self._replay(target, directory, pieces)
+            signals.hold_off()
+            renewing.stop()
+            self._let_run(target, guard)
+        except (InDoubt, GuestEnded):
+            raise
+        except BaseException as error:
+            self._end(target, renewing, guard, error)
+            said = guard.report()
+            if isinstance(error, CprdError | OSError) and said:
+                raise Failed(f"{error}: {said}") from error
+            raise
+        finally:
+            renewing.stop()
+            guard.close()
+            directory.close()
+            target.close()
+
+    def _replay(
+        self, target: Target, directory: PrivateDirectory, pieces: list[tuple[bytes, int]]
+    ) -> None:
+        target.connect_cpr(directory.at("cpr"))
+        directory.close()
+        point("qemu-start:listening")
+        target.send_cpr(pieces)
+        point("qemu-start:cpr")
+        rest = target.fill_main(self.held.main)
+        target.await_devices()
+        target.send_main(rest)
+        point("qemu-start:main")
+        target.greet()
+        target.await_loaded()
+        point("qemu-start:loaded")
+
+    def _let_run(self, target: Target, guard: Guard) -> None:
+        """begin, cont, confirm. Raises InDoubt when nobody can say whether the guest runs."""
+        status = self.held.origin.status
+        self.claim.begin(self.process.pidfd)
+        point("qemu-start:begun")
+        guard.disarm()
+        point("qemu-start:disarmed")
+        target.check_alive()
+        now = target.let_run() if status in LIVE else status
+        point("qemu-start:running")
+        self._confirm()
+        point("qemu-start:confirmed")
+        if now == GONE:
+            raise GuestEnded(
+                "the new QEMU ended right after its guest had gone on, and the guest with it"
+            )
+        if now not in LIVE and status in LIVE:
+            print(f"cprctl: the guest went on, and is {now!r} since", file=sys.stderr)
+        spawn.notify("READY=1\nSTATUS=The guest goes on.")
+
+    def _confirm(self) -> None:
+        """The guest runs: the state must never be served again. Tries for a while if cprd is away;
+        until cprd knows, the hold is in doubt, which nobody serves. Raises InDoubt."""
+        deadline = Deadline(CONFIRM)
+        while True:
+            try:
+                self.claim.confirm()
+                return
+            except (cprd.Unavailable, cprd.Timeout) as error:
+                if deadline.has_passed() or signals.came():
+                    raise InDoubt(
+                        f"the guest runs, and cprd could not be told ({error}): the hold stays in"
+                        " doubt until this QEMU is saved; drop it by force if you like"
+                    ) from None
+                signals.sleep(0.2)
+            except CprdError as error:
+                raise InDoubt(f"the guest runs, and cprd says: {error}") from None
+
+    def _end(self, target: Target, renewing: _Renewing, guard: Guard, error: BaseException) -> None:
+        """End the new QEMU, so that the state can be given back. Raises InDoubt when nobody knows
+        whether that is right; the hold is in doubt then, as far as cprd can be told."""
+        pid = self.process.pid
+        if target.has_run():
+            guard.disarm()
+            why = (
+                f"{error}; somebody else let the guest run, by another monitor of the new QEMU (pid"
+                f" {pid}): it is left alone. The hold is in doubt until that QEMU is saved"
+            )
+        else:
+            self.process.kill()
+            if self.process.wait(KILLED):
+                return
+            why = (
+                f"{error}; the new QEMU (pid {pid}) does not end, not even by SIGKILL: look at"
+                " what it waits for. The hold is in doubt; when that process has ended, use --force"
+            )
+        renewing.stop()
+        try:
+            self.claim.begin(self.process.pidfd)
+        except CprdError as lost:
+            why += f" (and cprd was not told: {lost})"
+        raise InDoubt(why) from error
+
+
+class _Renewing:
+    """Keeps a claim's lease from ending while the new QEMU loads. A thread asks, so that a mute
+    cprd delays nothing else, and asks again when a request fails: should the claim be lost all the
+    same, `begin` will say so."""
+
+    def __init__(self, claim: cprd.Claim) -> None:
+        self._claim = claim
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # they are the main thread's
+        pause = LEASE / 3
+        while not self._over.wait(pause):
+            try:
+                self._claim.renew()
+                pause = LEASE / 3
+            except cprd.Fenced:
+                return
+            except CprdError:
+                pause = 1.0
+
+    def stop(self) -> None:
+        """Afterwards the claim is free for other requests. Safe to repeat."""
+        self._over.set()
+        self._thread.join()

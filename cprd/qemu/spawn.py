@@ -1,0 +1,338 @@
+"""Starting a new QEMU: the descriptors that connect it with its helper, its exec, and the guard
+that ends it should its helper die; and the service manager's view of that.
+
+The process that becomes the new QEMU waits for a word over `talk`, then executes. Words are msgpack
+maps: {"cold": True}; {"go": True, "cpr": path at which to listen for the CPR state, "guard": pid};
+{"fail": why, "code": name in cprd.errors.CODES}. The descriptors are made before that process is
+forked, so that none has to be sent. `talk` closes on exec: its end says "executed"; any word says
+why not.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgpack
+
+from cprd.errors import CprdError
+from cprd.qemu.process import GUARD, guard_mark
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cprd.qemu.command import Command
+    from cprd.qemu.sockets import SharedPaths
+
+_PIECE = 1 << 16
+
+# Its descriptors and its exec
+
+
+class Plumbing:
+    """Both ends of what connects a new QEMU with its helper. Owns all of them."""
+
+    def __init__(self) -> None:
+        self.talk, self.talk_qemu = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.monitor, self.monitor_qemu = socket.socketpair()
+        self.main, self.main_qemu = socket.socketpair()
+        self.stderr, self.stderr_qemu = os.pipe()
+
+    def keep_ours(self) -> None:
+        """In the helper: close QEMU's ends."""
+        for sock in (self.talk_qemu, self.monitor_qemu, self.main_qemu):
+            sock.close()
+        self._close("stderr_qemu")
+
+    def keep_qemus(self) -> None:
+        """In the process that becomes QEMU: close the helper's ends."""
+        for sock in (self.talk, self.monitor, self.main):
+            sock.close()
+        self._close("stderr")
+
+    def take_stderr(self) -> int:
+        """The end of the pipe from which QEMU's stderr is read: the caller's from now on."""
+        fd, self.stderr = self.stderr, -1
+        return fd
+
+    def _close(self, which: str) -> None:
+        fd = getattr(self, which)
+        if fd >= 0:
+            os.close(fd)
+            setattr(self, which, -1)
+
+    def close(self) -> None:
+        self.keep_ours()
+        self.keep_qemus()
+
+
+def say(talk: socket.socket, **words: Any) -> bool:
+    """Send a word. False when the other side has ended (or become a QEMU)."""
+    try:
+        talk.send(msgpack.packb(words), socket.MSG_NOSIGNAL)
+    except OSError:
+        return False
+    return True
+
+
+def hear(talk: socket.socket) -> dict[str, Any] | None:
+    """Wait for the next word; None when the other side has ended."""
+    while True:
+        try:
+            data = talk.recv(_PIECE)
+        except ConnectionResetError:
+            continue  # it ended without hearing us; what it said before comes next
+        except OSError:
+            return None
+        return dict(msgpack.unpackb(data)) if data else None
+
+
+def fork_twice() -> bool:
+    """Fork, so that the new process is nobody's child. True in the new process. The process in
+    between ends at once, and so does the caller's wait."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return False
+    try:
+        if os.fork():
+            os._exit(0)
+    except OSError:
+        os._exit(1)
+    return True
+
+
+def execute(command: Command, plumbing: Plumbing, word: dict[str, Any]) -> OSError:
+    """Become the QEMU that waits for a state. Returns only the failure."""
+    own = os.dup(2)
+    try:
+        monitor, main = plumbing.monitor_qemu.fileno(), plumbing.main_qemu.fileno()
+        for fd in (monitor, main):
+            os.set_inheritable(fd, True)
+        words = command.incoming(monitor=monitor, main=main, cpr=word["cpr"])
+        os.environ[GUARD] = guard_mark(word["guard"])
+        os.dup2(plumbing.stderr_qemu, 2)
+        os.execvp(words[0], words)
+    except OSError as error:
+        os.dup2(own, 2)
+        return error
+
+
+# The guard
+#
+# A QEMU that waits for a state which nobody will send would stand there for ever. So a small
+# process reads QEMU's stderr, and until it is told that the guest is about to run, the end of the
+# helper (however it comes) ends that QEMU. Afterwards it only passes on QEMU's stderr, as `cat`,
+# until QEMU ends: nobody can take the pipe out of a running QEMU again. In an upgrade it outlives
+# the helper, and gives the shared paths (sockets.py) to the QEMU that is left, before it becomes
+# `cat`.
+
+_KEPT = 4096  # bytes of QEMU's stderr, for the reason of a reject
+_DISARM = b"d"
+_REPORT = b"r"
+
+
+class Guard:
+    """The helper's end."""
+
+    def __init__(self, control: socket.socket, pid: int) -> None:
+        self._control = control
+        self.pid = pid
+
+    @classmethod
+    def fork(
+        cls,
+        stderr: int,
+        pidfd: int,
+        onward: int = 2,
+        *,
+        old: int = -1,
+        shared: SharedPaths | None = None,
+    ) -> Guard:
+        """Start the guard, as a child. `stderr`: the pipe to read, which becomes the guard's
+        (closed here); `pidfd`: of the QEMU, borrowed; `onward`: where QEMU's stderr goes once the
+        guest runs; `old`: the pidfd of the QEMU before, borrowed, and the paths that both share."""
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _Guarding(theirs, stderr, pidfd, onward, old, shared).run()
+            finally:
+                os._exit(0)
+        theirs.close()
+        os.close(stderr)
+        return cls(ours, pid)
+
+    def disarm(self) -> None:
+        """From now on QEMU may outlive the helper: say so before the guest runs, never after. The
+        guard reads this before it can see the helper's end, so nobody waits for an answer."""
+        with suppress(OSError):
+            self._control.sendall(_DISARM)
+
+    def report(self) -> str:
+        """QEMU's last words, for a QEMU that has ended, on one line."""
+        data = b""
+        try:
+            self._control.sendall(_REPORT)
+            self._control.settimeout(3.0)
+            while piece := self._control.recv(_KEPT):
+                data += piece
+        except OSError:
+            pass
+        return " ".join(data.decode("utf-8", "replace").split())
+
+    def close(self) -> None:
+        self._control.close()
+
+
+class _Guarding:
+    """The guard itself."""
+
+    def __init__(
+        self,
+        control: socket.socket,
+        stderr: int,
+        pidfd: int,
+        onward: int,
+        old: int,
+        shared: SharedPaths | None,
+    ) -> None:
+        self.control = control
+        self.stderr = stderr
+        self.pidfd = pidfd
+        self.onward = onward
+        self.old = old
+        self.shared = shared
+        self.kept = b""
+
+    def run(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_IGN)  # QEMU has something to say when it is ended, too
+        kept_open = [0, 1, 2, self.control.fileno(), self.stderr, self.pidfd, self.onward]
+        if self.shared is not None:
+            kept_open += [self.old, *self.shared.fds]
+        _close_others(kept_open)
+        poll = select.poll()
+        poll.register(self.control.fileno(), select.POLLIN)
+        poll.register(self.stderr, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd != self.stderr:
+                    return self._obey(self.control.recv(1))
+                if not self._pass_on():
+                    poll.unregister(self.stderr)
+
+    def _pass_on(self) -> bool:
+        """Read a piece of QEMU's stderr, and write it on ours. False at its end."""
+        data = os.read(self.stderr, _PIECE)
+        self.kept = (self.kept + data)[-_KEPT:]
+        _write(data)
+        return bool(data)
+
+    def _obey(self, word: bytes) -> None:
+        """The helper's only word; none when the helper has ended."""
+        if word == _DISARM:
+            if self.shared is not None:
+                self.control.close()
+                self._give_paths(self.shared)
+            self._be_cat()
+        if word == _REPORT:
+            while self._pass_on():
+                pass
+            self.control.sendall(self.kept)
+        elif not word:
+            with suppress(OSError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            ended = select.poll()
+            ended.register(self.pidfd, select.POLLIN)
+            ended.poll(10_000)
+            if self.shared is not None:
+                self.shared.give_back()
+
+    def _give_paths(self, shared: SharedPaths) -> None:
+        """Wait until one of the two QEMUs has ended; the shared paths are the other's then."""
+        os.dup2(self.onward, 2)  # cprctl's caller may wait until nobody has its output any more
+        os.dup2(self.onward, 1)
+        poll = select.poll()
+        for fd in (self.stderr, self.pidfd, self.old):
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self.stderr in ready and not self._pass_on():
+                poll.unregister(self.stderr)
+            if self.pidfd in ready and self.old in ready:
+                return shared.both_have_ended()
+            if self.old in ready:
+                return shared.old_has_ended()
+            if self.pidfd in ready:
+                return shared.new_has_ended()
+
+    def _be_cat(self) -> NoReturn:
+        """Go on as the smallest program that passes stderr on."""
+        os.dup2(self.onward, 2)
+        os.dup2(self.onward, 1)
+        os.dup2(self.stderr, 0)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        with suppress(OSError):
+            os.execvp("cat", ["cat"])
+        while data := os.read(0, _PIECE):
+            _write(data)
+        os._exit(0)
+
+
+def _write(data: bytes) -> None:
+    with suppress(OSError):
+        while data:
+            data = data[os.write(2, data) :]
+
+
+def _close_others(kept: Iterable[int]) -> None:
+    last = -1
+    for fd in sorted(set(kept)):
+        if last + 1 < fd:  # closerange(0, 0) closes everything on a Linux with close_range(2)
+            os.closerange(last + 1, fd)
+        last = fd
+    os.closerange(last + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+# The service manager
+
+
+def notify(message: str) -> None:
+    """Send a notification, if a manager asked for some. A manager that is away is no failure."""
+    if "NOTIFY_SOCKET" not in os.environ:
+        return
+    from cprd.systemd.notify import Manager, drive
+
+    try:
+        manager = Manager.from_environment(os.environ)
+        if manager is None:
+            return
+        with manager:
+            drive(manager.tell(message.encode()), timeout=10.0)
+    except (CprdError, OSError) as error:
+        print(f"cprctl: the service manager was not told: {error}", file=sys.stderr)
+
+
+def notify_main_pid(pid: int, status: str) -> None:
+    """Say that `pid` is the service from now on, and wait until the manager has taken that in: the
+    old main process may end only then. A manager that is away is no failure."""
+    if "NOTIFY_SOCKET" not in os.environ:
+        return
+    from cprd.systemd.notify import Manager, drive, mainpid
+    from cprd.systemd.notify import status as status_line
+
+    try:
+        manager = Manager.from_environment(os.environ)
+        if manager is None:
+            return
+        with manager:
+            drive(manager.tell(mainpid(pid) + b"\n" + status_line(status)), timeout=10.0)
+            drive(manager.barrier(), timeout=10.0)
+    except (CprdError, OSError) as error:
+        print(f"cprctl: the service manager was not told: {error}", file=sys.stderr)
