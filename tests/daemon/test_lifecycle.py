@@ -16,6 +16,7 @@ import cprd
 from cprd.client import verbs
 from cprd.linux.rights import receive
 from cprd.protocol import messages
+from tests.support.checkout import open_to_all
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 from tests.support.goods import goods, state_of
@@ -526,8 +527,7 @@ def test_a_uid_that_is_not_mapped_is_refused(tmp_path: Path) -> None:
         with pytest.raises(cprd.Denied, match="unmapped uid of another user namespace"):
             cprd.connect(daemon.path)
 
-    for place in (tmp_path, *tmp_path.parents[:2]):
-        place.chmod(0o755)
+    open_to_all(tmp_path)
     daemon = InUserNamespace(tmp_path)
     try:
         with Child(comes) as stranger:

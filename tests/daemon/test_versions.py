@@ -30,7 +30,7 @@ import cprd.daemon.storage.shelf, cprd.daemon.storage.slot
 for line in open(os.environ["TEST_VERSIONS"]):
     what, value = line.split()
     module, name = what.rsplit(".", 1)
-    setattr(sys.modules["cprd." + module], name, eval(value))
+    setattr(sys.modules["cprd.daemon.storage." + module], name, eval(value))
 from cprd.daemon.command import main
 main()
 """
