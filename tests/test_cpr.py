@@ -19,6 +19,7 @@ from cprd import cpr
 from cprd.errors import InvalidInput, LimitExceeded, Timeout, Unavailable
 from cprd.vmstate import SocketChannel, Stream, Tape, drain
 from tests.support.descriptors import inodes, memfds, nothing_leaks_inside, open_fds
+from tests.support.patience import PATIENCE
 
 # Streams captured from Debian's QEMU 10.0.2 and 11.1.3, element by element.
 HEADER = "51435052 00000001"
@@ -455,7 +456,7 @@ def test_a_tape_replays_with_each_descriptor_beside_its_dummy_byte() -> None:
 def test_what_one_side_saves_the_other_finds() -> None:
     with nothing_leaks_inside(), memfds(2) as (ram, rom):
         left, right = socket.socketpair()
-        right.settimeout(20)
+        right.settimeout(PATIENCE)
         cpr.save_fd("ram0", 0, ram)
         cpr.save_fd("dev/rom", 3, rom)
         cpr.state_save(left)

@@ -16,7 +16,7 @@ from cprd.protocol.messages import REQUESTS
 from cprd.protocol.registry import TRANSITIONS
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
-from tests.support.patience import until
+from tests.support.patience import PATIENCE, until
 
 
 def test_the_table_of_transitions_is_the_one_in_the_code() -> None:
@@ -77,15 +77,15 @@ def test_the_server_of_the_readme_keeps_its_clients(daemon: DaemonProcess, tmp_p
 
     def reached() -> bool:
         with contextlib.suppress(OSError):
-            clients.append(socket.create_connection(("127.0.0.1", port), timeout=20))
+            clients.append(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE))
         return bool(clients)
 
     server = subprocess.Popen([sys.executable, str(script)], env=env)
     try:
         until(reached, lambda: "no server")
-        clients.append(socket.create_connection(("127.0.0.1", port), timeout=20))
+        clients.append(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE))
         for _ in range(5):
-            with socket.create_connection(("127.0.0.1", port), timeout=20) as rude:
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as rude:
                 rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 rude.sendall(b"and off")  # close() resets: others must not notice
         for count in range(1, 4):
@@ -96,13 +96,13 @@ def test_the_server_of_the_readme_keeps_its_clients(daemon: DaemonProcess, tmp_p
                 assert client.recv(100) == b"%d: from %d" % (count, number)
             if count == 2:
                 server.send_signal(signal.SIGTERM)
-                assert server.wait(20) == 0
+                assert server.wait(PATIENCE) == 0
                 late = {**env, "CPRD_PAUSE": "confirm:answered"}
                 server = subprocess.Popen([sys.executable, str(script)], env=late)
                 os.waitid(os.P_PID, server.pid, os.WSTOPPED)
                 server.send_signal(signal.SIGTERM)  # with all that was held in its hands alone
                 server.send_signal(signal.SIGCONT)
-                assert server.wait(20) == 0
+                assert server.wait(PATIENCE) == 0
                 server = subprocess.Popen([sys.executable, str(script)], env=env)
                 for number, client in enumerate(clients):
                     assert client.recv(100) == b"2: from %d" % number

@@ -36,7 +36,7 @@ from cprd.protocol import messages
 from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
 from tests.support.eventfds import full_table, of, opened, values
-from tests.support.patience import until
+from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -418,7 +418,7 @@ def say(client: cprd.Daemon, verb: str, message: dict[str, Any], fds: list[int])
     """A request that no client library would make. Raises what cprd answers."""
     with socket.socket(fileno=os.dup(client.fileno())) as sock:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-        sock.settimeout(20)
+        sock.settimeout(PATIENCE)
         sock.sendmsg([messages.encode({"verb": verb, **message})], rights)
         return messages.read_answer(sock.recv(messages.MAX_ANSWER))
 
@@ -546,12 +546,12 @@ def asleep_in_a_page(use: Callable[[int], object]) -> Iterator[None]:
         fcntl.ioctl(fd, 0xC020AA00, registered)  # UFFDIO_REGISTER, missing pages
         thread = threading.Thread(target=use, args=(page,), daemon=True)
         thread.start()
-        assert select.select([fd], [], [], 20)[0], "it does not sleep in the page"
+        assert select.select([fd], [], [], PATIENCE)[0], "it does not sleep in the page"
         try:
             yield
         finally:
             fcntl.ioctl(fd, 0xC020AA04, bytearray(struct.pack("QQQq", page, 4096, 0, 0)))  # zeros
-            thread.join(20)
+            thread.join(PATIENCE)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import pytest
 
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
+from tests.support.patience import PATIENCE, patience
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root"),
@@ -27,6 +28,7 @@ pytestmark = [
 SAVE = """
 import os, signal, sys
 import cprd
+from tests.support.patience import PATIENCE, patience
 state = cprd.State()
 state.save_fd("foreign", 0, os.open(sys.argv[1], os.O_RDONLY))
 with cprd.connect() as daemon:
@@ -87,7 +89,7 @@ def said(process: subprocess.Popen[str]) -> str:
 
 def end(process: subprocess.Popen[str]) -> None:
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
 
 
 def test_show_answers_although_the_file_hangs_whoever_closes_it(
@@ -95,8 +97,8 @@ def test_show_answers_although_the_file_hangs_whoever_closes_it(
 ) -> None:
     begun = time.monotonic()
     show = start(daemon, "-m", "cprd.cli", "show", "web", "--json")
-    out, err = show.communicate(timeout=15)  # its end, and that of everyone who has its stdout
-    assert time.monotonic() - begun < 10
+    out, err = show.communicate(timeout=PATIENCE)  # all who have its stdout end
+    assert time.monotonic() - begun < patience(10)
     assert show.returncode == 0, err
     (found,) = json.loads(out)["descriptors"]
     assert found["name"] == "foreign"

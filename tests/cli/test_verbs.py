@@ -21,7 +21,7 @@ import cprd
 from cprd.cli.peek import in_a_child
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
-from tests.support.patience import until
+from tests.support.patience import PATIENCE, patience, until
 
 CPRCTL = [sys.executable, "-m", "cprd.cli"]
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -68,7 +68,7 @@ def cprctl(
         [*prefix, *CPRCTL, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         env=environment(daemon, **extra),
         pass_fds=fds,
         check=False,
@@ -194,7 +194,7 @@ def test_a_table_on_a_terminal_shows_foreign_names_without_obeying_them(
             [*CPRCTL, "show", "web"],
             stdout=follower,
             stderr=subprocess.PIPE,
-            timeout=60,
+            timeout=PATIENCE,
             env=environment(daemon, TERM="xterm", COLUMNS="100"),
             check=False,
         )
@@ -307,7 +307,7 @@ def test_wait_returns_with_the_save_and_gives_up_in_time(daemon: DaemonProcess) 
     refused(cprctl(daemon, "wait", "web", "--timeout", "0.2"), 3, "web")
     waiting = subprocess.Popen([*CPRCTL, "wait", "web"], env=environment(daemon))
     hold(daemon, "web")
-    assert waiting.wait(20) == 0
+    assert waiting.wait(PATIENCE) == 0
     with daemon.connect() as connection, connection.load("web") as claim:
         refused(cprctl(daemon, "wait", "web", "--timeout", "0.2"), 4, "web")
         claim.reject("enough")
@@ -359,7 +359,7 @@ def test_load_waits_as_long_as_told(daemon: DaemonProcess) -> None:
         text=True,
     )
     hold(daemon, "web", 1)
-    assert json.loads(loading.communicate(timeout=30)[0])["fds"] == [1]
+    assert json.loads(loading.communicate(timeout=PATIENCE)[0])["fds"] == [1]
 
 
 def test_of_several_that_wait_each_gets_its_turn(daemon: DaemonProcess) -> None:
@@ -394,7 +394,7 @@ def test_who_was_too_late_waits_on_until_its_time_is_over(daemon: DaemonProcess)
         for _ in range(3)
     ]
     hold(daemon, "web", 1)
-    said = [one.communicate(timeout=30)[1] for one in waiting]
+    said = [one.communicate(timeout=PATIENCE)[1] for one in waiting]
     assert time.monotonic() - begun > 2.5
     assert sorted(one.returncode for one in waiting) == [0, 3, 3]
     assert sum("nothing is held" in text for text in said) == 2, said
@@ -445,7 +445,7 @@ def test_a_closed_standard_stream_costs_nothing(
         env=environment(daemon),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -489,7 +489,7 @@ def test_any_failure_after_the_confirm_gives_everything_back(
         env=environment(daemon),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     refused(done, 1, "did not start.*no such luck.*held again")
@@ -512,7 +512,7 @@ def test_ended_by_a_signal_right_after_the_confirm_it_gives_everything_back(
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
-    said = process.communicate(timeout=30)[1]
+    said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == -number
     assert re.search(rf"did not start \({number.name}\); web is held again", said), said
     assert row(daemon, "web")["generation"] > generation
@@ -526,7 +526,7 @@ def test_an_ignored_sigchld_is_no_hindrance(daemon: DaemonProcess) -> None:
             env=environment(daemon),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
             check=False,
             preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
         )
@@ -603,7 +603,7 @@ assert len(os.listdir("/proc/self/fd")) == before
         subprocess.run(
             [sys.executable, "-c", code.replace("{seed}", str(seed))],
             check=True,
-            timeout=30,
+            timeout=PATIENCE,
             env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
         )
 
@@ -614,7 +614,7 @@ def test_load_imports_nothing_that_it_does_not_need(daemon: DaemonProcess) -> No
         capture_output=True,
         text=True,
         env=environment(daemon),
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 3
@@ -664,8 +664,8 @@ class Service:
 
 
 def asks(port: int) -> int:
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
-        sock.settimeout(20)
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
+        sock.settimeout(PATIENCE)
         return int(sock.recv(100))
 
 
@@ -685,10 +685,10 @@ def test_a_service_that_crashes_again_and_again_keeps_its_listener(daemon: Daemo
     assert (held["phase"], held["fds"]) == ("held", 1)
     for _ in range(3):
         first.kill()
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as early:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as early:
             # Nobody runs, and yet it connects: it waits in the held listener.
             second = Service(daemon, address)
-            early.settimeout(20)
+            early.settimeout(PATIENCE)
             assert int(early.recv(100)) == second.process.pid
         assert second.inode == first.inode
         assert row(daemon, "web")["phase"] == "held"
@@ -739,7 +739,7 @@ def test_another_address_next_time_opens_one_and_closes_one(daemon: DaemonProces
         assert asks(second) == service.process.pid
         with pytest.raises(ConnectionRefusedError):
             asks(first)
-        socket.create_connection(("127.0.0.1", third), timeout=5).close()
+        socket.create_connection(("127.0.0.1", third), timeout=PATIENCE).close()
     finally:
         said = service.kill()
     assert "not asked for" in said
@@ -853,7 +853,7 @@ def test_a_look_that_hangs_only_at_its_end_holds_nobody_up() -> None:
     before = children()
     begun = time.monotonic()
     assert in_a_child(look) == {"seen": True}
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < patience(5)
     assert children() <= before  # none is left to us, not even as a zombie
 
 
@@ -879,7 +879,7 @@ def test_the_reader_of_a_pipe_that_leaves_early_is_no_error_message(daemon: Daem
         env=environment(daemon),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.stdout.count("\n") == 1

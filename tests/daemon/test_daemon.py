@@ -18,7 +18,7 @@ import cprd
 from cprd.daemon import command
 from cprd.daemon import config as configuration
 from tests.support.checkout import CHECKOUT
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import DaemonProcess, answers
 from tests.support.goods import goods, state_of
 from tests.support.patience import PATIENCE, until
 
@@ -33,7 +33,7 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         env={**kept, "PYTHONPATH": str(CHECKOUT), **env},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -53,7 +53,7 @@ def test_what_waits_ends_with_the_daemon(daemon: DaemonProcess) -> None:
     with daemon.connect() as connection:
         connection.status()
         daemon.process.send_signal(signal.SIGINT)
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(PATIENCE) == 0
         daemon.await_log("stopping signal=SIGINT")
 
 
@@ -231,7 +231,7 @@ def test_it_accepts_again_when_descriptors_are_free_again(
     try:
         for _ in range(100):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            sock.settimeout(10)
+            sock.settimeout(PATIENCE)
             sock.connect(daemon.path)
             socks.append(sock)
     finally:
@@ -272,7 +272,7 @@ def test_a_log_that_has_gone_costs_nothing(tmp_path: Path, closed: str) -> None:
     assert process.stderr is not None
     process.stderr.close()
     try:
-        until(lambda: os.path.exists(path), lambda: "no socket")
+        until(lambda: answers(path), lambda: "no cprd")
         with cprd.connect(path) as connection:
             connection.save("web", cprd.State())
 

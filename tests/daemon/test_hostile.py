@@ -5,11 +5,14 @@ While they are at it, a process of its own keeps asking, and says how long it wa
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import os
 import select
 import signal
 import socket
+import termios
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,12 +27,11 @@ from cprd.protocol import messages
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 from tests.support.goods import state_of, tcp_pair
-from tests.support.patience import rest, until
-from tests.support.processes import await_quiet
+from tests.support.patience import PATIENCE, patience, rest, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
-PROMPT = 0.25  # s within which everybody else is answered
+PROMPT = patience(0.25)  # s within which everybody else is answered
 
 
 def asks(line: Line, path: str) -> None:
@@ -66,7 +68,7 @@ def nobody_else_waits(daemon: DaemonProcess) -> Iterator[None]:
 
 def silent(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(20)
+    sock.settimeout(PATIENCE)
     sock.connect(path)
     return sock
 
@@ -197,7 +199,7 @@ def test_the_mute_and_those_that_do_not_read_are_cut_off(daemon: DaemonProcess) 
             refused = answer(slow)
             assert refused is not None
             assert refused["error"] == "ProtocolError"
-            assert time.monotonic() - begin < 2
+            assert time.monotonic() - begin < patience(2)
             assert answer(mute) is None
             waited = time.monotonic() - begin
             assert messages.FIRST_BYTE - 0.5 < waited < messages.FIRST_BYTE + 2
@@ -321,12 +323,29 @@ def test_files_that_block_on_close_block_nobody(daemon: DaemonProcess) -> None:
             until(lambda: not connection.status()["closing"], lambda: "blocked still")
 
 
-def answers_that_fit(daemon: DaemonProcess, request: bytes) -> int:
+def await_standstill(sock: socket.socket, connection: cprd.Daemon) -> None:
+    """Wait until cprd reads no more of `sock`: while three others were answered, not a byte."""
+
+    def unread() -> int:
+        left = array.array("i", [0])
+        fcntl.ioctl(sock, termios.TIOCOUTQ, left)
+        return left[0]
+
+    def stands() -> bool:
+        before = unread()
+        for _ in range(3):
+            connection.status()
+        return unread() == before
+
+    until(stands, lambda: f"{unread()} bytes are unread")
+
+
+def answers_that_fit(daemon: DaemonProcess, connection: cprd.Daemon, request: bytes) -> int:
     """How many answers a client can leave unread before cprd has to wait for it."""
     with raw(daemon.path) as sock:
         for _ in range(300):
             sock.send(request)
-        await_quiet(daemon.pid)
+        await_standstill(sock, connection)
         os.kill(daemon.pid, signal.SIGSTOP)
         count = 0
         sock.settimeout(0)
@@ -350,14 +369,14 @@ def test_a_hold_that_ends_while_its_answer_is_not_read_blocks_nobody(
         connection = stack.enter_context(daemon.connect())
         connection.save("small", state_of("", [], []))
         connection.save("x", state_of("", [], [ours.fileno()]))
-        fit = answers_that_fit(daemon, small)
+        fit = answers_that_fit(daemon, connection, small)
         assert 10 < fit < 300
         with raw(daemon.path) as sock:
             for _ in range(fit):
                 sock.send(small)
             show = {"verb": "show", "name": "x"}
             sock.send(packed(**(show if verb == "show" else {**LOAD, "lease": 60})))
-            await_quiet(daemon.pid)
+            await_standstill(sock, connection)
             connection.drop("x", force=True)
             os.close(ours.detach())
         until(lambda: connection.status()["closing"], lambda: "nothing blocks")
@@ -377,7 +396,7 @@ def test_a_uid_whose_files_block_is_not_served_further(daemon: DaemonProcess) ->
         before = daemon.fds()
         fds = nulls(253)
         refused = 0
-        sock.settimeout(1.0)
+        sock.settimeout(patience(1.0))
         for _ in range(200):
             try:
                 send(sock, packed(verb="status"), fds, 0)

@@ -13,11 +13,12 @@ from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
 from tests.support.goods import state_of, tcp_pair
 from tests.support.memory import Memory
+from tests.support.patience import patience
 from tests.support.processes import await_quiet
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
-SOON = 1.0  # s
+SOON = patience(1.0)  # s
 MIB = 1 << 20
 
 

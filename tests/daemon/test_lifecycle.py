@@ -20,12 +20,12 @@ from tests.support.checkout import open_to_all
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 from tests.support.goods import goods, state_of
-from tests.support.patience import rest, until
+from tests.support.patience import PATIENCE, patience, rest, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes other uids: wants root")
 
-PROMPT = 1.0  # s in which what waits must have woken up; without a busy machine it takes 1 ms
+PROMPT = patience(1.0)  # s in which what waits must have woken up; it takes 1 ms
 
 
 def empty() -> cprd.State:
@@ -293,7 +293,7 @@ def test_a_wait_that_runs_out_says_what_a_load_would_say(daemon: DaemonProcess) 
 def raw(path: str) -> socket.socket:
     """A connection that has said hello."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(20)
+    sock.settimeout(PATIENCE)
     sock.connect(path)
     sock.send(next(verbs.hello()).data)
     messages.read_answer(sock.recv(65536))

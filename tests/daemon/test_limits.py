@@ -21,7 +21,7 @@ from cprd.linux.rights import close_all
 from cprd.protocol import messages
 from tests.support.daemon import DaemonProcess
 from tests.support.eventfds import full_table, of, opened, values
-from tests.support.patience import until
+from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -478,7 +478,7 @@ def test_descriptors_that_come_where_none_belong_are_closed(
             with socket.socket(fileno=os.dup(other.fileno())) as sock:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
                 sock.sendmsg([messages.encode(fields)], rights)
-                sock.settimeout(20)
+                sock.settimeout(PATIENCE)
                 with pytest.raises(ProtocolError, match=r"wants no descriptors|unknown verb"):
                     messages.read_answer(sock.recv(messages.MAX_ANSWER))
             close_all(fds)

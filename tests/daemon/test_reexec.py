@@ -398,7 +398,7 @@ def socket_wait(fd: int) -> bool:
 
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(1000))
+    return bool(poll.poll(patience(1) * 1000))
 
 
 def test_its_socket_is_never_away(daemon: DaemonProcess) -> None:

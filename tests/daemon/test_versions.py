@@ -22,7 +22,7 @@ import cprd
 from cprd.bundle import layout
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
-from tests.support.patience import PATIENCE
+from tests.support.patience import PATIENCE, patience
 
 PROGRAM = """
 import os, sys
@@ -140,7 +140,7 @@ def test_dropped_by_force_it_is_gone_and_let_go_of(daemon: Versioned) -> None:
         connection.drop("new", force=True)
         poll = select.poll()
         poll.register(reading, select.POLLIN)
-        assert poll.poll(1000)
+        assert poll.poll(patience(1) * 1000)
         os.close(reading)
         with pytest.raises(cprd.NotHeld):
             connection.load("new")
@@ -232,7 +232,7 @@ def test_of_a_newer_shelf_with_newer_slots_all_is_listed_and_can_be_dropped(
         connection.drop("unwanted", force=True)
         poll = select.poll()
         poll.register(reading, select.POLLIN)
-        assert poll.poll(1000)
+        assert poll.poll(patience(1) * 1000)
         os.close(reading)
         daemon.become()
         assert phases(connection) == {"new": "unreadable", "old": "held"}

@@ -23,6 +23,7 @@ from cprd.demo.server import LINE, Tally
 from cprd.demo.timeline import Report, Restart, ceiling, longest_silence, rates, round_up
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
+from tests.support.patience import PATIENCE
 
 NO, NO3 = (False, False), (False, True, True)
 
@@ -64,7 +65,7 @@ def test_restarts_and_a_killed_successor_lose_nothing(place: Path) -> None:
         *("--connections", "60", "--restarts", "3", "--seconds", "4", "--svg", str(picture)),
         CPRD_SOCKET=str(place / "not-to-be-used.sock"),
     )
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out + err
     rows = dict(re.findall(r"^ (\S.*?)  +(\S.*?) *$", out, re.MULTILINE))
     assert rows["restarts"].startswith("3, in number 2 the first successor was killed")
@@ -88,7 +89,7 @@ def test_the_demo_ended_half_way_leaves_no_process_behind(
     pids = [os.pidfd_open(pid) for pid in children(process.pid)]
     assert len(pids) == 2, "cprd and the server"
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     for pidfd in pids:
         gone(pidfd)
@@ -110,7 +111,7 @@ def test_a_server_that_dies_without_a_word_is_no_success(place: Path) -> None:
         if b"cprd.demo.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
     os.kill(server, signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert err.startswith("cprctl: ")
     assert err.count("\n") == 1
@@ -123,23 +124,23 @@ def test_a_server_ended_right_after_its_load_saves_what_it_took(daemon: DaemonPr
     first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None
     ready = next(line for line in first.stdout if line.startswith("ready "))
-    with socket.create_connection(("127.0.0.1", int(ready.split()[1])), timeout=20) as client:
+    with socket.create_connection(("127.0.0.1", int(ready.split()[1])), timeout=PATIENCE) as client:
         client.sendall(b"5\n")
         assert client.recv(100) == b"1 5\n"
         first.terminate()
-        first.communicate(timeout=20)
+        first.communicate(timeout=PATIENCE)
         paused = {**env, "CPRD_PAUSE": "confirm:answered"}
         second = subprocess.Popen(command, env=paused, stdout=subprocess.PIPE)
         os.waitid(os.P_PID, second.pid, os.WSTOPPED)
         second.send_signal(signal.SIGTERM)
         second.send_signal(signal.SIGCONT)
-        second.communicate(timeout=20)
+        second.communicate(timeout=PATIENCE)
         assert second.returncode == 0
         third = subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
         client.sendall(b"6\n")
         assert client.recv(100) == b"2 11\n"
         third.terminate()
-        third.communicate(timeout=20)
+        third.communicate(timeout=PATIENCE)
 
 
 def test_the_server_as_a_command_says_what_is_wrong(daemon: DaemonProcess) -> None:
@@ -205,7 +206,7 @@ def children(pid: int) -> list[int]:
 def gone(pidfd: int) -> None:
     import select
 
-    assert select.select([pidfd], [], [], 10)[0], "a child of the demo outlives it"
+    assert select.select([pidfd], [], [], PATIENCE)[0], "a child of the demo outlives it"
 
 
 def test_a_hard_limit_too_low_is_named_before_anything_starts(place: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_hard_limit_too_low_is_named_before_anything_starts(place: Path) -> No
         env={**os.environ, "PYTHONPATH": str(CHECKOUT), "TMPDIR": str(place)},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 1

@@ -18,7 +18,7 @@ import pytest
 from cprd.keep import entries
 from tests.support.checkout import CHECKOUT
 from tests.support.descriptors import open_fds
-from tests.support.patience import rest, until
+from tests.support.patience import PATIENCE, rest, until
 
 from .keeping import children
 from .parent import Toy, await_state
@@ -226,7 +226,7 @@ def test_each_failed_start_is_waited_for_longer(toy: Toy) -> None:
 
 def test_a_first_start_that_fails_ends_the_parent_with_the_same_status(make: Make) -> None:
     toy = make(child="import sys; sys.exit(7)")
-    assert toy.process.wait(20) == 7
+    assert toy.process.wait(PATIENCE) == 7
     assert "never ready" in toy.said().splitlines()[-1]
 
 
@@ -327,7 +327,7 @@ def test_a_newer_parent_that_does_not_work_is_refused(make: Make, tmp_path: Path
 def test_a_manager_above_is_told(make: Make, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as above:
         above.bind(str(tmp_path / "above"))
-        above.settimeout(20)
+        above.settimeout(PATIENCE)
         heard: list[str] = []
 
         def await_message(text: str) -> None:
@@ -346,7 +346,7 @@ def test_a_manager_above_is_told(make: Make, tmp_path: Path) -> None:
         assert toy.restarted() == ["cprd.socket", "x"]
         toy.process.send_signal(signal.SIGTERM)
         await_message("STOPPING=1")
-        assert toy.process.wait(20) == 0
+        assert toy.process.wait(PATIENCE) == 0
         assert not [message for message in heard if "FDSTORE" in message or "BARRIER" in message]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from cprd.linux.describe import describe, printable, size
+from tests.support.patience import PATIENCE
 
 ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -64,7 +65,7 @@ def test_a_pending_socket_error_is_not_eaten() -> None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         client.close()  # a reset
         with server:
-            assert select.select([server], [], [], 5)[0]
+            assert select.select([server], [], [], PATIENCE)[0]
             describe(server.fileno())
             with pytest.raises(ConnectionResetError):
                 server.recv(1)

@@ -187,6 +187,15 @@ class DaemonProcess:
         return not unread[0]
 
 
+def answers(path: str) -> bool:
+    """Whether a cprd answers there."""
+    try:
+        cprd.connect(path).close()
+    except cprd.Unavailable:
+        return False
+    return True
+
+
 class Shared:
     """One cprd for many tests, one after the other. Each finds it as it was after its start; where
     a test leaves it otherwise, the next one gets a new one."""

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 
 import cprd
+from tests.support.patience import PATIENCE
 
 
 class Goods:
@@ -49,7 +50,7 @@ class Goods:
             byte = bytes([number + 1])
             theirs.sendall(byte)
             with socket.socket(fileno=os.dup(state.find_fd("connection", number))) as ours:
-                ours.settimeout(5)
+                ours.settimeout(PATIENCE)
                 assert ours.recv(1) == byte
                 ours.sendall(b"!")
             assert theirs.recv(1) == b"!"
@@ -94,5 +95,5 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
         one = socket.create_connection(listener.getsockname())
         other, _ = listener.accept()
     for end in (one, other):
-        end.settimeout(10)
+        end.settimeout(PATIENCE)
     return one, other

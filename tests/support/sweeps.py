@@ -15,6 +15,7 @@ import tempfile
 import cprd
 from cprd.protocol.registry import CLAIMED, HELD, IN_DOUBT, PREPARED
 from tests.support.keeping import Kept, Task, Thing, things
+from tests.support.patience import PATIENCE
 
 GONE = ""
 
@@ -357,7 +358,7 @@ with cprd.connect() as daemon:
         assert all(row["name"] != name for row in daemon.list()), "confirmed, and there again"
         poll = select.poll()
         poll.register(reading, select.POLLIN)
-        assert poll.poll(1000), "confirmed, and still held 1 s later"
+        assert poll.poll(patience(1) * 1000), "confirmed, and still held"
         os.close(reading)
         print(".", end="", flush=True)
 """
@@ -390,7 +391,7 @@ class Stream:
         wanted = self.rounds + rounds
         while self.rounds < wanted:
             self.look()
-            assert select.select([self.dots], [], [], 60)[0], "no round in 60 s"
+            assert select.select([self.dots], [], [], PATIENCE)[0], "no round"
             self.rounds += len(os.read(self.dots, 4096))
         self.look()
 

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import IO
 
 from tests.support.checkout import CHECKOUT
+from tests.support.patience import PATIENCE
 
 from . import boot
 
 BOOT = Path(__file__).with_name("boot.py")
 TREE = os.environ.get("CPRD_SYSTEMD_TREE", "/")
 OWN = "/run/boot"
+LONG = 2 * PATIENCE
 LAUNCHERS = {
     "test-python": "",
     "cprd": "-m cprd.daemon.command",
@@ -137,7 +139,7 @@ class Machine:
             child.send_signal(number)
 
     def attempt(
-        self, *command: str | Path, user: str | None = None, timeout: float = 60
+        self, *command: str | Path, user: str | None = None, timeout: float = LONG
     ) -> tuple[int, str]:
         """Run a command; its exit status, and what it said on both streams."""
         child = self.popen(*command, user=user, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -152,7 +154,7 @@ class Machine:
             ) from None
         return child.returncode, words.decode(errors="replace")
 
-    def run(self, *command: str | Path, user: str | None = None, timeout: float = 60) -> str:
+    def run(self, *command: str | Path, user: str | None = None, timeout: float = LONG) -> str:
         """Run a command that must succeed; what it said on both streams."""
         status, words = self.attempt(*command, user=user, timeout=timeout)
         if status != 0:
@@ -162,7 +164,7 @@ class Machine:
             )
         return words
 
-    def systemctl(self, *arguments: str, timeout: float = 60) -> str:
+    def systemctl(self, *arguments: str, timeout: float = LONG) -> str:
         return self.run("systemctl", *arguments, timeout=timeout)
 
     def show(self, unit: str, name: str) -> str:
@@ -208,7 +210,7 @@ class Machine:
         self.attempt("journalctl", "--sync")  # a crashed unit's last lines may be on their way
         return self.attempt("journalctl", "--quiet", "-o", "cat", "--no-pager", *which)[1]
 
-    def await_journal(self, pattern: str, unit: str | None = None, timeout: float = 30) -> str:
+    def await_journal(self, pattern: str, unit: str | None = None, timeout: float = LONG) -> str:
         """The first line since boot that matches, once it is there, or MachineError."""
         which = [] if unit is None else ["-u", unit]
         child = self.popen(
@@ -230,7 +232,7 @@ class Machine:
 
     # The end
 
-    def poweroff(self, how: str = "poweroff", timeout: float = 60) -> None:
+    def poweroff(self, how: str = "poweroff", timeout: float = LONG) -> None:
         """`systemctl poweroff` (or reboot), until PID 1 is gone. Only close() is left after it."""
         end = os.pidfd_open(self.pid)
         try:

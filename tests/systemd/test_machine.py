@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkout import CHECKOUT
+from tests.support.patience import PATIENCE
 
 from . import boot
 from .machine import BOOT, Machine, MachineError
@@ -33,6 +34,7 @@ else:
     print("stored", flush=True)
 systemd.drive(manager.tell(systemd.ready("here")), 10)
 import signal
+from tests.support.patience import PATIENCE
 signal.pause()
 """
 
@@ -163,7 +165,7 @@ def test_a_killed_holder_takes_every_process_along_and_the_next_run_sweeps(
     init = os.pidfd_open(machine.pid)
     machine.holder.kill()
     machine.close()
-    assert select.select([init], [], [], 10)[0]
+    assert select.select([init], [], [], PATIENCE)[0]
     os.close(init)
     # The cgroup may go on being busy for a moment after PID 1's end: until a run finds it empty.
     for _ in range(20):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.qemu.machine import QEMU
-from tests.support.patience import rest
+from tests.support.patience import PATIENCE, rest
 
 from .machine import Machine
 from .vm import Guest, install_cprd, needs_qemu, processes, unit_line
@@ -165,7 +165,7 @@ def kill_cprd_during(verb: str, guest: Guest, after: float) -> None:
     job = guest.systemd.popen("systemctl", verb, guest.unit)
     rest(after)  # for any moment will do (those that matter are in the sweeps of both sides)
     os.kill(pid, signal.SIGKILL)
-    assert job.wait(60) == 0, f"killed after {after} s: {guest.systemd.journal()}"
+    assert job.wait(3 * PATIENCE) == 0, f"killed after {after} s: {guest.systemd.journal()}"
     guest.runs_in_the_unit()
     assert guest.phases() == {}
 
