@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ import pytest
 from tests.support.checkout import CHECKOUT
 from tests.support.patience import PATIENCE
 
-from . import boot
 from .machine import BOOT, Machine, MachineError
 
 KEEPER = """
@@ -53,10 +53,18 @@ def inside(machine: Machine) -> list[int]:
     return found
 
 
-def cgroups() -> set[str]:
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the names begin with of all that runs of boot.py make in this test, and no others."""
+    text = f"cprd-boot-{os.getpid()}."
+    monkeypatch.setenv("CPRD_BOOT_MARK", text)
+    return text
+
+
+def cgroups(mark: str) -> set[str]:
     """Every cgroup that a run of boot.py made, seen through a mount of its own."""
     listing = (
-        "set -e; mount -t cgroup2 cgroup2 /mnt; cd /mnt; find . -type d -name 'cprd-boot.*' -prune"
+        f"set -e; mount -t cgroup2 cgroup2 /mnt; cd /mnt; find . -type d -name '{mark}*' -prune"
     )
     enter = "import os, sys; from tests.systemd import boot; boot.own_mounts(); "
     enter += "os.execvp('sh', ['sh', '-c', sys.argv[1]])"
@@ -70,11 +78,11 @@ def cgroups() -> set[str]:
     return set(done.stdout.split())
 
 
-def leftovers() -> set[str]:
+def leftovers(mark: str) -> set[str]:
     """What runs of boot.py have in the file systems that everybody sees."""
-    temporary = {str(path) for path in Path("/tmp").glob(boot.MARK + "*")}
+    temporary = {str(path) for path in Path(tempfile.gettempdir()).glob(mark + "*")}
     mounts = Path("/proc/self/mounts").read_text().splitlines()
-    return temporary | cgroups() | {line for line in mounts if boot.MARK in line}
+    return temporary | cgroups(mark) | {line for line in mounts if mark in line}
 
 
 def test_a_unit_runs_and_its_words_are_in_the_journal(systemd: Machine) -> None:
@@ -143,24 +151,22 @@ def test_a_poweroff_stops_the_units_and_ends_the_machine(systemd: Machine, tmp_p
 
 
 def test_closed_it_leaves_no_process_no_cgroup_and_no_mount(
-    systemd_boots: None, tmp_path: Path
+    systemd_boots: None, tmp_path: Path, mark: str
 ) -> None:
-    before = leftovers()
     machine = Machine(tmp_path)
     machine.unit("sleeper.service", "[Service]\nExecStart=sleep 1000\nKillMode=none\n")
     machine.systemctl("start", "sleeper.service")
     processes = inside(machine)
     assert len(processes) >= 3  # PID 1, the journal, the sleeper
-    assert leftovers() - before
+    assert leftovers(mark)
     machine.close()
     assert not [pid for pid in processes if os.path.exists(f"/proc/{pid}")]
-    assert leftovers() <= before
+    assert not leftovers(mark)
 
 
 def test_a_killed_holder_takes_every_process_along_and_the_next_run_sweeps(
-    systemd_boots: None, tmp_path: Path
+    systemd_boots: None, tmp_path: Path, mark: str
 ) -> None:
-    before = leftovers()
     machine = Machine(tmp_path)
     init = os.pidfd_open(machine.pid)
     machine.holder.kill()
@@ -170,9 +176,9 @@ def test_a_killed_holder_takes_every_process_along_and_the_next_run_sweeps(
     # The cgroup may go on being busy for a moment after PID 1's end: until a run finds it empty.
     for _ in range(20):
         subprocess.run([sys.executable, "-I", BOOT, "--", "true"], check=True)
-        if leftovers() <= before:
+        if not leftovers(mark):
             break
-    assert leftovers() <= before
+    assert not leftovers(mark)
 
 
 def test_boot_runs_one_command_and_hands_back_its_status(systemd_boots: None) -> None:
