@@ -834,8 +834,18 @@ class Interrupt(BaseException):
     """What a signal raises, as KeyboardInterrupt; of ours, so that trio leaves it alone."""
 
 
+HAPPENED = threading.Event()  # the interrupt
+
+
 def _interrupted(*_: Any) -> None:
+    HAPPENED.set()
     raise Interrupt
+
+
+async def _cancel(scope: trio.CancelScope, after: float) -> None:
+    await trio.sleep(after)  # (any moment in which it waits for the answer will do)
+    scope.cancel()
+    HAPPENED.set()
 
 
 async def interrupted(start: Callable[[], Any], after: float = 0.1) -> None:
@@ -843,7 +853,8 @@ async def interrupted(start: Callable[[], Any], after: float = 0.1) -> None:
     signal."""
     doing = start()
     if not isinstance(doing, _Doing):
-        with trio.move_on_after(after) as scope:
+        with trio.CancelScope() as scope:
+            trio.lowlevel.spawn_system_task(_cancel, scope, after)
             await doing
         assert scope.cancel_called
         return
@@ -858,15 +869,22 @@ async def interrupted(start: Callable[[], Any], after: float = 0.1) -> None:
 
 
 @contextmanager
-def asleep(daemon: DaemonProcess, seconds: float = 0.4) -> Iterator[None]:
-    """The daemon hears nothing for so long, and then all of it."""
+def asleep(daemon: DaemonProcess) -> Iterator[None]:
+    """The daemon hears nothing until the interrupt has happened, and then all of it."""
+    HAPPENED.clear()
     os.kill(daemon.pid, signal.SIGSTOP)
-    waker = threading.Timer(seconds, os.kill, (daemon.pid, signal.SIGCONT))
+    waker = threading.Thread(target=wake, args=(daemon,))
     waker.start()
     try:
         yield
     finally:
+        HAPPENED.set()
         waker.join()
+
+
+def wake(daemon: DaemonProcess) -> None:
+    HAPPENED.wait(PATIENCE)
+    os.kill(daemon.pid, signal.SIGCONT)
 
 
 REQUESTS: dict[str, Callable[[Any, Any], Any]] = {
@@ -971,13 +989,13 @@ async def test_a_load_interrupted_after_it_was_done_is_given_back(
     assert phases(daemon) == {"other": "held"}
 
 
-def wake_when_it_stands(daemon: DaemonProcess, seconds: float = 0.6) -> threading.Thread:
-    """Let a daemon that stops at its pause point go on, so long after."""
+def wake_when_it_stands(daemon: DaemonProcess) -> threading.Thread:
+    """Let a daemon that stops at its pause point go on, after the interrupt."""
+    HAPPENED.clear()
 
     def work() -> None:
         os.waitid(os.P_PID, daemon.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        time.sleep(seconds)
-        os.kill(daemon.pid, signal.SIGCONT)
+        wake(daemon)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -993,7 +1011,7 @@ async def test_interrupted_requests_leave_no_connections_behind(
             await client.list()
             before = open_fds()
             for _ in range(20):
-                with asleep(daemon, 0.02):
+                with asleep(daemon):
                     await interrupted(client.list, 0.01)
                 await client.list()
             assert open_fds() <= before + 4  # one that is late now and then, not one each time
@@ -1058,17 +1076,22 @@ def test_a_second_interrupt_ends_the_attempt_to_learn_the_outcome(daemon: Daemon
     with daemon.connect() as client:
         client.save("web", State())
         claim = client.load("web")
-        before = signal.signal(signal.SIGALRM, _interrupted)
+        interrupts = []
+
+        def count(*_: Any) -> None:
+            interrupts.append(1)
+            raise Interrupt
+
+        before = signal.signal(signal.SIGALRM, count)
         try:
-            with asleep(daemon, 1.0):
-                start = time.monotonic()
+            with asleep(daemon):  # to the end of the block: nobody answers
                 signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
                 try:
                     with pytest.raises(Interrupt):
                         claim.confirm()
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
-                assert time.monotonic() - start < 0.9
+                assert len(interrupts) == 2
         finally:
             signal.signal(signal.SIGALRM, before)
         claim.close()
@@ -1225,15 +1248,21 @@ async def test_who_waits_delays_no_other_task(daemon: DaemonProcess) -> None:
         await client.save("web", State())
         await client.save("third", State())
         got: list[str] = []
+        all_there = trio.Event()
+
+        def note(what: str) -> None:
+            got.append(what)
+            if len(got) == 4:
+                all_there.set()
 
         async def wait_for(name: str) -> None:
             async with client.load(name, wait=20.0) as claim:
-                got.append(name)
+                note(name)
                 assert claim.attempts == 1
 
         async def look_out_for(name: str) -> None:
             await client.wait(name, 20.0)
-            got.append("seen " + name)
+            note("seen " + name)
 
         for name in ("a", "b", "c"):
             nursery.start_soon(wait_for, name)
@@ -1251,8 +1280,7 @@ async def test_who_waits_delays_no_other_task(daemon: DaemonProcess) -> None:
         for name in ("c", "a", "b"):
             await client.save(name, State())
         with trio.fail_after(PATIENCE):
-            while len(got) < 4:
-                await trio.sleep(0.01)
+            await all_there.wait()
         assert sorted(got) == ["a", "b", "c", "seen d"]
 
 

@@ -26,7 +26,7 @@ async def connect(load):
         try:
             return await load.connect(7000)
         except OSError:
-            await trio.sleep(0.01)  # the first server does not listen yet
+            await trio.sleep(0.01)  # the first server does not listen yet: nobody says when
 
 async def main():
     load = Load(COUNT, 400, time.monotonic)
@@ -39,7 +39,7 @@ async def main():
             goal, visits = len(load.answers) + COUNT, load.visits
             with trio.fail_after(20):
                 while len(load.answers) < goal or load.visits == visits:
-                    await trio.sleep(0.01)
+                    await trio.sleep(0.01)  # Load says nothing when an answer comes
             tell(load)
         with trio.fail_after(20):
             await load.settle()
