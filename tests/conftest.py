@@ -19,12 +19,8 @@ from typing import Any
 import pytest
 
 from tests.support import checkout, signals
-from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess, Shared
-from tests.support.descriptors import nothing_leaks_inside, open_fds
-from tests.support.patience import PATIENCE, until
-
-__all__ = ["CHECKOUT", "PATIENCE", "DaemonProcess", "open_fds", "until"]
+from tests.support.descriptors import nothing_leaks_inside
 
 CI = os.environ.get("CI") == "true"
 

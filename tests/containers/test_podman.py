@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 import cprd
-from tests.conftest import CHECKOUT, until
 from tests.keep.keeping import children
+from tests.support.checkout import CHECKOUT
+from tests.support.patience import until
 
 from .test_namespaces import LOAD, SAVE
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import DaemonProcess
 from tests.qemu.machine import QEMU, Machine
+from tests.support.daemon import DaemonProcess
 
 MakeMachine = Callable[..., Machine]
 

@@ -7,17 +7,16 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cprd.qemu.monitor import Monitor
 from tests.qemu.guest import boot_sector
+from tests.support.checkout import CHECKOUT
+from tests.support.patience import PATIENCE, rest, until
 
 QEMU = os.environ.get("CPRD_TEST_QEMU", "qemu-system-x86_64")
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
-PATIENCE = 20.0
 T = TypeVar("T")
 
 _LINE = re.compile(r"([0-9A-F]{8}) ([0-9A-F]{8})( DIFF)?([WE])?")
@@ -167,16 +166,11 @@ class Machine:
     def stands(self, seconds: float) -> None:
         """The guest does not count for so long."""
         before = self.ticks()
-        time.sleep(seconds)  # nothing to wait for: this is about what does not happen
+        rest(seconds)  # nothing to wait for: this is about what does not happen
         assert self.ticks() == before
 
     def until(self, true: Callable[[], object], what: str) -> None:
-        end = time.monotonic() + PATIENCE
-        while not true():
-            assert time.monotonic() < end, (
-                f"never {what}; tick {self.ticks()}; {self.said()[-2000:]}"
-            )
-            time.sleep(0.01)
+        until(true, lambda: f"never {what}; tick {self.ticks()}; {self.said()[-2000:]}")
 
     # Its QEMUs
 

@@ -9,7 +9,8 @@ import signal
 import subprocess
 from typing import Any
 
-from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.machine import Machine
+from tests.support.patience import PATIENCE
 
 
 def rows(vm: Machine) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ import ctypes
 import os
 import signal
 import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 
-PATIENCE = 30.0
+from tests.support.patience import PATIENCE, until
+
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -36,17 +36,21 @@ def points(log: Path) -> list[str]:
 
 def kill_where_it_stops(process: subprocess.Popen[bytes]) -> int:
     """Wait until `process` or one of its orphans stops itself; SIGKILL. The pid that was killed."""
-    end = time.monotonic() + PATIENCE
-    over = False
-    while time.monotonic() < end and not over:
+    found: list[int] = []
+
+    def stops() -> bool:
         over = process.poll() not in (None, 0)
         stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG)
         if stopped is not None and stopped.si_status == signal.SIGSTOP:
-            os.kill(stopped.si_pid, signal.SIGKILL)
-            if stopped.si_pid != process.pid:
-                os.waitid(os.P_PID, stopped.si_pid, os.WEXITED)
-            else:
-                process.wait(PATIENCE)
-            return stopped.si_pid
-        time.sleep(0.002)
-    raise AssertionError(f"nothing stopped; the command is {process.poll()}")
+            found.append(stopped.si_pid)
+        assert found or not over, f"nothing stopped; the command is {process.poll()}"
+        return bool(found)
+
+    until(stops, lambda: "nothing stopped")
+    (pid,) = found
+    os.kill(pid, signal.SIGKILL)
+    if pid != process.pid:
+        os.waitid(os.P_PID, pid, os.WEXITED)
+    else:
+        process.wait(PATIENCE)
+    return pid

@@ -10,9 +10,10 @@ import pytest
 
 from tests.qemu import guest
 from tests.qemu.conftest import MakeMachine
-from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.machine import Machine
 from tests.qemu.steps import kill, rows
 from tests.qemu.sweep import adopt_orphans
+from tests.support.patience import PATIENCE
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.qemu.conftest import MakeMachine
-from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.machine import Machine
+from tests.support.patience import PATIENCE
 
 Words = list[str]
 Edit = Callable[[Words], Words]

@@ -10,7 +10,6 @@ import socket
 import struct
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,8 @@ from cprd.errors import LimitExceeded
 from cprd.qemu import stream
 from cprd.qemu.monitor import Monitor
 from cprd.vmstate import SocketChannel, Tape
-from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.machine import Machine
+from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -116,18 +116,14 @@ class Transfer:
             sock.sendall(main)
 
     def _connect(self, name: str, process: subprocess.Popen[bytes]) -> socket.socket:
-        end = time.monotonic() + PATIENCE
-        while True:
-            sock = socket.socket(socket.AF_UNIX)
-            try:
-                sock.connect(self.path(name))
-            except (FileNotFoundError, ConnectionRefusedError):
-                sock.close()
-                assert process.poll() is None, self.vm.said()
-                assert time.monotonic() < end, f"no QEMU listens at {name}"
-                time.sleep(0.005)
-            else:
-                return sock
+        sock = socket.socket(socket.AF_UNIX)
+
+        def listens() -> bool:
+            assert process.poll() is None, self.vm.said()
+            return sock.connect_ex(self.path(name)) == 0
+
+        until(listens, lambda: f"no QEMU at {name}")
+        return sock
 
     def close(self) -> None:
         self._stack.close()

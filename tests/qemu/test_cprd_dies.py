@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import DaemonProcess
-from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.machine import Machine
 from tests.qemu.sweep import points
+from tests.support.daemon import DaemonProcess
+from tests.support.patience import PATIENCE
 
 pytestmark = pytest.mark.full
 

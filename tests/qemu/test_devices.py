@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import DaemonProcess
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
+from tests.support.daemon import DaemonProcess
 
 BIOS = "/usr/share/seabios/bios-256k.bin"
 SLOT = "addr=0x10"

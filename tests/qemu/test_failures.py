@@ -17,10 +17,11 @@ import pytest
 
 import cprd
 from cprd.qemu.command import Command
-from tests.conftest import DaemonProcess
 from tests.qemu.conftest import MakeMachine
-from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.machine import Machine
 from tests.qemu.sweep import adopt_orphans, kill_where_it_stops
+from tests.support.daemon import DaemonProcess
+from tests.support.patience import PATIENCE
 
 
 def rows(vm: Machine) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.linux import FIRST_SECTOR, SECTORS, Linux, Missing, fetch
 from tests.qemu.machine import Machine
+from tests.support.patience import patience, until
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
@@ -54,11 +54,12 @@ class Guest:
 
     def goes_on(self, rounds: int = 12, seconds: float = 60.0) -> int:
         goal = self.rounds() + rounds
-        end = time.monotonic() + seconds
-        while (done := self.rounds()) < goal:
-            assert time.monotonic() < end, f"{done} of {goal} rounds: {self.vm.lines()[-20:]}"
-            time.sleep(0.05)
-        return done
+        until(
+            lambda: self.rounds() >= goal,
+            lambda: f"{self.rounds()} of {goal} rounds: {self.vm.lines()[-20:]}",
+            patience(seconds),
+        )
+        return self.rounds()
 
     def wrote_everything(self, place: Path) -> None:
         """With nobody alive: each round that was acknowledged is on the disk and came out of the

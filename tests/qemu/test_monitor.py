@@ -28,7 +28,7 @@ from cprd.qemu.monitor import Monitor, event_is
 from cprd.qemu.process import Process
 from cprd.qemu.sockets import PrivateDirectory
 from cprd.qemu.source import Source
-from tests.conftest import PATIENCE, until
+from tests.support.patience import PATIENCE, until
 
 GREETING = b'{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}}}}\r\n'
 SHORT = 0.2  # s, for what never comes

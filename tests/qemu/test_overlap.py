@@ -17,9 +17,10 @@ from cprd.linux.processes import credentials
 from cprd.qemu.process import Process
 from cprd.qemu.sockets import MARK, PrivateDirectory, SharedPaths, mend
 from tests.qemu.conftest import MakeMachine
-from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.machine import Machine
 from tests.qemu.sweep import adopt_orphans
 from tests.qemu.test_failures import popen, rows
+from tests.support.patience import PATIENCE
 
 
 @pytest.fixture

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.conftest import DaemonProcess
 from tests.qemu.machine import Machine
 from tests.qemu.steps import Standing, kill, rows, words
+from tests.support.daemon import DaemonProcess
+from tests.support.patience import rest
 
 
 @pytest.mark.parametrize("step", ["main", "prepared", "shut", "completed", "committed"])
@@ -129,9 +129,9 @@ def test_it_has_written_all_while_the_new_one_reads_slowly(
     (new,) = [pid for pid in vm.alive() if pid != old]
     os.kill(new, signal.SIGSTOP)
     standing.let_go()
-    time.sleep(1.0)
+    rest(1.0)  # it writes all that it has, of which nobody is told
     kill(old)
-    time.sleep(0.3)  # for it to be seen before the rest is read
+    rest(0.3)  # that is seen, too, before the rest is read
     os.kill(new, signal.SIGCONT)
     assert standing.end() == (0, "")
     vm.goes_on()

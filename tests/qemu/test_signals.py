@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import DaemonProcess
-from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.machine import Machine
 from tests.qemu.steps import Standing, rows, settings, words
 from tests.qemu.sweep import adopt_orphans
+from tests.support.daemon import DaemonProcess
+from tests.support.patience import PATIENCE
 
 SIGTERM = pytest.param(signal.SIGTERM, marks=pytest.mark.full)  # no different from SIGINT
 

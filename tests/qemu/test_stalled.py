@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.qemu.machine import PATIENCE, QEMU, Machine
+from tests.qemu.machine import QEMU, Machine
 from tests.qemu.sweep import adopt_orphans
 from tests.qemu.test_failures import popen, rows
+from tests.support.patience import PATIENCE, patience, until
 
 TIMEOUT = ("--timeout", "1.5")
 
@@ -40,13 +41,16 @@ def stalling(vm: Machine) -> list[str]:
 
 def stopped() -> int:
     """The pid of the helper that has stopped itself."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        found = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG)
-        if found is not None and found.si_status == signal.SIGSTOP:
-            return found.si_pid
-        time.sleep(0.005)
-    raise AssertionError("nothing stopped")
+    found: list[int] = []
+
+    def stops() -> bool:
+        stop = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG)
+        if stop is not None and stop.si_status == signal.SIGSTOP:
+            found.append(stop.si_pid)
+        return bool(found)
+
+    until(stops, lambda: "nothing stopped")
+    return found[0]
 
 
 def held_and_starts(vm: Machine) -> None:
@@ -61,7 +65,7 @@ def test_start_ends_a_qemu_that_never_listens(vm: Machine) -> None:
     began = time.monotonic()
     process = vm.start(*TIMEOUT, command=stalling(vm))
     assert process.wait(PATIENCE) == -signal.SIGKILL
-    assert 1.0 < time.monotonic() - began < 8.0
+    assert 1.0 < time.monotonic() - began < patience(8.0)
     vm.until(lambda: "held as before" in vm.said(), "the reason")
     assert "1.5 s" in vm.said()
     held_and_starts(vm)

@@ -8,10 +8,10 @@ import subprocess
 
 import pytest
 
-from tests.conftest import DaemonProcess
 from tests.qemu.machine import Machine
 from tests.qemu.steps import Standing, kill, rows, words
-from tests.qemu.test_unprivileged import PATHS, UID, USER, python
+from tests.support.daemon import DaemonProcess
+from tests.support.others import USER, python_and_path
 
 
 def stop(vm: Machine, qmp: str = "", **env: str) -> subprocess.CompletedProcess[str]:
@@ -19,17 +19,14 @@ def stop(vm: Machine, qmp: str = "", **env: str) -> subprocess.CompletedProcess[
     return vm.cprctl("qemu", "stop", vm.name, "--qmp", qmp or vm.qmp, *wait, env=env)
 
 
-@pytest.mark.hardware  # as good as: a clone and a Python that others may read
 def test_its_monitor_is_not_for_us(vm: Machine) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    interpreter = python()
-    if not interpreter:
-        pytest.skip(f"uid {UID} may not run this Python or read this clone")
+    interpreter, path = python_and_path()
     os.chmod(vm.qmp, 0o600)
     done = subprocess.run(
         [*USER, interpreter, "-m", "cprd.cli", "qemu", "stop", vm.name, "--qmp", vm.qmp],
-        env={**vm.env, "PYTHONPATH": PATHS},
+        env={**vm.env, "PYTHONPATH": path},
         cwd="/",
         capture_output=True,
         text=True,

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.machine import Machine
 from tests.qemu.steps import Standing, kill, rows, words
 from tests.qemu.sweep import adopt_orphans, kill_where_it_stops
+from tests.support.patience import PATIENCE
 
 SAID = "ended before its state was whole, and the guest with it"
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKOUT
-from tests.qemu.machine import PATIENCE, Machine
+from tests.qemu.machine import Machine
 from tests.qemu.steps import rows, settings
+from tests.support.checkout import CHECKOUT
+from tests.support.patience import PATIENCE
 
 pytestmark = [
     pytest.mark.full,

@@ -6,24 +6,18 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.qemu.machine import CHECKOUT, PATIENCE, Machine
+from tests.qemu.machine import Machine
 from tests.qemu.test_overlap import listener, second_names
-
-UID = 1000
-USER = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "--inh-caps=-all", "env"]
-"""(env: setpriv itself executes what it is given with root's rights to find it.)"""
-
-PATHS = f"{CHECKOUT}:{sysconfig.get_path('purelib')}"
+from tests.support.daemon import answers
+from tests.support.others import UID, USER, python_and_path
+from tests.support.patience import PATIENCE, until
 
 
 class Users(Machine):
@@ -33,21 +27,6 @@ class Users(Machine):
 
     def argv(self, *words: str) -> list[str]:
         return [*USER, self.python, "-m", "cprd.cli", *words]
-
-
-def python() -> str:
-    """An interpreter which that user may run, with all that we need; "" when there is none."""
-    for found in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
-        words = [
-            *USER,
-            f"PYTHONPATH={PATHS}",
-            found,
-            "-c",
-            "import cprd.daemon.command, cprd.cli",
-        ]
-        if subprocess.run(words, capture_output=True, check=False, cwd="/").returncode == 0:
-            return found
-    return ""
 
 
 @pytest.fixture
@@ -65,12 +44,10 @@ def place() -> Iterator[Path]:
 @pytest.fixture
 def vm(place: Path) -> Iterator[Users]:
     """The user's VM, and the user's cprd."""
-    interpreter = python()
-    if not interpreter:
-        pytest.skip(f"uid {UID} may not run {sys.executable} or read {PATHS}: let it")
+    interpreter, found = python_and_path()
     machine = Users(place, str(place / "run" / "cprd.sock"))
     machine.python = interpreter
-    machine.env |= {"HOME": str(place), "PYTHONPATH": PATHS}
+    machine.env |= {"HOME": str(place), "PYTHONPATH": found}
     (place / "run").mkdir()
     for path in (place, *place.iterdir()):
         os.chown(path, UID, UID)
@@ -78,11 +55,7 @@ def vm(place: Path) -> Iterator[Users]:
     with open(place / "cprd.log", "wb") as log:
         daemon = subprocess.Popen(words, env=machine.env, stdout=log, stderr=log)
     try:
-        end = time.monotonic() + PATIENCE
-        while not Path(machine.daemon).exists():
-            assert daemon.poll() is None, (place / "cprd.log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: answers(machine.daemon), (place / "cprd.log").read_text)
         yield machine
     finally:
         machine.close()
@@ -98,7 +71,6 @@ def uid_of(pid: int) -> int:
     return os.stat(f"/proc/{pid}").st_uid
 
 
-@pytest.mark.hardware  # as good as: a clone and a Python that others may read
 def test_a_guest_outlives_its_qemus_without_any_privilege(vm: Users) -> None:
     vm.start()
     vm.goes_on()
