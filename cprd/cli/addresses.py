@@ -1,172 +1,249 @@
-"""The addresses of `cprctl run --listen`, and which held listener serves which of them.
+"""The argument of `cprctl run --listen`: [NAME=]ADDR[,OPTION...].
 
-[HOST:]PORT is TCP (an IPv6 host in brackets, all addresses when it is left out), tcp:[HOST:]PORT
-the same, udp:[HOST:]PORT UDP, unix:PATH a stream socket (unix:@NAME an abstract one),
-seqpacket:PATH and dgram:PATH its siblings.
+ADDR is [HOST:]PORT or tcp:[HOST:]PORT (an IPv6 host in brackets; without HOST all addresses of both
+families), udp:[HOST:]PORT, unix:PATH (a stream socket; unix:@NAME an abstract one), seqpacket:PATH
+or dgram:PATH. NAME is the descriptor's name in LISTEN_FDNAMES. A comma in a path is written `\\,`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cprd.errors import CprdError, InvalidInput
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    Found = tuple[int, tuple[Any, ...]]  # family, address
+
+KEY = "listener"  # the name of a listener without NAME=
 BACKLOG = 4096  # the kernel caps it at net.core.somaxconn
+RESOLVE = 5.0  # seconds for the name service
 _UNIX = {
     "unix": socket.SOCK_STREAM,
     "seqpacket": socket.SOCK_SEQPACKET,
     "dgram": socket.SOCK_DGRAM,
 }
+_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)=")
 
 
-class Address(NamedTuple):
-    """Where to listen: socket(family, kind) bound to `where`."""
+class Listen(NamedTuple):
+    """One --listen: where to bind, and how."""
 
-    text: str
-    family: int
-    kind: int
-    where: tuple[str, int] | str
+    text: str  # as it was given
+    name: str = KEY
+    id: int = 0  # position among the listeners of this name
+    family: int = socket.AF_INET
+    kind: int = socket.SOCK_STREAM
+    host: str = ""  # numeric once resolved; "" for UNIX
+    port: int = 0
+    scope: int = 0  # interface index of a link-local IPv6 address
+    path: str = ""  # absolute, or "\0..." an abstract name; "" for TCP and UDP
+    both: bool = False  # no HOST: IPv6 and IPv4, where there is IPv6
+    mode: int | None = None
+    owner: tuple[int, int] | None = None  # uid, gid; -1 leaves it
+    backlog: int = BACKLOG
+    reuseport: bool = False
+    v6only: bool = False
+    freebind: bool = False
+    device: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.name, self.id)
+
+    @property
+    def is_file(self) -> bool:
+        return bool(self.path) and not self.path.startswith("\0")
+
+    @property
+    def wildcard(self) -> bool:
+        return self.host in ("::", "0.0.0.0")
 
 
-def parse(text: str) -> Address:
-    """One --listen argument. Raises InvalidInput."""
-    scheme, colon, rest = text.partition(":")
+def parse_all(texts: Sequence[str]) -> list[Listen]:
+    """All --listen arguments in order, each with its key. Raises InvalidInput."""
+    counts: dict[str, int] = {}
+    found: list[Listen] = []
+    for text in texts:
+        listen = parse(text)
+        id = counts.get(listen.name, 0)
+        counts[listen.name] = id + 1
+        found.append(listen._replace(id=id))
+    return found
+
+
+def parse(text: str) -> Listen:
+    """One --listen argument; a host name stays a name. Raises InvalidInput."""
+    named = _NAME.match(text)
+    address, *options = _split(text[named.end() :] if named else text)
+    listen = _address(text, address)
+    if named:
+        listen = listen._replace(name=named.group(1))
+    for option in options:
+        listen = _option(listen, option)
+    return listen
+
+
+def _split(text: str) -> list[str]:
+    """`text` at its commas; `\\,` is a comma."""
+    return [part.replace("\\,", ",") for part in re.split(r"(?<!\\),", text)]
+
+
+def _address(text: str, address: str) -> Listen:
+    scheme, colon, rest = address.partition(":")
     if colon and scheme in _UNIX:
-        path = "\0" + rest[1:] if rest.startswith("@") else rest
-        if not rest or len(os.fsencode(path)) > 107:
-            raise InvalidInput(f"--listen {text}: wants a path of 1 to 107 bytes")
-        return Address(text, socket.AF_UNIX, _UNIX[scheme], path)
+        return Listen(text, family=socket.AF_UNIX, kind=_UNIX[scheme], path=_path(text, rest))
     kind = socket.SOCK_STREAM
     if colon and scheme in ("tcp", "udp"):
         kind = socket.SOCK_DGRAM if scheme == "udp" else socket.SOCK_STREAM
     else:
-        rest = text
-    host, _, port = rest.rpartition(":")
-    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        rest = address
+    host, _, digits = rest.rpartition(":")
+    if not digits.isascii() or not digits.isdigit() or int(digits) > 65535:
         raise InvalidInput(f"--listen {text}: wants [HOST:]PORT, udp:[HOST:]PORT or unix:PATH")
+    listen = Listen(text, kind=kind, port=int(digits))
     if host.startswith("[") and host.endswith("]"):
-        return Address(text, socket.AF_INET6, kind, (host[1:-1], int(port)))
+        return listen._replace(family=socket.AF_INET6, host=host[1:-1])
     if ":" in host:
-        raise InvalidInput(f"--listen {text}: an IPv6 address goes in brackets, [{host}]:{port}")
+        raise InvalidInput(f"--listen {text}: an IPv6 address goes in brackets, [{host}]:{digits}")
     if host in ("", "*"):
-        return Address(text, socket.AF_INET6, kind, ("::", int(port)))
-    return Address(text, socket.AF_INET, kind, (host, int(port)))
+        return listen._replace(family=socket.AF_INET6, host="::", both=True)
+    return listen._replace(host=host)
 
 
-def open_listener(address: Address) -> socket.socket:
-    """A new socket bound (and listening); the caller owns it. Raises CprdError."""
+def _path(text: str, path: str) -> str:
+    """A UNIX path made absolute, or an abstract name with its leading NUL."""
+    if path.startswith("@"):
+        path = "\0" + path[1:]
+        wrong = len(path) == 1
+    else:
+        wrong = not path or path.endswith("/") or "\0" in path
+        if path and ".." in path.split("/"):  # after a symbolic link, not what the text says
+            folder, name = os.path.split(path)
+            path = os.path.join(os.path.realpath(folder), name)
+        path = os.path.abspath(path) if path else path
+    if wrong or len(os.fsencode(path)) > 107:
+        raise InvalidInput(
+            f"--listen {text}: wants the path of a file, 1 to 107 bytes with the directory"
+        )
+    return path
+
+
+def _option(listen: Listen, option: str) -> Listen:
+    name, equals, value = option.partition("=")
+    flags = {"reuseport", "v6only", "freebind"}
+    unix = listen.family == socket.AF_UNIX
+    if name in flags and not equals:
+        if unix or (name == "v6only" and listen.family != socket.AF_INET6):
+            raise InvalidInput(f"--listen {listen.text}: {name} is of no use for this address")
+        fields: dict[str, Any] = {name: True, "both": listen.both and name != "v6only"}
+        return listen._replace(**fields)
+    if name in ("mode", "owner") and not listen.is_file:
+        raise InvalidInput(f"--listen {listen.text}: {name} is for the path of a UNIX socket")
+    if name == "device" and unix:
+        raise InvalidInput(f"--listen {listen.text}: a UNIX socket has no device")
+    readers: dict[str, Callable[[str], Any]] = {
+        "mode": _mode,
+        "owner": _owner,
+        "backlog": _backlog,
+        "device": _device,
+    }
+    if name not in readers or not equals:
+        known = "mode=, owner=, backlog=, reuseport, v6only, freebind, device="
+        raise InvalidInput(
+            f"--listen {listen.text}: {option!r} is no option; options are {known}, and a comma in"
+            " a path is written \\,"
+        )
     try:
-        return _open(address)
-    except OSError as error:
-        raise CprdError(f"cannot listen on {address.text}: {error.strerror or error}") from None
+        fields = {name: readers[name](value)}
+        return listen._replace(**fields)
+    except ValueError as error:
+        raise InvalidInput(f"--listen {listen.text}: {option}: {error}") from None
 
 
-def _open(address: Address) -> socket.socket:
-    family, where = address.family, address.where
-    if where == ("::", address.where[1]) and not _ipv6():
-        family, where = socket.AF_INET, ("0.0.0.0", int(address.where[1]))
-    sock = socket.socket(family, address.kind)
+def _mode(value: str) -> int:
+    if not re.fullmatch("0?[0-7]{3}", value):
+        raise ValueError("wants three octal digits, 660")
+    return int(value, 8)
+
+
+def _backlog(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or int(value) > 0x7FFFFFFF:
+        raise ValueError("wants a number of connections")
+    return int(value)
+
+
+def _device(value: str) -> str:
+    if not 0 < len(os.fsencode(value)) < 16:
+        raise ValueError("wants the name of a network interface")
+    return value
+
+
+def _owner(value: str) -> tuple[int, int]:
+    """USER, USER:GROUP or :GROUP, names or numbers, as chown(1) has it."""
+    import grp
+    import pwd
+
+    user, colon, group = value.partition(":")
+    if not user and not group:
+        raise ValueError("wants USER, USER:GROUP or :GROUP")
     try:
-        if isinstance(where, str):
-            _unlink_dead(where, address.kind)
-        elif address.kind == socket.SOCK_STREAM:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            both = where[0] == "::"
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-        sock.bind(where)
-        if address.kind != socket.SOCK_DGRAM:
-            sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        uid = int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid if user else -1
+        gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid if group else -1
+    except KeyError as error:
+        raise ValueError(str(error.args[0])) from None
+    del colon
+    return uid, gid
 
 
-def _ipv6() -> bool:
+# -- names ---------------------------------------------------------------------------------------
+
+
+def resolve(listen: Listen, *, ipv6: bool, patience: float = RESOLVE) -> Listen:
+    """`listen` with a numeric host. Blocks at most `patience` seconds for the name service.
+
+    `ipv6`: whether there is IPv6 here. Raises CprdError for a name without an address."""
+    if listen.family == socket.AF_UNIX:
+        return listen
+    if listen.both:
+        return listen if ipv6 else listen._replace(family=socket.AF_INET, host="0.0.0.0")
+    found = _address_of(listen, socket.AI_NUMERICHOST | socket.AI_NUMERICSERV)
+    if found is None:
+        if listen.family == socket.AF_INET6:
+            raise InvalidInput(f"--listen {listen.text}: {listen.host} is no IPv6 address")
+        found = _by_name(listen, patience)
+    family, where = found
+    scope = int(where[3]) if family == socket.AF_INET6 else 0
+    return listen._replace(family=family, host=str(where[0]).partition("%")[0], scope=scope)
+
+
+def _address_of(listen: Listen, flags: int) -> Found | None:
+    """The first address of a host, IPv4 preferred for a name; None when there is none."""
+    family = socket.AF_INET6 if listen.family == socket.AF_INET6 else socket.AF_UNSPEC
     try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
+        found = socket.getaddrinfo(listen.host, listen.port, family, listen.kind, 0, flags)
+    except (OSError, UnicodeError):
+        return None
+    found.sort(key=lambda each: each[0] != socket.AF_INET)
+    return found[0][0], found[0][4]
 
 
-def _unlink_dead(path: str, kind: int) -> None:
-    """Remove a socket file that nobody listens on any more; leave anything else alone."""
-    import stat
+def _by_name(listen: Listen, patience: float) -> Found:
+    import threading
 
-    if path.startswith("\0"):
-        return
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return
-        with socket.socket(socket.AF_UNIX, kind) as probe:
-            probe.connect(path)
-    except FileNotFoundError:
-        return
-    except ConnectionRefusedError:
-        os.unlink(path)
-
-
-def serves(fd: int, address: Address) -> bool:
-    """Whether the held socket `fd` (borrowed) is bound where `address` says. Port 0 is any port."""
-    try:
-        sock = socket.socket(fileno=fd)
-    except OSError:
-        return False
-    try:
-        if sock.type != address.kind:
-            return False
-        bound = sock.getsockname()
-    except OSError:
-        return False
-    finally:
-        sock.detach()
-    if isinstance(address.where, str):
-        name = os.fsdecode(bound) if isinstance(bound, bytes) else bound
-        return bool(name == address.where)
-    if not isinstance(bound, tuple) or address.where[1] not in (0, bound[1]):
-        return False
-    host = address.where[0]
-    return bound[0] == host or (host == "::" and bound[0] == "0.0.0.0") or _same(host, bound[0])
-
-
-def _same(host: str, bound: object) -> bool:
-    """Whether a name (localhost) or another spelling of an address means `bound`."""
-    try:
-        return any(found[4][0] == bound for found in socket.getaddrinfo(host, None))
-    except OSError:
-        return False
-
-
-def is_listener(fd: int) -> bool:
-    """Whether the borrowed `fd` is a socket that accepts connections."""
-    try:
-        sock = socket.socket(fileno=fd)
-    except OSError:
-        return False
-    try:
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
-    except OSError:
-        return False
-    finally:
-        sock.detach()
-
-
-def match(addresses: Sequence[Address], held: dict[int, int]) -> list[int]:
-    """For each address the id in `held` (id: descriptor, borrowed) of the listener that serves it,
-    its own position preferred; -1 where a new one must be opened."""
-    free = dict(held)
-    found: list[int] = []
-    for position, address in enumerate(addresses):
-        order = sorted(free, key=lambda id: id != position)
-        id = next((id for id in order if serves(free[id], address)), -1)
-        free.pop(id, None)
-        found.append(id)
-    return found
+    answers: list[Found | None] = []
+    asking = threading.Thread(target=lambda: answers.append(_address_of(listen, 0)), daemon=True)
+    asking.start()
+    asking.join(patience)
+    if not answers:
+        raise CprdError(
+            f"--listen {listen.text}: the name service did not say within {patience:g} s what"
+            f" {listen.host} is: give the address as a number"
+        )
+    if answers[0] is None:
+        raise CprdError(f"--listen {listen.text}: {listen.host} has no address: see /etc/hosts")
+    return answers[0]

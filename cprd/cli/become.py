@@ -18,12 +18,12 @@ from cprd.linux.nofile import raise_soft_limit, set_soft_limit
 from cprd.linux.stdio import flush, note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
 
     from cprd import State
 
 FIRST = 3  # SD_LISTEN_FDS_START
-_OLD = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES")
+_OLD = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES", "CPRD_BIND")
 
 
 def program(command: Sequence[str] | None) -> str:
@@ -80,10 +80,25 @@ class Crew:
         self.keys.append((name, id))
         self.fds.append(fd)
 
-    def take(self, state: State) -> None:
-        """Take over all that `state` has. Its values stay readable, it owns nothing any more."""
+    def insert(self, position: int, name: str, id: int, fd: int) -> None:
+        """One more descriptor, owned by the crew from now on, before those at `position` and up."""
+        self.keys.insert(position, (name, id))
+        self.fds.insert(position, fd)
+
+    def close(self) -> None:
+        """Close everything."""
+        for fd in self.fds:
+            os.close(fd)
+        self.keys.clear()
+        self.fds.clear()
+        self.sections.clear()
+
+    def take(self, state: State, *, but: Container[tuple[str, int]] = ()) -> None:
+        """Take over all that `state` has, `but` for the descriptors under those keys. Its values
+        stay readable, it owns nothing else any more."""
         for name, id, _ in list(state.fds()):
-            self.add(name, id, state.take_fd(name, id))
+            if (name, id) not in but:
+                self.add(name, id, state.take_fd(name, id))
         for key in state:
             value = state[key]
             raw = isinstance(value, memoryview)
@@ -157,14 +172,24 @@ class Deferred:
 
 
 def become(
-    file: str, command: Sequence[str], crew: Crew, limit: RaisedLimit, deferred: Deferred
+    file: str,
+    command: Sequence[str],
+    crew: Crew,
+    limit: RaisedLimit,
+    deferred: Deferred,
+    variables: Callable[[], dict[str, str]] | None = None,
 ) -> NoReturn:
-    """Exec `file` with `crew`. Raises when that fails (OSError) or a signal came before it
-    (Interrupted); the crew is whole then."""
+    """Exec `file` with `crew`, and with the variables that say so: systemd's, or those that
+    `variables` returns once the descriptors are where CMD finds them.
+
+    Raises when that fails (OSError) or a signal came before it (Interrupted); the crew is whole
+    then."""
     environment = {key: value for key, value in os.environ.items() if key not in _OLD}
     names = crew.fdnames()
     crew.place()
-    if crew.fds:
+    if variables is not None:
+        environment |= variables()
+    elif crew.fds:
         environment["LISTEN_FDS"] = str(len(crew.fds))
         environment["LISTEN_PID"] = str(os.getpid())
         environment["LISTEN_FDNAMES"] = names

@@ -1,84 +1,167 @@
 """cprctl run: start a service, with what is held under NAME or cold; its listeners stay held.
 
-Each --listen is a descriptor `listener` with its position as id (listener, listener.1, ...). Held
-or cold, cprd keeps the listeners for the next start from before CMD begins: whether it exits or
-crashes, there is no moment without a hold, and a second `run` while CMD lives is told so (exit 4).
+Each --listen is a descriptor `listener`, or NAME, with its position as id (listener, listener.1,
+...). Held or cold, cprd keeps the listeners for the next start from before CMD begins: whether CMD
+exits or crashes, there is no moment without a hold, and a second `run` while CMD lives is told so
+(exit 4). A held socket is taken for a --listen when clients of that address reach the socket; what
+serves no --listen is closed, with a word on what was queued.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import argparse
 
     from cprd import Daemon, State
     from cprd.cli import Verbs
-    from cprd.cli.addresses import Address
+    from cprd.cli.addresses import Listen
     from cprd.cli.become import Crew, Deferred, RaisedLimit
     from cprd.cli.load import Look
+    from cprd.cli.matching import Held, Plan
+    from cprd.cli.opening import Opened
 
-KEY = "listener"
+MARK = "cprctl.run"  # the section of a hold with the keys, other than `listener`, that are ours
+LET_GO = 3.0  # seconds; what was confirmed is closed within one
+
+
+class Start(NamedTuple):
+    """One start: what is asked for, and what the command is to get."""
+
+    name: str
+    asked: list[Listen]
+    ttl: float | None
+    bind: bool
+    crew: Crew
+    opened: Opened
+    look: Look
+    limit: RaisedLimit
+    ours: set[tuple[str, int]]  # the keys that are run's own, beside `listener`
 
 
 def add_parser(verbs: Verbs) -> None:
+    from cprd.cli.spans import YEARS, seconds
+
     parser = verbs.add_parser(
         "run",
         help="start a service with what is held, or cold",
-        usage="cprctl run NAME [--listen ADDR ...] -- CMD [ARG ...]",
+        usage="cprctl run NAME [--listen [NAME=]ADDR[,OPTION...] ...] [--bind] [--ttl S] [--cold]"
+        " -- CMD [ARG ...]",
         description=__doc__,
         epilog="ADDR: [HOST:]PORT, udp:[HOST:]PORT, unix:PATH, seqpacket:PATH or dgram:PATH."
+        " OPTION: mode=660, owner=USER:GROUP, backlog=N, reuseport, v6only, freebind, device=IF."
         " Without --listen every listening socket of the hold is kept. CMD finds its descriptors"
-        " as from systemd: LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES.",
+        " as from systemd: LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES; with --bind it binds by itself,"
+        " to exactly the addresses of --listen, and knows nothing of all this.",
     )
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--listen", action="append", default=[], metavar="ADDR")
+    parser.add_argument(
+        "--bind", action="store_true", help="answer the bind() of a CMD that opens its own sockets"
+    )
+    parser.add_argument(
+        "--ttl", type=seconds(YEARS), metavar="S", help="let go of it S seconds after CMD's end"
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="start without cprd, and unheld, when nobody answers"
+    )
     parser.set_defaults(run=run, takes_command=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    from cprd.cli.addresses import parse
     from cprd.cli.become import Crew, RaisedLimit, become, not_become, program
-    from cprd.cli.connection import connect
     from cprd.cli.load import look_at, save_back
+    from cprd.cli.opening import Opened
 
-    addresses = [parse(text) for text in args.listen]
+    asked = addresses(args)
     file = program(args.command)
-    limit = RaisedLimit()
-    crew = Crew()
-    look = look_at(args)
+    preload = _preload(args, file)
+    start = Start(
+        name=args.name,
+        asked=asked,
+        ttl=args.ttl,
+        bind=bool(preload),
+        crew=Crew(),
+        opened=Opened(),
+        look=look_at(args),
+        limit=RaisedLimit(),
+        ours={listen.key for listen in asked},
+    )
+    crew = start.crew
     try:
-        with connect(args) as daemon:
-            deferred = start(daemon, args.name, addresses, crew, look=look, limit=limit)
-        become(file, args.command, crew, limit, deferred)
+        deferred = _begin(args, start)
+        _unblock(start)
+        variables = partial(_variables, start, preload) if preload else None
+        become(file, args.command, crew, start.limit, deferred, variables)
     except BaseException as error:
+        start.opened.undo()
         if crew.warm is None:
             raise
-        back = save_back if crew.warm else _undo
+        back = save_back if crew.warm else _drop
         not_become(error, args.name, lambda: back(args, crew))
 
 
-def start(
-    daemon: Daemon,
-    name: str,
-    addresses: list[Address],
-    crew: Crew,
-    *,
-    look: Look,
-    limit: RaisedLimit,
-) -> Deferred:
-    """Fill `crew` from the hold, or with new listeners; crew.warm says which."""
+def addresses(args: argparse.Namespace) -> list[Listen]:
+    """What --listen asks for, as numbers. Raises InvalidInput, also for two that exclude each
+    other, and CprdError for a name that cannot be resolved."""
+    from itertools import combinations
+
+    from cprd.cli.addresses import parse_all, resolve
+    from cprd.cli.matching import conflict
+    from cprd.errors import InvalidInput
+    from cprd.linux.sockets import has_ipv6
+
+    parsed = parse_all(args.listen)
+    ipv6 = has_ipv6() if any(listen.both for listen in parsed) else True
+    asked = [resolve(listen, ipv6=ipv6) for listen in parsed]
+    for one, other in combinations(asked, 2):
+        if conflict(one, other):
+            raise InvalidInput(
+                f"--listen {one.text} and --listen {other.text}: the kernel gives an address to one"
+                " socket (or give both reuseport)"
+            )
+    for listen in asked if args.bind else ():
+        if not listen.path and not listen.port:
+            raise InvalidInput(f"--listen {listen.text}: --bind wants the port that CMD binds")
+    return asked
+
+
+def _begin(args: argparse.Namespace, start: Start) -> Deferred:
+    """Fill the crew, by way of cprd or, with --cold, without."""
+    from cprd.cli.become import Deferred
+    from cprd.cli.connection import connect
+    from cprd.errors import Timeout, Unavailable
+    from cprd.streams import note
+
+    try:
+        daemon = connect(args)
+    except (Unavailable, Timeout) as error:
+        if not args.cold:
+            raise
+        note(f"cprctl: started without cprd, so nothing is held for the next start: {error}")
+        _open_all(start)
+        return Deferred()
+    with daemon:
+        return begin(daemon, start)
+
+
+def begin(daemon: Daemon, start: Start) -> Deferred:
+    """Fill the crew from the hold, or with new listeners; crew.warm says which."""
     from cprd.errors import AlreadyHeld, CprdError, NotHeld
 
-    warm = partial(_warm, daemon, name, addresses, crew, look=look, limit=limit)
+    warm = partial(_warm, daemon, start)
     try:
         return warm()
-    except NotHeld:
-        pass
+    except NotHeld as error:
+        if not start.asked:
+            raise NotHeld(
+                f"{error}; and no --listen says what to open: is {start.name!r} the right name?"
+            ) from None
     try:
-        return _cold(daemon, name, addresses, crew)
+        return _cold(daemon, start)
     except AlreadyHeld:
         pass  # somebody else was faster
     except CprdError:
@@ -90,86 +173,258 @@ def start(
     return warm()
 
 
-def _warm(
-    daemon: Daemon,
-    name: str,
-    addresses: list[Address],
-    crew: Crew,
-    *,
-    look: Look,
-    limit: RaisedLimit,
-) -> Deferred:
-    """Claim, and confirm with the listeners as the next hold. Raises NotHeld, Busy."""
+# -- warm ----------------------------------------------------------------------------------------
+
+
+def _warm(daemon: Daemon, start: Start) -> Deferred:
+    """Claim, and confirm with the listeners as the next hold. Raises NotHeld, Busy, CprdError."""
     from cprd.cli.become import Deferred
     from cprd.cli.load import claim_that_fits
 
-    with claim_that_fits(daemon, name, look, limit) as claim:
-        _adopt(claim.state, addresses, crew)
+    crew, opened = start.crew, start.opened
+    with claim_that_fits(daemon, start.name, start.look, start.limit) as claim:
+        held, plan = _adopt(claim.state, start)
+        new = [listen for i, listen in enumerate(start.asked) if plan.taken[i] < 0]
+        if not plan.early:
+            opened.open(new)
+            _insert_new(start)
         crew.fdnames()
-        kept = _listeners(crew)
+        _check_bind(start)
+        kept = _listeners(start)
         deferred = Deferred()
-        claim.confirm(next=kept, after_exit=True)
+        claim.confirm(next=kept, after_exit=True, ttl=start.ttl)
         crew.warm = True
+        opened.keep()
+        _close(claim.state, held, plan)
+    if plan.early:
+        # Only now that nobody holds what was in the way can the address be bound.
+        opened.open(new, patience=LET_GO)
+        _insert_new(start)
+        everything = _listeners(start)
+        assert everything is not None
+        daemon.save(start.name, everything, if_exists="replace", ttl=start.ttl, after_exit=True)
+        opened.keep()
     return deferred
 
 
-def _adopt(state: State, addresses: list[Address], crew: Crew) -> None:
-    """All of `state` into `crew`, its listeners as `addresses` want them: first, in their order."""
+def _adopt(state: State, start: Start) -> tuple[list[Held], Plan]:
+    """Move all of `state` into the crew, but for what is to be closed: first what serves the
+    --listen arguments, in their order. Raises CprdError when a socket of the program is in the way
+    of a new one."""
+    from cprd.cli.matching import NEW, plan
+    from cprd.cli.opening import adjust
+    from cprd.errors import CprdError
+    from cprd.linux.sockets import namespace
+
+    here = namespace()
+    if MARK in state:
+        if not start.asked:
+            start.ours.update((str(name), int(id)) for name, id in state[MARK])
+        del state[MARK]
+    held = _held(state, start)
+    made = plan(start.asked, held, here)
+    for i, j in made.blocked:
+        raise CprdError(
+            f"cannot listen on {start.asked[i].text}: {start.name} holds {_spell(held[j])}, which"
+            f" is in the way: ask for that address, or cprctl drop {start.name}"
+        )
+    for listen, j in zip(start.asked, made.taken, strict=True):
+        if j != NEW:
+            start.crew.add(*listen.key, state.take_fd(*held[j].key))
+            adjust(start.crew.fds[-1], listen)
+    if not start.asked:
+        made = made._replace(left=[], useless={}, early=[])
+    left = {held[j].key for j in made.left}
+    staying = [each for each in held if each.key not in left]
+    _say_elsewhere(staying, here)
+    _say_shared(start, staying)
+    start.crew.take(state, but=left)
+    return held, made
+
+
+def _held(state: State, start: Start) -> list[Held]:
+    """The sockets among the descriptors of `state`."""
+    from cprd.cli.addresses import KEY
+    from cprd.cli.matching import Held
+    from cprd.linux.sockets import facts, leads_to
+
+    paths = {listen.path for listen in start.asked if listen.is_file}
+    found = []
+    for name, id, fd in state.fds():
+        known = facts(fd)
+        if known is None:
+            continue
+        leads = frozenset(path for path in paths if leads_to(path, fd, known))
+        ours = name == KEY or (name, id) in start.ours
+        found.append(Held((name, id), fd, known, ours, leads))
+    return found
+
+
+def _spell(held: Held) -> str:
+    from cprd.cli.names import fd_name
+
+    return f"{fd_name(*held.key)} ({held.facts})"
+
+
+def _say_elsewhere(held: list[Held], here: int | None) -> None:
+    from cprd.cli.matching import elsewhere
+    from cprd.streams import note
+
+    for each in held:
+        if each.facts.listening and elsewhere(each.facts, here):
+            note(
+                f"cprctl: the held {_spell(each)} belongs to another network namespace: nobody"
+                " reaches it by an address of this one (--listen ADDR opens one here)"
+            )
+
+
+def _say_shared(start: Start, held: list[Held]) -> None:
+    """Say that another process has one of the listeners open."""
+    from cprd.linux.sockets import others_with
+    from cprd.streams import note
+
+    inodes = {each.facts.inode for each in held if each.ours or each.facts.listening}
+    for pid, name in others_with(inodes).items():
+        note(
+            f"cprctl: pid {pid} ({name}) has a listener of {start.name} open, and may take its"
+            " connections: did CMD go into the background, or leave workers behind? CMD has to"
+            " stay in the foreground"
+        )
+
+
+def _close(state: State, held: list[Held], made: Plan) -> None:
+    """Close the sockets that no --listen wants, say what was queued, and remove their files."""
     import os
 
-    from cprd.cli.addresses import match, open_listener
-    from cprd.linux.stdio import note
+    from cprd.cli.opening import remove
+    from cprd.linux.sockets import leads_to, others_with, queued
+    from cprd.streams import note
 
-    if addresses:
-        ids = match(addresses, {id: fd for _, id, fd in state.fds(KEY)})
-        for position, (id, address) in enumerate(zip(ids, addresses, strict=True)):
-            fd = state.take_fd(KEY, id) if id >= 0 else open_listener(address).detach()
-            crew.add(KEY, position, fd)
-        for _, id, fd in list(state.fds(KEY)):
-            note(
-                f"cprctl: the held listener {KEY}.{id} (descriptor {fd}) is not asked for by any"
-                " --listen any more: closed"
-            )
-            os.close(state.take_fd(KEY, id))
-    crew.take(state)
+    for j in made.left:
+        each = held[j]
+        waiting = queued(each.fd, each.facts)
+        why = made.useless.get(j) or "it is not asked for by any --listen any more"
+        lost = f", with {waiting} that nobody had taken" if waiting else ""
+        note(f"cprctl: the held listener {each.facts} is closed{lost}: {why}")
+        path = each.facts.path
+        if os.path.isabs(path) and leads_to(path, each.fd, each.facts):
+            file = os.stat(path)
+            if not others_with([each.facts.inode]):
+                remove(path, file.st_dev, file.st_ino)
+        state.delete_fd(*each.key)
 
 
-def _listeners(crew: Crew) -> State | None:
-    """What is to be held for the next start, borrowed from `crew`; None when there is nothing."""
+def _insert_new(start: Start) -> None:
+    """Put the new listeners among the others, in the order of --listen."""
+    keys = set(start.crew.keys[: len(start.asked)])
+    for i, listen in enumerate(start.asked):
+        if listen.key not in keys:
+            start.crew.insert(i, *listen.key, start.opened.take(listen.key))
+
+
+def _is_listener(start: Start, key: tuple[str, int], fd: int) -> bool:
+    from cprd.cli.addresses import KEY
+    from cprd.linux.sockets import facts
+
+    known = facts(fd)
+    return known is not None and (key in start.ours or key[0] == KEY or known.listening)
+
+
+def _listeners(start: Start) -> State | None:
+    """What is to be held for the next start, borrowed from the crew; None when there is nothing."""
     from cprd import State
-    from cprd.cli.addresses import is_listener
+    from cprd.cli.addresses import KEY
 
     state = State()
-    for (name, id), fd in zip(crew.keys, crew.fds, strict=False):
-        if name == KEY or is_listener(fd):
-            state.save_fd(name, id, fd)
+    for key, fd in zip(start.crew.keys, start.crew.fds, strict=False):
+        if _is_listener(start, key, fd):
+            state.save_fd(*key, fd)
+    named = [list(key) for key in sorted(start.ours) if key[0] != KEY]
+    if named:
+        state[MARK] = named
     return state if state.fd_count else None
 
 
-def _cold(daemon: Daemon, name: str, addresses: list[Address], crew: Crew) -> Deferred:
-    """Open the listeners and hold them. Raises AlreadyHeld, or CprdError for a bad address."""
+def _unblock(start: Start) -> None:
+    """Listeners block again, whatever the last command made of them, as systemd has it."""
     import os
 
-    from cprd.cli.addresses import open_listener
+    for key, fd in zip(start.crew.keys, start.crew.fds, strict=False):
+        if _is_listener(start, key, fd):
+            os.set_blocking(fd, True)
+
+
+# -- a command that binds by itself --------------------------------------------------------------
+
+
+def _preload(args: argparse.Namespace, file: str) -> str:
+    """The object for LD_PRELOAD; "" without --bind. Raises CprdError."""
+    if not args.bind:
+        return ""
+    from cprd.bind import object_for
+
+    return object_for(file, args.command)
+
+
+def _check_bind(start: Start) -> None:
+    """Refuse, before the confirm, what a command that knows nothing of cprd cannot be given."""
+    from cprd.cli.names import fd_name
+    from cprd.errors import CprdError
+
+    if not start.bind:
+        return
+    crew = start.crew
+    keyed = zip(crew.keys, crew.fds, strict=False)
+    lost = [fd_name(*key) for key, fd in keyed if not _is_listener(start, key, fd)]
+    lost += [f"section.{key}" for key in crew.sections]
+    if lost:
+        raise CprdError(
+            f"{start.name} holds more than listeners, which a command started with --bind cannot"
+            f" take: {', '.join(lost[:5])}; start it without --bind, or cprctl drop {start.name}"
+        )
+
+
+def _variables(start: Start, preload: str) -> dict[str, str]:
+    """The environment by which the preloaded object knows the listeners."""
+    from cprd.bind import environment
+    from cprd.linux.sockets import facts, leads_to
+
+    paths = {listen.key: listen.path for listen in start.asked if listen.is_file}
+    sockets = []
+    for key, fd in zip(start.crew.keys, start.crew.fds, strict=True):
+        known = facts(fd)
+        assert known is not None
+        path = paths.get(key, known.path)
+        sockets.append((fd, known.inode, path if leads_to(path, fd, known) else ""))
+    return environment(preload, sockets)
+
+
+# -- cold ----------------------------------------------------------------------------------------
+
+
+def _cold(daemon: Daemon, start: Start) -> Deferred:
+    """Open the listeners and hold them. Raises AlreadyHeld, or CprdError for a bad address."""
     from cprd.cli.become import Deferred
 
     try:
-        for position, address in enumerate(addresses):
-            crew.add(KEY, position, open_listener(address).detach())
-        state = _listeners(crew)
-        if state is not None:
-            daemon.save(name, state, if_exists="error", after_exit=True)
-        crew.warm = False
+        _open_all(start)
+        state = _listeners(start)
+        assert state is not None
+        daemon.save(start.name, state, if_exists="error", ttl=start.ttl, after_exit=True)
+        start.crew.warm = False
         return Deferred()
     except BaseException:
-        for fd in crew.fds:
-            os.close(fd)
-        crew.keys.clear()
-        crew.fds.clear()
+        start.crew.close()
+        start.opened.undo()
         raise
 
 
-def _undo(args: argparse.Namespace, crew: Crew) -> str:
+def _open_all(start: Start) -> None:
+    start.opened.open(start.asked)
+    _insert_new(start)
+
+
+def _drop(args: argparse.Namespace, crew: Crew) -> str:
     """A cold start that came to nothing leaves nothing held."""
     from cprd.cli.connection import connect
 

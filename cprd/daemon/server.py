@@ -494,7 +494,7 @@ class Daemon:
         if hold is None:
             return
         if role == "after_exit":
-            self._observe(self.registry.predecessor_gone(generation))
+            self._observe(self.registry.predecessor_gone(now(), generation))
         elif role == "saver":
             self._observe(self.registry.saver_gone(generation))
         elif role == "acting":

@@ -1,1 +1,1 @@
-"""The only door to the kernel: descriptors, processes, limits, standard streams."""
+"""What cprd asks of the kernel. Nothing here knows of holds, names or messages."""

@@ -316,8 +316,8 @@ class Registry:
             size=size,
             parked=parked,
             created=now,
-            expires=None if ttl is None or prepare else now + ttl,
-            ttl_left=ttl if prepare else None,
+            expires=_expires(now, ttl, runs=not prepare and after_exit < 0),
+            ttl_left=_waiting(ttl, runs=not prepare and after_exit < 0),
             saver=peer.pid,
             after_exit=after_exit,
             token=token if prepare else b"",
@@ -385,8 +385,8 @@ class Registry:
             hold,
             phase=TRANSITIONS[PREPARED, "commit"],
             token=b"",
-            expires=None if hold.ttl_left is None else now + hold.ttl_left,
-            ttl_left=None,
+            expires=_expires(now, hold.ttl_left, runs=hold.after_exit < 0),
+            ttl_left=_waiting(hold.ttl_left, runs=hold.after_exit < 0),
             last=nonce,
         )
         return Step(
@@ -420,12 +420,16 @@ class Registry:
             )
         )
 
-    def predecessor_gone(self, generation: int) -> Step:
-        """The process that `after_exit` names has ended."""
+    def predecessor_gone(self, now: float, generation: int) -> Step:
+        """The process that `after_exit` names has ended: what is held can be loaded, and its ttl
+        runs."""
         hold = self._by_generation.get(generation)
         if hold is None or hold.after_exit < 0:
             return Step()
-        return Step(put=(replace(hold, after_exit=-1),))
+        new = replace(hold, after_exit=-1)
+        if hold.phase == HELD and hold.expires is None:
+            new = replace(new, expires=_expires(now, hold.ttl_left, runs=True), ttl_left=None)
+        return Step(put=(new,))
 
     # Loading
 
@@ -577,7 +581,8 @@ class Registry:
             size=size,
             parked=parked,
             created=now,
-            expires=None if ttl is None else now + ttl,
+            expires=_expires(now, ttl, runs=after_exit < 0),
+            ttl_left=_waiting(ttl, runs=after_exit < 0),
             saver=peer.pid,
             after_exit=after_exit,
             born=nonce,
@@ -647,8 +652,8 @@ class Registry:
             deadline=0.0,
             acting=0,
             begun=False,
-            expires=None if hold.ttl_left is None else now + hold.ttl_left,
-            ttl_left=None,
+            expires=_expires(now, hold.ttl_left, runs=hold.after_exit < 0),
+            ttl_left=_waiting(hold.ttl_left, runs=hold.after_exit < 0),
             last=nonce,
         )
 
@@ -837,6 +842,17 @@ def _deadline(hold: Hold) -> float | None:
     if hold.phase == CLAIMED:
         return hold.deadline
     return hold.expires if hold.phase == HELD else None
+
+
+def _expires(now: float, ttl: float | None, *, runs: bool) -> float | None:
+    """When a ttl is over. A ttl runs while the hold is served, and so neither before the commit nor
+    as long as the predecessor lives."""
+    return now + ttl if runs and ttl is not None else None
+
+
+def _waiting(ttl: float | None, *, runs: bool) -> float | None:
+    """What is left of a ttl that does not run."""
+    return None if runs else ttl
 
 
 def _saved(hold: Hold) -> dict[str, Any]:

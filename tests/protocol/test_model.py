@@ -54,8 +54,12 @@ class Record:
         self.claimant = self.acting = None
         self.begun = False
         self.token = b""
-        self.expires = None if self.ttl is None else now + self.ttl
-        self.ttl = None
+        self.run_ttl(now)
+
+    def run_ttl(self, now: float) -> None:
+        """It runs from when what is held can be loaded."""
+        if self.after is None and self.ttl is not None:
+            self.expires, self.ttl = now + self.ttl, None
 
 
 @dataclasses.dataclass
@@ -289,10 +293,9 @@ class LifeCycle(RuleBasedStateMachine):
             self.model[name] = [record]
 
     def new(self, name: str, generation: int, fds: int, ttl: float | None, after: Any) -> None:
-        expires = None if ttl is None else self.now + ttl
-        self.model[name].append(
-            Record(generation, "held", fds, ttl=None, expires=expires, after=after)
-        )
+        record = Record(generation, "held", fds, ttl=ttl, after=after)
+        record.run_ttl(self.now)
+        self.model[name].append(record)
 
     def ticket(self, choice: int, kind: str = "claim") -> Ticket:
         """Mostly one that still speaks for something; sometimes one of long ago."""
@@ -483,7 +486,9 @@ class LifeCycle(RuleBasedStateMachine):
                 self.apply(self.registry.saver_gone(generation))
             if record.after == pid:
                 record.after = None
-                self.apply(self.registry.predecessor_gone(generation))
+                if record.phase == "held":
+                    record.run_ttl(self.now)
+                self.apply(self.registry.predecessor_gone(self.now, generation))
             if record.claimant == pid:
                 self.claimant_gone(name, record)
                 if both_ends:  # its connection ends as well, and is told of second

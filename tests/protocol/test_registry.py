@@ -575,8 +575,18 @@ def test_what_waits_for_its_predecessor_is_busy_with_its_pid() -> None:
     world.save(after_exit=SAVER.pid)
     with pytest.raises(Busy, match="predecessor, pid 101, has not ended"):
         world.load()
-    world.do(world.registry.predecessor_gone(world.top.generation))
+    world.do(world.registry.predecessor_gone(world.now, world.top.generation))
     world.load()
+
+
+def test_a_ttl_begins_with_the_end_of_the_predecessor() -> None:
+    world = World()
+    world.save(after_exit=SAVER.pid, ttl=10.0)
+    assert world.top.row(world.now)["expires"] == 10.0
+    world.now += 100
+    assert world.registry.expire(world.now) is None
+    world.do(world.registry.predecessor_gone(world.now, world.top.generation))
+    assert world.registry.next_deadline() == world.now + 10
 
 
 # Requests that are repeated

@@ -1,0 +1,129 @@
+"""Where the object for LD_PRELOAD is, and how it gets there.
+
+An object is code that runs as whoever starts the service: one is used only from a directory and a
+file that nobody else could have written. The file's name has a digest of its source, so that a
+newer cprd does not use an older one's.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from cprd.errors import CprdError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SOURCE = os.path.join(HERE, "bind.c")
+PATIENCE = 60.0  # seconds for the compiler
+_OPTIONS = ("-O2", "-fPIC", "-shared", "-Wl,-z,relro,-z,now")
+
+
+def find_or_build() -> str:
+    """The path of an object. Raises CprdError where there is none and none can be built."""
+    name = _file_name()
+    found = os.path.join(HERE, name)
+    if _is_safe(found):
+        return found
+    places = list(_caches())
+    for place in places:
+        found = os.path.join(place, name)
+        if _is_safe(found, private=True):
+            return found
+    why = "no directory to build in: set XDG_CACHE_HOME or CACHE_DIRECTORY, or build it once for"
+    why += " all (as root: python -m cprd.bind)"
+    for place in places:
+        try:
+            os.makedirs(place, mode=0o700, exist_ok=True)
+        except OSError as error:
+            why = f"{place}: {error.strerror}"
+            continue
+        if not _is_own(place):
+            why = f"{place} can be written by others"
+            continue
+        return build(place, mode=0o700)
+    raise CprdError(f"--bind needs an object for LD_PRELOAD, and there is none: {why}")
+
+
+def build(place: str, *, mode: int) -> str:
+    """Build the object in `place`; its path. Raises CprdError, with what the compiler said."""
+    import shutil
+    import subprocess
+    import tempfile
+
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "")
+    if not compiler:
+        raise CprdError(
+            "--bind needs an object for LD_PRELOAD, and there is no C compiler to build it:"
+            " install one (apt-get install gcc libc6-dev), or copy what `python -m cprd.bind` made"
+            f" on a machine like this one to {HERE}"
+        )
+    path = os.path.join(place, _file_name())
+    made = ""
+    try:
+        handle, made = tempfile.mkstemp(prefix=".bind.", suffix=".so", dir=place)
+        os.close(handle)
+        command = [*compiler.split(), *_OPTIONS, "-o", made, SOURCE, "-ldl"]
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
+            check=False,
+        )
+        if done.returncode:
+            raise CprdError(f"{command[0]} cannot build {SOURCE}: {done.stderr.strip()[:500]}")
+        os.chmod(made, mode)
+        os.replace(made, path)
+        made = ""
+    except OSError as error:
+        raise CprdError(f"cannot build in {place}: {error.strerror or error}") from None
+    except subprocess.TimeoutExpired:
+        raise CprdError(f"{command[0]} did not build {SOURCE} within {PATIENCE:g} s") from None
+    finally:
+        if made:
+            os.unlink(made)
+    return path
+
+
+def _file_name() -> str:
+    import hashlib
+
+    with open(SOURCE, "rb") as file:
+        digest = hashlib.sha256(file.read() + " ".join(_OPTIONS).encode()).hexdigest()
+    return f"bind-{os.uname().machine}-{digest[:16]}.so"
+
+
+def _caches() -> Iterator[str]:
+    """Directories of this user's own, best first."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    systemd = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]
+    for place in (systemd, home, os.environ.get("XDG_RUNTIME_DIR", "")):
+        if os.path.isabs(place):
+            yield os.path.join(place, "cprd")
+
+
+def _is_own(path: str) -> bool:
+    """Whether `path` is this user's, and nobody else can write there."""
+    found = os.lstat(path)
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _is_safe(path: str, *, private: bool = False) -> bool:
+    """Whether the file `path` may be loaded: a regular one which only this user, or (unless
+    `private`) root, could have written, in a directory of which the same is true."""
+    for each in (path, os.path.dirname(path)):
+        try:
+            found = os.lstat(each)
+        except OSError:
+            return False
+        owners = {os.geteuid()} if private else {os.geteuid(), 0}
+        if found.st_uid not in owners or found.st_mode & 0o022:
+            return False
+    return stat.S_ISREG(os.lstat(path).st_mode)

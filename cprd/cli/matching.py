@@ -1,0 +1,162 @@
+"""Which held socket serves which --listen, and which is in the way. No I/O: facts in, a plan out.
+
+A held socket serves a --listen when a client that connects to the address arrives at the socket:
+the same family, type, address, IPV6_V6ONLY (of a wildcard), interface and network namespace, and
+the socket listens. A UNIX path is compared by inode, and so the caller says which held sockets a
+path leads to. Fixed addresses choose first, port 0 last; each prefers the socket under its own key.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cprd.cli.addresses import Listen
+    from cprd.linux.sockets import Facts
+
+NEW = -1
+_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
+
+
+class Held(NamedTuple):
+    """One held socket."""
+
+    key: tuple[str, int]
+    fd: int  # borrowed from the state
+    facts: Facts
+    ours: bool  # made by `cprctl run`, not saved by the program under a key of its own
+    leads: frozenset[str] = frozenset()  # those of the asked paths that lead to it
+
+
+class Plan(NamedTuple):
+    """What to do: indices into the held sockets."""
+
+    taken: list[int]  # for each --listen the held socket that serves it, or NEW
+    left: list[int]  # of `cprctl run`'s own sockets those that no --listen wants
+    useless: dict[int, str]  # of those left: why a socket that was asked for cannot serve
+    early: list[int]  # of those left: what has to be closed before a new socket can be bound
+    blocked: list[tuple[int, int]]  # (--listen, held): in the way, and the program's own
+
+
+def plan(asked: Sequence[Listen], held: Sequence[Held], namespace: int | None) -> Plan:
+    """`namespace`: cookie of the network namespace that the service runs in."""
+    taken = [NEW] * len(asked)
+    free = set(range(len(held)))
+    for any_port in (False, True):
+        for same_key in (True, False):
+            for i, listen in enumerate(asked):
+                if taken[i] != NEW or (not listen.path and listen.port == 0) != any_port:
+                    continue
+                for j in sorted(free, key=lambda j: (not held[j].ours, j)):
+                    fits = held[j].key == listen.key or not same_key
+                    allowed = held[j].ours or not any_port
+                    if fits and allowed and serves(held[j], listen, namespace):
+                        taken[i] = j
+                        free.discard(j)
+                        break
+    left = sorted(j for j in free if held[j].ours)
+    new = [listen for i, listen in enumerate(asked) if taken[i] == NEW]
+    return Plan(
+        taken=taken,
+        left=left,
+        useless={j: why for j in left if (why := _why_useless(held[j], asked, namespace))},
+        early=[j for j in left if any(in_the_way(held[j], one, namespace) for one in new)],
+        blocked=[
+            (i, j)
+            for i, listen in enumerate(asked)
+            for j in sorted(free)
+            if taken[i] == NEW and not held[j].ours and in_the_way(held[j], listen, namespace)
+        ],
+    )
+
+
+def elsewhere(facts: Facts, namespace: int | None) -> bool:
+    """Whether clients of this network namespace cannot reach the socket: a path in the file system
+    leads to its socket from every namespace."""
+    if facts.is_file or facts.namespace is None or namespace is None:
+        return False
+    return facts.namespace != namespace
+
+
+def serves(held: Held, listen: Listen, namespace: int | None) -> bool:
+    """Whether who connects to the address of `listen` arrives at the held socket."""
+    facts = held.facts
+    if (facts.family, facts.kind) != (listen.family, listen.kind) or facts.connected:
+        return False
+    if facts.kind != socket.SOCK_DGRAM and not facts.listening:
+        return False
+    if elsewhere(facts, namespace):
+        return False
+    if facts.family == socket.AF_UNIX:
+        return listen.path in held.leads if listen.is_file else facts.path == listen.path
+    if facts.device != listen.device or listen.port not in (0, facts.port) or not facts.port:
+        return False
+    if _number(facts.host) != _number(listen.host) or facts.scope != listen.scope:
+        return False
+    return not listen.wildcard or facts.v6only == listen.v6only
+
+
+def in_the_way(held: Held, listen: Listen, namespace: int | None) -> bool:
+    """Whether a new socket for `listen` cannot be bound as long as the held one is open."""
+    facts = held.facts
+    if facts.family == socket.AF_UNIX or listen.family == socket.AF_UNIX:
+        if facts.family != listen.family:
+            return False
+        if listen.is_file:
+            return listen.path in held.leads
+        return facts.path == listen.path and not elsewhere(facts, namespace)
+    if elsewhere(facts, namespace) or facts.kind != listen.kind or listen.port == 0:
+        return False
+    accepted = not held.ours or facts.connected  # in nobody's way
+    if facts.kind == socket.SOCK_STREAM and not facts.listening and accepted:
+        return False
+    return facts.port == listen.port and _overlap(facts, listen)
+
+
+def conflict(one: Listen, other: Listen) -> bool:
+    """Whether the kernel refuses to bind both: the same type and port, and an address in common."""
+    if one.family == socket.AF_UNIX or other.family == socket.AF_UNIX:
+        return bool(one.path) and one.path == other.path
+    if one.kind != other.kind or one.port != other.port or one.port == 0:
+        return False
+    return _overlap(one, other)
+
+
+def _overlap(one: Facts | Listen, other: Facts | Listen) -> bool:
+    if one.reuseport and other.reuseport:
+        return False
+    if one.device and other.device and one.device != other.device:
+        return False
+    a, b = _number(one.host), _number(other.host)
+    if a == b and (one.scope == other.scope or not one.scope or not other.scope):
+        return True
+    return any(
+        wild.host == ("0.0.0.0" if len(number) == 4 else "::")
+        or (len(number) == 4 and wild.host == "::" and not wild.v6only)
+        for wild, number in ((one, b), (other, a))
+    )
+
+
+def _number(host: str) -> bytes:
+    """An address as 4 or 16 bytes; one of IPv4 in IPv6 notation is that of IPv4."""
+    if ":" not in host:
+        return socket.inet_pton(socket.AF_INET, host)
+    number = socket.inet_pton(socket.AF_INET6, host)
+    return number[12:] if number.startswith(_MAPPED) else number
+
+
+def _why_useless(held: Held, asked: Sequence[Listen], namespace: int | None) -> str:
+    """Why a socket with an address that was asked for does not serve; "" for one that was not."""
+    facts = held.facts
+    if facts.is_file:
+        if any(listen.path == facts.path for listen in asked) and facts.path not in held.leads:
+            return "its path does not lead to it any more"
+        return ""
+    if elsewhere(facts, namespace):
+        return "it belongs to another network namespace, from where nobody comes here"
+    if facts.kind != socket.SOCK_DGRAM and not facts.listening:
+        return "it does not listen any more"
+    return ""

@@ -1,0 +1,170 @@
+"""New listeners for `cprctl run`: sockets bound, and files that a failed start takes away again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import time
+from typing import TYPE_CHECKING
+
+from cprd.errors import CprdError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cprd.cli.addresses import Listen
+
+_FREEBIND = ((socket.IPPROTO_IP, 15), (socket.IPPROTO_IPV6, 78))  # IP_FREEBIND, IPV6_FREEBIND
+
+
+class Opened:
+    """Listeners made by this start. Owns the descriptors until `take`, the files until `keep`."""
+
+    def __init__(self) -> None:
+        self._fds: dict[tuple[str, int], int] = {}
+        self._files: list[tuple[str, int, int]] = []  # path, device, inode
+
+    def open(self, asked: Iterable[Listen], *, patience: float = 0.0) -> None:
+        """Bind a socket for each; those with port 0 come last, so that no port that is asked for
+        is given away. `patience`: seconds in which an address that is in use may become free.
+
+        Raises CprdError; `undo` then takes back what was made."""
+        end = time.monotonic() + patience
+        for listen in sorted(asked, key=lambda each: not each.path and each.port == 0):
+            while True:
+                try:
+                    self._fds[listen.key] = self._open(listen)
+                    break
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE or time.monotonic() >= end:
+                        raise CannotListen(listen, error) from None
+                time.sleep(0.01)
+
+    def take(self, key: tuple[str, int]) -> int:
+        """The descriptor made for `key`, which the caller owns from now on."""
+        return self._fds.pop(key)
+
+    def keep(self) -> None:
+        """The files stay: they belong to what is held by now."""
+        self._files.clear()
+
+    def undo(self) -> None:
+        """Close what was not taken, and remove the files that were made."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        for path, device, inode in self._files:
+            remove(path, device, inode)
+        self._files.clear()
+
+    def _open(self, listen: Listen) -> int:
+        sock = socket.socket(listen.family, listen.kind)
+        try:
+            if listen.family == socket.AF_UNIX:
+                self._bind_unix(sock, listen)
+            else:
+                _bind(sock, listen)
+            if listen.kind != socket.SOCK_DGRAM:
+                sock.listen(listen.backlog)
+        except BaseException:
+            sock.close()
+            raise
+        return sock.detach()
+
+    def _bind_unix(self, sock: socket.socket, listen: Listen) -> None:
+        if not listen.is_file:
+            sock.bind(listen.path)
+            return
+        remove_dead(listen.path, listen.kind)
+        before = os.umask(0o777 & ~listen.mode) if listen.mode is not None else -1
+        try:
+            sock.bind(listen.path)
+        finally:
+            if before >= 0:
+                os.umask(before)
+        made = os.lstat(listen.path)
+        self._files.append((listen.path, made.st_dev, made.st_ino))
+        if listen.owner is not None:  # nobody connects before it listens
+            os.chown(listen.path, *listen.owner, follow_symlinks=False)
+
+
+class CannotListen(CprdError):
+    """A --listen that the kernel refuses, and why."""
+
+    def __init__(self, listen: Listen, error: OSError) -> None:
+        super().__init__(f"cannot listen on {listen.text}: {error.strerror or error}")
+        self.listen = listen
+        self.in_use = error.errno == errno.EADDRINUSE
+
+
+def _bind(sock: socket.socket, listen: Listen) -> None:
+    if listen.kind == socket.SOCK_STREAM:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if listen.reuseport:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if listen.device:
+        device = os.fsencode(listen.device) + b"\0"
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+    if listen.freebind:
+        sock.setsockopt(*_FREEBIND[listen.family == socket.AF_INET6], 1)
+    if listen.family == socket.AF_INET6:
+        # Whatever net.ipv6.bindv6only says. For an address of IPv4 (::ffff:...) it has to be off.
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, listen.v6only)
+        sock.bind((listen.host, listen.port, 0, listen.scope))
+    else:
+        sock.bind((listen.host, listen.port))
+
+
+def adjust(fd: int, listen: Listen) -> None:
+    """Make a held socket what its --listen says now: mode, owner, backlog, SO_REUSEPORT.
+
+    Raises CprdError."""
+    try:
+        if listen.is_file:
+            found = os.stat(listen.path)
+            if listen.mode is not None and stat.S_IMODE(found.st_mode) != listen.mode:
+                os.chmod(listen.path, listen.mode)
+            is_owner = (found.st_uid, found.st_gid)
+            if listen.owner and any(
+                w not in (-1, h) for w, h in zip(listen.owner, is_owner, strict=True)
+            ):
+                os.chown(listen.path, *listen.owner)
+        sock = socket.socket(fileno=fd)
+        try:
+            if listen.kind != socket.SOCK_DGRAM:
+                sock.listen(listen.backlog)
+            if listen.reuseport:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        finally:
+            sock.detach()
+    except OSError as error:
+        raise CprdError(f"--listen {listen.text}: {error.strerror or error}") from None
+
+
+def remove_dead(path: str, kind: int) -> None:
+    """Remove a socket file where nobody listens any more; leave anything else alone.
+
+    Raises OSError EADDRINUSE for what is alive, without waiting for an answer."""
+    from cprd.linux.sockets import somebody_at
+
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise OSError(errno.EADDRINUSE, "a file is there that is no socket")
+    if somebody_at(path, kind):
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    remove(path, found.st_dev, found.st_ino)
+
+
+def remove(path: str, device: int, inode: int) -> None:
+    """Remove the file at `path` if it is still that inode."""
+    try:
+        found = os.lstat(path)
+        if (found.st_dev, found.st_ino) == (device, inode):
+            os.unlink(path)
+    except OSError:
+        pass

@@ -1,0 +1,318 @@
+"""Facts about sockets, from the kernel alone: what a socket is bound to, where, and for whom.
+
+A descriptor given to a function here stays the caller's. Nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from cprd.errors import CprdError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SO_NETNS_COOKIE = 71  # asm-generic/socket.h, Linux 5.14
+SO_MEMINFO = 55
+_SIOCUNIXFILE = 0x89E0  # linux/un.h
+_NETLINK_SOCK_DIAG = 4
+_DIAG_REQUEST = struct.Struct("=IHHIIBBHIIIII")  # nlmsghdr, unix_diag_req
+_SHOW_FILE, _SHOW_QUEUE = 0x2, 0x10  # UDIAG_SHOW_VFS, UDIAG_SHOW_RQLEN
+_DIAG_FILE, _DIAG_QUEUE = 1, 4  # UNIX_DIAG_VFS, UNIX_DIAG_RQLEN
+_KINDS: dict[int, str] = {
+    socket.SOCK_STREAM: "stream",
+    socket.SOCK_DGRAM: "dgram",
+    socket.SOCK_SEQPACKET: "seqpacket",
+}
+
+
+class Facts(NamedTuple):
+    """What one socket is."""
+
+    family: int
+    kind: int
+    host: str  # "" for UNIX
+    port: int  # 0 for UNIX
+    scope: int  # interface index of a link-local IPv6 address
+    path: str  # UNIX: the path as given to bind(), "\0..." an abstract name; "" when not bound
+    v6only: bool
+    device: str  # SO_BINDTODEVICE
+    listening: bool
+    connected: bool
+    reuseport: bool
+    namespace: int | None  # cookie of the network namespace; None before Linux 5.14
+    inode: int
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the socket is bound to a path in the file system."""
+        return bool(self.path) and not self.path.startswith("\0")
+
+    def __str__(self) -> str:
+        if self.family == socket.AF_UNIX:
+            kind = _KINDS.get(self.kind, "unix")
+            path = "@" + self.path[1:] if self.path.startswith("\0") else self.path
+            return f"unix {kind} {path or '(not bound)'}"
+        kind = "udp" if self.kind == socket.SOCK_DGRAM else "tcp"
+        host = f"[{self.host}]" if self.family == socket.AF_INET6 else self.host
+        only = " (IPv6 only)" if self.v6only and self.host == "::" else ""
+        return f"{kind} {host}:{self.port}{only}"
+
+
+def facts(fd: int) -> Facts | None:
+    """The facts of the socket `fd`; None for what is no TCP, UDP or UNIX socket."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return None
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        return None
+    try:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+            return None
+        return _facts(sock)
+    except OSError:
+        return None
+    finally:
+        sock.detach()
+
+
+def _facts(sock: socket.socket) -> Facts:
+    name = sock.getsockname()
+    host, port, scope, path = "", 0, 0, ""
+    if sock.family == socket.AF_UNIX:
+        path = os.fsdecode(name)
+    else:
+        host, port = name[0].partition("%")[0], name[1]
+        scope = name[3] if sock.family == socket.AF_INET6 else 0
+    six = sock.family == socket.AF_INET6
+    device = sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
+    return Facts(
+        family=sock.family,
+        kind=sock.type,
+        host=host,
+        port=port,
+        scope=scope,
+        path=path,
+        v6only=six and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) != 0,
+        device=os.fsdecode(device.rstrip(b"\0")),
+        listening=sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0,
+        connected=_connected(sock),
+        reuseport=sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) != 0,
+        namespace=_cookie(sock),
+        inode=os.fstat(sock.fileno()).st_ino,
+    )
+
+
+def _connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def _cookie(sock: socket.socket) -> int | None:
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+    except OSError:
+        return None
+    return int.from_bytes(raw, "little" if socket.ntohs(1) != 1 else "big")
+
+
+def namespace() -> int | None:
+    """The cookie of this process's network namespace; None before Linux 5.14."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        return _cookie(sock)
+
+
+def has_ipv6() -> bool:
+    """Whether a socket can be bound to the IPv6 wildcard here."""
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::", 0))
+    except OSError:
+        return False
+    return True
+
+
+# -- UNIX sockets and their files ----------------------------------------------------------------
+
+
+def leads_to(path: str, fd: int, known: Facts) -> bool:
+    """Whether a client that connects to `path` arrives at the UNIX socket `fd` (facts: `known`).
+
+    Compared are inodes: of the file at `path`, and of the file that the socket was bound to. Where
+    the kernel does not say the latter (a socket of another network namespace, to a process without
+    CAP_NET_ADMIN), the paths are compared, and somebody has to answer at `path`."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return False
+    if not stat.S_ISSOCK(found.st_mode) or not known.is_file:
+        return False
+    same_text = os.path.realpath(path) == os.path.realpath(known.path)
+    try:
+        file = fcntl.ioctl(fd, _SIOCUNIXFILE, 0)
+    except OSError:
+        pass
+    else:
+        try:
+            bound = os.fstat(file)
+        finally:
+            os.close(file)
+        return (bound.st_dev, bound.st_ino) == (found.st_dev, found.st_ino)
+    raw = _diag(known.inode, _SHOW_FILE).get(_DIAG_FILE)
+    if raw is None:
+        return same_text and os.path.isabs(known.path) and somebody_at(path, known.kind)
+    inode, device = struct.unpack("=II", raw)
+    if inode != found.st_ino & 0xFFFFFFFF:
+        return False
+    # The kernel's number of a device differs from stat()'s on btrfs and overlayfs.
+    return same_text or os.makedev(device >> 20, device & 0xFFFFF) == found.st_dev
+
+
+def _diag(inode: int, show: int) -> dict[int, bytes]:
+    """What unix_diag says of one UNIX socket of this network namespace: attribute -> value; empty
+    when it says nothing."""
+    length = _DIAG_REQUEST.size
+    every = 0xFFFFFFFF  # all states; INET_DIAG_NOCOOKIE
+    request = _DIAG_REQUEST.pack(
+        *(length, 20, 1, 1, 0),  # SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST
+        *(socket.AF_UNIX, 0, 0, every, inode & 0xFFFFFFFF, show, every, every),
+    )
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+            netlink.settimeout(1.0)
+            netlink.send(request)
+            answer = netlink.recv(8192)
+    except OSError:
+        return {}
+    size, kind = struct.unpack_from("=IH", answer)
+    if kind != 20:  # NLMSG_ERROR: there is none
+        return {}
+    found = {}
+    at = 32
+    while at + 4 <= size:
+        length, name = struct.unpack_from("=HH", answer, at)
+        if length < 4:
+            break
+        found[name] = answer[at + 4 : at + length]
+        at += (length + 3) & ~3
+    return found
+
+
+def somebody_at(path: str, kind: int) -> bool:
+    """Whether a UNIX socket lives at `path`, which may have a full queue: a client would reach it
+    or wait for it. False only where the kernel refuses the connection, or nothing is there."""
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        error = probe.connect_ex(path)
+    return error not in (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR)
+
+
+# -- what waits in a socket ----------------------------------------------------------------------
+
+
+def queued(fd: int, known: Facts) -> str:
+    """What nobody has taken from the socket `fd` yet: "3 connections", "1 connection", "512 bytes
+    of datagrams"; "" for nothing."""
+    if known.kind == socket.SOCK_DGRAM:
+        count = _datagram_bytes(fd)
+        return f"{count} bytes of datagrams" if count else ""
+    count = connections(fd, known)
+    return f"{count} connection{'s' * (count != 1)}" if count else ""
+
+
+def connections(fd: int, known: Facts) -> int:
+    """How many connections wait in the listener `fd` to be accepted; 0 where nobody can tell."""
+    if not known.listening:
+        return 0
+    if known.family == socket.AF_UNIX:
+        raw = _diag(known.inode, _SHOW_QUEUE).get(_DIAG_QUEUE, bytes(4))
+        return int(struct.unpack_from("=I", raw)[0])
+    sock = socket.socket(fileno=fd)
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        return int(struct.unpack_from("=I", info, 24)[0])  # tcpi_unacked: of a listener, its queue
+    except (OSError, struct.error):
+        return 0
+    finally:
+        sock.detach()
+
+
+def _datagram_bytes(fd: int) -> int:
+    sock = socket.socket(fileno=fd)
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)
+        return int(struct.unpack_from("=I", raw)[0])  # SK_MEMINFO_RMEM_ALLOC
+    except (OSError, struct.error):
+        return 0
+    finally:
+        sock.detach()
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+
+def others_with(inodes: Iterable[int], *, patience: float = 0.3) -> dict[int, str]:
+    """Which other processes have one of these sockets open: pid -> its name. Looks for at most
+    `patience` seconds, and only where this process may look."""
+    links = {f"socket:[{inode}]" for inode in inodes}
+    end = time.monotonic() + patience
+    found = {}
+    mine = _file("/proc/self/cmdline")  # our own children look at what is held, and close it
+    for entry in os.listdir("/proc") if links else ():
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        if time.monotonic() > end:
+            break
+        if _has_open(int(entry), links) and _file(f"/proc/{entry}/cmdline") != mine:
+            name = _file(f"/proc/{entry}/comm").decode("utf-8", "replace").strip()
+            found[int(entry)] = name
+    return found
+
+
+def _has_open(pid: int, links: set[str]) -> bool:
+    try:
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                if os.readlink(f"/proc/{pid}/fd/{number}") in links:
+                    return True
+            except OSError:
+                continue
+    except OSError:
+        pass
+    return False
+
+
+def _file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def copy_from(pidfd: int, number: int) -> int:
+    """A duplicate of descriptor `number` of another process, close-on-exec, owned by the caller.
+
+    Wants Linux 5.6 and the right to trace that process. Raises CprdError for a kernel without
+    pidfd_getfd, OSError (EBADF, EPERM, ESRCH) otherwise."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(438, pidfd, number, 0)  # pidfd_getfd, the same number on every machine
+    if fd < 0:
+        code = ctypes.get_errno()
+        if code == errno.ENOSYS:
+            raise CprdError("this kernel has no pidfd_getfd (Linux 5.6, or a seccomp filter)")
+        raise OSError(code, os.strerror(code))
+    return int(fd)
