@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     taken: list[int]  # for each --listen the held socket that serves it, or NEW
     left: list[int]  # of `cprctl run`'s own sockets those that no --listen wants
     useless: dict[int, str]  # of those left: why a socket that was asked for cannot serve
-    early: list[int]  # of those left: what has to be closed before a new socket can be bound
+    later: list[int]  # the --listen for which one of those left has to be closed first
     blocked: list[tuple[int, int]]  # (--listen, held): in the way, and the program's own
 
 
@@ -58,17 +58,17 @@ def plan(asked: Sequence[Listen], held: Sequence[Held], namespace: int | None) -
                         free.discard(j)
                         break
     left = sorted(j for j in free if held[j].ours)
-    new = [listen for i, listen in enumerate(asked) if taken[i] == NEW]
+    new = [(i, listen) for i, listen in enumerate(asked) if taken[i] == NEW]
     return Plan(
         taken=taken,
         left=left,
         useless={j: why for j in left if (why := _why_useless(held[j], asked, namespace))},
-        early=[j for j in left if any(in_the_way(held[j], one, namespace) for one in new)],
+        later=[i for i, one in new if any(in_the_way(held[j], one, namespace) for j in left)],
         blocked=[
             (i, j)
-            for i, listen in enumerate(asked)
+            for i, one in new
             for j in sorted(free)
-            if taken[i] == NEW and not held[j].ours and in_the_way(held[j], listen, namespace)
+            if not held[j].ours and in_the_way(held[j], one, namespace)
         ],
     )
 
@@ -107,7 +107,8 @@ def in_the_way(held: Held, listen: Listen, namespace: int | None) -> bool:
             return False
         if listen.is_file:
             return listen.path in held.leads
-        return facts.path == listen.path and not elsewhere(facts, namespace)
+        same = (facts.path, facts.kind) == (listen.path, listen.kind)
+        return same and not elsewhere(facts, namespace)
     if elsewhere(facts, namespace) or facts.kind != listen.kind or listen.port == 0:
         return False
     accepted = not held.ours or facts.connected  # in nobody's way
@@ -119,7 +120,8 @@ def in_the_way(held: Held, listen: Listen, namespace: int | None) -> bool:
 def conflict(one: Listen, other: Listen) -> bool:
     """Whether the kernel refuses to bind both: the same type and port, and an address in common."""
     if one.family == socket.AF_UNIX or other.family == socket.AF_UNIX:
-        return bool(one.path) and one.path == other.path
+        same_type = one.is_file or one.kind == other.kind
+        return one.path == other.path and same_type
     if one.kind != other.kind or one.port != other.port or one.port == 0:
         return False
     return _overlap(one, other)

@@ -42,6 +42,10 @@ class Opened:
                         raise CannotListen(listen, error) from None
                 time.sleep(0.01)
 
+    def __contains__(self, key: tuple[str, int]) -> bool:
+        """Whether a descriptor was made for `key`, and not taken yet."""
+        return key in self._fds
+
     def take(self, key: tuple[str, int]) -> int:
         """The descriptor made for `key`, which the caller owns from now on."""
         return self._fds.pop(key)

@@ -184,10 +184,9 @@ def _warm(daemon: Daemon, start: Start) -> Deferred:
     crew, opened = start.crew, start.opened
     with claim_that_fits(daemon, start.name, start.look, start.limit) as claim:
         held, plan = _adopt(claim.state, start)
-        new = [listen for i, listen in enumerate(start.asked) if plan.taken[i] < 0]
-        if not plan.early:
-            opened.open(new)
-            _insert_new(start)
+        new = {i for i, j in enumerate(plan.taken) if j < 0}
+        opened.open(start.asked[i] for i in new.difference(plan.later))
+        _insert_new(start)
         crew.fdnames()
         _check_bind(start)
         kept = _listeners(start)
@@ -196,9 +195,9 @@ def _warm(daemon: Daemon, start: Start) -> Deferred:
         crew.warm = True
         opened.keep()
         _close(claim.state, held, plan)
-    if plan.early:
+    if plan.later:
         # Only now that nobody holds what was in the way can the address be bound.
-        opened.open(new, patience=LET_GO)
+        opened.open((start.asked[i] for i in plan.later), patience=LET_GO)
         _insert_new(start)
         everything = _listeners(start)
         assert everything is not None
@@ -233,7 +232,7 @@ def _adopt(state: State, start: Start) -> tuple[list[Held], Plan]:
             start.crew.add(*listen.key, state.take_fd(*held[j].key))
             adjust(start.crew.fds[-1], listen)
     if not start.asked:
-        made = made._replace(left=[], useless={}, early=[])
+        made = made._replace(left=[], useless={}, later=[])
     left = {held[j].key for j in made.left}
     staying = [each for each in held if each.key not in left]
     _say_elsewhere(staying, here)
@@ -316,10 +315,11 @@ def _close(state: State, held: list[Held], made: Plan) -> None:
 
 def _insert_new(start: Start) -> None:
     """Put the new listeners among the others, in the order of --listen."""
-    keys = set(start.crew.keys[: len(start.asked)])
-    for i, listen in enumerate(start.asked):
-        if listen.key not in keys:
-            start.crew.insert(i, *listen.key, start.opened.take(listen.key))
+    at = 0
+    for listen in start.asked:
+        if listen.key in start.opened:
+            start.crew.insert(at, *listen.key, start.opened.take(listen.key))
+        at += listen.key in start.crew.keys[at : at + 1]
 
 
 def _is_listener(start: Start, key: tuple[str, int], fd: int) -> bool:
