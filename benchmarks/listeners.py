@@ -110,7 +110,8 @@ MQTT = tcp(b"\x10\x0e\0\4MQTT\4\2\0\x3c\0\2me", b"\x20\2\0\0")
 
 
 def redis(port: int, place: Path) -> list[str]:
-    return f"redis-server --port {port} --bind 127.0.0.1 --dir {place}".split() + ["--save", ""]
+    options = f"--port {port} --bind 127.0.0.1 --dir {place} --save"
+    return ["redis-server", *options.split(), ""]
 
 
 def nginx(port: int, place: Path) -> list[str]:
@@ -178,11 +179,11 @@ def is_there(program: Program) -> bool:
 class Service:
     """A program as a service manager runs it: in a process group of its own."""
 
-    def __init__(self, name: str, place: Path, cprd: str | None) -> None:
-        """`cprd`: the path of its socket; None to run without."""
+    def __init__(self, name: str, place: Path, cprd: str | None, *, port: int = 0) -> None:
+        """`cprd`: the path of its socket; None to run without. `port` 0: a free one."""
         self.program = PROGRAMS[name]
         with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+            self.port: int = port or free.getsockname()[1]
         self.command = self.program.command(self.port, place)
         drop = ("CPRD_", "LISTEN_", "NOTIFY_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
@@ -228,7 +229,8 @@ class Service:
                 await asyncio.sleep(0.02)
 
 
-async def _load(service: Service, seconds: float, rate: int) -> Count:
+async def stream(service: Service, seconds: float, rate: int) -> Count:
+    """Clients of a service: `rate` connections a second."""
     waits: list[float] = []
     refused = reset = 0
 
@@ -256,7 +258,7 @@ async def _measure(service: Service, number: int, seconds: float, rate: int) -> 
     try:
         await service.until_it_answers()
         began = time.monotonic()
-        load = asyncio.create_task(_load(service, seconds, rate))
+        load = asyncio.create_task(stream(service, seconds, rate))
         for part in RESTARTS:
             await asyncio.sleep(max(0.0, began + part * seconds - time.monotonic()))
             await service.end(number)

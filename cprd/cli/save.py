@@ -1,4 +1,8 @@
-"""cprctl save: hold descriptors that the shell has open, and files as sections."""
+"""cprctl save: hold descriptors that the shell, or a running process, has open, and files as
+sections.
+
+With --pid they are taken out of that process, which goes on with its own and notices nothing; what
+is held is not served while it lives, unless --after-exit names another."""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cprd import State
     from cprd.cli import Verbs
+    from cprd.cli.adopting import Process
 
 INLINE = 64 * 1024  # bytes; a larger file goes into a memfd of its own, in pieces
 
@@ -24,17 +29,26 @@ def add_parser(verbs: Verbs) -> None:
 
     parser = verbs.add_parser(
         "save",
-        help="hold descriptors of the shell",
-        usage="cprctl save NAME --fd KEY[:ID]=N ... [--section KEY=FILE] [--replace] [--ttl S]"
-        " [--after-exit[=PID]]",
+        help="hold descriptors of the shell, or of a running process",
+        usage="cprctl save NAME [--pid PID] --fd KEY[:ID]=N ...|--listeners [--section KEY=FILE]"
+        " [--replace] [--ttl S] [--after-exit[=PID]]",
         description=__doc__,
-        epilog="Example: exec 7<>/dev/tcp/127.0.0.1/80; cprctl save web --fd conn=7. Exit status 1"
-        " also when NAME is held already: --replace it, or drop it.",
+        epilog="Examples: exec 7<>/dev/tcp/127.0.0.1/80; cprctl save web --fd conn=7."
+        " cprctl save redis --pid 4711 --listeners. Exit status 1 also when NAME is held already:"
+        " --replace it, or drop it.",
         formatter_class=_Help,
     )
     parser.add_argument("name", metavar="NAME")
     parser.add_argument(
-        "--fd", action="append", default=[], metavar="KEY[:ID]=N", help="descriptor N of the shell"
+        "--fd",
+        action="append",
+        default=[],
+        metavar="KEY[:ID]=N",
+        help="descriptor N of the shell, or of PID",
+    )
+    parser.add_argument("--pid", type=int, metavar="PID", help="the process that has them open")
+    parser.add_argument(
+        "--listeners", action="store_true", help="all listening sockets of PID, as `listener`"
     )
     parser.add_argument(
         "--section", action="append", default=[], metavar="KEY=FILE", help="a file's content"
@@ -54,12 +68,37 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    process = _adopted(args)
+    try:
+        return _save(args, process)
+    finally:
+        if process is not None:
+            process.close()
+
+
+def _adopted(args: argparse.Namespace) -> Process | None:
+    from cprd.cli.adopting import Process
+    from cprd.errors import InvalidInput
+
+    if args.pid is None:
+        if args.listeners:
+            raise InvalidInput("--listeners: of which process? --pid PID")
+        return None
+    if args.pid <= 0:
+        raise InvalidInput(f"--pid {args.pid}: wants a process id")
+    return Process(args.pid)
+
+
+def _save(args: argparse.Namespace, process: Process | None) -> int:
     import os
 
     from cprd.cli.connection import connect
 
-    state, files = _state(args)
-    pidfd = _process(args.after_exit)
+    state, files = _state(args, process)
+    if args.after_exit is None and process is not None:
+        pidfd = os.dup(process.pidfd)
+    else:
+        pidfd = _process(args.after_exit)
     try:
         with connect(args) as daemon:
             saved = daemon.save(
@@ -76,23 +115,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _state(args: argparse.Namespace) -> tuple[State, list[int]]:
+def _state(args: argparse.Namespace, process: Process | None) -> tuple[State, list[int]]:
     """The state to save, and the memfds made for it, which the caller closes."""
     from cprd import State
     from cprd.errors import InvalidInput
 
-    if not args.fd and not args.section:
+    if not args.fd and not args.section and not args.listeners:
         raise InvalidInput("nothing to save: give --fd KEY[:ID]=N or --section KEY=FILE")
     state = State()
+    for name, id, fd in process.listeners() if process is not None and args.listeners else ():
+        state.save_fd(name, id, fd)
     for text in args.fd:
         name, id, fd = fd_argument(text)
-        if fd in args.stand_ins:
+        if process is None and fd in args.stand_ins:
             raise InvalidInput(f"--fd {text}: descriptor {fd} is not open")
         if state.find_fd(name, id) >= 0:
             given = f"{name}:{id}" if id else name
             apart = f"{name}:{id + 1}={fd}"
             raise InvalidInput(f"--fd {text}: {given} is given twice; tell them apart as {apart}")
-        state.save_fd(name, id, fd)
+        state.save_fd(name, id, fd if process is None else process.take(fd))
     files: list[int] = []
     for text in args.section:
         key, equals, path = text.partition("=")
