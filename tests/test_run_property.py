@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import resource
+import secrets
 import shutil
 import signal
 import socket
@@ -222,10 +223,16 @@ def one_daemon() -> Iterator[DaemonProcess]:
 
 
 def free_ports() -> list[int]:
-    """[0, two ports that nothing has]."""
-    with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(socket.create_server(("", 0))) for _ in range(2)]
-        return [0, *(int(sock.getsockname()[1]) for sock in made)]
+    """[0, two ports that nothing has], below those that the kernel gives to clients."""
+    found = [0]
+    while len(found) < 3:
+        port = secrets.randbelow(20_000) + 10_000
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for kind in (STREAM, DGRAM):
+                sock = stack.enter_context(socket.socket(socket.AF_INET6, kind))
+                sock.bind(("::", port))
+            found.append(port)
+    return found
 
 
 # -- what a client sees --------------------------------------------------------------------------

@@ -216,11 +216,12 @@ def _adopt(state: State, start: Start) -> tuple[list[Held], Plan]:
     from cprd.linux.sockets import namespace
 
     here = namespace()
+    marked = {(str(name), int(id)) for name, id in state[MARK]} if MARK in state else set()
     if MARK in state:
-        if not start.asked:
-            start.ours.update((str(name), int(id)) for name, id in state[MARK])
         del state[MARK]
-    held = _held(state, start)
+    held = _held(state, start, start.ours | marked)
+    if not start.asked:
+        start.ours.update(marked)
     made = plan(start.asked, held, here)
     for i, j in made.blocked:
         raise CprdError(
@@ -241,8 +242,8 @@ def _adopt(state: State, start: Start) -> tuple[list[Held], Plan]:
     return held, made
 
 
-def _held(state: State, start: Start) -> list[Held]:
-    """The sockets among the descriptors of `state`."""
+def _held(state: State, start: Start, ours: set[tuple[str, int]]) -> list[Held]:
+    """The sockets among the descriptors of `state`. `ours`: keys of `cprctl run`."""
     from cprd.cli.addresses import KEY
     from cprd.cli.matching import Held
     from cprd.linux.sockets import facts, leads_to
@@ -254,8 +255,8 @@ def _held(state: State, start: Start) -> list[Held]:
         if known is None:
             continue
         leads = frozenset(path for path in paths if leads_to(path, fd, known))
-        ours = name == KEY or (name, id) in start.ours
-        found.append(Held((name, id), fd, known, ours, leads))
+        mine = name == KEY or (name, id) in ours
+        found.append(Held((name, id), fd, known, mine, leads))
     return found
 
 
