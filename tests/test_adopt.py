@@ -68,7 +68,7 @@ def test_a_service_that_runs_is_put_under_cprd_without_an_outage(
 ) -> None:
     if not is_there(PROGRAMS[name]):
         pytest.skip(f"needs {PROGRAMS[name].file}: apt-get install {PROGRAMS[name].package}")
-    count = asyncio.run(adopt(name, daemon, tmp_path, 4.0))
+    count = asyncio.run(adopt(name, daemon, tmp_path, 3.0))
     assert count.refused == 0, count
     assert count.reset <= count.asked // 50, count
 

@@ -56,7 +56,7 @@ def through_restarts(daemon: DaemonProcess, place: Path, name: str, **how: Any) 
 
 @needs_cc
 def test_redis_is_restarted_and_refuses_nobody(daemon: DaemonProcess, tmp_path: Path) -> None:
-    through_restarts(daemon, tmp_path, "redis", seconds=4.0, rate=200)
+    through_restarts(daemon, tmp_path, "redis", seconds=3.0, rate=200)
 
 
 @needs_cc

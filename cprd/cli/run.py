@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from cprd.cli.become import Crew, Deferred, RaisedLimit
     from cprd.cli.load import Look
     from cprd.cli.matching import Held, Plan
-    from cprd.cli.opening import Opened
+    from cprd.cli.opening import CannotListen, Opened
 
 MARK = "cprctl.run"  # the section of a hold with the keys, other than `listener`, that are ours
+SOCK_DGRAM = 2
+HOLDS = 100  # that are looked through for the one with an address
 LET_GO = 3.0  # seconds; what was confirmed is closed within one
 
 
@@ -133,7 +135,8 @@ def _begin(args: argparse.Namespace, start: Start) -> Deferred:
     """Fill the crew, by way of cprd or, with --cold, without."""
     from cprd.cli.become import Deferred
     from cprd.cli.connection import connect
-    from cprd.errors import Timeout, Unavailable
+    from cprd.cli.opening import CannotListen
+    from cprd.errors import CprdError, Timeout, Unavailable
     from cprd.streams import note
 
     try:
@@ -145,7 +148,44 @@ def _begin(args: argparse.Namespace, start: Start) -> Deferred:
         _open_all(start)
         return Deferred()
     with daemon:
-        return begin(daemon, start)
+        try:
+            return begin(daemon, start)
+        except CannotListen as failed:
+            raise CprdError(f"{failed}{_holder(args, start.name, failed)}") from None
+
+
+def _holder(args: argparse.Namespace, name: str, failed: CannotListen) -> str:
+    """The other hold that has the address, for an error message: no process has it, and ss(8) shows
+    none. "" when it is not found within a few seconds."""
+    from cprd.cli.connection import connect
+    from cprd.cli.peek import in_a_child
+    from cprd.errors import CprdError
+
+    if not failed.in_use or failed.listen.path:
+        return ""
+    kind, end = ("udp ", "") if failed.listen.kind == SOCK_DGRAM else ("tcp ", " listening")
+    address = f":{failed.listen.port}{end}"
+
+    def look() -> dict[str, str]:
+        with connect(args) as daemon:
+            for row in daemon.list()[:HOLDS]:
+                with suppress(CprdError):
+                    shown = daemon.show(row["name"]) if row["name"] != name else {"descriptors": ()}
+                    for each in shown["descriptors"]:
+                        what = str(each["what"])
+                        if what.startswith(kind) and what.endswith(address):
+                            return {"name": row["name"], "what": what}
+        return {}
+
+    try:
+        found = in_a_child(look, patience=3.0)
+    except CprdError:
+        return ""
+    if not found:
+        return ""
+    return (
+        f": {found['name']} holds {found['what']} (cprctl drop {found['name']}, or another name?)"
+    )
 
 
 def begin(daemon: Daemon, start: Start) -> Deferred:
