@@ -350,6 +350,19 @@ def test_a_file_that_is_no_socket_is_left_alone(daemon: DaemonProcess, tmp_path:
     assert path.read_text() == "precious"
 
 
+def test_when_somebody_else_is_in_the_way_as_well_it_is_said_what_is_held_now(
+    daemon: DaemonProcess,
+) -> None:
+    with socket.create_server(("127.0.0.2", 0)) as other:
+        port = other.getsockname()[1]
+        run(daemon, f"127.0.0.1:{port}")
+        said = fails(daemon, f"0.0.0.0:{port}")
+        assert "in use" in said
+        assert "web held only what was in the way, and holds nothing now" in said
+    with daemon.connect() as connection:
+        assert connection.list() == []
+
+
 # -- without a hold, without cprd ----------------------------------------------------------------
 
 

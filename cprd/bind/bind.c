@@ -16,6 +16,7 @@
  * shutdown(), unlink() of its path, and a loop that closes every descriptor.
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -227,18 +228,25 @@ static void copy_options(int from, const struct held *to) {
 /* Said once: the program binds an address that overlaps with what is held, and is not the same. */
 static void hint(int fd, const struct sockaddr *wanted) {
     static int said;
-    char line[200];
+    char line[256], name[INET6_ADDRSTRLEN] = "";
+    const struct sockaddr_in *four = (const void *)wanted;
+    const struct sockaddr_in6 *six = (const void *)wanted;
+    const void *host = wanted->sa_family == AF_INET ? (const void *)&four->sin_addr : &six->sin6_addr;
     if (said || (wanted->sa_family != AF_INET && wanted->sa_family != AF_INET6)) return;
-    in_port_t port = ((const struct sockaddr_in *)(const void *)wanted)->sin_port;
+    in_port_t port = four->sin_port;
     for (int i = 0; i < count; i++) {
         const struct sockaddr_in *known = (const void *)&held[i].address;
         if (held[i].domain == AF_UNIX || known->sin_port != port) continue;
         if (held[i].type != option(fd, SOL_SOCKET, SO_TYPE)) continue;
-        int length = snprintf(
-            line, sizeof line,
-            "cprd: the program binds port %u at another address than --listen says, and the held"
-            " socket is in the way: give --listen exactly that (IPv6 alone: ,v6only)\n",
-            ntohs(port));
+        inet_ntop(wanted->sa_family, host, name, sizeof name);
+        const char *only = wanted->sa_family == AF_INET6 && option(fd, IPPROTO_IPV6, IPV6_V6ONLY)
+                               ? ",v6only"
+                               : "";
+        int length = snprintf(line, sizeof line,
+                              "cprd: the program binds another address than --listen says, and the"
+                              " held socket is in the way: --listen %s%s%s%s:%u%s would be it\n",
+                              held[i].type == SOCK_DGRAM ? "udp:" : "",
+                              strchr(name, ':') ? "[" : "", name, strchr(name, ':') ? "]" : "", ntohs(port), only);
         if (write(2, line, (size_t)length) == length) said = 1;
         return;
     }

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         start.opened.undo()
         if crew.warm is None:
             raise
-        back = save_back if crew.warm else _drop
+        back = (save_back if crew.fds else _nothing) if crew.warm else _drop
         not_become(error, args.name, lambda: back(args, crew))
 
 
@@ -438,6 +438,12 @@ def _variables(start: Start, preload: str) -> dict[str, str]:
         path = paths.get(key, known.path)
         sockets.append((fd, known.inode, path if leads_to(path, fd, known) else ""))
     return environment(preload, sockets)
+
+
+def _nothing(args: argparse.Namespace, crew: Crew) -> str:
+    """All that was held was in the way of what is asked for, and that failed all the same."""
+    del crew
+    return f"{args.name} held only what was in the way, and holds nothing now"
 
 
 # -- cold ----------------------------------------------------------------------------------------
