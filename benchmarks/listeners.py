@@ -1,12 +1,12 @@
-"""Programs that know nothing of cprd, restarted under a stream of new connections.
+"""Unchanged programs, restarted under a stream of new connections.
 
     benchmarks/listeners.py [--seconds S] [--rate N] [PROGRAM ...]
 
 For each program: N connections a second for S seconds, each with one request, while the program is
 ended and started anew twice; once by SIGTERM, once by kill -9 of its process group, each with and
 without `cprctl run --bind`. Prints the table of docs/run.md. `refused` counts connections refused,
-`reset` those that ended without an answer (or, UDP, questions without one), `worst` is the longest
-time from connect() to the answer. Exits with 1 when a connection was refused under cprd.
+`reset` connections (UDP: questions) without an answer, `worst` is the longest time from connect()
+to the answer. Exits with 1 when a connection was refused under cprd.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RESTARTS = (0.3, 0.65)  # when, as parts of the whole time
 
 
 class Program(NamedTuple):
-    """A server: how it is started, where it listens, and what is asked."""
+    """A server: command, addresses, request."""
 
     file: str  # in $PATH
     package: str  # Debian's
@@ -46,7 +46,7 @@ class Program(NamedTuple):
 
 
 class Count(NamedTuple):
-    """What the clients saw."""
+    """The clients' results."""
 
     asked: int
     refused: int

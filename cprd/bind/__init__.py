@@ -1,8 +1,8 @@
 """For programs that bind by themselves: an object for LD_PRELOAD that answers bind() of a held
-address with the held socket (bind.c says how), and the check that a program takes notice of it.
+address with the held socket (bind.c says how), and the check of programs.
 
-The object is built from bind.c with cc: once for all by `python -m cprd.bind` (as whoever may write
-beside bind.c), else at the first use, into a directory of the user's own.
+The object is built from bind.c with cc: once for all users by `python -m cprd.bind`, else at the
+first use, into a directory of the user.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MOST = 256  # listeners; bind.c
 def object_for(file: str, command: Sequence[str]) -> str:
     """The path of the object for `file`, the program of `command`; built when there is none yet.
 
-    Blocks while the compiler runs, 60 s at most. Raises CprdError for a program that the dynamic
-    linker would not load the object into, and where no object can be had."""
+    Blocks while the compiler runs, 60 s at most. Raises CprdError without a compiler, and
+    for a program that starts without the object."""
     from cprd.bind.build import find_or_build
     from cprd.bind.program import check
 
@@ -31,9 +31,9 @@ def object_for(file: str, command: Sequence[str]) -> str:
 
 
 def environment(path: str, sockets: Iterable[tuple[int, int, str]]) -> dict[str, str]:
-    """The variables for a command: its listeners as (descriptor, inode, path of its file or "").
+    """The variables for a command with `sockets`: (descriptor, inode, path of the file or "").
 
-    Raises LimitExceeded for more than 256 of them."""
+    Raises LimitExceeded above 256."""
     from cprd.errors import LimitExceeded
 
     entries = []

@@ -1,8 +1,8 @@
-"""Where the object for LD_PRELOAD is, and how it gets there.
+"""Find or build the object for LD_PRELOAD.
 
-An object is code that runs as whoever starts the service: one is used only from a directory and a
-file that nobody else could have written. The file's name has a digest of its source, so that a
-newer cprd does not use an older one's.
+The object is code, and runs as the user of the service: a file is used only when nobody else could
+have written the file or the directory. The name has a digest of the source, so that a newer cprd
+builds anew.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def find_or_build() -> str:
 
 
 def build(place: str, *, mode: int) -> str:
-    """Build the object in `place`; its path. Raises CprdError, with what the compiler said."""
+    """Build the object in `place`; returns the path. Raises CprdError with the compiler's words."""
     import shutil
     import subprocess
     import tempfile
@@ -101,7 +101,7 @@ def _file_name() -> str:
 
 
 def _caches() -> Iterator[str]:
-    """Directories of this user's own, best first."""
+    """Directories of the user, best first."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     systemd = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]
     for place in (systemd, home, os.environ.get("XDG_RUNTIME_DIR", "")):
@@ -110,14 +110,14 @@ def _caches() -> Iterator[str]:
 
 
 def _is_own(path: str) -> bool:
-    """Whether `path` is this user's, and nobody else can write there."""
+    """Whether the user alone can write in `path`."""
     found = os.lstat(path)
     return found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def _is_safe(path: str, *, private: bool = False) -> bool:
-    """Whether the file `path` may be loaded: a regular one which only this user, or (unless
-    `private`) root, could have written, in a directory of which the same is true."""
+    """Whether the file `path` may be loaded: a regular file, writable by the user or (unless
+    `private`) by root alone, as is the directory."""
     for each in (path, os.path.dirname(path)):
         try:
             found = os.lstat(each)

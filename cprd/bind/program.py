@@ -1,4 +1,4 @@
-"""Whether the dynamic linker would load an object into a program, as far as its file says."""
+"""Whether the dynamic linker would load an object into a program, as far as the file says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEPTH = 4  # scripts that are run by scripts
 
 
 class Elf(NamedTuple):
-    """What an ELF file's headers say."""
+    """The headers of an ELF file, as far as needed."""
 
     kind: tuple[int, int, int]  # class (32 or 64 bit), byte order, machine
     interpreter: bool  # whether a dynamic linker starts it
@@ -67,7 +67,7 @@ def _check_rights(program: str) -> None:
 
 
 def _interpreters(file: str, command: Sequence[str]) -> Iterator[str]:
-    """`file`, or for a script the programs that run it, those in $PATH after `env` too."""
+    """`file`; for a script the interpreters, also those in $PATH after `env`."""
     rest = [file, *command[1:]]
     for _ in range(_DEPTH):
         program = rest[0]

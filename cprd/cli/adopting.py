@@ -15,7 +15,7 @@ KEY = "listener"
 
 
 class Process:
-    """A process that runs, and duplicates of its descriptors. Owns both until `close`."""
+    """A running process, and duplicates of descriptors. Owns both until `close`."""
 
     def __init__(self, pid: int) -> None:
         """Raises CprdError when there is no such process."""
@@ -29,7 +29,7 @@ class Process:
             raise InvalidInput(f"--pid {pid}: {error.strerror}") from None
 
     def take(self, number: int) -> int:
-        """A duplicate of its descriptor `number`, borrowed until `close`. Raises CprdError."""
+        """A duplicate of descriptor `number`, borrowed until `close`. Raises CprdError."""
         from cprd.linux.sockets import copy_from
 
         try:
@@ -42,7 +42,7 @@ class Process:
         return fd
 
     def listeners(self) -> list[tuple[str, int, int]]:
-        """Its listening sockets, each once, as (name, id, descriptor), in the order of its
+        """The listening sockets, each once, as (name, id, descriptor), in the order of
         descriptors. Raises CprdError for a process without."""
         from cprd.linux.sockets import facts
         from cprd.streams import note

@@ -1,9 +1,9 @@
-"""Which held socket serves which --listen, and which is in the way. No I/O: facts in, a plan out.
+"""Match held sockets with --listen arguments. No I/O: facts in, a plan out.
 
 A held socket serves a --listen when a client that connects to the address arrives at the socket:
 the same family, type, address, IPV6_V6ONLY (of a wildcard), interface and network namespace, and
-the socket listens. A UNIX path is compared by inode, and so the caller says which held sockets a
-path leads to. Fixed addresses choose first, port 0 last; each prefers the socket under its own key.
+the socket listens. A UNIX path is compared by inode, and so the caller says where a path leads.
+Fixed addresses choose first, port 0 last; each prefers the socket under its own key.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Held(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to do: indices into the held sockets."""
+    """The decision, as indices into the held sockets."""
 
     taken: list[int]  # for each --listen the held socket that serves it, or NEW
     left: list[int]  # of `cprctl run`'s own sockets those that no --listen wants
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
 
 def plan(asked: Sequence[Listen], held: Sequence[Held], namespace: int | None) -> Plan:
-    """`namespace`: cookie of the network namespace that the service runs in."""
+    """`namespace`: cookie of the service's network namespace."""
     taken = [NEW] * len(asked)
     free = set(range(len(held)))
     for any_port in (False, True):
@@ -74,8 +74,8 @@ def plan(asked: Sequence[Listen], held: Sequence[Held], namespace: int | None) -
 
 
 def elsewhere(facts: Facts, namespace: int | None) -> bool:
-    """Whether clients of this network namespace cannot reach the socket: a path in the file system
-    leads to its socket from every namespace."""
+    """Whether clients of this network namespace cannot reach the socket: a file leads to a
+    socket from every namespace."""
     if facts.is_file or facts.namespace is None or namespace is None:
         return False
     return facts.namespace != namespace
@@ -143,7 +143,7 @@ def _overlap(one: Facts | Listen, other: Facts | Listen) -> bool:
 
 
 def _number(host: str) -> bytes:
-    """An address as 4 or 16 bytes; one of IPv4 in IPv6 notation is that of IPv4."""
+    """An address as 4 or 16 bytes; ::ffff:1.2.3.4 is 1.2.3.4."""
     if ":" not in host:
         return socket.inet_pton(socket.AF_INET, host)
     number = socket.inet_pton(socket.AF_INET6, host)
@@ -151,7 +151,7 @@ def _number(host: str) -> bytes:
 
 
 def _why_useless(held: Held, asked: Sequence[Listen], namespace: int | None) -> str:
-    """Why a socket with an address that was asked for does not serve; "" for one that was not."""
+    """Why a socket does not serve the address that was asked for; "" for another address."""
     facts = held.facts
     if facts.is_file:
         if any(listen.path == facts.path for listen in asked) and facts.path not in held.leads:

@@ -27,10 +27,10 @@ class Opened:
         self._files: list[tuple[str, int, int]] = []  # path, device, inode
 
     def open(self, asked: Iterable[Listen], *, patience: float = 0.0) -> None:
-        """Bind a socket for each; those with port 0 come last, so that no port that is asked for
-        is given away. `patience`: seconds in which an address that is in use may become free.
+        """Bind a socket for each. Port 0 comes last, so that the kernel gives no fixed port away.
+        `patience`: seconds for an address in use to become free.
 
-        Raises CprdError; `undo` then takes back what was made."""
+        Raises CprdError; `undo` then removes the others."""
         end = time.monotonic() + patience
         for listen in sorted(asked, key=lambda each: not each.path and each.port == 0):
             while True:
@@ -51,11 +51,11 @@ class Opened:
         return self._fds.pop(key)
 
     def keep(self) -> None:
-        """The files stay: they belong to what is held by now."""
+        """Leave the files in place: the hold needs them."""
         self._files.clear()
 
     def undo(self) -> None:
-        """Close what was not taken, and remove the files that were made."""
+        """Close the descriptors that were not taken, and remove the new files."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
@@ -122,7 +122,7 @@ def _bind(sock: socket.socket, listen: Listen) -> None:
 
 
 def adjust(fd: int, listen: Listen) -> None:
-    """Make a held socket what its --listen says now: mode, owner, backlog, SO_REUSEPORT.
+    """Apply the options of a --listen to a held socket: mode, owner, backlog, SO_REUSEPORT.
 
     Raises CprdError."""
     try:
@@ -150,7 +150,7 @@ def adjust(fd: int, listen: Listen) -> None:
 def remove_dead(path: str, kind: int) -> None:
     """Remove a socket file where nobody listens any more; leave anything else alone.
 
-    Raises OSError EADDRINUSE for what is alive, without waiting for an answer."""
+    Raises OSError EADDRINUSE when somebody listens, without waiting for an answer."""
     from cprd.linux.sockets import somebody_at
 
     try:

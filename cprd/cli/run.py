@@ -1,10 +1,10 @@
-"""cprctl run: start a service, with what is held under NAME or cold; its listeners stay held.
+"""cprctl run: start a service, from the hold NAME or cold; cprd keeps the listeners.
 
 Each --listen is a descriptor `listener`, or NAME, with its position as id (listener, listener.1,
-...). Held or cold, cprd keeps the listeners for the next start from before CMD begins: whether CMD
-exits or crashes, there is no moment without a hold, and a second `run` while CMD lives is told so
-(exit 4). A held socket is taken for a --listen when clients of that address reach the socket; what
-serves no --listen is closed, with a word on what was queued.
+...). Held or cold, cprd keeps the listeners for the next start from before CMD begins: CMD may exit
+or crash, a hold is there at every moment. A second `run` while CMD lives ends with exit status 4. A
+held socket is taken for a --listen when clients of the address reach the socket. A listener that
+serves no --listen is closed, and the length of the queue is said.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LET_GO = 3.0  # seconds; what was confirmed is closed within one
 
 
 class Start(NamedTuple):
-    """One start: what is asked for, and what the command is to get."""
+    """One start: the arguments, and the descriptors for the command."""
 
     name: str
     asked: list[Listen]
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def addresses(args: argparse.Namespace) -> list[Listen]:
-    """What --listen asks for, as numbers. Raises InvalidInput, also for two that exclude each
-    other, and CprdError for a name that cannot be resolved."""
+    """The --listen arguments, with numeric hosts. Raises InvalidInput, also for two addresses where
+    the kernel refuses the second, and CprdError for a name without an address."""
     from itertools import combinations
 
     from cprd.cli.addresses import parse_all, resolve
@@ -155,8 +155,8 @@ def _begin(args: argparse.Namespace, start: Start) -> Deferred:
 
 
 def _holder(args: argparse.Namespace, name: str, failed: CannotListen) -> str:
-    """The other hold that has the address, for an error message: no process has it, and ss(8) shows
-    none. "" when it is not found within a few seconds."""
+    """The other hold with the address, for an error message (ss(8) shows no process); "" when
+    none is found within a few seconds."""
     from cprd.cli.connection import connect
     from cprd.cli.peek import in_a_child
     from cprd.errors import CprdError
@@ -247,9 +247,9 @@ def _warm(daemon: Daemon, start: Start) -> Deferred:
 
 
 def _adopt(state: State, start: Start) -> tuple[list[Held], Plan]:
-    """Move all of `state` into the crew, but for what is to be closed: first what serves the
-    --listen arguments, in their order. Raises CprdError when a socket of the program is in the way
-    of a new one."""
+    """Move `state` into the crew: first the sockets that serve --listen arguments, in that order,
+    then the rest. Listeners that are to be closed stay in `state`. Raises CprdError when a socket
+    of the program is in the way of a new socket."""
     from cprd.cli.matching import NEW, plan
     from cprd.cli.opening import adjust
     from cprd.errors import CprdError
@@ -319,7 +319,7 @@ def _say_elsewhere(held: list[Held], here: int | None) -> None:
 
 
 def _say_shared(start: Start, held: list[Held]) -> None:
-    """Say that another process has one of the listeners open."""
+    """Name other processes with a listener open."""
     from cprd.linux.sockets import others_with
     from cprd.streams import note
 
@@ -333,7 +333,7 @@ def _say_shared(start: Start, held: list[Held]) -> None:
 
 
 def _close(state: State, held: list[Held], made: Plan) -> None:
-    """Close the sockets that no --listen wants, say what was queued, and remove their files."""
+    """Close the sockets that no --listen wants, say how much was queued, remove the files."""
     import os
 
     from cprd.cli.opening import remove
@@ -372,7 +372,7 @@ def _is_listener(start: Start, key: tuple[str, int], fd: int) -> bool:
 
 
 def _listeners(start: Start) -> State | None:
-    """What is to be held for the next start, borrowed from the crew; None when there is nothing."""
+    """The listeners as the next hold, borrowed from the crew; None without listeners."""
     from cprd import State
     from cprd.cli.addresses import KEY
 
@@ -387,7 +387,7 @@ def _listeners(start: Start) -> State | None:
 
 
 def _unblock(start: Start) -> None:
-    """Listeners block again, whatever the last command made of them, as systemd has it."""
+    """Make listeners block again, as systemd does: the last command may have set O_NONBLOCK."""
     import os
 
     for key, fd in zip(start.crew.keys, start.crew.fds, strict=False):
@@ -408,7 +408,7 @@ def _preload(args: argparse.Namespace, file: str) -> str:
 
 
 def _check_bind(start: Start) -> None:
-    """Refuse, before the confirm, what a command that knows nothing of cprd cannot be given."""
+    """Refuse, before the confirm, a hold with more than listeners. Raises CprdError."""
     from cprd.cli.names import fd_name
     from cprd.errors import CprdError
 
@@ -441,7 +441,7 @@ def _variables(start: Start, preload: str) -> dict[str, str]:
 
 
 def _nothing(args: argparse.Namespace, crew: Crew) -> str:
-    """All that was held was in the way of what is asked for, and that failed all the same."""
+    """Every held listener was in the way of a new one, and the new one failed all the same."""
     del crew
     return f"{args.name} held only what was in the way, and holds nothing now"
 
@@ -472,7 +472,7 @@ def _open_all(start: Start) -> None:
 
 
 def _drop(args: argparse.Namespace, crew: Crew) -> str:
-    """A cold start that came to nothing leaves nothing held."""
+    """End the hold of a cold start that failed."""
     from cprd.cli.connection import connect
 
     if crew.fds:

@@ -1,8 +1,7 @@
-"""cprctl save: hold descriptors that the shell, or a running process, has open, and files as
-sections.
+"""cprctl save: hold descriptors of the shell or of a running process, and files as sections.
 
-With --pid they are taken out of that process, which goes on with its own and notices nothing; what
-is held is not served while it lives, unless --after-exit names another."""
+With --pid the descriptors are duplicates: the process keeps the originals and notices nothing. The
+hold is not served while PID lives, unless --after-exit names another process."""
 
 from __future__ import annotations
 

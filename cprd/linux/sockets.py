@@ -1,4 +1,4 @@
-"""Facts about sockets, from the kernel alone: what a socket is bound to, where, and for whom.
+"""Facts about sockets, from the kernel alone.
 
 A descriptor given to a function here stays the caller's. Nothing here blocks.
 """
@@ -34,7 +34,7 @@ _KINDS: dict[int, str] = {
 
 
 class Facts(NamedTuple):
-    """What one socket is."""
+    """The facts of a socket."""
 
     family: int
     kind: int
@@ -67,7 +67,7 @@ class Facts(NamedTuple):
 
 
 def facts(fd: int) -> Facts | None:
-    """The facts of the socket `fd`; None for what is no TCP, UDP or UNIX socket."""
+    """The facts of the socket `fd`; None for another file, or another family."""
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return None
@@ -149,9 +149,9 @@ def has_ipv6() -> bool:
 def leads_to(path: str, fd: int, known: Facts) -> bool:
     """Whether a client that connects to `path` arrives at the UNIX socket `fd` (facts: `known`).
 
-    Compared are inodes: of the file at `path`, and of the file that the socket was bound to. Where
-    the kernel does not say the latter (a socket of another network namespace, to a process without
-    CAP_NET_ADMIN), the paths are compared, and somebody has to answer at `path`."""
+    Compared are inodes: of the file at `path`, and of the file that the socket was bound to.
+    Where the kernel hides the latter (a socket of another network namespace, and no
+    CAP_NET_ADMIN), the paths are compared, and somebody has to listen at `path`."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -180,8 +180,8 @@ def leads_to(path: str, fd: int, known: Facts) -> bool:
 
 
 def _diag(inode: int, show: int) -> dict[int, bytes]:
-    """What unix_diag says of one UNIX socket of this network namespace: attribute -> value; empty
-    when it says nothing."""
+    """Ask unix_diag about a UNIX socket of this network namespace: attribute -> value; empty
+    without an answer."""
     length = _DIAG_REQUEST.size
     every = 0xFFFFFFFF  # all states; INET_DIAG_NOCOOKIE
     request = _DIAG_REQUEST.pack(
@@ -210,8 +210,8 @@ def _diag(inode: int, show: int) -> dict[int, bytes]:
 
 
 def somebody_at(path: str, kind: int) -> bool:
-    """Whether a UNIX socket lives at `path`, which may have a full queue: a client would reach it
-    or wait for it. False only where the kernel refuses the connection, or nothing is there."""
+    """Whether a UNIX socket listens at `path`, also with a full queue. False only where the kernel
+    refuses the connection, or nothing is there. Waits for nobody."""
     with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)
         error = probe.connect_ex(path)
@@ -263,8 +263,8 @@ def _datagram_bytes(fd: int) -> int:
 
 
 def others_with(inodes: Iterable[int], *, patience: float = 0.3) -> dict[int, str]:
-    """Which other processes have one of these sockets open: pid -> its name. Looks for at most
-    `patience` seconds, and only where this process may look."""
+    """Other processes with a socket of `inodes` open: pid -> name. Looks for at most `patience`
+    seconds, and only where /proc allows."""
     links = {f"socket:[{inode}]" for inode in inodes}
     end = time.monotonic() + patience
     found = {}
