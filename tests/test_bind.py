@@ -116,7 +116,8 @@ for _ in range(3):
     workers.append(os.read(read, 1).decode()); os.wait()
 said["workers"] = "".join(workers)
 
-other = tcp(); other.bind(("127.0.0.1", free)); said["other port"] = inode(other) not in held
+other = tcp(); other.bind(("127.0.0.1", free)); other.listen()
+said["other port"] = inode(other) not in held
 udp = socket.socket(type=socket.SOCK_DGRAM); udp.bind(("127.0.0.1", port))
 said["other type"] = inode(udp) not in held
 try: tcp().bind(("0.0.0.0", port)); said["wildcard"] = "bound"
@@ -174,6 +175,8 @@ def test_bind_is_answered_and_nothing_else_is_changed(
             "env": [],
         }
         assert f"in the way: --listen 0.0.0.0:{port} would be it" in done.stderr
+        assert f"listens on 127.0.0.1:{free} as well, which is not held" in done.stderr
+        assert done.stderr.count("cprd: ") == 2
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))  # nobody runs, and it waits
 
@@ -277,9 +280,13 @@ def test_an_object_that_others_could_have_written_is_not_used(
     os.chmod(made, 0o722)
     assert build.find_or_build() == made
     assert os.stat(made).st_mode & 0o022 == 0, "built anew"
-    os.chmod(tmp_path / "cprd", 0o777)
-    with pytest.raises(cprd.CprdError, match="can be written by others"):
-        build.find_or_build()
+    for folder, mode in ((tmp_path / "cprd", 0o777), (tmp_path, 0o777)):
+        before = folder.stat().st_mode
+        os.chmod(folder, mode)
+        with pytest.raises(cprd.CprdError, match="can be written or replaced by others"):
+            build.find_or_build()
+        os.chmod(folder, before)
+    assert build.find_or_build() == made
 
 
 @needs_cc

@@ -50,17 +50,32 @@ struct held {
 
 static struct held held[MOST];
 static int count, files;
+static struct stat errors; /* what descriptor 2 was, when the program began */
 
-/* The next definition of a function, which is libc's unless another object is preloaded too. */
-#define NEXT(result, name, ...)                                    \
-    static result (*next)(__VA_ARGS__);                            \
-    if (!next) {                                                   \
-        *(void **)&next = dlsym(RTLD_NEXT, #name);                 \
-        if (!next) {                                               \
-            errno = ENOSYS;                                        \
-            return -1;                                             \
-        }                                                          \
-    }
+/* The next definitions, which are libc's unless another object is preloaded too. Looked up before
+ * main(): a child of fork() may call close() while another thread held the dynamic linker's lock. */
+static struct {
+    int (*bind)(int, const struct sockaddr *, socklen_t);
+    int (*listen)(int, int);
+    int (*shutdown)(int, int);
+    int (*close)(int);
+    int (*close_range)(unsigned, unsigned, int);
+    int (*unlink)(const char *);
+    int (*unlinkat)(int, const char *, int);
+    int (*remove)(const char *);
+} next;
+
+static void look_up(void) {
+    if (next.bind) return;
+    *(void **)&next.listen = dlsym(RTLD_NEXT, "listen");
+    *(void **)&next.shutdown = dlsym(RTLD_NEXT, "shutdown");
+    *(void **)&next.close = dlsym(RTLD_NEXT, "close");
+    *(void **)&next.close_range = dlsym(RTLD_NEXT, "close_range");
+    *(void **)&next.unlink = dlsym(RTLD_NEXT, "unlink");
+    *(void **)&next.unlinkat = dlsym(RTLD_NEXT, "unlinkat");
+    *(void **)&next.remove = dlsym(RTLD_NEXT, "remove");
+    *(void **)&next.bind = dlsym(RTLD_NEXT, "bind");
+}
 
 static int option(int fd, int level, int name) {
     int value = 0;
@@ -120,6 +135,8 @@ static void know(int fd, unsigned long long inode, unsigned long long device,
 
 __attribute__((constructor)) static void learn(void) {
     const char *at = getenv("CPRD_BIND");
+    look_up();
+    if (fstat(2, &errors)) errors.st_ino = 0;
     static char said[MOST * 96];
     unsigned long long inode, device, file;
     int fd, used;
@@ -225,38 +242,58 @@ static void copy_options(int from, const struct held *to) {
     }
 }
 
-/* Said once: the program binds an address that overlaps with what is held, and is not the same. */
+/* A line on stderr, unless descriptor 2 is another file by now (a database, in a daemon). */
+static void say(const char *format, const struct sockaddr *address, int type, int only6) {
+    char name[INET6_ADDRSTRLEN] = "", where[INET6_ADDRSTRLEN + 24], line[256];
+    const struct sockaddr_in *four = (const void *)address;
+    const struct sockaddr_in6 *six = (const void *)address;
+    int v6 = address->sa_family == AF_INET6;
+    struct stat now;
+    if (!errors.st_ino || fstat(2, &now)) return;
+    if (now.st_dev != errors.st_dev || now.st_ino != errors.st_ino) return;
+    inet_ntop(v6 ? AF_INET6 : AF_INET, v6 ? (const void *)&six->sin6_addr : &four->sin_addr, name,
+              sizeof name);
+    snprintf(where, sizeof where, "%s%s%s%s:%u%s", type == SOCK_DGRAM ? "udp:" : "", v6 ? "[" : "",
+             name, v6 ? "]" : "", ntohs(four->sin_port), v6 && only6 == 1 ? ",v6only" : "");
+    int length = snprintf(line, sizeof line, format, where);
+    if (write(2, line, (size_t)length) < 0) errors.st_ino = 0;
+}
+
+/* Said once: the program binds an address that overlaps with a held one, and is not the same. */
 static void hint(int fd, const struct sockaddr *wanted) {
     static int said;
-    char line[256], name[INET6_ADDRSTRLEN] = "";
-    const struct sockaddr_in *four = (const void *)wanted;
-    const struct sockaddr_in6 *six = (const void *)wanted;
-    const void *host = wanted->sa_family == AF_INET ? (const void *)&four->sin_addr : &six->sin6_addr;
     if (said || (wanted->sa_family != AF_INET && wanted->sa_family != AF_INET6)) return;
-    in_port_t port = four->sin_port;
+    in_port_t port = ((const struct sockaddr_in *)(const void *)wanted)->sin_port;
+    int type = option(fd, SOL_SOCKET, SO_TYPE);
     for (int i = 0; i < count; i++) {
         const struct sockaddr_in *known = (const void *)&held[i].address;
-        if (held[i].domain == AF_UNIX || known->sin_port != port) continue;
-        if (held[i].type != option(fd, SOL_SOCKET, SO_TYPE)) continue;
-        inet_ntop(wanted->sa_family, host, name, sizeof name);
-        const char *only = wanted->sa_family == AF_INET6 && option(fd, IPPROTO_IPV6, IPV6_V6ONLY)
-                               ? ",v6only"
-                               : "";
-        int length = snprintf(line, sizeof line,
-                              "cprd: the program binds another address than --listen says, and the"
-                              " held socket is in the way: --listen %s%s%s%s:%u%s would be it\n",
-                              held[i].type == SOCK_DGRAM ? "udp:" : "",
-                              strchr(name, ':') ? "[" : "", name, strchr(name, ':') ? "]" : "", ntohs(port), only);
-        if (write(2, line, (size_t)length) == length) said = 1;
+        if (held[i].domain == AF_UNIX || held[i].type != type || known->sin_port != port) continue;
+        say("cprd: the program binds another address than --listen says, and the held socket is in"
+            " the way: --listen %s would be it\n",
+            wanted, type, option(fd, IPPROTO_IPV6, IPV6_V6ONLY));
+        said = 1;
         return;
     }
 }
 
+/* Said of the first few: the program listens where nothing is held. */
+static void not_held(int fd) {
+    static int said;
+    struct sockaddr_storage address;
+    struct sockaddr *name = (struct sockaddr *)&address;
+    socklen_t length = sizeof address;
+    if (!count || said >= 4 || getsockname(fd, name, &length)) return;
+    if (name->sa_family != AF_INET && name->sa_family != AF_INET6) return;
+    said++;
+    say("cprd: the program listens on %s as well, which is not held: no --listen says so\n", name,
+        SOCK_STREAM, option(fd, IPPROTO_IPV6, IPV6_V6ONLY));
+}
+
 int bind(int fd, const struct sockaddr *wanted, socklen_t length) {
-    NEXT(int, bind, int, const struct sockaddr *, socklen_t)
+    look_up();
     struct held *one = find(fd, wanted, length);
     if (!one) {
-        int result = next(fd, wanted, length), why = errno;
+        int result = next.bind(fd, wanted, length), why = errno;
         if (result && why == EADDRINUSE && count) hint(fd, wanted);
         errno = why;
         return result;
@@ -273,25 +310,28 @@ int bind(int fd, const struct sockaddr *wanted, socklen_t length) {
 /* -- what would end a held socket -------------------------------------------------------------- */
 
 int listen(int fd, int backlog) {
-    NEXT(int, listen, int, int)
+    look_up();
     if (same_socket(fd)) {
         if (option(fd, SOL_SOCKET, SO_ACCEPTCONN) == 1) return 0;
         if (backlog < QUEUE) backlog = QUEUE;
+        return next.listen(fd, backlog);
     }
-    return next(fd, backlog);
+    int result = next.listen(fd, backlog);
+    if (!result) not_held(fd);
+    return result;
 }
 
 int shutdown(int fd, int how) {
-    NEXT(int, shutdown, int, int)
+    look_up();
     int listens = same_socket(fd) && option(fd, SOL_SOCKET, SO_ACCEPTCONN) == 1;
-    int result = next(fd, how);
+    int result = next.shutdown(fd, how);
     if (listens) listen(fd, QUEUE); /* a thread that waits in accept() was woken up */
     return result;
 }
 
 int close(int fd) {
-    NEXT(int, close, int)
-    return kept_at(fd) ? 0 : next(fd);
+    look_up();
+    return kept_at(fd) ? 0 : next.close(fd);
 }
 
 static unsigned next_kept(unsigned from) {
@@ -303,12 +343,16 @@ static unsigned next_kept(unsigned from) {
 }
 
 int close_range(unsigned first, unsigned last, int flags) {
-    NEXT(int, close_range, unsigned, unsigned, int)
-    if (first > last) return next(first, last, flags);
+    look_up();
+    if (!next.close_range) { /* glibc before 2.34 */
+        errno = ENOSYS;
+        return -1;
+    }
+    if (first > last) return next.close_range(first, last, flags);
     for (;;) {
         unsigned at = next_kept(first);
-        if (at > last || at == ~0U) return next(first, last, flags);
-        if (at > first && next(first, at - 1, flags)) return -1;
+        if (at > last || at == ~0U) return next.close_range(first, last, flags);
+        if (at > first && next.close_range(first, at - 1, flags)) return -1;
         if (at == last) return 0;
         first = at + 1;
     }
@@ -328,16 +372,16 @@ static int is_held_file(int folder, const char *path) {
 }
 
 int unlink(const char *path) {
-    NEXT(int, unlink, const char *)
-    return is_held_file(AT_FDCWD, path) ? 0 : next(path);
+    look_up();
+    return is_held_file(AT_FDCWD, path) ? 0 : next.unlink(path);
 }
 
 int unlinkat(int folder, const char *path, int flags) {
-    NEXT(int, unlinkat, int, const char *, int)
-    return is_held_file(folder, path) ? 0 : next(folder, path, flags);
+    look_up();
+    return is_held_file(folder, path) ? 0 : next.unlinkat(folder, path, flags);
 }
 
 int remove(const char *path) {
-    NEXT(int, remove, const char *)
-    return is_held_file(AT_FDCWD, path) ? 0 : next(path);
+    look_up();
+    return is_held_file(AT_FDCWD, path) ? 0 : next.remove(path);
 }

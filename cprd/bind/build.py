@@ -31,7 +31,7 @@ def find_or_build() -> str:
     places = list(_caches())
     for place in places:
         found = os.path.join(place, name)
-        if _is_safe(found, private=True):
+        if _is_safe(found, private=True) and _is_own(place):
             return found
     why = "no directory to build in: set XDG_CACHE_HOME or CACHE_DIRECTORY, or build it once for"
     why += " all (as root: python -m cprd.bind)"
@@ -42,7 +42,7 @@ def find_or_build() -> str:
             why = f"{place}: {error.strerror}"
             continue
         if not _is_own(place):
-            why = f"{place} can be written by others"
+            why = f"{place} can be written or replaced by others"
             continue
         return build(place, mode=0o700)
     raise CprdError(f"--bind needs an object for LD_PRELOAD, and there is none: {why}")
@@ -110,9 +110,19 @@ def _caches() -> Iterator[str]:
 
 
 def _is_own(path: str) -> bool:
-    """Whether the user alone can write in `path`."""
+    """Whether the user alone can write in `path`, and nobody but the user or root can put another
+    directory in place of `path`."""
     found = os.lstat(path)
-    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022 or stat.S_ISLNK(found.st_mode):
+        return False
+    above = os.path.realpath(path)
+    while above != "/":
+        above = os.path.dirname(above)
+        found = os.stat(above)
+        sticky = found.st_mode & stat.S_ISVTX  # as /tmp: others rename only what is theirs
+        if found.st_uid not in (0, os.geteuid()) or (found.st_mode & 0o022 and not sticky):
+            return False
+    return True
 
 
 def _is_safe(path: str, *, private: bool = False) -> bool:
