@@ -45,18 +45,14 @@ def plan(asked: Sequence[Listen], held: Sequence[Held], namespace: int | None) -
     """`namespace`: cookie of the service's network namespace."""
     taken = [NEW] * len(asked)
     free = set(range(len(held)))
-    for any_port in (False, True):
-        for same_key in (True, False):
-            for i, listen in enumerate(asked):
-                if taken[i] != NEW or (not listen.path and listen.port == 0) != any_port:
-                    continue
-                for j in sorted(free, key=lambda j: (not held[j].ours, j)):
-                    fits = held[j].key == listen.key or not same_key
-                    allowed = held[j].ours or not any_port
-                    if fits and allowed and serves(held[j], listen, namespace):
-                        taken[i] = j
-                        free.discard(j)
-                        break
+    _choose(asked, held, taken, free, namespace)
+    # A listener for any port may have none that is in the way of a fixed address, or a program's.
+    fixed = [one for one, j in zip(asked, taken, strict=True) if j == NEW and not _any_port(one)]
+    blocks = {j for j in free if any(in_the_way(held[j], one, namespace) for one in fixed)}
+    apart = blocks | {j for j in free if not held[j].ours}
+    free -= apart
+    _choose(asked, held, taken, free, namespace, any_port=True)
+    free |= apart
     left = sorted(j for j in free if held[j].ours)
     new = [(i, listen) for i, listen in enumerate(asked) if taken[i] == NEW]
     return Plan(
@@ -71,6 +67,33 @@ def plan(asked: Sequence[Listen], held: Sequence[Held], namespace: int | None) -
             if not held[j].ours and in_the_way(held[j], one, namespace)
         ],
     )
+
+
+def _any_port(listen: Listen) -> bool:
+    return not listen.path and listen.port == 0
+
+
+def _choose(
+    asked: Sequence[Listen],
+    held: Sequence[Held],
+    taken: list[int],
+    free: set[int],
+    namespace: int | None,
+    *,
+    any_port: bool = False,
+) -> None:
+    """Let the --listen with a fixed address, or those with port 0, choose from `free`: first the
+    socket under the same key, then another, preferably one of `cprctl run`."""
+    for same_key in (True, False):
+        for i, listen in enumerate(asked):
+            if taken[i] != NEW or _any_port(listen) != any_port:
+                continue
+            for j in sorted(free, key=lambda j: (not held[j].ours, j)):
+                fits = held[j].key == listen.key or not same_key
+                if fits and serves(held[j], listen, namespace):
+                    taken[i] = j
+                    free.discard(j)
+                    break
 
 
 def elsewhere(facts: Facts, namespace: int | None) -> bool:
