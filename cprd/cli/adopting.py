@@ -45,7 +45,7 @@ class Process:
         """The listening sockets, each once, as (name, id, descriptor), in the order of
         descriptors. Raises CprdError for a process without."""
         from cprd.linux.sockets import facts
-        from cprd.streams import note
+        from cprd.linux.stdio import note
 
         seen = set()
         found: list[tuple[str, int, int]] = []

@@ -137,7 +137,7 @@ def _begin(args: argparse.Namespace, start: Start) -> Deferred:
     from cprd.cli.connection import connect
     from cprd.cli.opening import CannotListen
     from cprd.errors import CprdError, Timeout, Unavailable
-    from cprd.streams import note
+    from cprd.linux.stdio import note
 
     try:
         daemon = connect(args)
@@ -308,7 +308,7 @@ def _spell(held: Held) -> str:
 
 def _say_elsewhere(held: list[Held], here: int | None) -> None:
     from cprd.cli.matching import elsewhere
-    from cprd.streams import note
+    from cprd.linux.stdio import note
 
     for each in held:
         if each.facts.listening and elsewhere(each.facts, here):
@@ -321,7 +321,7 @@ def _say_elsewhere(held: list[Held], here: int | None) -> None:
 def _say_shared(start: Start, held: list[Held]) -> None:
     """Name other processes with a listener open."""
     from cprd.linux.sockets import others_with
-    from cprd.streams import note
+    from cprd.linux.stdio import note
 
     inodes = {each.facts.inode for each in held if each.ours or each.facts.listening}
     for pid, name in others_with(inodes).items():
@@ -338,7 +338,7 @@ def _close(state: State, held: list[Held], made: Plan) -> None:
 
     from cprd.cli.opening import remove
     from cprd.linux.sockets import leads_to, others_with, queued
-    from cprd.streams import note
+    from cprd.linux.stdio import note
 
     for j in made.left:
         each = held[j]

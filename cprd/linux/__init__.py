@@ -1,1 +1,1 @@
-"""What cprd asks of the kernel. Nothing here knows of holds, names or messages."""
+"""The only door to the kernel: descriptors, processes, limits, standard streams."""

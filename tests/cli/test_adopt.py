@@ -16,7 +16,8 @@ import pytest
 import cprd
 from benchmarks.listeners import PROGRAMS, Count, Service, is_there, stream
 from cprd.cli.adopting import Process
-from tests.conftest import CHECKOUT, DaemonProcess
+from tests.support.checkout import CHECKOUT
+from tests.support.daemon import DaemonProcess
 
 CPRCTL = [sys.executable, "-m", "cprd.cli"]
 pytestmark = pytest.mark.usefixtures("nothing_leaks")

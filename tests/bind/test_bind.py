@@ -17,7 +17,8 @@ import pytest
 import cprd
 from benchmarks.listeners import PROGRAMS, is_there, measure
 from cprd.bind import build, program
-from tests.conftest import CHECKOUT, DaemonProcess
+from tests.support.checkout import CHECKOUT
+from tests.support.daemon import DaemonProcess
 
 CPRCTL = [sys.executable, "-m", "cprd.cli"]
 CC = shutil.which("cc")

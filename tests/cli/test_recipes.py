@@ -11,14 +11,15 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.listeners import search_path
-from tests.conftest import CHECKOUT, PATIENCE, DaemonProcess
+from tests.support.checkout import CHECKOUT
+from tests.support.daemon import DaemonProcess
+from tests.support.patience import PATIENCE, until
 
 pytestmark = [pytest.mark.full]
 
@@ -123,13 +124,16 @@ def answered(client: socket.socket, name: str) -> None:
 
 
 def connect(port: int) -> socket.socket:
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-        except ConnectionRefusedError:
-            assert time.monotonic() < end, "it does not listen"
-            time.sleep(0.02)
+    """A connection, made as soon as somebody listens."""
+    made: list[socket.socket] = []
+
+    def listens() -> bool:
+        with contextlib.suppress(ConnectionRefusedError):
+            made.append(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE))
+        return bool(made)
+
+    until(listens, lambda: "nobody listens")
+    return made[0]
 
 
 PROGRAMS = {

@@ -37,7 +37,10 @@ from cprd.cli.become import Crew, RaisedLimit
 from cprd.cli.load import look_at
 from cprd.cli.opening import Opened
 from cprd.cli.run import Start, addresses, begin
-from tests.conftest import DaemonProcess, open_fds, until
+from tests.support.checkout import CHECKOUT
+from tests.support.daemon import DaemonProcess
+from tests.support.descriptors import open_fds
+from tests.support.patience import until
 
 STREAM, DGRAM, SEQPACKET = socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET
 V4, W4, V6 = "127.0.0.1", "127.0.0.2", "::1"
@@ -169,7 +172,7 @@ def possible(held: list[HeldSpec]) -> bool:
 MAKER = """
 import array, json, socket, sys
 sys.path.insert(0, sys.argv[1])
-from tests.test_run_property import Spec
+from tests.cli.test_run_property import Spec
 channel = socket.socket(fileno=int(sys.argv[2]))
 import subprocess; subprocess.run(["ip", "link", "set", "lo", "up"], check=False)
 channel.send(b"ready")
@@ -192,7 +195,7 @@ def make_elsewhere() -> Iterator[Make]:
     ):
         pytest.skip("needs network namespaces: as root, or kernel.unprivileged_userns_clone=1")
     ours, theirs = socket.socketpair(socket.AF_UNIX, SEQPACKET)
-    root = str(Path(__file__).parent.parent)
+    root = str(CHECKOUT)
     process = subprocess.Popen(
         [*unshare, sys.executable, "-c", MAKER, root, str(theirs.fileno())],
         pass_fds=[theirs.fileno()],
