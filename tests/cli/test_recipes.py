@@ -181,5 +181,5 @@ def test_a_supervisor(daemon: DaemonProcess, tmp_path: Path, name: str) -> None:
 
 
 def test_every_recipe_is_tried() -> None:
-    tried = {*PROGRAMS, *SUPERVISORS, "systemd, in `[Service]`"}  # a line of any unit
+    tried = {*PROGRAMS, *SUPERVISORS, "systemd, in `[Service]`"}  # tests/systemd/test_run.py
     assert set(RECIPES) == tried
