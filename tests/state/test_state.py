@@ -642,3 +642,123 @@ def test_what_is_no_memfd_is_refused_and_told_where_to_go() -> None:
     with socket.socket() as sock:
         with pytest.raises(InvalidInput, match="not a memfd"):
             State().save_section_fd("ram", sock)
+
+
+def test_section_fd_stands_at_its_beginning_whatever_a_former_reader_did() -> None:
+    state = State()
+    state["large"] = b"y" * 50_000
+    state["value"] = {"a": 1}
+    for _ in range(2):
+        successor = loaded(state)
+        for key in ("large", "value"):
+            for _ in range(2):
+                fd = successor.section_fd(key)
+                assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+                assert os.read(fd, 3)
+        state.close()
+        state = successor
+    state.close()
+
+
+def test_what_a_program_changes_after_section_fd_is_saved_all_the_same() -> None:
+    state = State()
+    state["value"] = {"a": 1}
+    state.section_fd("value")
+    state["value"]["a"] = 2
+    successor = loaded(state)
+    assert successor["value"] == {"a": 2}
+    state.close()
+    successor.close()
+
+
+# What a claimant never asked for, and what comes after the end
+
+
+def test_keys_that_nobody_asked_for_are_told() -> None:
+    state = State()
+    for name, id in (("a", 0), ("b", 0), ("a", 1), ("c", 5)):
+        state.save_fd(name, id, 0)
+    state["x"], state["y"], state["z"] = 1, b"2", b"z" * 50_000
+    assert state.untaken() == []  # there was nothing to ask for
+    successor = loaded(state)
+    every: list[Any] = [("a", 0), ("b", 0), ("a", 1), ("c", 5), "x", "y", "z"]
+    assert successor.untaken() == every
+    asks: list[tuple[Any, Any]] = [
+        (lambda: os.close(successor.take_fd("a", 0)), ("a", 0)),
+        (lambda: successor.find_fd("a", 1), ("a", 1)),
+        (lambda: successor.find_fd("a", 7), None),
+        (lambda: list(successor.fds("c")), ("c", 5)),
+        (lambda: "x" in successor, None),
+        (lambda: len(successor), None),
+        (lambda: successor["x"], "x"),
+        (lambda: successor.section_fd("y"), "y"),
+        (lambda: successor.get("none"), None),
+    ]
+    for ask, key in asks:
+        ask()
+        every = [one for one in every if one != key]
+        assert successor.untaken() == every
+    assert every == [("b", 0), "z"]
+    assert list(successor.items())
+    assert len(list(successor.fds())) == 3
+    assert successor.untaken() == []
+    successor["mine"] = 1
+    successor.save_fd("mine", 0)
+    successor.save_fds("mine", {1: 0})
+    assert successor.untaken() == []  # its own
+    successor.close()
+
+
+USES: list[Any] = [
+    lambda state: state.save_fd("a", 0, 0),
+    lambda state: state.save_fds("a", {0: 0}),
+    lambda state: state.find_fd("a"),
+    lambda state: state.take_fd("a"),
+    lambda state: state.take_fd("a", default=-1),
+    lambda state: state.take_fds("a"),
+    lambda state: state.take_sockets("a"),
+    lambda state: state.delete_fd("a"),
+    lambda state: state.fds(),
+    lambda state: state.fd_count,
+    lambda state: state.untaken(),
+    lambda state: state["a"],
+    lambda state: state.get("a"),
+    lambda state: "a" in state,
+    len,
+    list,
+    dict,
+    lambda state: state.pop("a", None),
+    lambda state: state.update(a=1),
+    lambda state: state.section_fd("a"),
+    pack,
+]
+
+
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("use", USES, ids=range(len(USES)))
+def test_a_closed_state_says_so_instead_of_looking_empty(use: Any, owned: bool) -> None:
+    state = State()
+    state.save_fd("a", 0, 0)
+    state["a"] = 1
+    if owned:
+        state = loaded(state)
+    state.close()
+    with pytest.raises(InvalidInput, match="this state is closed"):
+        use(state)
+    assert state
+    assert repr(state) == "<cprd.State: closed>"
+    assert isinstance(state, State)
+    state.close()  # safe to repeat
+
+
+def test_a_section_that_is_missing_is_named_with_those_that_are_there() -> None:
+    state = State()
+    state["a"], state["b"] = 1, 2
+    with pytest.raises(MissingKey, match="no section 'c': the sections are 'a', 'b'"):
+        state["c"]
+    with pytest.raises(MissingKey):
+        del state["c"]
+    with pytest.raises(MissingKey):
+        state.section_fd("c")
+    assert state.get("c") is None
+    assert state.pop("c", 7) == 7
