@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 LINE = 64  # bytes; a longer one is no number of ours
 
 
+_TCP = (socket.AF_INET, socket.SOCK_STREAM)
+
+
 class Tally:
     """One client: its connection, what it was told, and the bytes on their way in and out."""
 
@@ -64,26 +67,27 @@ class Service:
     def restored(cls, state: cprd.State) -> Service:
         """Takes every descriptor of a loaded state, and owns it from now on."""
         clients = []
+        socks = state.take_sockets("client", *_TCP)
         for id, (count, total, unread, unsent) in enumerate(state["clients"]):
-            client = Tally(_tcp(state.take_fd("client", id)), count, total)
+            client = Tally(socks[id], count, total)
             client.unread, client.unsent = unread, unsent
             clients.append(client)
-        return cls(_tcp(state.take_fd("listener", 0)), clients)
+        return cls(state.take_sockets("listener", *_TCP)[0], clients)
 
     def state(self) -> cprd.State:
         """Everything, borrowed from here until it is saved."""
         state = cprd.State()
-        state.save_fd("listener", 0, self.listener)
-        rows = []
-        for id, client in enumerate(self.clients):
-            state.save_fd("client", id, client.sock)
-            rows.append((client.count, client.total, client.unread, client.unsent))
-        state["clients"] = rows
+        clients = list(self.clients)
+        state.save_fd("listener", self.listener)
+        state.save_fds("client", enumerate(client.sock for client in clients))
+        state["clients"] = [
+            (client.count, client.total, client.unread, client.unsent) for client in clients
+        ]
         return state
 
 
 def _tcp(fd: int) -> socket.socket:
-    return socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)
+    return socket.socket(*_TCP, fileno=fd)
 
 
 async def serve(service: Service, stopped: list[int]) -> None:

@@ -234,6 +234,12 @@ class Descriptors:
         numbers = chain.from_iterable(map(dict.values, groups.values()))
         return _bytes(names), _column(ids), _column(numbers)
 
+    def has_any(self, numbers: set[int]) -> bool:
+        """Whether a descriptor under some key has one of these numbers."""
+        if self._came is not None:
+            return not numbers.isdisjoint(self._came[2])
+        return not all(map(numbers.isdisjoint, map(dict.values, self._names.values())))
+
     # Within
 
     def _keys(self, name: str | None = None) -> list[tuple[str, int]]:

@@ -203,7 +203,15 @@ def _over(self: State, *_: object, **__: object) -> NoReturn:
 
 for _verb in (
     *("save_fd", "find_fd", "take_fd", "delete_fd", "save_fds", "take_fds", "take_sockets", "fds"),
-    *("columns", "__getitem__", "__setitem__", "__contains__", "__delitem__", "__iter__"),
+    *(
+        "columns",
+        "has_any",
+        "__getitem__",
+        "__setitem__",
+        "__contains__",
+        "__delitem__",
+        "__iter__",
+    ),
     *("__len__", "save_section_fd", "section_fd", "untaken", "sections"),
 ):
     setattr(_Closed, _verb, _over)

@@ -1,0 +1,168 @@
+"""A whole restart of a server with 10,000 descriptors, against passing them in C.
+
+    .venv/bin/python benchmarks/whole_path.py [--pairs N]
+
+From a dict of ids to descriptors in the old process to the same dict in a successor that comes
+afterwards: build a State, save, load, take all, confirm. By bulk verbs, by single verbs, and save
+and load alone. The yardstick is direct_pass.c: two live processes, an array to an array, nobody
+holding the descriptors in between. Beside that, what each step takes.
+
+Exit status: 0 when every figure is within its bound, 1 when not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import cprd
+from benchmarks.handover import MANY, floor_program
+from benchmarks.stage import private_cprd, verdict
+from cprd.linux.nofile import raise_soft_limit
+
+WARM_UP = 3
+Steps = dict[str, float]  # seconds
+
+
+def bulk_build(fds: dict[int, int]) -> cprd.State:
+    state = cprd.State()
+    state.save_fds("client", fds)
+    return state
+
+
+def bulk_take(state: cprd.State) -> dict[int, int]:
+    return state.take_fds("client")
+
+
+def single_build(fds: dict[int, int]) -> cprd.State:
+    state = cprd.State()
+    save = state.save_fd
+    for id, fd in fds.items():
+        save("client", id, fd)
+    return state
+
+
+def single_take(state: cprd.State) -> dict[int, int]:
+    take = state.take_fd
+    return {id: take("client", id) for id in range(MANY)}
+
+
+KINDS = {"bulk verbs": (bulk_build, bulk_take), "single verbs": (single_build, single_take)}
+
+
+def succeed(path: str, kind: str) -> None:
+    """What the process does that comes afterwards: connected, it waits for the word, and writes
+    when it began, had loaded, had taken all, had confirmed."""
+    raise_soft_limit()
+    _, take = KINDS[kind]
+    with cprd.connect(path) as daemon:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        times = [time.monotonic()]
+        with daemon.load("bench") as claim:
+            times.append(time.monotonic())
+            found = take(claim.state)
+            times.append(time.monotonic())
+            claim.confirm()
+            times.append(time.monotonic())
+    if list(found) != list(range(MANY)) or len(set(found.values())) != MANY:
+        raise SystemExit("descriptors are missing")
+    print(*times, flush=True)
+
+
+def restart(path: str, daemon: cprd.Daemon, fds: dict[int, int], kind: str) -> Steps:
+    """Seconds of each step. The time between save and load is no part of them: a restart has it
+    whatever hands the state over. The successor is a program of its own: a forked one would share
+    memory with the old process, which makes both slower."""
+    build, _ = KINDS[kind]
+    successor = subprocess.Popen(
+        [sys.executable, __file__, "--succeed", path, kind],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with successor:
+        assert successor.stdin is not None
+        assert successor.stdout is not None
+        if successor.stdout.readline() != "ready\n":
+            raise SystemExit("the successor did not start")
+        begun = time.monotonic()
+        state = build(fds)
+        built = time.monotonic()
+        daemon.save("bench", state)
+        saved = time.monotonic()
+        answer, _ = successor.communicate("go\n")
+        loading, loaded, taken, confirmed = map(float, answer.split())
+    return {
+        "build": built - begun,
+        "save": saved - built,
+        "load": loaded - loading,
+        "take": taken - loaded,
+        "confirm": confirmed - taken,
+    }
+
+
+def floor(program: str) -> float:
+    done = subprocess.run([program, str(MANY)], check=True, capture_output=True, text=True)
+    return int(done.stdout) / 1e9
+
+
+def spread(values: list[float]) -> str:
+    """Median, and the middle half, in milliseconds."""
+    low, middle, high = statistics.quantiles([value * 1e3 for value in values], n=4)
+    return f"{middle:.2f} ms ({low:.2f} to {high:.2f})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=21, metavar="N", help="at least 9")
+    parser.add_argument("--succeed", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.succeed:
+        succeed(*options.succeed)
+        return 0
+    pairs = options.pairs
+    if pairs < 9:
+        parser.error("at least 9 pairs")
+    _, hard = raise_soft_limit()
+    if hard < MANY + 500:
+        raise SystemExit(f"wants a hard limit of {MANY + 500} descriptors (ulimit -Hn): is {hard}")
+    measured: dict[str, list[Steps]] = {kind: [] for kind in KINDS}
+    floors: list[float] = []
+    with tempfile.TemporaryDirectory() as place, private_cprd() as (path, _):
+        program = floor_program(place)
+        fds = {id: os.eventfd(0) for id in range(MANY)}
+        with cprd.connect(path) as daemon:
+            for number in range(WARM_UP + pairs):
+                for kind in KINDS:
+                    steps = restart(path, daemon, fds, kind)
+                    measured[kind] += [steps] if number >= WARM_UP else []
+                floors += [floor(program)] if number >= WARM_UP else []
+        for fd in fds.values():
+            os.close(fd)
+    yardstick = statistics.median(floors)
+    print(f"C floor: {spread(floors)}")
+    good = True
+    for kind, bound in (("bulk verbs", 4.0), ("single verbs", 10.0)):
+        for step in measured[kind][0]:
+            print(f"{kind}, {step}: {spread([steps[step] for steps in measured[kind]])}")
+        whole = [sum(steps.values()) - steps["confirm"] for steps in measured[kind]]
+        value = statistics.median(whole) / yardstick
+        good &= verdict(f"whole path, {kind} / C floor", value, bound, "", spread(whole))
+    both = [steps["save"] + steps["load"] for steps in measured["bulk verbs"]]
+    value = statistics.median(both) / yardstick
+    good &= verdict("save and load alone / C floor", value, 3.0, "", spread(both))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
