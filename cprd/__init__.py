@@ -29,6 +29,7 @@ from cprd.errors import (
     Timeout,
     Unavailable,
 )
+from cprd.protocol import messages
 from cprd.state import State
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
@@ -47,7 +48,7 @@ else:
         return import_module(f"cprd.{name}")
 
 
-__version__ = "0.1.0"
+__version__ = messages.RELEASE
 
 __all__ = [
     "AlreadyHeld",

@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cprd.protocol.messages import REQUESTS
-from cprd.protocol.registry import TRANSITIONS
+from cprd.protocol.lifecycle import TRANSITIONS
+from cprd.protocol.messages import ANSWERS, REQUESTS
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import PATIENCE, until
@@ -28,11 +28,15 @@ def test_the_table_of_transitions_is_the_one_in_the_code() -> None:
 
 def test_every_verb_is_documented_with_its_fields() -> None:
     page = (CHECKOUT / "docs/protocol.md").read_text()
-    documented: dict[str, set[str]] = {}
-    for verbs, fields in re.findall(r"^\| (`[^|]+`) \| ([^|]*)\|", page, re.M):
+    asked: dict[str, set[str]] = {}
+    answered: dict[str, set[str]] = {}
+    row = r"^\| (`[^|]+`) \| ([^|]*)\|[^|]*\| ([^|]*)\|$"
+    for verbs, fields, answer in re.findall(row, page, re.M):
         for verb in re.findall(r"`(\w+)`", verbs):
-            documented[verb] = {field for field in re.split(r",\s*", fields.strip()) if field}
-    assert documented == {verb: set(fields) for verb, fields in REQUESTS.items()}
+            asked[verb] = {field for field in re.split(r",\s*", fields.strip()) if field}
+            answered[verb] = set(re.findall(r"\w+", re.sub(r"\(.*?\)|\*\*.*?\*\*", "", answer)))
+    assert asked == {verb: set(fields) for verb, fields in REQUESTS.items()}
+    assert answered == {verb: set(fields) for verb, fields in ANSWERS.items()}
 
 
 def test_pages_that_are_linked_exist() -> None:

@@ -1,8 +1,8 @@
 """Letting go of foreign files, away from the event loop.
 
-The last close of somebody else's file can block for as long as its owner likes (SO_LINGER, FUSE),
-and so can anything that drops a queue with such a file in it. Each uid has one worker thread of its
-own while there is something to close, so that one uid's blocking files hold up nobody else's.
+The last close of a foreign file can block for as long as the owner likes (SO_LINGER, FUSE), and so
+can dropping a queue with such a file. Each uid has one worker thread while something is to be
+closed: blocking files of one uid hold up no other uid.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LINGER = 1.0  # s that an idle worker waits for more before it ends
 
 
 class _Close:
-    """Descriptors to close; owned until it is called."""
+    """Descriptors to close; owned until the call."""
 
     __slots__ = ("fds",)
 
@@ -38,12 +38,13 @@ class Closer:
         self._stopped = False
 
     def close(self, uid: int, fds: Iterable[int]) -> None:
-        """Close descriptors, which this owns now, in `uid`'s worker."""
+        """Close descriptors, owned from now on, in the worker of `uid`."""
         self.run(uid, _Close(list(fds)))
 
     def stop(self) -> list[tuple[int, int]]:
-        """Begin nothing more. Returns what is left to close, (uid, fd), now the caller's: before an
-        exec, which would close it itself, and wait where that blocks."""
+        """Begin nothing more, before an exec, which blocks where a close does.
+
+        Returns the descriptors left, (uid, fd), which the caller owns now."""
         with self._lock:
             self._stopped = True
             left = []
@@ -54,7 +55,7 @@ class Closer:
             return left
 
     def run(self, uid: int, release: Callable[[], object]) -> None:
-        """Call `release` soon, in `uid`'s worker. Never blocks; errors of `release` are dropped."""
+        """Call `release` soon, in the worker of `uid`. Never blocks; drops errors of `release`."""
         with self._lock:
             queue = self._work.get(uid)
             if queue is not None:
@@ -65,7 +66,7 @@ class Closer:
             self._more[uid] = threading.Condition(self._lock)
         try:
             _thread.start_new_thread(self._worker, (uid,))
-        except RuntimeError:  # no thread to be had: better late than never
+        except RuntimeError:  # no thread to be had: closed here, late
             with self._lock:
                 queue = self._work.pop(uid)
                 del self._more[uid]
@@ -73,7 +74,7 @@ class Closer:
                 _quietly(late)
 
     def pending(self, uid: int) -> int:
-        """How many releases of this uid wait or are blocked."""
+        """The number of releases of this uid that wait or block."""
         with self._lock:
             return len(self._work.get(uid, ()))
 
@@ -82,7 +83,7 @@ class Closer:
             return {uid: len(queue) for uid, queue in self._work.items() if queue}
 
     def drained(self, seconds: float) -> bool:
-        """Wait until nothing is left to release, at most so long (for the end of the daemon)."""
+        """Block until nothing is left to release, at most so long. Returns whether nothing is."""
         import time
 
         end = time.monotonic() + seconds
@@ -114,4 +115,4 @@ def _quietly(release: Callable[[], object]) -> None:
     try:
         release()
     except Exception:
-        pass  # what was to be closed is closed, or was not ours
+        pass  # closed all the same, or never ours

@@ -18,7 +18,7 @@ from cprd.systemd import notify
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cprd.daemon.config import Config
-    from cprd.daemon.server import Daemon
+    from cprd.daemon.server import Server
     from cprd.daemon.storage.shelves import Keeper
 
 OLDEST_KERNEL = (5, 10)
@@ -285,8 +285,9 @@ async def _serve(given: Given, settings: Config) -> Keeper | None:
     re-execute itself, None when it is to end."""
     import trio
 
+    from cprd.daemon.clock import now
     from cprd.daemon.closer import Closer
-    from cprd.daemon.server import Daemon, now, raise_nofile
+    from cprd.daemon.server import Server, raise_nofile
     from cprd.daemon.storage.fdstore import Store
     from cprd.daemon.storage.shelves import Keeper
     from cprd.protocol.registry import Registry
@@ -298,8 +299,8 @@ async def _serve(given: Given, settings: Config) -> Keeper | None:
         closer.close(uid, [fd])
     registry = Registry(settings.quota, first_generation=int(now() * 1e9))
     manager = _manager()
-    keeper = Keeper(closer, now, managed=manager is not None)
-    daemon = Daemon(settings, keeper, closer, registry)
+    keeper = Keeper(closer, now, registry.replies, managed=manager is not None)
+    daemon = Server(settings, keeper, closer, registry)
     daemon.adopt(*keeper.adopt(_pairs(given), frozenset(given.durable), frozenset(given.once)))
     again = False
     with trio.open_signal_receiver(*SIGNALS) as signals:
@@ -420,11 +421,11 @@ async def _tell(manager: notify.Manager, message: bytes) -> None:
             log.event("manager-mute", level=log.WARNING, why=str(error))
 
 
-def _status(daemon: Daemon) -> str:
+def _status(daemon: Server) -> str:
     return f"{len(daemon.registry)} holds, kept: {daemon.keeper.kept}"
 
 
-async def _report(manager: notify.Manager, daemon: Daemon) -> None:
+async def _report(manager: notify.Manager, daemon: Server) -> None:
     """Keep the watchdog quiet and the status line true."""
     import trio
 

@@ -1,4 +1,4 @@
-"""The daemon's configuration: a TOML file with a [limits] table, all of it optional."""
+"""The daemon's configuration: a TOML file with a [limits] table, all optional."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ import tomllib
 from dataclasses import dataclass, fields
 
 from cprd.errors import InvalidInput
-from cprd.protocol.registry import Quota
+from cprd.protocol import messages
+from cprd.protocol.holds import Quota
 
 SYSTEM = "/etc/cprd/cprd.toml"
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Limits for each uid, and in all."""
+    """Limits for each uid, and in all (docs/operations.md)."""
 
-    holds: int = 2000  # holds of one uid
-    fds: int = 1_000_000  # descriptors in the holds of one uid
-    connections: int = 500  # connections of one uid
-    all_connections: int = 1000
-    lease: float = 3600.0  # the longest lease, s
+    holds: int = messages.HOLDS
+    fds: int = messages.FDS
+    connections: int = messages.CONNECTIONS
+    all_connections: int = messages.ALL_CONNECTIONS
+    lease: float = messages.LONGEST_LEASE
 
     @property
     def quota(self) -> Quota:
-        return Quota(holds=self.holds, fds=self.fds, connections=self.connections)
+        return Quota(holds=self.holds, fds=self.fds)
 
 
 def default_path(*, user: bool) -> str:
-    """The file that is read when none is named: the system's, if there is one, for root and for a
-    service of the system ("" otherwise). So a unit's ExecStart= and ExecReload= agree about it
-    without naming it; a user's own cprd has its own limits."""
+    """The file to read when none is named: for root and for a service of the system the system's
+    file, if present; "" otherwise. So ExecStart= and ExecReload= of a unit agree."""
     service = "INVOCATION_ID" in os.environ  # systemd.exec(5)
     if user or not (service or os.geteuid() == 0):
         return ""
-    return SYSTEM if os.path.lexists(SYSTEM) else ""  # one that leads nowhere is an error
+    return SYSTEM if os.path.lexists(SYSTEM) else ""  # a dangling link is an error
 
 
 def read(path: str) -> Config:

@@ -1,8 +1,7 @@
 """One client's connection in the daemon: messages in, messages out, each bounded in time.
 
-Descriptors that come in are the daemon's to close, and closing a foreign file can block: whatever
-is not handed on goes to the closer, and so does the socket itself (closing it drops what is still
-queued).
+The daemon has to close descriptors that come in, and closing a foreign file can block: the closer
+gets all that is not handed on, and the socket too (a close drops the queue).
 """
 
 from __future__ import annotations
@@ -20,14 +19,19 @@ from cprd.daemon.closer import Closer
 from cprd.errors import LimitExceeded, ProtocolError
 from cprd.linux.rights import receive, scm_fds, send
 from cprd.protocol import messages
-from cprd.protocol.registry import Peer
 
-SLOW = 10.0  # s that a client may leave an answer unread before it is cut off
 MAX_UNCLOSED = 64  # messages' worth of one uid's descriptors that may wait to be closed
 
 
+class Peer(NamedTuple):
+    """Who connected, as the kernel says. pid 0: in another pid namespace."""
+
+    uid: int
+    pid: int
+
+
 class Blocked(LimitExceeded):
-    """The uid's files cannot be closed: nothing more is taken from it, the connection ends."""
+    """Files of the uid cannot be closed: the connection ends."""
 
 
 class Request(NamedTuple):
@@ -76,25 +80,24 @@ class Connection:
             raise
 
     async def _room(self) -> None:
-        """Take nothing more from a uid whose descriptors wait to be closed: they are ours as long.
-        Raises Blocked when that does not end."""
-        end = trio.current_time() + SLOW
+        """Wait while many descriptors of the uid wait to be closed. Raises Blocked in the end."""
+        end = trio.current_time() + messages.SLOW
         while self.closer.pending(self.peer.uid) >= MAX_UNCLOSED:
             if trio.current_time() >= end:
                 raise Blocked(f"files of uid {self.peer.uid} block when they are closed")
             await trio.sleep(0.02)
 
     def release(self, fds: array[int]) -> None:
-        """Close descriptors that came from the client, elsewhere."""
+        """Close descriptors of the client, in the closer."""
         if fds:
             self.closer.close(self.peer.uid, fds)
 
     async def answer(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
-        """Send an answer; `fds` stay the caller's. Raises BrokenPipeError when the client has
-        gone, or leaves its answers unread."""
+        """Send an answer; `fds` stay the caller's. Raises BrokenPipeError when the client has gone,
+        or does not read."""
         if self.answer_now(data, fds):
-            return  # as nearly always; the rest is for whoever does not read
-        with trio.move_on_after(SLOW):
+            return  # as nearly always
+        with trio.move_on_after(messages.SLOW):
             while True:
                 try:
                     send(self.sock, data, fds)
@@ -109,7 +112,7 @@ class Connection:
         raise BrokenPipeError("the client does not read its answers")
 
     def answer_now(self, data: bytes, fds: tuple[int, ...] = ()) -> bool:
-        """Send an answer if that can be done at once; `fds` stay the caller's."""
+        """Send an answer if the client has room. `fds` stay the caller's."""
         try:
             send(self.sock, data, fds)
         except OSError:
@@ -117,7 +120,7 @@ class Connection:
         return True
 
     async def hung_up(self) -> str:
-        """Wait for the end of the connection, or for a message where none may come."""
+        """Wait for the end of the connection ("gone"), or for a message ("early")."""
         await trio.lowlevel.wait_readable(self.sock)
         try:
             return "early" if self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) else "gone"
@@ -127,7 +130,7 @@ class Connection:
             return "gone"
 
     def close(self) -> None:
-        """End it, now as far as the peer can see it, and let go of it in the peer's worker."""
+        """Shut down now; close in the closer where foreign files may be queued."""
         trio.lowlevel.notify_closing(self.sock)
         try:
             self.sock.shutdown(socket.SHUT_RDWR)

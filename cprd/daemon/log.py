@@ -1,9 +1,9 @@
-"""One line an event on stderr: `event key=value ...`, for people and for grep. Never what a state
-contains. Under systemd the line begins with its priority (sd-daemon(3)).
+"""A line an event on stderr: `event key=value ...`, for people and for grep. The content of states
+is never logged. Under systemd a line begins with the priority (sd-daemon(3)).
 
-While `write_behind` runs, lines are written once those that wait for an answer have it: a write to
-stderr and waking up who reads it take as long as a whole step. And no line is worth waiting for:
-where nobody reads stderr the last thousand stay, and the rest are counted.
+While `write_behind` runs, clients get answers first and lines are written afterwards: a write to
+stderr and the wake-up of the reader take as long as a whole step. No line is worth waiting for:
+where nobody reads stderr the last thousand lines stay, and the rest are counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _loop = 0  # its thread; another one writes at once
 
 
 def event(what: str, *, level: int = INFO, **fields: Any) -> None:
-    """Say it, now or in a moment. Never blocks."""
+    """Log an event, now or in a moment. Never blocks."""
     global _missing
     if len(_behind) >= MOST:
         _behind.popleft()
@@ -56,7 +56,7 @@ def _line(what: str, level: int, fields: dict[str, Any]) -> bytes:
 
 
 def _write() -> bool:
-    """Write what waits, as far as that does not block. Whether nothing is left."""
+    """Write waiting lines without blocking. Returns whether nothing is left."""
     global _missing
     stderr = select.poll()
     stderr.register(2, select.POLLOUT)
@@ -85,7 +85,7 @@ def _write() -> bool:
 
 
 async def write_behind() -> None:
-    """Write the lines of what else runs in this event loop, a moment later. Until cancelled."""
+    """Write the lines of the event loop's other tasks, a moment later. Until cancelled."""
     global _writer, _loop
     import trio
 

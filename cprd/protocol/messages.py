@@ -1,9 +1,8 @@
-"""The messages between cprd and its clients: one msgpack map in one SEQPACKET message. No I/O.
+"""The wire between cprd and clients: verbs, fields, answers, limits and defaults, as data. No I/O.
 
-The first message of each side states its version and limits. Every request names a `verb`; those
-that change something carry a `nonce`, so that the same request, repeated after a lost answer, gets
-its first answer. An answer is {"ok": {...}} or {"error": CODE, "why": TEXT}.
-docs/protocol.md shows all.
+A message is one msgpack map in one SEQPACKET message. A request names a `verb`; a request that
+changes something carries a `nonce` (replies.py). An answer is {"ok": {...}} or {"error": CODE,
+"why": TEXT}. docs/protocol.md shows all.
 """
 
 from __future__ import annotations
@@ -14,35 +13,69 @@ from collections.abc import Callable, Mapping
 
 import msgpack
 
-from cprd.errors import CODES, Busy, CprdError, InvalidInput, ProtocolError
+from cprd.errors import CODES, Busy, CprdError, ProtocolError
+from cprd.protocol.names import check_name as check_name  # noqa: PLC0414  # for clients
+from cprd.protocol.names import split_name as split_name  # noqa: PLC0414
 
-TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
+TYPE_CHECKING = False  # like typing.TYPE_CHECKING: an import of typing takes 4 ms
 if TYPE_CHECKING:
-    from typing import Any, TypeAlias
+    from typing import Any, TypeAlias, TypedDict
 
     Message: TypeAlias = dict[str, Any]
 
-VERSION = 1
+    class Row(TypedDict):
+        """A hold, as `list` and `show` tell."""
+
+        name: str
+        generation: int
+        phase: str
+        uid: int
+        fds: int
+        bytes: int
+        age: float  # s
+        expires: float | None  # s until the ttl ends
+        attempts: int
+        reason: str  # why a load is refused, or the last reject; "": none
+        last_reject: str
+        claimant: int | None  # pid
+        acting: int | None  # pid
+        in_use_by: int | None  # pid of the saver that still runs (after_exit)
+
+
+RELEASE = "0.1.0"  # of this software
+VERSION = 1  # of the wire
+
+# Sizes, bytes
 MAX_REQUEST = 16 * 1024
 MAX_ANSWER = 64 * 1024
-PAGE = 32 * 1024  # a list comes in pages of about so many bytes
+PAGE = 32 * 1024  # of rows in one answer to list, about
 NONCE = 16
-MAX_WAIT = 24 * 3600.0
-MAX_LEASE = 24 * 3600.0
-MAX_TTL = 10 * 365 * 24 * 3600.0
 MAX_REASON = 1024
 
-FIRST_BYTE = 5.0  # s from accept to hello
-IDLE = 300.0  # s without a request, for a connection with no claim, prepared save or wait
-MUTE = 20.0  # s that a client waits for an answer before it calls the daemon mute
+# Times, s
+LEASE = 30.0  # unless the client asks for another
+MAX_LEASE = 24 * 3600.0
+MAX_WAIT = 24 * 3600.0
+MAX_TTL = 10 * 365 * 24 * 3600.0
+FIRST_BYTE = 5.0  # from accept to hello
+IDLE = 300.0  # without a request, for a connection without a claim, a prepared save or a wait
+SLOW = 10.0  # an answer may stay unread before the connection is cut off
+MUTE = 20.0  # a client waits for an answer before calling the daemon mute
+
+# Defaults of cprd.toml
+HOLDS = 2000  # of one uid
+FDS = 1_000_000  # in the holds of one uid
+CONNECTIONS = 500  # of one uid
+ALL_CONNECTIONS = 1000
+LONGEST_LEASE = 3600.0  # s
 
 
 class BadRequest(ProtocolError):
-    """A message that can be read, and asks for what makes no sense: the next one may be good."""
+    """A readable message that makes no sense; the connection goes on."""
 
 
-# What a field may be: the function returns the value as it is used, or raises ValueError with what
-# is wanted. bool is an int in Python, and never meant as one here.
+# Checks of fields: each returns the value to use, or raises ValueError with the wanted form. A bool
+# is an int in Python, and never meant as a number here.
 
 
 def _text(limit: int) -> Callable[[Any], str]:
@@ -107,7 +140,7 @@ def _or_none(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 _U64 = _count((1 << 64) - 1)
-_NAME = _text(300)  # UID/NAME; split_name looks closer
+_NAME = _text(300)  # UID/NAME; names.split_name looks closer
 _CLAIM = {"name": _NAME, "generation": _U64, "token": _bytes(NONCE)}
 _BUNDLE: dict[str, Callable[[Any], Any]] = {
     "fds": _count(1 << 32),
@@ -151,7 +184,40 @@ REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "show": {"name": _NAME},
     "status": {},
 }
-"""Each verb's fields; all of them must be there, and nothing else."""
+"""Verb -> fields; a request has all of them, and nothing else."""
+
+_KEPT = ("kept",)
+_SAVED = ("generation", "token", "kept")
+_CHANGED = ("generation", "kept")
+ANSWERS: dict[str, tuple[str, ...]] = {
+    "hello": ("version", "server", "uid", "pid", "lease_by", "kept", "limits"),
+    "save": _SAVED,
+    "prepare": _SAVED,
+    "commit": _CHANGED,
+    "abort": _KEPT,
+    "load": (
+        *("generation", "token", "attempts", "last_reject", "last_claimant", "lease", "fds"),
+        "kept",
+    ),
+    "renew": ("lease",),
+    "begin": _KEPT,
+    "confirm": _KEPT,
+    "confirm_next": _CHANGED,
+    "reject": _KEPT,
+    "release": _CHANGED,
+    "drop": _CHANGED,
+    "wait": ("generation",),
+    "list": ("holds", "more"),
+    "show": ("hold",),
+    "status": (
+        *("server", "pid", "uptime", "kept", "blind", "phases", "uids", "connections"),
+        *("refused_accepts", "closing", "limits"),
+    ),
+}
+"""Verb -> fields of the "ok" map."""
+
+WITH_DESCRIPTORS = frozenset(("save", "prepare", "confirm_next", "begin"))
+"""Verbs that descriptors may come with."""
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
@@ -160,8 +226,9 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes, limit: int) -> Message:
-    """One message. Raises ProtocolError with the reason. Sizes inside are bounded by the message's,
-    nesting by msgpack's own stack of 1,024."""
+    """One message. Raises ProtocolError with the reason.
+
+    The size of `data` bounds the sizes inside, msgpack's stack of 1,024 the nesting."""
     if len(data) > limit:
         raise ProtocolError(f"a message longer than {limit} bytes")
     try:
@@ -175,7 +242,7 @@ def decode(data: bytes, limit: int) -> Message:
 
 
 def read_request(data: bytes) -> Message:
-    """A request with exactly the fields of its verb, each of its type, plus "verb".
+    """A request: "verb" and exactly the fields of the verb, each of the right type.
 
     Raises ProtocolError that names the verb or the field."""
     message = decode(data, MAX_REQUEST)
@@ -198,25 +265,31 @@ def read_request(data: bytes) -> Message:
 
 
 class Garbled(ProtocolError):
-    """An answer that cannot be read: what follows it on that connection cannot be, either."""
+    """An unreadable answer: nothing that follows on the connection can be trusted."""
 
 
 def read_answer(data: bytes) -> Message:
-    """The "ok" map of an answer; an error is raised as it was raised in the daemon. Raises Garbled
-    for what is no answer."""
+    """The "ok" map of an answer. Raises the error that the daemon raised; Garbled for anything but
+    an answer."""
     try:
         message = decode(data, MAX_ANSWER)
         if "ok" in message:
             return _map(message["ok"])
     except (ProtocolError, ValueError) as error:
         raise Garbled(f"not an answer: {error}") from None
-    said = CODES.get(str(message.get("error")), CprdError)(str(message.get("why")))
-    if isinstance(said, Busy):
+    raise _error(message)
+
+
+def _error(message: Message) -> CprdError:
+    """The error of an answer. A separate function: a local name in the raising frame is a reference
+    cycle, and keeps the caller's connection open."""
+    error = CODES.get(str(message.get("error")), CprdError)(str(message.get("why")))
+    if isinstance(error, Busy):
         pid, phase, until = (message.get(field) for field in ("pid", "phase", "until"))
-        said.pid = pid if isinstance(pid, int) else None
-        said.phase = phase if isinstance(phase, str) else None
-        said.until = float(until) if isinstance(until, int | float) else None
-    raise said
+        error.pid = pid if isinstance(pid, int) else None
+        error.phase = phase if isinstance(phase, str) else None
+        error.until = float(until) if isinstance(until, int | float) else None
+    return error
 
 
 def ok(**fields: Any) -> bytes:
@@ -235,30 +308,3 @@ def refusal(error: CprdError) -> bytes:
 
 def nonce() -> bytes:
     return os.urandom(NONCE)
-
-
-def split_name(text: str, uid: int) -> tuple[int, str]:
-    """The owner and the bare name of NAME or UID/NAME, asked for by a peer of `uid`.
-
-    Whether the peer may is policy, not syntax. Raises InvalidInput that says what is wrong."""
-    owner, slash, name = text.rpartition("/")
-    if slash:
-        if not owner.isascii() or not owner.isdigit() or int(owner) >= (1 << 32) - 1:
-            raise InvalidInput(f"name {text!r:.300}: wants NAME, or UID/NAME as root; no other '/'")
-        uid = int(owner)
-    check_name(name)
-    return uid, name
-
-
-def check_name(name: str) -> str:
-    """1..255 bytes of printable UTF-8, no '/', no leading '.'. Raises InvalidInput."""
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        size = 0
-    if not 0 < size < 256 or not name.isprintable() or name[0] == "." or "/" in name:
-        raise InvalidInput(
-            f"name {name!r:.300}: wants 1 to 255 bytes of printable UTF-8 without '/', not"
-            " beginning with '.'"
-        )
-    return name

@@ -1,157 +1,66 @@
-"""The life cycle of holds: one table, and the verbs that walk it. No I/O, and no clock of its own.
+"""The verbs of the life cycle: each returns a step, and changes nothing. No I/O, no clock.
 
-A verb does not change anything. It returns a `Step`: which holds end, which are put in their place,
-and the answer. The daemon writes the step down where it outlives the daemon, and only then calls
-`Registry.apply`. So what was not written never happened, and what was answered was written.
+A `Step` says which holds end, which records are put, and the answer. The daemon writes the step
+down where the step outlives the daemon, and then calls `Registry.apply`. So nothing is true before
+it is written, and nothing is answered before it is true. `lifecycle.TRANSITIONS` decides what a
+verb may do in a phase.
 
-Times are seconds of CLOCK_BOOTTIME, given by the caller. Processes are pids whose pidfds the caller
-watches: it reports their end, so that a pid here always means the process that it meant.
+The daemon watches processes by pidfd and reports their ends: a pid in a record means the process
+that the record meant.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from cprd.errors import AlreadyHeld, Busy, Damaged, Fenced, LimitExceeded, NotHeld
-
-PREPARED = "prepared"
-HELD = "held"
-CLAIMED = "claimed"
-IN_DOUBT = "in-doubt"
-DAMAGED = "damaged"
-UNREADABLE = "unreadable"
-NOTHING = "-"
-
-TRANSITIONS: dict[tuple[str, str], str] = {
-    (NOTHING, "prepare"): PREPARED,
-    (NOTHING, "save"): HELD,
-    (PREPARED, "commit"): HELD,
-    (PREPARED, "abort"): NOTHING,
-    (PREPARED, "saver gone"): IN_DOUBT,
-    (HELD, "load"): CLAIMED,
-    (HELD, "replace"): NOTHING,
-    (HELD, "drop"): NOTHING,
-    (HELD, "ttl over"): NOTHING,
-    (HELD, "release"): HELD,
-    (HELD, "found damaged"): DAMAGED,
-    (CLAIMED, "confirm"): NOTHING,
-    (CLAIMED, "confirm next"): NOTHING,
-    (CLAIMED, "reject"): HELD,
-    (CLAIMED, "claimant gone"): HELD,
-    (CLAIMED, "lease over"): HELD,
-    (CLAIMED, "begin"): IN_DOUBT,
-    (CLAIMED, "drop by force"): NOTHING,
-    (CLAIMED, "found damaged"): DAMAGED,
-    (IN_DOUBT, "begin"): IN_DOUBT,
-    (IN_DOUBT, "claimant gone"): IN_DOUBT,
-    (IN_DOUBT, "confirm"): NOTHING,
-    (IN_DOUBT, "confirm next"): NOTHING,
-    (IN_DOUBT, "reject"): HELD,
-    (IN_DOUBT, "saved by the acting process"): NOTHING,
-    (IN_DOUBT, "replace"): NOTHING,
-    (IN_DOUBT, "release by force"): HELD,
-    (IN_DOUBT, "drop by force"): NOTHING,
-    (IN_DOUBT, "found damaged"): DAMAGED,
-    (DAMAGED, "drop by force"): NOTHING,
-    (UNREADABLE, "drop by force"): NOTHING,
-}
-"""(phase, event) -> phase. What is not here is refused. "confirm next", "replace" and a save by the
-acting process end the old hold in the same step that puts the new one (held). "replace" of what is
-in doubt: only what lies under a prepared save that its operator commits or releases."""
-
-PHASES = (PREPARED, HELD, CLAIMED, IN_DOUBT, DAMAGED, UNREADABLE)
-
-Key = tuple[int, str]
+from cprd.errors import AlreadyHeld, Busy, Damaged, Fenced
+from cprd.protocol.holds import Holds, Quota
+from cprd.protocol.lifecycle import (
+    DAMAGED,
+    HELD,
+    NOTHING,
+    SAVED_BY_ACTING,
+    TRANSITIONS,
+    Hold,
+    busy,
+    ending_event,
+    pid_text,
+    why_not,
+)
+from cprd.protocol.names import Key
+from cprd.protocol.replies import Replies, Reply, newest
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """One record. Frozen: a transition makes another one."""
-
-    uid: int
-    name: str
-    generation: int
-    phase: str
-    fds: int = 0  # descriptors under keys, as the saver said
-    size: int = 0  # bytes of its sections, as the saver said
-    created: float = 0.0
-    expires: float | None = None  # when the ttl ends; None while it does not run, or has no end
-    ttl_left: float | None = None  # what is left of the ttl while it does not run
-    attempts: int = 0  # how often it was loaded
-    last_reject: str = ""
-    reason: str = ""  # why it is in doubt, damaged, unreadable
-    saver: int = 0  # pid; 0 where it cannot be seen
-    after_exit: int = -1  # pid of the process that must end before it is served; -1: none
-    claimant: int = 0  # pid
-    last_claimant: int = 0
-    token: bytes = b""  # of the claim, or of the prepared save
-    lease: float = 0.0
-    deadline: float = 0.0  # when the lease ends (claimed)
-    acting: int = 0  # pid of the process that acts on it (begin)
-    parked: int = 0  # descriptors in the root of its bundle, as the saver said; 0: not known
-    begun: bool = False  # in doubt by begin, not by a saver that vanished
-    born: bytes = b""  # nonce of the request that made it
-    last: bytes = b""  # nonce of the request that made it what it is
-
-    @property
-    def key(self) -> Key:
-        return (self.uid, self.name)
-
-    def row(self, now: float) -> dict[str, Any]:
-        """What `list` shows of it."""
-        left = self.ttl_left if self.expires is None else max(0.0, self.expires - now)
-        return {
-            "name": self.name,
-            "generation": self.generation,
-            "phase": self.phase,
-            "uid": self.uid,
-            "fds": self.fds,
-            "bytes": self.size,
-            "age": max(0.0, now - self.created),
-            "expires": left,
-            "attempts": self.attempts,
-            "reason": why_not(self, now)
-            or (f"rejected: {self.last_reject}" * bool(self.last_reject)),
-            "last_reject": self.last_reject,
-            "claimant": self.claimant or None,
-            "acting": self.acting or None,
-        }
-
-
-def why_not(hold: Hold, now: float) -> str:
-    """Why a hold is not served now; "" when it is."""
-    if hold.phase == PREPARED:
-        return f"prepared by {_pid(hold.saver)}, which has not committed yet"
-    if hold.phase == CLAIMED:
-        left = max(0.0, hold.deadline - now)
-        return f"claimed by {_pid(hold.claimant)}, whose lease has {left:.1f} s left"
-    if hold.phase == HELD:
-        if hold.after_exit >= 0:
-            return f"its predecessor, {_pid(hold.after_exit)}, has not ended yet"
-        return ""
-    if hold.phase == IN_DOUBT:
-        return (
-            f"in doubt: {hold.reason}; make sure that it does not run elsewhere, then release it"
-            " (cprctl release NAME --force) or drop it (cprctl drop NAME --force)"
-        )
-    if hold.phase == DAMAGED:
-        return f"damaged: {hold.reason}; it can only be dropped (cprctl drop NAME --force)"
-    return f"unreadable: {hold.reason}; run the newer cprd again, or drop it (--force)"
-
-
-def _pid(pid: int) -> str:
-    return f"pid {pid}" if pid > 0 else "a process of another pid namespace"
-
-
-class Peer(NamedTuple):
-    """Who asks: uid and pid as the kernel says (pid 0: cannot be seen)."""
+class Caller(NamedTuple):
+    """Who asks, when, and with which request. uid and pid as the kernel says."""
 
     uid: int
     pid: int
+    now: float = 0.0
+    nonce: bytes = b""
+    digest: bytes = b""
+    verb: str = ""
+
+
+class Ticket(NamedTuple):
+    """What a claimant or a saver shows: the token of generation `generation`."""
+
+    key: Key
+    generation: int
+    token: bytes
+
+
+class Offer(NamedTuple):
+    """A bundle to hold, as the saver describes the bundle."""
+
+    fds: int
+    size: int
+    parked: int = 0
+    ttl: float | None = None
+    after_exit: int = -1  # pid
 
 
 class Ended(NamedTuple):
@@ -161,273 +70,152 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a verb will change once it is applied."""
+    """What a verb changes once the step is applied."""
 
     answer: dict[str, Any] = field(default_factory=dict)
     ended: tuple[Ended, ...] = ()
     put: tuple[Hold, ...] = ()
-    nonce: bytes = b""
-    uid: int = 0  # whose nonce it is
-    remembered: bool = False  # this is the first answer of an earlier request: nothing changes
+    reply: Reply | None = None  # to remember
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.put or self.ended)
 
 
-@dataclass(frozen=True, slots=True)
-class Quota:
-    """Limits for one uid."""
-
-    holds: int = 2000
-    fds: int = 1_000_000
-    connections: int = 500
+P = ParamSpec("P")
+About = TypeVar("About", Key, Ticket)
+Verb = Callable[Concatenate["Registry", Caller, About, P], Step]
 
 
-@dataclass(slots=True)
-class Usage:
-    holds: int = 0
-    fds: int = 0
+def _once(verb: Verb[About, P]) -> Verb[About, P]:
+    """Answer a repeated request from memory; remember the answer to a new one."""
+
+    @wraps(verb)
+    def ask(
+        self: Registry, caller: Caller, about: About, /, *rest: P.args, **named: P.kwargs
+    ) -> Step:
+        first = self.recall(caller, about.key if isinstance(about, Ticket) else about)
+        if first is not None:
+            return Step(answer=first.answer)
+        step = verb(self, caller, about, *rest, **named)
+        return _remembering(caller, step, step.answer) if step.changes else step
+
+    return ask
 
 
-REMEMBERED = 256  # answers a uid that have arrived, as far as is known
-UNSETTLED = 4096  # answers a uid that may not have arrived
-REMEMBERED_FOR = 300.0  # s
-
-
-class _Answers:
-    """The first answers to one uid's requests, by nonce, older first: (when, answer).
-
-    Whoever goes on asking on the same connection has got the answer before; the others may be
-    asked for again, however much else goes on meanwhile."""
-
-    __slots__ = ("settled", "unsettled")
-
-    def __init__(self) -> None:
-        self.unsettled: OrderedDict[bytes, tuple[float, dict[str, Any]]] = OrderedDict()
-        self.settled: OrderedDict[bytes, tuple[float, dict[str, Any]]] = OrderedDict()
-
-    def get(self, nonce: bytes) -> tuple[float, dict[str, Any]] | None:
-        return self.unsettled.get(nonce) or self.settled.get(nonce)
-
-    def prune(self, now: float) -> None:
-        for answers, most in ((self.unsettled, UNSETTLED), (self.settled, REMEMBERED)):
-            while len(answers) > most or (
-                answers and now - next(iter(answers.values()))[0] > REMEMBERED_FOR
-            ):
-                answers.popitem(last=False)
-
-
-class Registry:
-    """All holds, in memory. Every method but `apply` and `remember` leaves it as it was."""
+class Registry(Holds):
+    """All holds, and the verbs. Only `apply` and `adopt` change anything."""
 
     def __init__(self, quota: Quota | None = None, first_generation: int = 1) -> None:
-        self.quota = quota or Quota()
-        self.next_generation = first_generation
-        self.blind = ""  # why there may be a record whose name nobody can read; "": there is none
-        self._by_key: dict[Key, tuple[Hold, ...]] = {}
-        self._by_generation: dict[int, Hold] = {}
-        self._usage: dict[int, Usage] = {}
-        self._deadlines: list[tuple[float, int]] = []
-        self._answers: dict[int, _Answers] = {}
-
-    # Looking
-
-    def __iter__(self) -> Iterator[Hold]:
-        return iter(self._by_generation.values())
-
-    def __len__(self) -> int:
-        return len(self._by_generation)
-
-    def of(self, key: Key) -> tuple[Hold, ...]:
-        """The records of one name, older first: at most one of them was ever committed."""
-        return self._by_key.get(key, ())
-
-    def get(self, generation: int) -> Hold | None:
-        return self._by_generation.get(generation)
-
-    def top(self, key: Key) -> Hold:
-        """The record that speaks for a name. Raises NotHeld, or Busy when nobody can know."""
-        records = self.of(key)
-        if not records:
-            self._check_blind(key)
-            raise NotHeld(f"nothing is held under {key[1]!r}")
-        return records[-1]
-
-    def _check_blind(self, key: Key) -> None:
-        """Of a name without a record. Raises Busy when it may have one that is out of sight."""
-        if self.blind and not self.of(key):
-            raise Busy(
-                f"{key[1]!r} may be held, out of this cprd's sight: {self.blind}; run the newer"
-                " cprd again (docs/operations.md: blind)"
-            )
-
-    def usage(self, uid: int) -> Usage:
-        return self._usage.get(uid, Usage())
-
-    def usages(self) -> dict[int, Usage]:
-        return self._usage
-
-    def next_deadline(self) -> float | None:
-        """When `expire` has to be called next."""
-        while self._deadlines:
-            at, generation = self._deadlines[0]
-            hold = self._by_generation.get(generation)
-            if hold is not None and _deadline(hold) == at:
-                return at
-            heapq.heappop(self._deadlines)
-        return None
+        super().__init__(quota, first_generation)
+        self.replies = Replies()
 
     # Saving
 
+    @_once
     def save(
         self,
-        now: float,
-        peer: Peer,
+        caller: Caller,
         key: Key,
+        offer: Offer,
         *,
-        nonce: bytes,
-        fds: int,
-        size: int,
-        parked: int = 0,
-        if_exists: str = "error",
-        ttl: float | None = None,
-        after_exit: int = -1,
+        replacing: bool = False,
         token: bytes = b"",
-        prepare: bool = False,
     ) -> Step:
-        """save, or with `prepare` (and a token) its first half.
+        """save; with a token the first half of a save: prepare.
 
         Raises AlreadyHeld, Busy, LimitExceeded."""
-        again = self._recall(peer.uid, nonce)
-        if again is not None:
-            return again
-        for hold in self.of(key):
-            if nonce and hold.born == nonce:
-                if prepare and not hold.token:
-                    raise Fenced(
-                        f"the prepared save on {key[1]!r} is over: it is {hold.phase} by now"
-                    )
-                return Step(answer=_saved(hold), remembered=True)
-        replaced = self._replaced(now, key, peer, after_exit, if_exists)
-        self._check_quota(key[0], fds, () if prepare else replaced)
-        hold = Hold(
+        events = self._replaced(caller, key, offer.after_exit, replacing=replacing)
+        ended = () if token else events
+        self.check_quota(key[0], offer.fds, tuple(old.hold for old in ended))
+        hold = self._new(caller, key, offer)
+        if token:
+            phase = TRANSITIONS[NOTHING, "prepare"]
+            hold = replace(hold, phase=phase, token=token, expires=None, ttl_left=offer.ttl)
+        answer = {"generation": hold.generation, "token": token}
+        return Step(answer=answer, ended=ended, put=(hold,))
+
+    def _new(self, caller: Caller, key: Key, offer: Offer) -> Hold:
+        return Hold(
             uid=key[0],
             name=key[1],
             generation=self.next_generation,
-            phase=TRANSITIONS[NOTHING, "prepare" if prepare else "save"],
-            fds=fds,
-            size=size,
-            parked=parked,
-            created=now,
-            expires=_expires(now, ttl, runs=not prepare and after_exit < 0),
-            ttl_left=_waiting(ttl, runs=not prepare and after_exit < 0),
-            saver=peer.pid,
-            after_exit=after_exit,
-            token=token if prepare else b"",
-            born=nonce,
-            last=nonce,
-        )
-        return Step(
-            answer=_saved(hold),
-            ended=() if prepare else _replacing(replaced),
-            put=(hold,),
-            nonce=nonce,
-            uid=peer.uid,
+            phase=TRANSITIONS[NOTHING, "save"],
+            fds=offer.fds,
+            size=offer.size,
+            parked=offer.parked,
+            created=caller.now,
+            expires=_expires(caller.now, offer.ttl, runs=offer.after_exit < 0),
+            ttl_left=_stopped(offer.ttl, runs=offer.after_exit < 0),
+            saver=caller.pid,
+            after_exit=offer.after_exit,
         )
 
     def _replaced(
-        self, now: float, key: Key, peer: Peer, predecessor: int, if_exists: str
-    ) -> tuple[Hold, ...]:
-        """What a new hold under this name would end. Raises AlreadyHeld or Busy."""
-        self._check_blind(key)  # it would be over one that comes to light again, and end it
+        self, caller: Caller, key: Key, predecessor: int, *, replacing: bool
+    ) -> tuple[Ended, ...]:
+        """What a new hold ends. Raises AlreadyHeld, Busy."""
+        self.check_hidden(key)  # a hidden record would come to light later, and be ended
+        ended = []
         for hold in self.of(key):
-            if (
-                hold.phase == IN_DOUBT
-                and hold.acting > 0
-                and hold.acting in (peer.pid, predecessor)
-            ):
-                continue
-            if if_exists != "replace":
+            event = ending_event(hold, caller.pid, predecessor)
+            by_the_acting = event == SAVED_BY_ACTING and hold.allows(event)
+            if not by_the_acting and not replacing:
                 raise AlreadyHeld(
                     f"{key[1]!r} is held already ({hold.phase}, generation {hold.generation}); save"
                     ' with if_exists="replace" (--replace), or drop it first'
                 )
-            mine = hold.phase == CLAIMED or (hold.phase == IN_DOUBT and hold.begun)
-            if hold.phase == HELD or (mine and 0 < hold.claimant == peer.pid):
-                continue
-            raise Busy(f"{key[1]!r} cannot be replaced: {why_not(hold, now)}")
-        return self.of(key)
+            if not hold.allows(event):
+                text = f"{key[1]!r} cannot be replaced: {why_not(hold, caller.now)}"
+                raise busy(hold, text, Busy)
+            ended.append(_ended(hold, event))
+        return tuple(ended)
 
-    def _check_quota(self, uid: int, fds: int, replaced: tuple[Hold, ...]) -> None:
-        usage = self.usage(uid)
-        if usage.holds - len(replaced) + 1 > self.quota.holds:
-            raise LimitExceeded(
-                f"uid {uid} has {usage.holds} holds; the quota is {self.quota.holds}: drop some, or"
-                " raise limits.holds in cprd's configuration"
-            )
-        total = usage.fds - sum(hold.fds for hold in replaced) + fds
-        if total > self.quota.fds:
-            raise LimitExceeded(
-                f"uid {uid} would have {total} descriptors held; the quota is {self.quota.fds}:"
-                " drop holds, or raise limits.fds in cprd's configuration"
-            )
-
-    def commit(
-        self, now: float, peer: Peer, key: Key, generation: int, token: bytes, nonce: bytes
-    ) -> Step:
-        """prepared -> held; what it replaces ends. Raises Fenced."""
-        hold = self._by_generation.get(generation)
-        if hold is not None and nonce and hold.last == nonce:
-            return Step(answer=_saved(hold), remembered=True)
-        again = self._recall(peer.uid, nonce)
-        if again is not None:
-            return again
-        hold = self._mine(key, generation, token, (PREPARED,), "prepared save")
-        older = tuple(other for other in self.of(key) if other.generation < generation)
+    @_once
+    def commit(self, caller: Caller, by: Ticket) -> Step:
+        """prepared -> held; older records of the name end. Raises Fenced."""
+        hold = self._mine(by, "commit")
         new = replace(
             hold,
-            phase=TRANSITIONS[PREPARED, "commit"],
+            phase=hold.after("commit"),
             token=b"",
-            expires=_expires(now, hold.ttl_left, runs=hold.after_exit < 0),
-            ttl_left=_waiting(hold.ttl_left, runs=hold.after_exit < 0),
-            last=nonce,
+            expires=_expires(caller.now, hold.ttl_left, runs=hold.after_exit < 0),
+            ttl_left=_stopped(hold.ttl_left, runs=hold.after_exit < 0),
         )
-        return Step(
-            answer=_saved(new), ended=_replacing(older), put=(new,), nonce=nonce, uid=peer.uid
-        )
+        answer = {"generation": new.generation}
+        return Step(answer=answer, ended=self._under(hold), put=(new,))
 
-    def abort(
-        self, now: float, peer: Peer, key: Key, generation: int, token: bytes, nonce: bytes
-    ) -> Step:
+    def _under(self, hold: Hold) -> tuple[Ended, ...]:
+        """The ends of all that a prepared save was put over."""
+        ended = []
+        for old in self.older(hold):
+            event = ending_event(old, hold.saver, hold.after_exit)
+            ended.append(_ended(old, event if old.allows(event) else "newer committed"))
+        return tuple(ended)
+
+    @_once
+    def abort(self, caller: Caller, by: Ticket) -> Step:
         """prepared -> gone. Raises Fenced."""
-        del now
-        again = self._recall(peer.uid, nonce)
-        if again is not None:
-            return again
-        hold = self._mine(key, generation, token, (PREPARED,), "prepared save")
-        return _end(hold, "abort", nonce=nonce, uid=peer.uid)
+        del caller
+        return Step(ended=(_ended(self._mine(by, "abort"), "abort"),))
 
     def saver_gone(self, generation: int) -> Step:
-        """The process (or connection) of a prepared save ended: in doubt."""
-        hold = self._by_generation.get(generation)
-        if hold is None or hold.phase != PREPARED:
+        """The process or the connection of a prepared save ended: in doubt."""
+        hold = self.get(generation)
+        if hold is None or not hold.allows("saver gone"):
             return Step()
-        return Step(
-            put=(
-                replace(
-                    hold,
-                    phase=TRANSITIONS[PREPARED, "saver gone"],
-                    token=b"",
-                    reason=f"its saver ({_pid(hold.saver)}) ended between prepare and commit",
-                ),
-            )
-        )
+        reason = f"its saver ({pid_text(hold.saver)}) ended between prepare and commit"
+        phase = hold.after("saver gone")
+        return Step(put=(replace(hold, phase=phase, token=b"", reason=reason),))
 
     def predecessor_gone(self, now: float, generation: int) -> Step:
-        """The process that `after_exit` names has ended: what is held can be loaded, and its ttl
+        """The process that `after_exit` named has ended: the hold can be loaded, and the ttl
         runs."""
-        hold = self._by_generation.get(generation)
+        hold = self.get(generation)
         if hold is None or hold.after_exit < 0:
             return Step()
         new = replace(hold, after_exit=-1)
-        if hold.phase == HELD and hold.expires is None:
+        if new.allows("ttl over") and new.expires is None:
             new = replace(new, expires=_expires(now, hold.ttl_left, runs=True), ttl_left=None)
         return Step(put=(new,))
 
@@ -435,293 +223,160 @@ class Registry:
 
     def load(
         self,
-        now: float,
-        peer: Peer,
+        caller: Caller,
         key: Key,
         *,
         token: bytes,
-        nonce: bytes,
         lease: float,
         generation: int | None = None,
     ) -> Step:
-        """Claim what is held. Raises NotHeld, Busy, Fenced (it has another generation)."""
-        hold = self.check_load(now, key, peer, nonce)
-        if hold.phase == CLAIMED:
-            return Step(answer=_loaded(hold, hold.last_claimant), remembered=True)
+        """Claim a hold. Raises NotHeld, Busy, Damaged; Fenced when another generation is held.
+
+        A repeated load gets the first answer only while that claim lasts."""
+        first = self.recall(caller, key)
+        if first is not None:
+            mine = self.get(first.answer["generation"])
+            if (
+                mine is not None
+                and (mine.key, mine.token) == (key, first.answer["token"])
+                and mine.allows("lease over")
+                and 0 < mine.claimant == caller.pid
+            ):
+                return Step(answer=_loaded(mine))
+        hold = self.check_load(caller.now, key)
         if generation is not None and hold.generation != generation:
             raise Fenced(
                 f"{key[1]!r} has generation {hold.generation} by now; {generation} was asked for"
             )
+        now = caller.now
         new = replace(
             hold,
-            phase=TRANSITIONS[HELD, "load"],
+            phase=hold.after("load"),
             attempts=hold.attempts + 1,
-            claimant=peer.pid,
+            claimant=caller.pid,
             token=token,
             lease=lease,
             deadline=now + lease,
             expires=None,
             ttl_left=None if hold.expires is None else max(0.0, hold.expires - now),
-            last=nonce,
         )
-        return Step(answer=_loaded(new, hold.last_claimant), put=(new,))
+        step = Step(answer=_loaded(new), put=(new,))
+        return _remembering(caller, step, {"generation": new.generation, "token": token})
 
-    def check_load(
-        self, now: float, key: Key, peer: Peer | None = None, nonce: bytes = b""
-    ) -> Hold:
-        """The hold that a load would get now (or, for a repeated load, already has).
-
-        Raises what a load would raise: NotHeld, Busy, Damaged."""
-        records = self.of(key)
+    def check_load(self, now: float, key: Key) -> Hold:
+        """The hold that a load gets now. Raises NotHeld, Busy, Damaged."""
         top = self.top(key)
-        repeated = nonce and top.phase == CLAIMED and top.last == nonce
-        if repeated and peer is not None and top.claimant == peer.pid:
-            return top
-        for hold in reversed(records):
+        for hold in reversed(self.of(key)):
             why = why_not(hold, now)
             if why:
-                kind = Damaged if hold.phase == DAMAGED else Busy
-                raise kind(f"{key[1]!r} is held, and cannot be loaded now: {why}")
+                text = f"{key[1]!r} is held, and cannot be loaded now: {why}"
+                raise busy(hold, text, Damaged if hold.phase == DAMAGED else Busy)
         return top
 
-    def renew(
-        self, now: float, key: Key, generation: int, token: bytes, lease: float | None
-    ) -> Step:
-        """Begin the lease anew. Raises Fenced."""
-        hold = self._mine(key, generation, token, (CLAIMED, IN_DOUBT), "claim")
-        if hold.phase == IN_DOUBT:
+    def renew(self, caller: Caller, by: Ticket, lease: float | None) -> Step:
+        """Begin the lease anew; in doubt no lease runs. Raises Fenced."""
+        hold = self._mine(by, "renew")
+        assert hold.after("renew") == hold.phase
+        if not hold.allows("lease over"):
             return Step(answer={"lease": 0.0})
         lease = hold.lease if lease is None else lease
-        return Step(
-            answer={"lease": lease}, put=(replace(hold, lease=lease, deadline=now + lease),)
-        )
+        new = replace(hold, lease=lease, deadline=caller.now + lease)
+        return Step(answer={"lease": lease}, put=(new,))
 
-    def begin(
-        self,
-        now: float,
-        peer: Peer,
-        key: Key,
-        generation: int,
-        token: bytes,
-        nonce: bytes,
-        acting: int = 0,
-    ) -> Step:
-        """From here on acting cannot be undone: in doubt, until confirm. Raises Fenced."""
-        del now
-        hold = self._by_generation.get(generation)
-        if hold is not None and nonce and hold.last == nonce and hold.token == token:
-            return Step(answer={}, remembered=True)
-        hold = self._mine(key, generation, token, (CLAIMED, IN_DOUBT), "claim")
+    @_once
+    def begin(self, caller: Caller, by: Ticket, acting: int = 0) -> Step:
+        """Acting begins and cannot be undone: in doubt until confirm. Raises Fenced."""
+        del caller
+        hold = self._mine(by, "begin")
         acting = acting or hold.acting
-        who = f"; {_pid(acting)} acts on it" if acting else ""
+        who = f"; {pid_text(acting)} acts on it" if acting else ""
         new = replace(
             hold,
-            phase=TRANSITIONS[hold.phase, "begin"],
+            phase=hold.after("begin"),
             begun=True,
             acting=acting,
             last_claimant=0,
             deadline=0.0,
-            reason=f"{_pid(hold.claimant)} has begun to act on it and has not confirmed{who}",
-            last=nonce,
-        )
-        return Step(put=(new,), nonce=nonce, uid=peer.uid)
-
-    def acting_gone(self, generation: int) -> Step:
-        """The process that `begin` named has ended; its pid means nothing any more."""
-        hold = self._by_generation.get(generation)
-        if hold is None or not hold.acting:
-            return Step()
-        reason = f"{hold.reason}; {_pid(hold.acting)} has ended since"
-        return Step(put=(replace(hold, acting=0, reason=reason),))
-
-    def confirm(
-        self, now: float, peer: Peer, key: Key, generation: int, token: bytes, nonce: bytes
-    ) -> Step:
-        """The point of no return: the hold ends. Raises Fenced."""
-        del now
-        again = self._recall(peer.uid, nonce)
-        if again is not None:
-            return again
-        hold = self._mine(key, generation, token, (CLAIMED, IN_DOUBT), "claim")
-        return _end(hold, "confirm", nonce=nonce, uid=peer.uid)
-
-    def confirm_next(
-        self,
-        now: float,
-        peer: Peer,
-        key: Key,
-        generation: int,
-        token: bytes,
-        nonce: bytes,
-        *,
-        fds: int,
-        size: int,
-        parked: int = 0,
-        ttl: float | None,
-        after_exit: int,
-    ) -> Step:
-        """Confirm, and hold the successor's own next state in the same step."""
-        for hold in self.of(key):
-            if nonce and hold.born == nonce:
-                return Step(answer=_saved(hold), remembered=True)
-        again = self._recall(peer.uid, nonce)
-        if again is not None:
-            return again
-        hold = self._mine(key, generation, token, (CLAIMED, IN_DOUBT), "claim")
-        for newer in self.of(key):
-            if newer.generation > generation:  # it would end up under what it is newer than
-                raise Busy(f"{key[1]!r} cannot be held anew: {why_not(newer, now)}")
-        self._check_quota(key[0], fds, (hold,))
-        new = Hold(
-            uid=key[0],
-            name=key[1],
-            generation=self.next_generation,
-            phase=TRANSITIONS[NOTHING, "save"],
-            fds=fds,
-            size=size,
-            parked=parked,
-            created=now,
-            expires=_expires(now, ttl, runs=after_exit < 0),
-            ttl_left=_waiting(ttl, runs=after_exit < 0),
-            saver=peer.pid,
-            after_exit=after_exit,
-            born=nonce,
-            last=nonce,
-        )
-        return Step(
-            answer=_saved(new),
-            ended=(Ended(hold, "confirm next"),),
-            put=(new,),
-            nonce=nonce,
-            uid=peer.uid,
-        )
-
-    def reject(
-        self,
-        now: float,
-        peer: Peer,
-        key: Key,
-        generation: int,
-        token: bytes,
-        nonce: bytes,
-        why: str,
-    ) -> Step:
-        """The claimant gives it back, whole, for another to try. Raises Fenced."""
-        hold = self._by_generation.get(generation)
-        if hold is not None and nonce and hold.last == nonce and hold.phase == HELD:
-            return Step(answer={}, remembered=True)
-        again = self._recall(peer.uid, nonce)
-        if again is not None:
-            return again
-        hold = self._mine(key, generation, token, (CLAIMED, IN_DOUBT), "claim")
-        new = self._back(now, hold, "reject", why or "rejected without a reason", nonce)
-        return Step(put=(new,), nonce=nonce, uid=peer.uid)
-
-    def claimant_gone(self, now: float, generation: int, token: bytes, how: str) -> Step:
-        """The claim's connection or process ended without confirm: the hold goes back, unless the
-        claimant had begun to act: then it stays in doubt and says so."""
-        hold = self._by_generation.get(generation)
-        if hold is None or hold.token != token or hold.phase not in (CLAIMED, IN_DOUBT):
-            return Step()
-        if hold.phase == CLAIMED:
-            why = f"{_pid(hold.claimant)} did not confirm: {how}"
-            return Step(put=(self._back(now, hold, "claimant gone", why, b""),))
-        if not hold.claimant and hold.last_claimant:
-            return Step()  # said already
-        who = f"; {_pid(hold.acting)} acts on it" if hold.acting else ""
-        reason = f"{_pid(hold.claimant)} began to act on it, and then {how}, unconfirmed{who}"
-        new = replace(
-            hold,
-            phase=TRANSITIONS[IN_DOUBT, "claimant gone"],
-            reason=reason,
-            claimant=0,
-            last_claimant=hold.claimant,
+            reason=f"{pid_text(hold.claimant)} has begun to act on it and has not confirmed{who}",
         )
         return Step(put=(new,))
 
-    def _back(self, now: float, hold: Hold, event: str, why: str, nonce: bytes) -> Hold:
-        return replace(
-            hold,
-            phase=TRANSITIONS[hold.phase, event],
-            last_reject=why[:1024],
-            reason="",
-            claimant=0,
-            last_claimant=hold.claimant or hold.last_claimant,  # gone while in doubt
-            token=b"",
-            lease=0.0,
-            deadline=0.0,
-            acting=0,
-            begun=False,
-            expires=_expires(now, hold.ttl_left, runs=hold.after_exit < 0),
-            ttl_left=_waiting(hold.ttl_left, runs=hold.after_exit < 0),
-            last=nonce,
-        )
+    def acting_gone(self, generation: int) -> Step:
+        """The process that `begin` named has ended: the pid means nothing any more."""
+        hold = self.get(generation)
+        if hold is None or not hold.acting:
+            return Step()
+        reason = f"{hold.reason}; {pid_text(hold.acting)} has ended since"
+        return Step(put=(replace(hold, acting=0, reason=reason),))
+
+    @_once
+    def confirm(self, caller: Caller, by: Ticket) -> Step:
+        """The point of no return: the hold ends. Raises Fenced."""
+        del caller
+        return Step(ended=(_ended(self._mine(by, "confirm"), "confirm"),))
+
+    @_once
+    def confirm_next(self, caller: Caller, by: Ticket, offer: Offer) -> Step:
+        """Confirm, and hold the successor's own state in the same step.
+
+        Raises Fenced, LimitExceeded; Busy when a newer save was prepared under the name."""
+        hold = self._mine(by, "confirm next")
+        for newer in self.of(by.key):
+            if newer.generation > by.generation:  # the next state must not lie under an older one
+                text = f"{by.key[1]!r} cannot be held anew: {why_not(newer, caller.now)}"
+                raise busy(newer, text, Busy)
+        self.check_quota(by.key[0], offer.fds, (hold,))
+        new = self._new(caller, by.key, offer)
+        answer = {"generation": new.generation}
+        return Step(answer=answer, ended=(_ended(hold, "confirm next"),), put=(new,))
+
+    @_once
+    def reject(self, caller: Caller, by: Ticket, why: str, *, damaged: bool = False) -> Step:
+        """The claimant gives the hold back, for another to try. Raises Fenced.
+
+        `damaged`: the claimant has found that the hold is not whole."""
+        hold = self._mine(by, "reject")
+        if damaged:
+            return self.found_damaged(by.generation, why)
+        return Step(put=(_back(caller.now, hold, "reject", why or "rejected without a reason"),))
+
+    def claimant_gone(self, now: float, generation: int, token: bytes, how: str) -> Step:
+        """The connection or the process of a claimant ended without confirm.
+
+        The hold goes back; after `begin` the hold stays in doubt, and says so."""
+        hold = self.get(generation)
+        if hold is None or hold.token != token or not hold.allows("claimant gone"):
+            return Step()
+        phase = hold.after("claimant gone")
+        if phase == HELD:
+            why = f"{pid_text(hold.claimant)} did not confirm: {how}"
+            return Step(put=(_back(now, hold, "claimant gone", why),))
+        if not hold.claimant and hold.last_claimant:
+            return Step()  # said already
+        who = f"; {pid_text(hold.acting)} acts on it" if hold.acting else ""
+        reason = f"{pid_text(hold.claimant)} began to act on it, and then {how}, unconfirmed{who}"
+        last = hold.claimant
+        new = replace(hold, phase=phase, reason=reason, claimant=0, last_claimant=last)
+        return Step(put=(new,))
 
     def expire(self, now: float) -> Step | None:
-        """The first lease or ttl that is over, or None. To be called again after applying it."""
-        at = self.next_deadline()
-        if at is None or at > now:
+        """The first lease or ttl that is over, or None. Call again after applying the step."""
+        hold = self.first_to_end()
+        if hold is None or hold.ends_at is None or hold.ends_at > now:
             return None
-        hold = self._by_generation[self._deadlines[0][1]]
-        if hold.phase == CLAIMED:
-            why = f"{_pid(hold.claimant)} did not confirm: its lease of {hold.lease:g} s is over"
-            return Step(put=(self._back(now, hold, "lease over", why, b""),))
-        return _end(hold, "ttl over")
-
-    # By hand
-
-    def drop(self, now: float, peer: Peer, key: Key, *, force: bool, nonce: bytes) -> Step:
-        """End it without a successor. Raises NotHeld, Busy (force is needed, or no use)."""
-        again = self._recall(peer.uid, nonce)
-        if again is not None:
-            return again
-        hold = self.top(key)
-        event = "drop" if hold.phase == HELD else "drop by force"
-        if (hold.phase, event) not in TRANSITIONS:
-            raise Busy(
-                f"{key[1]!r} cannot be dropped: {why_not(hold, now)}; end that process, then drop"
-                " it by force"
-            )
-        if event == "drop by force" and not force:
-            raise Busy(f"{key[1]!r} is dropped only by force (--force): {why_not(hold, now)}")
-        return _end(hold, event, nonce=nonce, uid=peer.uid, answer={"generation": hold.generation})
-
-    def release(self, now: float, peer: Peer, key: Key, *, force: bool, nonce: bytes) -> Step:
-        """in doubt -> held, for whoever knows that nothing acted. Raises NotHeld, Busy."""
-        again = self._recall(peer.uid, nonce)
-        if again is not None:
-            return again
-        hold = self.top(key)
-        if hold.phase == HELD:
-            return Step(answer={"generation": hold.generation}, remembered=True)
-        if (hold.phase, "release by force") not in TRANSITIONS:
-            instead = {
-                PREPARED: "; wait until it commits or aborts, or end it: then this is in doubt, and"
-                " can be released",
-                CLAIMED: "; should it reject, or end, this is served again without a release",
-            }.get(hold.phase, "")
-            raise Busy(f"{key[1]!r} cannot be released: {why_not(hold, now)}{instead}")
-        if not force:
-            raise Busy(f"{key[1]!r} is released only by force (--force): {why_not(hold, now)}")
-        new = self._back(now, hold, "release by force", f"released by force: {hold.reason}", nonce)
-        older = tuple(other for other in self.of(key) if other.generation < hold.generation)
-        return Step(
-            answer={"generation": hold.generation},
-            ended=_replacing(older),
-            put=(new,),
-            nonce=nonce,
-            uid=peer.uid,
-        )
+        if hold.allows("ttl over"):
+            return Step(ended=(_ended(hold, "ttl over"),))
+        why = f"{pid_text(hold.claimant)} did not confirm: its lease of {hold.lease:g} s is over"
+        return Step(put=(_back(now, hold, "lease over", why),))
 
     def found_damaged(self, generation: int, why: str) -> Step:
-        """What is held is not whole any more: never served again."""
-        hold = self._by_generation.get(generation)
-        if hold is None or (hold.phase, "found damaged") not in TRANSITIONS:
+        """The bundle is not whole any more: never served again."""
+        hold = self.get(generation)
+        if hold is None or not hold.allows("found damaged"):
             return Step()
-        phase = TRANSITIONS[hold.phase, "found damaged"]
         new = replace(
             hold,
-            phase=phase,
+            phase=hold.after("found damaged"),
             reason=why[:1024],
             token=b"",
             deadline=0.0,
@@ -731,166 +386,131 @@ class Registry:
         )
         return Step(put=(new,))
 
+    # By hand
+
+    @_once
+    def drop(self, caller: Caller, key: Key, *, force: bool) -> Step:
+        """End a hold without a successor. Raises NotHeld; Busy when force is needed, or no use."""
+        hold = self.top(key)
+        event = "drop" if hold.allows("drop") else "drop by force"
+        why = why_not(hold, caller.now)
+        if not hold.allows(event):
+            text = f"{key[1]!r} cannot be dropped: {why}; end that process, then drop it by force"
+            raise busy(hold, text, Busy)
+        if event == "drop by force" and not force:
+            raise busy(hold, f"{key[1]!r} is dropped only by force (--force): {why}", Busy)
+        return Step(answer={"generation": hold.generation}, ended=(_ended(hold, event),))
+
+    @_once
+    def release(self, caller: Caller, key: Key, *, force: bool) -> Step:
+        """in doubt -> held, by an operator who knows that nothing acted. Raises NotHeld, Busy."""
+        hold = self.top(key)
+        answer = {"generation": hold.generation}
+        if hold.allows("release"):
+            assert hold.after("release") == hold.phase
+            return Step(answer=answer)
+        why = why_not(hold, caller.now)
+        if not hold.allows("release by force"):
+            instead = ""
+            if hold.allows("commit"):
+                instead = "; wait until it commits or aborts, or end it: then this is in doubt, and"
+                instead += " can be released"
+            elif hold.allows("lease over"):
+                instead = "; should it reject, or end, this is served again without a release"
+            raise busy(hold, f"{key[1]!r} cannot be released: {why}{instead}", Busy)
+        if not force:
+            raise busy(hold, f"{key[1]!r} is released only by force (--force): {why}", Busy)
+        said = f"released by force: {hold.reason}"
+        new = _back(caller.now, hold, "release by force", said)
+        return Step(answer=answer, ended=self._under(hold), put=(new,))
+
     # Changing
 
-    def apply(self, step: Step, now: float) -> None:
-        """Make a step true. The caller has written it down before."""
+    def apply(self, step: Step) -> None:
+        """Make a step true. The caller has written the step down before."""
         for ended in step.ended:
-            self._remove(ended.hold)
+            self.remove(ended.hold.generation)
         for hold in step.put:
-            old = self._by_generation.get(hold.generation)
-            if old is not None:
-                self._remove(old)
-            self._add(hold)
-        if step.nonce:
-            self.remember(step.uid, step.nonce, step.answer, now)
-
-    def _add(self, hold: Hold) -> None:
-        records = [*self.of(hold.key), hold]
-        records.sort(key=lambda record: record.generation)
-        self._by_key[hold.key] = tuple(records)
-        self._by_generation[hold.generation] = hold
-        usage = self._usage.setdefault(hold.uid, Usage())
-        usage.holds += 1
-        usage.fds += hold.fds
-        self.next_generation = max(self.next_generation, hold.generation + 1)
-        at = _deadline(hold)
-        if at is not None:
-            heapq.heappush(self._deadlines, (at, hold.generation))
-            if len(self._deadlines) > 64 + 4 * len(self._by_generation):
-                self._deadlines = [
-                    (when, record.generation)
-                    for record in self
-                    if (when := _deadline(record)) is not None
-                ]
-                heapq.heapify(self._deadlines)
-
-    def _remove(self, hold: Hold) -> None:
-        generation = hold.generation
-        old = self._by_generation.pop(generation, None)
-        if old is None:
-            return
-        rest = tuple(record for record in self.of(old.key) if record.generation != generation)
-        if rest:
-            self._by_key[old.key] = rest
-        else:
-            del self._by_key[old.key]
-        usage = self._usage[old.uid]
-        usage.holds -= 1
-        usage.fds -= old.fds
-        if not usage.holds:
-            del self._usage[old.uid]
+            self.put(hold)
+        if step.reply is not None:
+            self.replies.remember(step.reply)
 
     def adopt(self, holds: Iterable[Hold]) -> list[Hold]:
-        """Take over the records that an earlier daemon left. Returns those that are over: older
-        than a committed one of the same name (the daemon died between writing the new one
-        and ending the old one)."""
-        over: list[Hold] = []
-        for hold in sorted(holds, key=lambda record: record.generation):
-            committed = hold.phase in (HELD, CLAIMED) or (hold.phase == IN_DOUBT and hold.begun)
-            if committed:
-                for older in self.of(hold.key):
-                    if older.phase != UNREADABLE:
-                        self._remove(older)
-                        over.append(older)
-            self._add(hold)
-        return over
+        outdated = super().adopt(holds)
+        self.next_generation = max(self.next_generation, newest(self.replies) + 1)
+        return outdated
 
-    def remember(self, uid: int, nonce: bytes, answer: dict[str, Any], now: float) -> None:
-        """Keep the first answer of a request for a while, should it be repeated."""
-        answers = self._answers.setdefault(uid, _Answers())
-        answers.unsettled[nonce] = (now, answer)
-        answers.prune(now)
+    def recall(self, caller: Caller, key: Key) -> Reply | None:
+        """The first answer to this request. Raises ProtocolError when another request had the
+        nonce."""
+        if not caller.nonce:
+            return None
+        return self.replies.recall(caller.uid, caller.nonce, caller.digest, caller.verb, key[1])
 
-    def settled(self, uid: int, nonce: bytes) -> None:
-        """Its answer has arrived. It is remembered for a while all the same."""
-        answers = self._answers.get(uid)
-        found = answers.unsettled.pop(nonce, None) if answers is not None else None
-        if answers is not None and found is not None:
-            answers.settled[nonce] = found
-            answers.prune(found[0])
-
-    def forget_old(self, now: float) -> None:
-        """Forget answers that nobody has asked for in time; to be called now and then."""
-        for uid, answers in list(self._answers.items()):
-            answers.prune(now)
-            if not answers.unsettled and not answers.settled:
-                del self._answers[uid]
-
-    def _recall(self, uid: int, nonce: bytes) -> Step | None:
-        answers = self._answers.get(uid)
-        found = answers.get(nonce) if answers is not None and nonce else None
-        return None if found is None else Step(answer=found[1], remembered=True)
-
-    def _mine(
-        self, key: Key, generation: int, token: bytes, phases: tuple[str, ...], what: str
-    ) -> Hold:
-        """The hold that this token speaks for. Raises Fenced, with what came in between."""
-        hold = self._by_generation.get(generation)
-        if hold is None or hold.key != key:
-            raise Fenced(f"the {what} on {key[1]!r} is over: generation {generation} has ended")
-        if not token or hold.token != token or hold.phase not in phases:
+    def _mine(self, by: Ticket, event: str) -> Hold:
+        """The hold that a ticket speaks for, where the table allows `event`. Raises Fenced."""
+        what = "prepared save" if event in ("commit", "abort") else "claim"
+        hold, name = self.get(by.generation), by.key[1]
+        if hold is None or hold.key != by.key:
+            raise Fenced(f"the {what} on {name!r} is over: generation {by.generation} has ended")
+        if not by.token or hold.token != by.token or not hold.allows(event):
             why = hold.reason if hold.phase != HELD else hold.last_reject
             raise Fenced(
-                f"the {what} on {key[1]!r} is over: it is {hold.phase} now"
+                f"the {what} on {name!r} is over: it is {hold.phase} now"
                 + (f" ({why})" if why else "")
             )
         return hold
 
 
-def _deadline(hold: Hold) -> float | None:
-    if hold.phase == CLAIMED:
-        return hold.deadline
-    return hold.expires if hold.phase == HELD else None
+def _remembering(caller: Caller, step: Step, answer: dict[str, Any]) -> Step:
+    if not caller.nonce:
+        return step
+    reply = Reply(caller.uid, caller.nonce, answer, caller.now, caller.digest)
+    return replace(step, reply=reply)
+
+
+def _ended(hold: Hold, event: str) -> Ended:
+    assert hold.after(event) == NOTHING
+    return Ended(hold, event)
+
+
+def _back(now: float, hold: Hold, event: str, why: str) -> Hold:
+    """The record of a hold that can be loaded again."""
+    return replace(
+        hold,
+        phase=hold.after(event),
+        last_reject=why[:1024],
+        reason="",
+        claimant=0,
+        last_claimant=hold.claimant or hold.last_claimant,  # gone while in doubt
+        token=b"",
+        lease=0.0,
+        deadline=0.0,
+        acting=0,
+        begun=False,
+        expires=_expires(now, hold.ttl_left, runs=hold.after_exit < 0),
+        ttl_left=_stopped(hold.ttl_left, runs=hold.after_exit < 0),
+    )
 
 
 def _expires(now: float, ttl: float | None, *, runs: bool) -> float | None:
-    """When a ttl is over. A ttl runs while the hold is served, and so neither before the commit nor
-    as long as the predecessor lives."""
+    """When a ttl is over. A ttl runs while the hold is served: neither before the commit nor while
+    the predecessor lives."""
     return now + ttl if runs and ttl is not None else None
 
 
-def _waiting(ttl: float | None, *, runs: bool) -> float | None:
-    """What is left of a ttl that does not run."""
+def _stopped(ttl: float | None, *, runs: bool) -> float | None:
+    """The rest of a ttl that does not run."""
     return None if runs else ttl
 
 
-def _saved(hold: Hold) -> dict[str, Any]:
-    return {"generation": hold.generation, "token": hold.token}
-
-
-def _loaded(hold: Hold, last_claimant: int) -> dict[str, Any]:
+def _loaded(hold: Hold) -> dict[str, Any]:
     return {
         "generation": hold.generation,
         "token": hold.token,
         "attempts": hold.attempts,
         "last_reject": hold.last_reject,
-        "last_claimant": last_claimant,
+        "last_claimant": hold.last_claimant,
         "lease": hold.lease,
         "fds": hold.fds,
     }
-
-
-def _end(
-    hold: Hold,
-    event: str,
-    *,
-    nonce: bytes = b"",
-    uid: int = 0,
-    answer: dict[str, Any] | None = None,
-) -> Step:
-    assert TRANSITIONS[hold.phase, event] == NOTHING
-    return Step(answer=answer or {}, ended=(Ended(hold, event),), nonce=nonce, uid=uid)
-
-
-def _replacing(holds: tuple[Hold, ...]) -> tuple[Ended, ...]:
-    """The events by which a new hold of the same name ends these."""
-    return tuple(Ended(hold, _replaced_by(hold)) for hold in holds)
-
-
-def _replaced_by(hold: Hold) -> str:
-    if hold.phase == CLAIMED:
-        return "confirm next"  # only the claimant itself gets so far
-    if hold.phase == IN_DOUBT and hold.acting:
-        return "saved by the acting process"
-    return "replace"

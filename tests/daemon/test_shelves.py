@@ -24,10 +24,12 @@ from cprd.daemon.storage import shelf, shelves, slot
 from cprd.daemon.storage.shelf import Shelf
 from cprd.daemon.storage.shelves import Keeper
 from cprd.errors import LimitExceeded
-from cprd.protocol.registry import HELD, UNREADABLE, Hold, Peer, Registry, Step
+from cprd.protocol.lifecycle import HELD, UNREADABLE, Hold
+from cprd.protocol.registry import Caller, Offer, Registry, Step, Ticket
+from cprd.protocol.replies import KEPT_FOR, Replies
 
-PEER = Peer(1000, 4242)
 NOW = 1000.0
+EMPTY = Offer(0, 0)
 KILLED = 99
 Point = Callable[[str], None]
 
@@ -39,12 +41,23 @@ class AtOnce(Closer):
         release()
 
 
+def a_keeper(closer: Closer | None = None, *, managed: bool = False) -> Keeper:
+    return Keeper(closer or AtOnce(), lambda: NOW, Replies(), managed=managed)
+
+
+def caller(nonce: int = 0) -> Caller:
+    """One with a request that is the same whenever the number is."""
+    said = b"%016d" % nonce if nonce else os.urandom(16)
+    return Caller(1000, 4242, NOW, said, b"of" + said)
+
+
 class Desk:
     """What the daemon does with a step, without the daemon."""
 
     def __init__(self, kept: Keeper | None = None, first_generation: int = 1) -> None:
-        self.keeper = kept or Keeper(AtOnce(), lambda: NOW)
+        self.keeper = kept or a_keeper()
         self.registry = Registry(first_generation=first_generation)
+        self.registry.replies = self.keeper.replies
         self.pipes: dict[int, int] = {}  # number of a state -> the writing end that is in it
 
     def adopt(
@@ -54,19 +67,17 @@ class Desk:
         found, blind = self.keeper.adopt(pairs, frozenset(pairs if stored else ()))
         for over in self.registry.adopt(hold for hold, _ in found):
             self.keeper.forget(over)
-        for given in self.keeper.answers():
-            self.registry.remember(given["uid"], given["nonce"], given["answer"], given["at"])
         return blind
 
     def perform(self, step: Step, number: int = 0) -> dict[str, Any]:
-        if not step.remembered:
+        if step.changes:
             packed = self.pack(number) if number else None
             try:
                 self.keeper.write(step, packed.fd if packed else -1, {})
             finally:
                 if packed is not None:
                     packed.close()
-            self.registry.apply(step, NOW)
+            self.registry.apply(step)
             self.keeper.let_go([ended.hold for ended in step.ended])
         return step.answer
 
@@ -98,34 +109,26 @@ class Desk:
         self, name: str, number: int, nonce: int = 0, *, how: str = "replace", prepare: bool = False
     ) -> dict[str, Any]:
         step = self.registry.save(
-            NOW,
-            PEER,
+            caller(nonce),
             (1000, name),
-            nonce=b"%016d" % nonce if nonce else os.urandom(16),
-            fds=0,
-            size=0,
-            if_exists=how,
+            EMPTY,
+            replacing=how == "replace",
             token=TOKEN if prepare else b"",
-            prepare=prepare,
         )
         return self.perform(step, number)
 
     def load(self, name: str, nonce: int = 0) -> dict[str, Any]:
         return self.perform(
-            self.registry.load(
-                NOW,
-                PEER,
-                (1000, name),
-                token=TOKEN,
-                nonce=b"%016d" % nonce if nonce else os.urandom(16),
-                lease=30.0,
-            )
+            self.registry.load(caller(nonce), (1000, name), token=TOKEN, lease=30.0)
         )
 
+    def reject(self, name: str) -> None:
+        top = self.registry.top((1000, name))
+        ticket = Ticket(top.key, top.generation, TOKEN)
+        self.perform(self.registry.reject(caller(), ticket, "no"))
+
     def drop(self, name: str, nonce: int = 0) -> dict[str, Any]:
-        nonce_bytes = b"%016d" % nonce if nonce else os.urandom(16)
-        step = self.registry.drop(NOW, PEER, (1000, name), force=True, nonce=nonce_bytes)
-        return self.perform(step)
+        return self.perform(self.registry.drop(caller(nonce), (1000, name), force=True))
 
 
 TOKEN = b"t" * 16
@@ -166,8 +169,7 @@ SCRIPT = [
 def act(desk: Desk, index: int, generation: int) -> None:
     """Do SCRIPT[index] at `desk`: to the hold of that generation, where it is about one."""
     verb, name, number = SCRIPT[index]
-    nonce = b"%016d" % (index + 1)
-    key = (PEER.uid, name)
+    by, ticket = caller(index + 1), Ticket((1000, name), generation, TOKEN)
     registry = desk.registry
     if verb in ("save", "prepare"):
         desk.save(name, number, index + 1, prepare=verb == "prepare")
@@ -175,29 +177,26 @@ def act(desk: Desk, index: int, generation: int) -> None:
         desk.keeper.compact()
     elif verb in ("commit", "abort"):
         walk = registry.commit if verb == "commit" else registry.abort
-        desk.perform(walk(NOW, PEER, key, generation, TOKEN, nonce))
+        desk.perform(walk(by, ticket))
     elif verb == "load":
         desk.load(name, index + 1)
     elif verb == "begin":
-        desk.perform(registry.begin(NOW, PEER, key, generation, TOKEN, nonce))
+        desk.perform(registry.begin(by, ticket))
     elif verb == "confirm":
-        desk.perform(registry.confirm(NOW, PEER, key, generation, TOKEN, nonce))
+        desk.perform(registry.confirm(by, ticket))
     elif verb == "confirm_next":
-        step = registry.confirm_next(
-            *(NOW, PEER, key, generation, TOKEN, nonce), fds=0, size=0, ttl=None, after_exit=-1
-        )
-        desk.perform(step, number)
+        desk.perform(registry.confirm_next(by, ticket, EMPTY), number)
     elif verb == "reject":
-        desk.perform(registry.reject(NOW, PEER, key, generation, TOKEN, nonce, "no"))
+        desk.perform(registry.reject(by, ticket, "no"))
     elif verb == "release":
-        desk.perform(registry.release(NOW, PEER, key, force=True, nonce=nonce))
+        desk.perform(registry.release(by, ticket.key, force=True))
     else:
         assert verb == "drop"
         desk.drop(name, index + 1)
 
 
 def generation_of(desk: Desk, index: int) -> int:
-    records = desk.registry.of((PEER.uid, SCRIPT[index].name))
+    records = desk.registry.of((1000, SCRIPT[index].name))
     return records[-1].generation if records else 0
 
 
@@ -243,7 +242,7 @@ def has_ended(pipe: int) -> bool:
 def test_killed_at_any_step_of_any_change_all_that_was_answered_is_there(
     few_records: None,
 ) -> None:
-    desk = Desk(stored(Keeper(AtOnce(), lambda: NOW, managed=True)))
+    desk = Desk(stored(a_keeper(managed=True)))
     generations, snapshots = [], [desk.snapshot()]
     for index in range(len(SCRIPT)):
         generations.append(generation_of(desk, index))
@@ -274,7 +273,7 @@ def close(desk: Desk) -> None:
 def killed_at(at: int, generations: list[int], snapshots: list[Any]) -> tuple[int, int]:
     """The script in a child that is killed at its `at`-th point. How it ended, and how many of its
     changes were answered."""
-    before = Desk(stored(Keeper(AtOnce(), lambda: NOW, managed=True)))
+    before = Desk(stored(a_keeper(managed=True)))
     pipes = {op.number: os.pipe() for op in SCRIPT if op.number}
     answered, answers = os.pipe()
     child = os.fork()
@@ -320,7 +319,7 @@ def killed_at(at: int, generations: list[int], snapshots: list[Any]) -> tuple[in
 def test_each_answer_is_given_again_after_a_restart(few_records: None) -> None:
     """Also where the hold has gone on since, or is gone."""
     for last in range(len(SCRIPT)):
-        desk = Desk(stored(Keeper(AtOnce(), lambda: NOW, managed=True)))
+        desk = Desk(stored(a_keeper(managed=True)))
         generations = []
         for index in range(last + 1):
             generations.append(generation_of(desk, index))
@@ -356,7 +355,7 @@ def desk() -> Iterator[Desk]:
 
 
 @pytest.mark.usefixtures("nothing_leaks", "small_shelves")
-def test_a_shelf_of_husks_is_written_anew_without_them(desk: Desk) -> None:
+def test_a_shelf_of_ended_slots_is_written_anew_without_them(desk: Desk) -> None:
     first = desk.keeper.shelf.number
     room = desk.keeper.shelf.room
     desk.save("stays", 1)
@@ -366,7 +365,7 @@ def test_a_shelf_of_husks_is_written_anew_without_them(desk: Desk) -> None:
     assert desk.keeper.shelf.number > first + 3
     assert desk.keeper.shelf.messages <= room
     assert desk.snapshot() == [("stays", HELD, 1)]
-    assert sum(map(len, desk.keeper.outcomes.values())) > room
+    assert len(desk.keeper.replies.pending(NOW)) > room
 
 
 @pytest.mark.usefixtures("nothing_leaks", "small_shelves")
@@ -393,7 +392,7 @@ def test_more_holds_than_a_shelf_has_room_for_are_refused_and_the_rest_stays(des
 @pytest.mark.usefixtures("nothing_leaks", "small_shelves", "few_records")
 def test_no_stored_slot_is_replaced_while_the_store_is_full() -> None:
     """The new slot would lie on a shelf that only this process has."""
-    kept = Keeper(AtOnce(), lambda: NOW, managed=True)
+    kept = a_keeper(managed=True)
     kept.shelf.durable = kept.shelf.was_durable = True
     desk = Desk(kept)
     desk.save("precious", 1)
@@ -403,11 +402,7 @@ def test_no_stored_slot_is_replaced_while_the_store_is_full() -> None:
     assert [old.durable for old in kept.retired] == [True]
     for _ in range(10):
         desk.load("precious")
-        top = desk.registry.top((1000, "precious"))
-        step = desk.registry.reject(
-            *(NOW, PEER, top.key, top.generation, TOKEN, os.urandom(16), "no")
-        )
-        desk.perform(step)
+        desk.reject("precious")
     survivor = kept.retired[0]
     again = Desk()
     again.adopt({survivor.number: (survivor.outlet.dup(), survivor.tx.dup())})
@@ -506,7 +501,7 @@ def mix(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
     with monkeypatch.context() as newer:
         newer.setattr(shelf, "VERSION", 2)
         desk.save("b", 2)
-        newer.setattr(slot, "VERSION", 2)
+        newer.setattr(slot, "VERSION", 3)
         desk.save("c", 3)
     return desk
 
@@ -568,12 +563,7 @@ def test_what_lies_on_a_shelf_that_is_left_alone_is_neither_lost_nor_doubled(
             again.keeper.compact()
         for _ in range(2):  # more records than a slot takes
             again.load("b")
-            top = again.registry.top((1000, "b"))
-            again.perform(
-                again.registry.reject(
-                    NOW, PEER, top.key, top.generation, TOKEN, os.urandom(16), "no"
-                )
-            )
+            again.reject("b")
         assert phases(again) == {"a": HELD, "b": HELD, "c": UNREADABLE, "d": HELD}
         numbers = {name: again.number(again.registry.top((1000, name))) for name in "abd"}
         assert numbers == {"a": 6, "b": 4, "d": 5}
@@ -588,7 +578,7 @@ def test_what_lies_on_a_shelf_that_is_left_alone_is_neither_lost_nor_doubled(
     close(own)
 
     # The newer one comes back: it finds both, as one.
-    monkeypatch.setattr(slot, "VERSION", 2)
+    monkeypatch.setattr(slot, "VERSION", 3)
     newer, blind = restarted(desks[-1])
     assert not blind
     assert phases(newer) == {"a": UNREADABLE, "b": UNREADABLE, "c": HELD, "d": UNREADABLE}
@@ -607,10 +597,7 @@ def test_no_slot_of_a_stored_shelf_that_is_left_alone_is_replaced_by_one_in_memo
     assert not again.keeper.shelf.durable
     for _ in range(4):
         again.load("b")
-        top = again.registry.top((1000, "b"))
-        again.perform(
-            again.registry.reject(NOW, PEER, top.key, top.generation, TOKEN, os.urandom(16), "no")
-        )
+        again.reject("b")
     survivor = again.keeper.untouchable[0]
     killed = Desk()
     killed.adopt({survivor.number: (survivor.outlet.dup(), survivor.tx.dup())})
@@ -633,7 +620,7 @@ def test_a_record_that_may_be_anything_leaves_it_blind_until_the_newer_one_is_ba
     again, blind = restarted(desk)
     assert f"shelf {desk.keeper.shelf.number} cannot be read: a record of version 2" in blind
     assert phases(again) == {"a": HELD}
-    again.registry.blind = blind
+    again.registry.hidden = blind
     for how in ("error", "replace"):
         for prepare in (False, True):
             with pytest.raises(cprd.Busy, match="version 2"):
@@ -704,7 +691,7 @@ def test_what_ended_before_a_restart_is_drained_in_its_owners_worker(desk: Desk)
     hold = desk.registry.top((1000, "b"))
     desk.keeper.slots[hold.generation].mark_dead(hold)  # and killed before it was drained
     closer = Noting()
-    again = Desk(Keeper(closer, lambda: NOW))
+    again = Desk(a_keeper(closer))
     again.adopt({desk.keeper.shelf.number: _copies(desk)})
     assert again.snapshot() == [("a", HELD, 1)]
     assert closer.uids == [1000]
@@ -729,7 +716,7 @@ def test_what_ended_on_a_shelf_that_was_replaced_is_drained_in_its_owners_worker
     left = ends(desk.keeper.shelves())
     assert len(left) == 2
     closer = Noting()
-    again = Desk(Keeper(closer, lambda: NOW, managed=True))
+    again = Desk(a_keeper(closer, managed=True))
     again.adopt({number: (out.dup(), tx.dup()) for number, (out, tx) in left.items()})
     assert again.snapshot() == [("a", HELD, 1)]
     assert closer.uids == [1000]
@@ -777,14 +764,14 @@ def test_killed_at_any_step_of_taking_over_two_shelves_nothing_is_lost(
 @pytest.mark.usefixtures("nothing_leaks")
 def test_old_answers_are_not_kept_for_ever() -> None:
     clock = NOW
-    desk = Desk(Keeper(AtOnce(), lambda: clock))
+    desk = Desk(Keeper(AtOnce(), lambda: clock, Replies()))
     desk.save("a", 1)
     desk.drop("a")
-    clock += 2 * shelves.OUTCOMES_FOR
+    clock += 2 * KEPT_FOR
     desk.keeper.compact()
     again = Desk()
     again.adopt(ends(desk.keeper.shelves()))
-    assert not again.keeper.answers()
+    assert not list(again.keeper.replies)
     close(again)
 
 
@@ -851,9 +838,7 @@ def test_what_cannot_be_written_for_want_of_descriptors_leaves_no_descriptor(
     desk = Desk()
     desk.save("a", 1)
     packed = desk.pack(2)
-    step = desk.registry.save(
-        NOW, PEER, (1000, "b"), nonce=os.urandom(16), fds=0, size=0, if_exists="error"
-    )
+    step = desk.registry.save(caller(), (1000, "b"), EMPTY)
     before = len(os.listdir("/proc/self/fd"))
     highest = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1
     taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(highest - before + 1)]

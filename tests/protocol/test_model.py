@@ -21,7 +21,9 @@ from hypothesis.stateful import (
 )
 
 from cprd.errors import AlreadyHeld, Busy, CprdError, Damaged, Fenced, LimitExceeded, NotHeld
-from cprd.protocol.registry import Peer, Quota, Registry, Step
+from cprd.protocol.holds import Quota
+from cprd.protocol.registry import Caller, Offer, Registry, Step
+from cprd.protocol.registry import Ticket as Shown
 
 UID = 1000
 NAMES = ("a", "b")
@@ -112,6 +114,10 @@ ACTIONS = st.one_of(
 """One rule for all of them: hypothesis leaves out rules, and few lives are led without a save."""
 
 
+def shown(ticket: Ticket) -> Shown:
+    return Shown((UID, ticket.name), ticket.generation, ticket.token)
+
+
 class LifeCycle(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -134,6 +140,10 @@ class LifeCycle(RuleBasedStateMachine):
         self.nonces += 1
         return self.nonces.to_bytes(16, "big")
 
+    def caller(self, pid: int) -> Caller:
+        nonce = self.nonce()
+        return Caller(UID, pid, self.now, nonce, b"of" + nonce)
+
     def ask(
         self, verb: Callable[[], Step], expected: type[CprdError] | None
     ) -> dict[str, Any] | None:
@@ -151,7 +161,7 @@ class LifeCycle(RuleBasedStateMachine):
             return None
         crashed = self.crash
         self.apply(step)
-        # A record knows the request that made it; how others ended is the keeper's to remember.
+        # A record has the reply to the request that made it; other replies lie on the shelf.
         self.again = (verb, step.answer) if step.put or not crashed else None
         return step.answer
 
@@ -161,7 +171,7 @@ class LifeCycle(RuleBasedStateMachine):
                 assert hold.generation not in self.generations, "a generation was used again"
                 self.generations.add(hold.generation)
         if not self.crash:
-            self.registry.apply(step, self.now)
+            self.registry.apply(step)
             return
         self.crash = False
         records = {hold.generation: hold for hold in self.registry}
@@ -171,6 +181,8 @@ class LifeCycle(RuleBasedStateMachine):
             for ended in step.ended:
                 del records[ended.hold.generation]
         self.start_anew(list(records.values()))
+        if step.put and step.reply is not None:  # lies in the record that was written
+            self.registry.replies.remember(step.reply)
 
     def start_anew(self, records: list[Any]) -> None:
         self.restarts += 1  # the boot clock, which the first generation comes from, went on
@@ -265,21 +277,10 @@ class LifeCycle(RuleBasedStateMachine):
         expected = self.may_save(name, pid, after, replace=replace)
         if expected is None and self.over_quota(fds, replaced):
             expected = LimitExceeded
-        token, nonce = (self.nonce() if prepare else b""), self.nonce()
+        token, caller = (self.nonce() if prepare else b""), self.caller(pid)
+        offer = Offer(fds, 0, ttl=ttl, after_exit=-1 if after is None else after)
         answer = self.ask(
-            lambda: self.registry.save(
-                self.now,
-                Peer(UID, pid),
-                (UID, name),
-                nonce=nonce,
-                fds=fds,
-                size=0,
-                if_exists="replace" if replace else "error",
-                ttl=ttl,
-                after_exit=-1 if after is None else after,
-                token=token,
-                prepare=prepare,
-            ),
+            lambda: self.registry.save(caller, (UID, name), offer, replacing=replace, token=token),
             expected,
         )
         if answer is None:
@@ -304,15 +305,14 @@ class LifeCycle(RuleBasedStateMachine):
         return few[-1 - choice % min(len(few), 6)]
 
     def commit_or_abort(self, choice: int, commit: bool) -> None:
-        ticket, nonce = self.ticket(choice, "prepared"), self.nonce()
+        ticket = self.ticket(choice, "prepared")
         record = self.find(ticket)
         expected = None if record is not None and record.phase == "prepared" else Fenced
-        peer = Peer(UID, self.pids[ticket.slot])
-        key = (UID, ticket.name)
+        caller, by = self.caller(self.pids[ticket.slot]), shown(ticket)
 
         def verb() -> Step:
             ask = self.registry.commit if commit else self.registry.abort
-            return ask(self.now, peer, key, ticket.generation, ticket.token, nonce)
+            return ask(caller, by)
 
         answer = self.ask(verb, expected)
         if answer is None:
@@ -332,11 +332,10 @@ class LifeCycle(RuleBasedStateMachine):
 
     def load(self, name: str, slot: int, lease: float) -> None:
         name = self.held(name)
-        token, nonce, pid = self.nonce(), self.nonce(), self.pids[slot]
+        token, pid = self.nonce(), self.pids[slot]
+        caller = self.caller(pid)
         answer = self.ask(
-            lambda: self.registry.load(
-                self.now, Peer(UID, pid), (UID, name), token=token, nonce=nonce, lease=lease
-            ),
+            lambda: self.registry.load(caller, (UID, name), token=token, lease=lease),
             self.may_load(name),
         )
         if answer is None:
@@ -362,36 +361,28 @@ class LifeCycle(RuleBasedStateMachine):
     def renew(self, choice: int, lease: float | None) -> None:
         ticket = self.ticket(choice)
         record, expected = self.claim(ticket)
-        key = (UID, ticket.name)
-        answer = self.ask(
-            lambda: self.registry.renew(self.now, key, ticket.generation, ticket.token, lease),
-            expected,
-        )
+        caller, by = self.caller(0), shown(ticket)
+        answer = self.ask(lambda: self.registry.renew(caller, by, lease), expected)
         self.again = None  # it has no nonce: to renew twice is to renew
         if answer is not None and record is not None and record.phase == "claimed":
             record.lease = record.lease if lease is None else lease
             record.lease_ends = self.now + record.lease
 
     def begin(self, choice: int, acting: int | None) -> None:
-        ticket, nonce = self.ticket(choice), self.nonce()
+        ticket = self.ticket(choice)
         record, expected = self.claim(ticket)
         pid = 0 if acting is None else self.pids[acting]
-        peer, key = Peer(UID, self.pids[ticket.slot]), (UID, ticket.name)
-        answer = self.ask(
-            lambda: self.registry.begin(
-                self.now, peer, key, ticket.generation, ticket.token, nonce, pid
-            ),
-            expected,
-        )
+        caller, by = self.caller(self.pids[ticket.slot]), shown(ticket)
+        answer = self.ask(lambda: self.registry.begin(caller, by, pid), expected)
         if answer is not None and record is not None:
             record.phase, record.begun = "in-doubt", True
             record.acting = pid or record.acting
 
     def confirm(self, choice: int, next: bool, fds: int, after: bool) -> None:
-        ticket, nonce = self.ticket(choice), self.nonce()
+        ticket = self.ticket(choice)
         record, expected = self.claim(ticket)
         pid = self.pids[ticket.slot]
-        peer, key = Peer(UID, pid), (UID, ticket.name)
+        caller, by = self.caller(pid), shown(ticket)
         if next and record is not None and expected is None:
             if self.model[ticket.name][-1] is not record:
                 expected = Busy  # a prepared save of the same name would come to lie under it
@@ -399,12 +390,10 @@ class LifeCycle(RuleBasedStateMachine):
                 expected = LimitExceeded
 
         def verb() -> Step:
-            how = (self.now, peer, key, ticket.generation, ticket.token, nonce)
             if not next:
-                return self.registry.confirm(*how)
-            return self.registry.confirm_next(
-                *how, fds=fds, size=0, ttl=None, after_exit=pid if after else -1
-            )
+                return self.registry.confirm(caller, by)
+            offer = Offer(fds, 0, after_exit=pid if after else -1)
+            return self.registry.confirm_next(caller, by, offer)
 
         answer = self.ask(verb, expected)
         if answer is None or record is None:
@@ -415,22 +404,17 @@ class LifeCycle(RuleBasedStateMachine):
             self.new(ticket.name, answer["generation"], fds, None, pid if after else None)
 
     def reject(self, choice: int) -> None:
-        ticket, nonce = self.ticket(choice), self.nonce()
+        ticket = self.ticket(choice)
         record, expected = self.claim(ticket)
-        peer, key = Peer(UID, self.pids[ticket.slot]), (UID, ticket.name)
-        answer = self.ask(
-            lambda: self.registry.reject(
-                self.now, peer, key, ticket.generation, ticket.token, nonce, "so"
-            ),
-            expected,
-        )
+        caller, by = self.caller(self.pids[ticket.slot]), shown(ticket)
+        answer = self.ask(lambda: self.registry.reject(caller, by, "so"), expected)
         if answer is not None and record is not None:
             record.serve_again(self.now)
 
     # Rules: by hand
 
     def drop(self, name: str, force: bool) -> None:
-        name, nonce = self.held(name), self.nonce()
+        name, caller = self.held(name), self.caller(99)
         records = self.model[name]
         expected: type[CprdError] | None = None
         if not records:
@@ -438,16 +422,14 @@ class LifeCycle(RuleBasedStateMachine):
         elif records[-1].phase == "prepared" or (records[-1].phase != "held" and not force):
             expected = Busy
         answer = self.ask(
-            lambda: self.registry.drop(
-                self.now, Peer(UID, 99), (UID, name), force=force, nonce=nonce
-            ),
+            lambda: self.registry.drop(caller, (UID, name), force=force),
             expected,
         )
         if answer is not None:
             self.end(name, records[-1])
 
     def release(self, name: str, force: bool) -> None:
-        name, nonce = self.held(name), self.nonce()
+        name, caller = self.held(name), self.caller(99)
         records = self.model[name]
         expected: type[CprdError] | None = None
         if not records:
@@ -455,9 +437,7 @@ class LifeCycle(RuleBasedStateMachine):
         elif records[-1].phase != "held" and (records[-1].phase != "in-doubt" or not force):
             expected = Busy
         answer = self.ask(
-            lambda: self.registry.release(
-                self.now, Peer(UID, 99), (UID, name), force=force, nonce=nonce
-            ),
+            lambda: self.registry.release(caller, (UID, name), force=force),
             expected,
         )
         if answer is not None and records[-1].phase == "in-doubt":

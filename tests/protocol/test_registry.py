@@ -9,8 +9,18 @@ from typing import Any
 
 import pytest
 
-from cprd.errors import AlreadyHeld, Busy, CprdError, Damaged, Fenced, LimitExceeded, NotHeld
-from cprd.protocol.registry import (
+from cprd.errors import (
+    AlreadyHeld,
+    Busy,
+    CprdError,
+    Damaged,
+    Fenced,
+    LimitExceeded,
+    NotHeld,
+    ProtocolError,
+)
+from cprd.protocol.holds import Quota
+from cprd.protocol.lifecycle import (
     CLAIMED,
     DAMAGED,
     HELD,
@@ -18,21 +28,16 @@ from cprd.protocol.registry import (
     NOTHING,
     PHASES,
     PREPARED,
-    REMEMBERED,
-    REMEMBERED_FOR,
     TRANSITIONS,
     UNREADABLE,
-    UNSETTLED,
     Hold,
-    Peer,
-    Quota,
-    Registry,
-    Step,
 )
+from cprd.protocol.registry import Caller, Offer, Registry, Step, Ticket
+from cprd.protocol.replies import Reply
 
-SAVER = Peer(1000, 101)
-OTHER = Peer(1000, 202)
-THIRD = Peer(1000, 303)
+SAVER = Caller(1000, 101)
+OTHER = Caller(1000, 202)
+THIRD = Caller(1000, 303)
 QEMU = 404
 KEY = (1000, "web")
 
@@ -49,8 +54,13 @@ class World:
         self.nonces += 1
         return self.nonces.to_bytes(16, "big")
 
+    def by(self, who: Caller, nonce: bytes = b"") -> Caller:
+        """Who asks now, with a nonce; the request is new with each nonce."""
+        nonce = nonce or self.nonce()
+        return who._replace(now=self.now, nonce=nonce, digest=b"of" + nonce)
+
     def do(self, step: Step) -> dict[str, Any]:
-        self.registry.apply(step, self.now)
+        self.registry.apply(step)
         return step.answer
 
     @property
@@ -59,61 +69,75 @@ class World:
 
     # The verbs, each with what is usual.
 
-    def save(self, peer: Peer = SAVER, **how: Any) -> dict[str, Any]:
-        how = {"nonce": self.nonce(), "fds": 1, "size": 0, **how}
-        return self.do(self.registry.save(self.now, peer, KEY, **how))
+    def save(
+        self,
+        peer: Caller = SAVER,
+        *,
+        nonce: bytes = b"",
+        replacing: bool = False,
+        token: bytes = b"",
+        fds: int = 1,
+        ttl: float | None = None,
+        after_exit: int = -1,
+    ) -> dict[str, Any]:
+        offer = Offer(fds, 0, ttl=ttl, after_exit=after_exit)
+        caller = self.by(peer, nonce)
+        return self.do(self.registry.save(caller, KEY, offer, replacing=replacing, token=token))
 
-    def prepare(self, peer: Peer = SAVER, **how: Any) -> dict[str, Any]:
-        return self.save(peer, prepare=True, token=b"p" * 16, **how)
+    def prepare(self, peer: Caller = SAVER, **how: Any) -> dict[str, Any]:
+        return self.save(peer, token=b"p" * 16, **how)
 
-    def commit(self, peer: Peer = SAVER, nonce: bytes = b"") -> dict[str, Any]:
-        hold = self.top
-        token, nonce = b"p" * 16, nonce or self.nonce()
-        step = self.registry.commit(self.now, peer, KEY, hold.generation, token, nonce)
-        return self.do(step)
+    @property
+    def prepared(self) -> Ticket:
+        return Ticket(KEY, self.top.generation, b"p" * 16)
+
+    def commit(self, peer: Caller = SAVER, nonce: bytes = b"") -> dict[str, Any]:
+        return self.do(self.registry.commit(self.by(peer, nonce), self.prepared))
 
     def abort(self) -> None:
-        token = b"p" * 16
-        self.do(self.registry.abort(self.now, SAVER, KEY, self.top.generation, token, self.nonce()))
+        self.do(self.registry.abort(self.by(SAVER), self.prepared))
 
-    def load(self, peer: Peer = OTHER, token: bytes = b"c" * 16, **how: Any) -> dict[str, Any]:
-        how = {"nonce": self.nonce(), "lease": 30.0, **how}
-        return self.do(self.registry.load(self.now, peer, KEY, token=token, **how))
-
-    def spoken_for(self) -> tuple[int, bytes]:
-        return self.registry.of(KEY)[0].generation, b"c" * 16
-
-    def begin(self, acting: int = 0) -> None:
-        generation, token = self.spoken_for()
-        self.do(self.registry.begin(self.now, OTHER, KEY, generation, token, self.nonce(), acting))
-
-    def confirm(self) -> None:
-        generation, token = self.spoken_for()
-        self.do(self.registry.confirm(self.now, OTHER, KEY, generation, token, self.nonce()))
-
-    def confirm_next(self, **how: Any) -> dict[str, Any]:
-        generation, token = self.spoken_for()
-        how = {"fds": 1, "size": 0, "ttl": None, "after_exit": -1, **how}
-        step = self.registry.confirm_next(
-            self.now, OTHER, KEY, generation, token, self.nonce(), **how
-        )
+    def load(
+        self,
+        peer: Caller = OTHER,
+        token: bytes = b"c" * 16,
+        *,
+        nonce: bytes = b"",
+        lease: float = 30.0,
+        generation: int | None = None,
+    ) -> dict[str, Any]:
+        caller = self.by(peer, nonce)
+        step = self.registry.load(caller, KEY, token=token, lease=lease, generation=generation)
         return self.do(step)
 
+    @property
+    def claim(self) -> Ticket:
+        return Ticket(KEY, self.registry.of(KEY)[0].generation, b"c" * 16)
+
+    def begin(self, acting: int = 0) -> None:
+        self.do(self.registry.begin(self.by(OTHER), self.claim, acting))
+
+    def confirm(self) -> None:
+        self.do(self.registry.confirm(self.by(OTHER), self.claim))
+
+    def confirm_next(self) -> dict[str, Any]:
+        return self.do(self.registry.confirm_next(self.by(OTHER), self.claim, Offer(1, 0)))
+
     def reject(self, why: str = "too old") -> None:
-        generation, token = self.spoken_for()
-        self.do(self.registry.reject(self.now, OTHER, KEY, generation, token, self.nonce(), why))
+        self.do(self.registry.reject(self.by(OTHER), self.claim, why))
 
     def renew(self) -> None:
-        self.do(self.registry.renew(self.now, KEY, *self.spoken_for(), None))
+        self.do(self.registry.renew(self.by(OTHER), self.claim, None))
 
     def claimant_gone(self) -> None:
-        self.do(self.registry.claimant_gone(self.now, *self.spoken_for(), "its process ended"))
+        _, generation, token = self.claim
+        self.do(self.registry.claimant_gone(self.now, generation, token, "its process ended"))
 
     def drop(self, *, force: bool = False) -> None:
-        self.do(self.registry.drop(self.now, THIRD, KEY, force=force, nonce=self.nonce()))
+        self.do(self.registry.drop(self.by(THIRD), KEY, force=force))
 
     def release(self, *, force: bool = True) -> None:
-        self.do(self.registry.release(self.now, THIRD, KEY, force=force, nonce=self.nonce()))
+        self.do(self.registry.release(self.by(THIRD), KEY, force=force))
 
 
 def nothing() -> World:
@@ -174,9 +198,9 @@ STAGES: dict[str, Callable[[], World]] = {
 }
 VERBS: dict[str, Callable[[World], object]] = {
     "save": lambda world: world.save(THIRD),
-    "replace": lambda world: world.save(THIRD, if_exists="replace"),
-    "replace by claimant": lambda world: world.save(OTHER, if_exists="replace"),
-    "save by acting": lambda world: world.save(Peer(1000, QEMU)),
+    "replace": lambda world: world.save(THIRD, replacing=True),
+    "replace by claimant": lambda world: world.save(OTHER, replacing=True),
+    "save by acting": lambda world: world.save(Caller(1000, QEMU)),
     "save after acting": lambda world: world.save(THIRD, after_exit=QEMU),
     "prepare": lambda world: world.prepare(THIRD),
     "commit": World.commit,
@@ -330,11 +354,11 @@ def test_the_table_says_what_the_design_says() -> None:
         "begin -> in-doubt",
         "drop by force -> -",
     }
-    served = {event for (before, event), after in TRANSITIONS.items() if after == CLAIMED}
-    assert served == {"load"}
+    served = {how for how, after in TRANSITIONS.items() if after == CLAIMED}
+    assert served == {(HELD, "load"), (CLAIMED, "renew")}
     assert {before for (before, event), _ in TRANSITIONS.items() if event == "load"} == {HELD}
     for kept in (DAMAGED, UNREADABLE):
-        assert ends[kept] == {"drop by force -> -"}
+        assert ends[kept] == {"drop by force -> -", "newer committed -> -"}
     # Nothing leaves doubt on its own: neither a death nor time.
     assert not [e for e in ends[IN_DOUBT] if re.match(r"(ttl|lease)", e)]
     assert "claimant gone -> in-doubt" in ends[IN_DOUBT]
@@ -350,10 +374,12 @@ def test_every_transition_was_reached_by_some_verb() -> None:
             reached.add(key)
             return real[key]
 
+    import cprd.protocol.lifecycle
     import cprd.protocol.registry
 
     noting = Noting(real)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cprd.protocol.lifecycle, "TRANSITIONS", noting)
         patch.setattr(cprd.protocol.registry, "TRANSITIONS", noting)
         for stage, make in STAGES.items():
             for verb in EXPECTED[stage]:
@@ -376,16 +402,13 @@ def test_every_transition_was_reached_by_some_verb() -> None:
         world.save(ttl=1.0)
         world.now += 2
         assert world.registry.expire(world.now) is not None
-    # These name how an old hold ended when a new one took its place; nobody looks them up.
-    by_the_new_one = {
-        (HELD, "replace"),
-        (HELD, "release"),
-        (CLAIMED, "confirm next"),
-        (IN_DOUBT, "confirm next"),
-        (IN_DOUBT, "replace"),
-        (IN_DOUBT, "saved by the acting process"),
-    }
-    assert real.keys() - reached == by_the_new_one
+        for over in (begun, damaged, unreadable):
+            world = over()
+            key, generation = KEY, world.top.generation + 1
+            world.registry.adopt([Hold(*key, generation, PREPARED, token=b"p" * 16)])
+            world.commit()
+            assert [hold.generation for hold in world.registry.of(KEY)] == [generation]
+    assert real.keys() == reached
 
 
 # What a death leaves
@@ -425,7 +448,7 @@ def test_a_process_that_acted_and_ended_is_nobody_any_more() -> None:
     world.do(world.registry.acting_gone(world.top.generation))
     assert f"pid {QEMU} has ended since" in world.top.reason
     with pytest.raises(AlreadyHeld):
-        world.save(Peer(1000, QEMU))
+        world.save(Caller(1000, QEMU))
 
 
 def test_a_reject_after_the_claimant_came_back_from_begin_is_served_again() -> None:
@@ -439,7 +462,7 @@ def test_a_reject_after_the_claimant_came_back_from_begin_is_served_again() -> N
 
 def test_a_saver_of_another_pid_namespace_is_not_called_pid_0() -> None:
     world = World()
-    world.prepare(Peer(1000, 0))
+    world.prepare(Caller(1000, 0))
     with pytest.raises(Busy, match="another pid namespace"):
         world.load(THIRD)
 
@@ -450,7 +473,7 @@ def test_a_saver_of_another_pid_namespace_is_not_called_pid_0() -> None:
 def test_an_older_hold_stays_under_a_prepared_one_and_is_not_served_meanwhile() -> None:
     world = held()
     old = world.top.generation
-    world.prepare(if_exists="replace")
+    world.prepare(replacing=True)
     assert [hold.phase for hold in world.registry.of(KEY)] == [HELD, PREPARED]
     with pytest.raises(Busy, match="prepared"):
         world.load()
@@ -461,8 +484,8 @@ def test_an_older_hold_stays_under_a_prepared_one_and_is_not_served_meanwhile() 
 def test_commit_ends_the_older_hold_in_the_same_step() -> None:
     world = held()
     old = world.top.generation
-    new = world.prepare(if_exists="replace")["generation"]
-    step = world.registry.commit(world.now, SAVER, KEY, new, b"p" * 16, world.nonce())
+    new = world.prepare(replacing=True)["generation"]
+    step = world.registry.commit(world.by(SAVER), world.prepared)
     assert [(ended.hold.generation, ended.how) for ended in step.ended] == [(old, "replace")]
     world.do(step)
     assert [hold.generation for hold in world.registry.of(KEY)] == [new]
@@ -470,7 +493,7 @@ def test_commit_ends_the_older_hold_in_the_same_step() -> None:
 
 def test_a_save_in_doubt_that_is_released_ends_what_lay_under_it() -> None:
     world = held()
-    new = world.prepare(if_exists="replace")["generation"]
+    new = world.prepare(replacing=True)["generation"]
     world.do(world.registry.saver_gone(new))
     world.release()
     assert [hold.generation for hold in world.registry.of(KEY)] == [new]
@@ -478,7 +501,7 @@ def test_a_save_in_doubt_that_is_released_ends_what_lay_under_it() -> None:
 
 def test_what_cannot_be_released_says_what_to_do_instead() -> None:
     world = held()
-    world.prepare(if_exists="replace")
+    world.prepare(replacing=True)
     with pytest.raises(Busy, match=r"cannot be released: prepared by .* or end it: then"):
         world.release()
     with pytest.raises(Busy, match=r"cannot be released: claimed by .* without a release"):
@@ -488,7 +511,7 @@ def test_what_cannot_be_released_says_what_to_do_instead() -> None:
 def test_a_save_in_doubt_that_is_dropped_lets_what_lay_under_it_be_served() -> None:
     world = held()
     old = world.top.generation
-    world.prepare(if_exists="replace")
+    world.prepare(replacing=True)
     world.do(world.registry.saver_gone(world.top.generation))
     world.drop(force=True)
     assert world.load()["generation"] == old
@@ -497,7 +520,7 @@ def test_a_save_in_doubt_that_is_dropped_lets_what_lay_under_it_be_served() -> N
 def test_a_claimant_that_prepared_cannot_also_confirm_next() -> None:
     """Both would be committed, and after the newer one the older would be served: a state twice."""
     world = claimed()
-    world.prepare(OTHER, if_exists="replace")
+    world.prepare(OTHER, replacing=True)
     with pytest.raises(Busy, match="prepared"):
         world.confirm_next()
     world.commit(OTHER)
@@ -575,6 +598,8 @@ def test_what_waits_for_its_predecessor_is_busy_with_its_pid() -> None:
     world.save(after_exit=SAVER.pid)
     with pytest.raises(Busy, match="predecessor, pid 101, has not ended"):
         world.load()
+    row = world.top.row(world.now)
+    assert (row["phase"], row["in_use_by"], row["reason"]) == (HELD, 101, "in use by pid 101")
     world.do(world.registry.predecessor_gone(world.now, world.top.generation))
     world.load()
 
@@ -592,50 +617,55 @@ def test_a_ttl_begins_with_the_end_of_the_predecessor() -> None:
 # Requests that are repeated
 
 
-@pytest.mark.parametrize(
-    ("stage", "ask"),
-    [
-        (nothing, lambda w, n: w.registry.save(w.now, SAVER, KEY, nonce=n, fds=1, size=0)),
-        (
-            nothing,
-            lambda w, n: w.registry.save(
-                w.now, SAVER, KEY, nonce=n, fds=1, size=0, prepare=True, token=b"p" * 16
-            ),
-        ),
-        (
-            prepared,
-            lambda w, n: w.registry.commit(w.now, SAVER, KEY, 1, b"p" * 16, n),
-        ),
-        (prepared, lambda w, n: w.registry.abort(w.now, SAVER, KEY, 1, b"p" * 16, n)),
-        (held, lambda w, n: w.registry.load(w.now, OTHER, KEY, token=b"t" * 16, nonce=n, lease=9)),
-        (claimed, lambda w, n: w.registry.begin(w.now, OTHER, KEY, 1, b"c" * 16, n)),
-        (claimed, lambda w, n: w.registry.confirm(w.now, OTHER, KEY, 1, b"c" * 16, n)),
-        (claimed, lambda w, n: w.registry.reject(w.now, OTHER, KEY, 1, b"c" * 16, n, "so")),
-        (
-            claimed,
-            lambda w, n: w.registry.confirm_next(
-                w.now, OTHER, KEY, 1, b"c" * 16, n, fds=1, size=0, ttl=None, after_exit=-1
-            ),
-        ),
-        (held, lambda w, n: w.registry.drop(w.now, THIRD, KEY, force=False, nonce=n)),
-        (begun, lambda w, n: w.registry.release(w.now, THIRD, KEY, force=True, nonce=n)),
-    ],
-)
+NEW = Offer(1, 0)
+SAID_TWICE: list[tuple[Callable[[], World], Callable[[World, Caller], Step]]] = [
+    (nothing, lambda w, c: w.registry.save(c, KEY, NEW)),
+    (nothing, lambda w, c: w.registry.save(c, KEY, NEW, token=b"p" * 16)),
+    (prepared, lambda w, c: w.registry.commit(c, Ticket(KEY, 1, b"p" * 16))),
+    (prepared, lambda w, c: w.registry.abort(c, Ticket(KEY, 1, b"p" * 16))),
+    (held, lambda w, c: w.registry.load(c, KEY, token=b"t" * 16, lease=9)),
+    (claimed, lambda w, c: w.registry.begin(c, Ticket(KEY, 1, b"c" * 16))),
+    (claimed, lambda w, c: w.registry.confirm(c, Ticket(KEY, 1, b"c" * 16))),
+    (claimed, lambda w, c: w.registry.reject(c, Ticket(KEY, 1, b"c" * 16), "so")),
+    (claimed, lambda w, c: w.registry.reject(c, Ticket(KEY, 1, b"c" * 16), "so", damaged=True)),
+    (claimed, lambda w, c: w.registry.confirm_next(c, Ticket(KEY, 1, b"c" * 16), NEW)),
+    (held, lambda w, c: w.registry.drop(c, KEY, force=False)),
+    (begun, lambda w, c: w.registry.release(c, KEY, force=True)),
+]
+
+
+@pytest.mark.parametrize(("stage", "ask"), SAID_TWICE)
 def test_a_request_repeated_after_a_lost_answer_gets_its_first_answer(
-    stage: Callable[[], World], ask: Callable[[World, bytes], Step]
+    stage: Callable[[], World], ask: Callable[[World, Caller], Step]
 ) -> None:
     world = stage()
-    nonce = b"n" * 16
-    first = ask(world, nonce)
-    assert not first.remembered
+    caller = world.by(OTHER)
+    first = ask(world, caller)
+    assert first.changes
     world.do(first)
     records = list(world.registry)
-    again = ask(world, nonce)
-    assert again.remembered
+    again = ask(world, caller)
     assert again.answer == first.answer
-    assert not again.put
-    assert not again.ended
+    assert not again.changes
     assert list(world.registry) == records
+
+
+@pytest.mark.parametrize(("stage", "ask"), SAID_TWICE)
+def test_a_nonce_answers_for_no_other_request(
+    stage: Callable[[], World], ask: Callable[[World, Caller], Step]
+) -> None:
+    world = stage()
+    for _, other in SAID_TWICE:
+        caller = world.by(OTHER)
+        reply = Reply(OTHER.uid, caller.nonce, {"generation": 1, "token": b""}, 0.0, b"another")
+        world.registry.replies.remember(reply)
+        with pytest.raises(ProtocolError, match="came with another request"):
+            other(world, caller)
+    caller = world.by(OTHER)
+    world.do(ask(world, caller))
+    for _, other in SAID_TWICE:
+        with pytest.raises(ProtocolError, match="Nothing was changed"):
+            other(world, caller._replace(digest=b"of another"))
 
 
 def test_a_repeated_load_by_another_process_is_a_load() -> None:
@@ -645,6 +675,15 @@ def test_a_repeated_load_by_another_process_is_a_load() -> None:
         world.load(THIRD, nonce=b"n" * 16)
 
 
+def test_a_repeated_load_whose_claim_is_over_is_a_new_load() -> None:
+    """Its first answer would be a claim that is fenced."""
+    world = held()
+    world.load(nonce=b"n" * 16)
+    world.claimant_gone()
+    assert world.load(token=b"d" * 16, nonce=b"n" * 16)["attempts"] == 2
+    assert world.load(token=b"e" * 16, nonce=b"n" * 16)["token"] == b"d" * 16
+
+
 def test_a_repeated_prepare_that_is_in_doubt_by_now_speaks_for_nothing() -> None:
     world = World()
     world.prepare(nonce=b"n" * 16)
@@ -652,46 +691,14 @@ def test_a_repeated_prepare_that_is_in_doubt_by_now_speaks_for_nothing() -> None
     assert world.prepare(nonce=b"n" * 16)["token"] == b"p" * 16  # its first answer
     with pytest.raises(Fenced, match="in-doubt"):
         world.commit()
-    forgetful = World()
-    forgetful.registry.adopt(list(world.registry))  # a restart that lost the answer
-    with pytest.raises(Fenced, match="in-doubt"):
-        forgetful.prepare(nonce=b"n" * 16)
-
-
-def test_remembered_answers_are_bounded_in_number_and_time() -> None:
-    registry = Registry()
-    for number in range(3 * REMEMBERED):
-        registry.remember(1000, number.to_bytes(16, "big"), {}, 1000.0)
-        registry.settled(1000, number.to_bytes(16, "big"))
-    assert len(registry._answers[1000].settled) == REMEMBERED
-    late = 1000.0 + REMEMBERED_FOR + 1
-    registry.remember(1000, b"late" * 4, {}, late)
-    assert not registry._answers[1000].settled
-    for number in range(UNSETTLED + 10):
-        registry.remember(2000, number.to_bytes(16, "big"), {}, late)
-    assert len(registry._answers[2000].unsettled) == UNSETTLED
-    registry.forget_old(late + REMEMBERED_FOR + 1)  # whoever they belong to
-    assert not registry._answers
-
-
-def test_an_answer_that_may_not_have_arrived_outlives_any_traffic() -> None:
-    world = held()
-    lost = b"lost" * 4
-    world.do(world.registry.drop(world.now, THIRD, KEY, force=False, nonce=lost))
-    for number in range(10 * REMEMBERED):
-        nonce = number.to_bytes(16, "big")
-        world.registry.remember(THIRD.uid, nonce, {}, world.now)
-        world.registry.settled(THIRD.uid, nonce)
-    assert world.registry.drop(world.now, THIRD, KEY, force=False, nonce=lost).remembered
 
 
 def test_one_uids_nonce_means_nothing_to_another() -> None:
     world = held()
-    nonce = b"n" * 16
-    world.do(world.registry.drop(world.now, THIRD, KEY, force=False, nonce=nonce))
-    stranger = Peer(2000, 9)
+    caller = world.by(THIRD)
+    world.do(world.registry.drop(caller, KEY, force=False))
     with pytest.raises(NotHeld):
-        world.registry.drop(world.now, stranger, (2000, "web"), force=False, nonce=nonce)
+        world.registry.drop(caller._replace(uid=2000), (2000, "web"), force=False)
 
 
 # Generations
@@ -723,16 +730,16 @@ def test_quotas_count_what_a_uid_has_and_forgive_what_is_replaced() -> None:
     world.save(fds=6)
     key = (1000, "two")
     with pytest.raises(LimitExceeded, match="11 descriptors"):
-        world.registry.save(world.now, SAVER, key, nonce=b"a" * 16, fds=5, size=0)
-    world.do(world.registry.save(world.now, SAVER, key, nonce=b"a" * 16, fds=4, size=0))
+        world.registry.save(world.by(SAVER), key, Offer(5, 0))
+    world.do(world.registry.save(world.by(SAVER), key, Offer(4, 0)))
     third = (1000, "three")
     with pytest.raises(LimitExceeded, match=r"limits\.holds"):
-        world.registry.save(world.now, SAVER, third, nonce=b"b" * 16, fds=0, size=0)
+        world.registry.save(world.by(SAVER), third, Offer(0, 0))
     with pytest.raises(LimitExceeded):  # both are kept until commit
-        world.prepare(if_exists="replace", fds=1)
-    world.save(if_exists="replace", fds=6)
+        world.prepare(replacing=True, fds=1)
+    world.save(replacing=True, fds=6)
     stranger = (2000, "web")
-    world.do(world.registry.save(world.now, Peer(2000, 1), stranger, nonce=b"c", fds=9, size=0))
+    world.do(world.registry.save(world.by(Caller(2000, 1)), stranger, Offer(9, 0)))
     world.drop()
     usage = world.registry.usage(1000)
     assert (usage.holds, usage.fds) == (1, 4)
@@ -760,6 +767,6 @@ def test_what_lies_under_a_prepared_record_is_kept_over_a_restart() -> None:
 
 def test_while_a_record_cannot_be_named_no_name_is_said_to_be_free() -> None:
     registry = Registry()
-    registry.blind = "a record that cannot be read"
+    registry.hidden = "a record that cannot be read"
     with pytest.raises(Busy, match="may be held"):
         registry.check_load(0.0, KEY)

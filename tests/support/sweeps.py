@@ -13,7 +13,7 @@ import select
 import tempfile
 
 import cprd
-from cprd.protocol.registry import CLAIMED, HELD, IN_DOUBT, PREPARED
+from cprd.protocol.lifecycle import CLAIMED, HELD, IN_DOUBT, PREPARED
 from tests.support.keeping import Kept, Task, Thing, things
 from tests.support.patience import PATIENCE
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cprd.protocol.registry import HELD, IN_DOUBT
+from cprd.protocol.lifecycle import HELD, IN_DOUBT
 from tests.support.sweeps import GONE, VERBS, Step, Stream, sweep, sweep_rewriting, sweep_start
 
 from .keeping import SMALL, UNIT, Keeping, Task, things

@@ -75,7 +75,7 @@ class Store:
                     await self._check_spare(keeper.spare)
                 if keeper.spare is None and not await self._keep_spare():
                     return False
-                if keeper.beside:
+                if keeper.merging:
                     keeper.compact()
         except (CprdError, OSError, trio.TooSlowError) as error:
             if isinstance(error, Unavailable):  # gone (the parent of --keep may be killed)

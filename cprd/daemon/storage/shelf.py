@@ -1,17 +1,16 @@
 """Where all slots lie together: one parked socket pair that outlives the daemon.
 
-A shelf's queue holds, in order, its own header, then slots (both ends of each), then what became of
-holds that ended (so that a request repeated after a restart gets its first answer). It is only ever
-appended to, and the kernel keeps it as long as anybody has the pair: this process across exec, or
-systemd's descriptor store across anything.
+The queue of a shelf has a header, then slots (both ends of each), then the replies about holds that
+ended. The daemon only appends. The kernel keeps the queue as long as anybody has the pair: this
+process across exec, or systemd's descriptor store across anything.
 
-It is written anew (`Keeper.compact`) by filling an empty spare shelf and ending that with a record
-"complete", which names the shelves that it replaces: a shelf without such a record never counted,
-and one that is replaced does not count any more, so every moment of the change is safe.
+To write a shelf anew (`Keeper.compact`) the daemon fills an empty spare shelf and appends a record
+"complete", which names the shelves that the new shelf replaces. A shelf without such a record never
+counted, and a replaced shelf does not count any more: every moment of the change is safe.
 
-What a shelf leads to is frozen for all versions: the prefix of a record, its kinds, that the
-descriptors of a record of slots are outlet and inlet in turn, and what "complete" replaces. So a
-cprd that cannot read all of a shelf still finds every slot on it, and leaves the shelf as it is.
+The way from a shelf to the slots is frozen for all versions: the prefix of a record, the kinds, the
+order of descriptors in a record of slots (outlet and inlet in turn), and the list in "complete". A
+cprd that cannot read all of a shelf still finds every slot, and leaves the shelf as it is.
 docs/bundle.md has the layout.
 """
 
@@ -28,6 +27,7 @@ import msgpack
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
 from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
+from cprd.protocol.replies import Reply, restored
 
 MAGIC = b"CPRH"
 VERSION = 1
@@ -42,13 +42,14 @@ PREFIX_OF_NAMES = "shelf."
 
 
 class ShelfFull(Exception):
-    """Nothing more fits in its queue."""
+    """Nothing more fits in the queue."""
 
 
 class Shelf:
-    """Owns both ends of the pair. `durable`: systemd's store has them, too, as was seen lately;
-    `was_durable`: it had them once, so that what lies here was called stored; `counts`: it is
-    complete."""
+    """Owns both ends of the pair.
+
+    `durable`: systemd's store was lately seen to have both ends; `was_durable`: the store had both
+    once, and the slots here were called stored; `counts`: the shelf is complete."""
 
     __slots__ = ("counts", "durable", "messages", "number", "outlet", "tx", "was_durable")
 
@@ -63,7 +64,7 @@ class Shelf:
 
     @classmethod
     def create(cls, number: int) -> Shelf:
-        """An empty one. Raises LimitExceeded."""
+        """An empty shelf. Raises LimitExceeded."""
         try:
             tx, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
@@ -78,30 +79,30 @@ class Shelf:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Under which its outlet and its inlet lie in the store."""
+        """Names of the outlet and the inlet in the store."""
         return f"{PREFIX_OF_NAMES}{self.number}.out", f"{PREFIX_OF_NAMES}{self.number}.in"
 
     @property
     def room(self) -> int:
-        """About how many messages its queue can take in all."""
+        """About how many messages the queue can take in all."""
         return self.tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // BYTES_A_MESSAGE
 
     def add_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Put slots on it, (outlet, inlet) each; borrowed. Raises ShelfFull, LimitExceeded."""
+        """Append slots, (outlet, inlet) each; borrowed. Raises ShelfFull, LimitExceeded."""
         for start in range(0, len(pairs), SLOTS_A_RECORD):
             part = pairs[start : start + SLOTS_A_RECORD]
             self._append(SLOTS, {"n": len(part)}, [fd for pair in part for fd in pair])
             point("shelf:slots")
 
-    def add_outcomes(self, outcomes: Sequence[dict[str, Any]]) -> None:
-        """What was answered for holds that ended, for requests that are repeated. Raises ShelfFull,
-        LimitExceeded."""
-        for start in range(0, len(outcomes), OUTCOMES_A_RECORD):
-            self._append(OUTCOMES, {"all": outcomes[start : start + OUTCOMES_A_RECORD]})
+    def add_outcomes(self, replies: Sequence[Reply]) -> None:
+        """Append replies about holds that ended. Raises ShelfFull, LimitExceeded."""
+        for start in range(0, len(replies), OUTCOMES_A_RECORD):
+            part = [reply.stored() for reply in replies[start : start + OUTCOMES_A_RECORD]]
+            self._append(OUTCOMES, {"all": part})
             point("shelf:outcomes")
 
     def complete(self, replaces: Sequence[int] = ()) -> None:
-        """From here on it counts, and the shelves of these numbers do not any more."""
+        """From here on this shelf counts, and the shelves of `replaces` count no more."""
         point("shelf:filled")
         self._append(COMPLETE, {"replaces": list(replaces)})
         self.counts = True
@@ -123,21 +124,21 @@ class Shelf:
 
 
 class Read:
-    """What lay on a shelf: slots as (outlet, inlet), which the reader owns."""
+    """The content of a shelf: slots as (outlet, inlet), which the reader owns."""
 
-    __slots__ = ("complete", "outcomes", "replaces", "slots", "unknown", "unreadable")
+    __slots__ = ("complete", "replaces", "replies", "slots", "unknown", "unreadable")
 
     def __init__(self) -> None:
         self.slots: list[tuple[int, int]] = []
-        self.outcomes: list[dict[str, Any]] = []
+        self.replies: list[Reply] = []
         self.complete = False
         self.replaces: list[int] = []
-        self.unreadable = ""  # why something on it cannot be read; it must stay as it is then
-        self.unknown = ""  # why there may be slots on it that nobody can find; it must stay, too
+        self.unreadable = ""  # why a record cannot be read; the shelf must stay as it is then
+        self.unknown = ""  # why slots may be here that nobody can find; the shelf must stay, too
 
 
 def read(outlet: socket.socket) -> tuple[Read, int]:
-    """All of a shelf, without taking anything off it, and how many messages that were."""
+    """All of a shelf, and the number of messages. Nothing is consumed."""
     found = Read()
     messages = 0
     for data, fds in records(outlet, MAX_RECORD):
@@ -153,13 +154,13 @@ def read(outlet: socket.socket) -> tuple[Read, int]:
 
 
 class _Unknown(Exception):
-    """A record that may be anything, slots too."""
+    """A record of unknown kind: slots, perhaps."""
 
 
 def _read_record(found: Read, data: bytes, fds: list[int]) -> None:
-    """Note in `found` what a record says; of its descriptors, those of slots are taken out.
+    """Add a record to `found`; the descriptors of slots are taken out of `fds`.
 
-    Raises _Unknown, or anything else for what cannot be read and is known not to be slots."""
+    Raises _Unknown where slots may be missed, another exception where none can be."""
     if len(data) < PREFIX.size or not data.startswith(MAGIC):
         raise _Unknown("a record that is not of a shelf")
     _, version, kind = PREFIX.unpack_from(data)
@@ -176,7 +177,7 @@ def _read_record(found: Read, data: bytes, fds: list[int]) -> None:
         found.complete = True
         found.replaces += [int(number) for number in _content(data)["replaces"]]
     elif kind == OUTCOMES and ours:
-        found.outcomes += _content(data)["all"]
+        found.replies += [restored(one) for one in _content(data)["all"]]
     if not ours:
         raise ValueError(what)
 
@@ -189,8 +190,8 @@ def _content(data: bytes) -> dict[str, Any]:
 def records(outlet: socket.socket, size: int) -> Iterator[tuple[bytes, list[int]]]:
     """Each message of a queue with its descriptors, which the caller owns; nothing is consumed.
 
-    One reader at a time: the cursor is the socket's. Raises LimitExceeded when a message does not
-    come whole (descriptors of this process run out)."""
+    One reader at a time: the cursor belongs to the socket. Raises LimitExceeded when a message does
+    not come whole (descriptors of this process run out)."""
     outlet.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
     try:
         while True:

@@ -1,16 +1,13 @@
-"""One hold's place: a socket pair whose queue holds the daemon's records of it.
+"""One hold's place: a socket pair whose queue has the daemon's records of the hold.
 
-The first record carries the bundle; each later one is the whole record anew, so that the last one
-tells. All of them carry the pidfds that matter then. The queue is the kernel's: it stays as long as
-anything holds the pair, whatever becomes of the daemon. Ending a hold drains its slot, the first
-record first: what the bundle held is let go of. Before that a last record says that the slot is
-dead; with it go the answers to the requests that made the hold what it was, so that the one that
-ended it is answered again should its answer have been lost.
+The first record carries the bundle; each later record is the whole record anew, so that the last
+counts. All carry the pidfds that matter then, and the replies to the last requests about the hold.
+The queue stays as long as anything holds the pair, whatever becomes of the daemon. To end a hold
+the daemon writes a last record, then drains the slot from the front: that lets go of the bundle.
 
-A record begins with a prefix that is frozen for all versions (owner, generation, name), so that a
-cprd that cannot read the rest still knows whose it is, and can end it: a prefix without a name is
-the last record, in every version.
-docs/bundle.md has the layout.
+A record begins with a prefix that is frozen for all versions (owner, generation, name). A cprd that
+cannot read the rest still knows the owner, and can end the slot: a prefix without a name is the
+last record, in every version. docs/bundle.md has the layout.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import errno
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -29,23 +26,21 @@ from cprd.daemon.storage.shelf import records
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
 from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
-from cprd.protocol.registry import Hold
+from cprd.protocol.lifecycle import CLAIMED, Hold
+from cprd.protocol.replies import IN_A_RECORD, Reply, restored
 
 MAGIC = b"CPRS"
-VERSION = 1
+VERSION = 2
+OLDEST = 1  # that is read: records without digests
 PREFIX = struct.Struct("<4sHIQB")  # magic, version, uid, generation, bytes of the name that follows
 MAX_RECORD = 8192
-ANSWERS = 4  # to the last requests that changed the hold, in each record
 _PREFIXED = ("uid", "generation", "name")
 _BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in _PREFIXED)
-ROLES = ("after_exit", "saver", "claimant", "acting")  # whose pidfds lie in a record
-
-
-Answered = dict[str, Any]  # uid, nonce, answer, at (s of the boot clock)
+ROLES = ("after_exit", "saver", "claimant", "acting")  # of the pidfds in a record
 
 
 class SlotFull(Exception):
-    """No record fits any more: the hold wants a new slot."""
+    """No record fits any more: the hold needs a new slot."""
 
 
 class Unreadable(Exception):
@@ -58,66 +53,89 @@ class Unreadable(Exception):
         self.name = name
 
 
-def encode(hold: Hold, roles: tuple[str, ...], answers: Iterable[Answered] = ()) -> bytes:
+def encode(hold: Hold, roles: tuple[str, ...], replies: Iterable[Reply] = ()) -> bytes:
     name = hold.name.encode()
     body = {field: getattr(hold, field) for field in _BODY}
     prefix = PREFIX.pack(MAGIC, VERSION, hold.uid, hold.generation, len(name))
-    content = {"roles": roles, "answers": list(answers), "hold": body}
+    content = {"roles": roles, "answers": [reply.stored() for reply in replies], "hold": body}
     packed: bytes = msgpack.packb(content, use_bin_type=True)
     return prefix + name + packed
 
 
+def encode_last(hold: Hold, replies: Iterable[Reply] = ()) -> bytes:
+    """The record that ends a slot, in every version."""
+    packed: bytes = msgpack.packb([reply.stored() for reply in replies], use_bin_type=True)
+    return PREFIX.pack(MAGIC, VERSION, hold.uid, hold.generation, 0) + packed
+
+
 def is_last(data: bytes) -> bool:
-    """Whether it is the record that ends a slot: so in every version."""
     return data[:4] == MAGIC and len(data) >= PREFIX.size and data[PREFIX.size - 1] == 0
 
 
 def owner(data: bytes, otherwise: int) -> int:
-    """The uid in a record's prefix: so in every version."""
+    """The uid in the prefix of a record of any version; `otherwise` without a prefix."""
     if data[:4] != MAGIC or len(data) < PREFIX.size:
         return otherwise
     uid: int = PREFIX.unpack_from(data)[2]
     return uid
 
 
-def decode(data: bytes) -> tuple[Hold, tuple[str, ...], list[Answered]]:
-    """The record, whose pidfds come with it, and what was answered. Raises Unreadable, or
-    ValueError for noise."""
+def decode(data: bytes) -> tuple[Hold, tuple[str, ...], list[Reply]]:
+    """The record, the roles of the pidfds that came with the record, and the replies.
+
+    Raises Unreadable; ValueError for noise."""
     if len(data) < PREFIX.size:
         raise ValueError("not a record: too short")
     magic, version, uid, generation, length = PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise ValueError("not a record of cprd")
     name = data[PREFIX.size : PREFIX.size + length].decode()
-    if version != VERSION:
+    if version not in (OLDEST, VERSION):
         raise Unreadable(f"a record of version {version}", uid, generation, name)
     try:
-        body: dict[str, Any] = msgpack.unpackb(data[PREFIX.size + length :], raw=False)
-        hold = Hold(uid=uid, generation=generation, name=name, **body["hold"])
-        return hold, tuple(body["roles"]), body["answers"]
-    except Exception as error:  # what cannot be understood is kept like what is newer
+        content: dict[str, Any] = msgpack.unpackb(data[PREFIX.size + length :], raw=False)
+        body, replies = content["hold"], [restored(one, name) for one in content["answers"]]
+        last = _without_nonces(body) if version == OLDEST else b""
+        hold = Hold(uid=uid, generation=generation, name=name, **body)
+        if last and hold.phase == CLAIMED:  # version 1 kept the answer to a load nowhere else
+            answer = {"generation": generation, "token": hold.token}
+            at = hold.deadline - hold.lease
+            replies.append(Reply(uid, last, answer, at, name=name))
+        return hold, tuple(content["roles"]), replies
+    except Exception as error:  # kept like a record of a newer version
         raise Unreadable(f"a record that cannot be read ({error})", uid, generation, name) from None
+
+
+def _without_nonces(body: dict[str, Any]) -> bytes:
+    """Take the fields of version 1 out of a record. Returns the nonce of the last request."""
+    body.pop("born", None)
+    last: bytes = body.pop("last", b"")
+    return last
+
+
+class _Cut(Exception):
+    """A first record without its bundle: the slot was being drained."""
 
 
 class Slot:
     """Owns both ends of the pair."""
 
-    __slots__ = ("answers", "outlet", "records", "tx", "uid")
+    __slots__ = ("outlet", "records", "replies", "tx", "uid")
 
     def __init__(self, tx: socket.socket, outlet: socket.socket) -> None:
         self.tx = tx
         self.outlet = outlet
         self.records = 0
-        self.uid = 0  # whose it is, once a record of it was written or read
-        self.answers: deque[Answered] = deque(maxlen=ANSWERS)
+        self.uid = 0  # of the owner, once a record was written or read
+        self.replies: deque[Reply] = deque(maxlen=IN_A_RECORD)  # in the last record
         for end in (tx, outlet):
             end.setblocking(False)
 
     @classmethod
     def create(
-        cls, hold: Hold, bundle: int, pidfds: Mapping[str, int], answers: Iterable[Answered] = ()
+        cls, hold: Hold, bundle: int, pidfds: Mapping[str, int], replies: Sequence[Reply] = ()
     ) -> Slot:
-        """A slot with its first record. `bundle` and `pidfds` stay the caller's.
+        """A slot with the first record. `bundle` and `pidfds` stay the caller's.
 
         Raises LimitExceeded; then nothing is left."""
         try:
@@ -128,22 +146,20 @@ class Slot:
                 " of cprd.service, or drop holds"
             ) from None
         try:
-            slot._append(hold, pidfds, answers, bundle)
+            slot._append(hold, pidfds, replies, bundle)
         except BaseException:
             slot.close()
             raise
         return slot
 
-    def append(
-        self, hold: Hold, pidfds: Mapping[str, int], answers: Iterable[Answered] = ()
-    ) -> None:
+    def append(self, hold: Hold, pidfds: Mapping[str, int], replies: Sequence[Reply] = ()) -> None:
         """Write the record anew. Raises SlotFull, LimitExceeded; then nothing has changed."""
-        self._append(hold, pidfds, answers, -1)
+        self._append(hold, pidfds, replies, -1)
 
     def _append(
-        self, hold: Hold, pidfds: Mapping[str, int], answers: Iterable[Answered], bundle: int
+        self, hold: Hold, pidfds: Mapping[str, int], replies: Sequence[Reply], bundle: int
     ) -> None:
-        every = deque((*self.answers, *answers), maxlen=ANSWERS)
+        every = deque((*self.replies, *replies), maxlen=IN_A_RECORD)
         roles = tuple(role for role in ROLES if pidfds.get(role, -1) >= 0)
         fds = [pidfds[role] for role in roles]
         if bundle >= 0:
@@ -156,7 +172,7 @@ class Slot:
             raise LimitExceeded(f"cprd cannot write its record: {error.strerror}") from None
         self.records += 1
         self.uid = hold.uid
-        self.answers = every
+        self.replies = every
         point("slot:written")
 
     def grow(self) -> None:
@@ -164,12 +180,12 @@ class Slot:
         size = self.tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         self.tx.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)  # doubles it
 
-    def mark_dead(self, hold: Hold, answers: Iterable[Answered] = ()) -> None:
-        """Say for good that the hold has ended, before anything of it is let go. Raises
-        LimitExceeded; then nothing has changed."""
-        every = [*self.answers, *answers][-ANSWERS:]
-        data = PREFIX.pack(MAGIC, VERSION, hold.uid, hold.generation, 0)
-        data += msgpack.packb(every, use_bin_type=True)
+    def mark_dead(self, hold: Hold, replies: Sequence[Reply] = ()) -> None:
+        """Say for good that the hold has ended, before anything is let go.
+
+        Raises LimitExceeded; then nothing has changed."""
+        every = deque((*self.replies, *replies), maxlen=IN_A_RECORD)
+        data = encode_last(hold, every)
         for attempt in (1, 2):
             try:
                 send(self.tx, data)
@@ -179,13 +195,14 @@ class Slot:
                     why = f"cprd cannot write its record: {error.strerror}"
                     raise LimitExceeded(why) from None
                 self.grow()
-        self.answers = deque(every, maxlen=ANSWERS)
+        self.replies = every
         point("slot:dead")
 
     def read(self) -> tuple[Hold | None, dict[str, int]]:
-        """The record as it is now, with pidfds by role (the caller owns them); None when the hold
-        has ended. `answers` and `uid` are read, too. Raises Unreadable, ValueError; LimitExceeded
-        when this process has no descriptor left to read with."""
+        """The last record, None when the hold has ended, and pidfds by role, which the caller owns.
+
+        Reads `replies` and `uid`, too. Raises Unreadable, ValueError; LimitExceeded when this
+        process has no descriptor left to read with."""
         hold: Hold | None = None
         unreadable: Unreadable | ValueError | None = None
         pidfds: dict[str, int] = {}
@@ -193,26 +210,20 @@ class Slot:
         self.records = 0
         try:
             for data, fds in records(self.outlet, MAX_RECORD):
+                self.records += 1
+                self.uid = owner(data, self.uid)
                 try:
-                    self.records += 1
-                    self.uid = owner(data, self.uid)
                     if is_last(data):
                         ended = True
-                        self._read_answers(data[PREFIX.size :])
-                        continue
-                    if self.records == 1 and not fds:
-                        ended = True  # its first record is gone: it was being drained
-                    hold, roles, answers = decode(data)
-                    if self.records == 1:
-                        if len(fds) != 1 + len(roles):
-                            ended = True
-                            continue
-                        close_all(fds[:1])
-                        del fds[0]
-                    self.answers = deque(answers, maxlen=ANSWERS)
-                    close_all(pidfds.values())
-                    pidfds = dict(zip(roles, list(fds), strict=True))
-                    fds.clear()
+                        self._read_last(data)
+                    elif self.records == 1 and not fds:
+                        ended = True  # the first record is gone: the slot was being drained
+                    else:
+                        hold, found = self._read_record(data, fds)
+                        close_all(pidfds.values())
+                        pidfds = found
+                except _Cut:
+                    ended = True
                 except (Unreadable, ValueError) as error:
                     unreadable = unreadable or error
                 finally:
@@ -227,14 +238,28 @@ class Slot:
             return None, {}
         return hold, pidfds
 
-    def _read_answers(self, data: bytes) -> None:
+    def _read_record(self, data: bytes, fds: list[int]) -> tuple[Hold, dict[str, int]]:
+        """One record; the pidfds are taken out of `fds`. Raises _Cut, Unreadable, ValueError."""
+        hold, roles, replies = decode(data)
+        if self.records == 1:
+            if len(fds) != 1 + len(roles):
+                raise _Cut
+            close_all(fds[:1])
+            del fds[0]
+        self.replies = deque(replies, maxlen=IN_A_RECORD)
+        pidfds = dict(zip(roles, fds, strict=True))
+        fds.clear()
+        return hold, pidfds
+
+    def _read_last(self, data: bytes) -> None:
         try:
-            self.answers = deque(msgpack.unpackb(data, raw=False), maxlen=ANSWERS)
+            stored = msgpack.unpackb(data[PREFIX.size :], raw=False)
+            self.replies = deque((restored(one) for one in stored), maxlen=IN_A_RECORD)
         except Exception:
             pass  # of another version
 
     def bundle(self) -> int:
-        """A descriptor of the bundle, which the caller owns (it never is the last one)."""
+        """A copy of the bundle's descriptor, which the caller owns."""
         self.outlet.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
         _, fds, _ = receive(self.outlet, MAX_RECORD, socket.MSG_PEEK)
         close_all(fds[1:])
@@ -245,8 +270,7 @@ class Slot:
         return fds[0]
 
     def drain(self) -> None:
-        """End it: whatever it held is let go of here and now, and a foreign file can block that:
-        not for the event loop."""
+        """Let go of all that the hold had, now. Blocks as long as a foreign file does."""
         point("slot:drain")
         while True:
             try:
@@ -260,7 +284,7 @@ class Slot:
         self.close()
 
     def close(self) -> None:
-        """Give up this process's copies of the pair; what a shelf holds stays there."""
+        """Close this process's copies of the pair; a shelf keeps its own."""
         self.tx.close()
         self.outlet.close()
 

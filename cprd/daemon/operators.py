@@ -1,0 +1,123 @@
+"""Verbs of operators: drop and release by hand, and looking."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from cprd.daemon.clock import now
+from cprd.daemon.connection import Connection, Request
+from cprd.daemon.handlers import answer_with_bundle, caller_of, key_of
+from cprd.protocol import messages
+from cprd.protocol.lifecycle import DAMAGED, Hold
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cprd.daemon.handlers import Handler
+    from cprd.daemon.server import Server
+
+MOST_UIDS = 200  # in one answer to status
+
+
+async def drop(server: Server, connection: Connection, request: Request) -> None:
+    """drop and release."""
+    message = request.message
+    key = key_of(connection, message)
+    server.steps.refresh(key)
+    verb = server.registry.drop if message["verb"] == "drop" else server.registry.release
+    step = verb(caller_of(connection, message), key, force=message["force"])
+    if step.changes:
+        server.steps.perform(step)
+    await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
+
+
+def _visible(server: Server, connection: Connection) -> Iterator[Hold]:
+    for hold in server.registry:
+        if connection.peer.uid in (0, hold.uid):
+            yield hold
+
+
+async def list_holds(server: Server, connection: Connection, request: Request) -> None:
+    """A page of rows by generation, after generation `after`; `more` says where to go on."""
+    server.steps.pidfds.collect()
+    after = request.message["after"] or 0
+    rows: list[messages.Row] = []
+    size = 0
+    more = None
+    at = now()
+    visible = [hold for hold in _visible(server, connection) if hold.generation > after]
+    for hold in sorted(visible, key=lambda hold: hold.generation):
+        row = hold.row(at)
+        size += len(messages.encode(row))
+        if size > messages.PAGE and rows:
+            more = rows[-1]["generation"]
+            break
+        rows.append(row)
+    await connection.answer(messages.ok(holds=rows, more=more))
+
+
+async def show(server: Server, connection: Connection, request: Request) -> None:
+    """The row of one hold, and a copy of the bundle to peek into."""
+    key = key_of(connection, request.message)
+    server.steps.refresh(key)
+    hold = server.registry.top(key)
+    answer = messages.ok(hold=hold.row(now()))
+    if hold.generation not in server.keeper.slots or hold.phase == DAMAGED:
+        await connection.answer(answer)
+        return
+    await answer_with_bundle(server, connection, hold, answer)
+
+
+async def status(server: Server, connection: Connection, request: Request) -> None:
+    """Facts about this daemon. While a new version starts, the answer waits for that version.
+
+    (The last line of the unit's reload asks.)"""
+    del request
+    if server.reloading is not None:
+        await server.reloading.wait()
+    uid = connection.peer.uid
+    visible = _visible(server, connection)
+    await connection.answer(
+        messages.ok(
+            server=server.version,
+            pid=os.getpid(),
+            uptime=now() - server.started,
+            kept=server.keeper.kept,
+            blind=server.registry.hidden or None,
+            phases=dict(Counter(hold.phase for hold in visible)),
+            uids=_usages(server, uid),
+            connections=len(server.connections),
+            refused_accepts=server.refused_accepts,
+            closing={
+                str(other): count
+                for other, count in server.closer.blocked().items()
+                if uid in (0, other)
+            },
+            limits=server.limits,
+        )
+    )
+
+
+def _usages(server: Server, uid: int) -> dict[str, Any]:
+    """Holds and descriptors of each uid that `uid` may see; the largest of many."""
+    uids = {
+        str(other): {"holds": usage.holds, "fds": usage.fds}
+        for other, usage in server.registry.usages().items()
+        if uid in (0, other)
+    }
+    if len(uids) > MOST_UIDS:
+        most = sorted(uids, key=lambda other: -uids[other]["fds"])[:MOST_UIDS]
+        uids = {other: uids[other] for other in most}
+    return uids
+
+
+HANDLERS: dict[str, Handler] = {
+    "release": drop,
+    "drop": drop,
+    "list": list_holds,
+    "show": show,
+    "status": status,
+}

@@ -1,0 +1,252 @@
+"""Steps of the life cycle: written down, then made true, then followed up.
+
+Nothing here awaits: a request is atomic towards every other request.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import trio
+
+from cprd.bundle import inspect
+from cprd.daemon import log
+from cprd.daemon.clock import now
+from cprd.daemon.connection import Connection
+from cprd.daemon.pidfds import Pidfds, close_roles
+from cprd.daemon.storage.shelves import Keeper
+from cprd.daemon.waiters import Waiters
+from cprd.errors import CprdError, Damaged
+from cprd.linux.pause import point
+from cprd.protocol.lifecycle import HELD, Hold
+from cprd.protocol.names import Key
+from cprd.protocol.registry import Ended, Registry, Step
+
+LONGEST_SLEEP = 60.0  # s: a timer of the event loop stands still while the machine sleeps
+ORPHANED = 60.0  # s after a restart
+
+Roles = dict[str, int]  # pidfds
+
+
+class Steps:
+    """The holds, processes, connections and waiters. `connections` belongs to the server."""
+
+    def __init__(self, registry: Registry, keeper: Keeper, connections: set[Connection]) -> None:
+        self.registry = registry
+        self.keeper = keeper
+        self.connections = connections
+        self.pidfds = Pidfds(self._process_ended)
+        self.waiters = Waiters()
+        self._deadline_moved = trio.Event()  # to before `_sleeps_until`
+        self._sleeps_until = 0.0
+
+    # At the start
+
+    def adopt(self, left: list[tuple[Hold, Roles]], hidden: str) -> None:
+        """Take over the holds and pidfds (owned from now on) of an earlier daemon."""
+        self.registry.hidden = hidden
+        if hidden:
+            log.event("blind", level=log.ERROR, why=hidden)
+        for old in self.registry.adopt(hold for hold, _ in left):
+            log.event("outdated", uid=old.uid, name=old.name, generation=old.generation)
+            self.keeper.forget(old)
+        for hold, pidfds in left:
+            if self.registry.get(hold.generation) is None:
+                close_roles(pidfds)
+                continue
+            self.pidfds.keep(hold.generation, pidfds, hold.roles)
+            if hold.phase != HELD:
+                log.event(
+                    "adopted",
+                    phase=hold.phase,
+                    uid=hold.uid,
+                    name=hold.name,
+                    generation=hold.generation,
+                    fds=hold.fds,
+                )
+
+    async def end_orphans(self) -> None:
+        """End prepared saves when the saver cannot be watched, and has not come back in time."""
+        orphans = [
+            hold.generation
+            for hold in self.registry
+            if hold.allows("saver gone") and "saver" not in self.pidfds.of(hold.generation)
+        ]
+        if orphans:
+            await trio.sleep(ORPHANED)
+        for generation in orphans:
+            if not any(generation in other.prepared for other in self.connections):
+                self.observe(self.registry.saver_gone(generation))
+
+    # Changing
+
+    def perform(
+        self,
+        step: Step,
+        *,
+        bundle_fd: int = -1,
+        pidfds: Mapping[int, Roles] | None = None,
+        require_store: bool = False,
+    ) -> None:
+        """Write a step down, then make the step true. Raises LimitExceeded; nothing changed then.
+
+        `bundle_fd` is borrowed. `pidfds` (new only, by generation and role) are owned from now
+        on, whatever comes of the step."""
+        added = pidfds or {}
+        known = {
+            hold.generation: {
+                **self.pidfds.of(hold.generation),
+                **added.get(hold.generation, {}),
+            }
+            for hold in step.put
+        }
+        wanted = {
+            hold.generation: {
+                role: fd for role, fd in known[hold.generation].items() if role in hold.roles
+            }
+            for hold in step.put
+        }
+        try:
+            self.keeper.write(step, bundle_fd, wanted, require_store=require_store)
+        except BaseException:
+            for roles in added.values():
+                close_roles(roles)
+            raise
+        self._apply(step, known)
+
+    def observe(self, step: Step) -> None:
+        """Perform a step that has happened anyway (a process ended, a lease is over).
+
+        Where the step cannot be written down, the step is true all the same, and found again from
+        the pidfds at the next start."""
+        if not step.changes:
+            return
+        try:
+            self.perform(step)
+        except (CprdError, OSError) as error:
+            log.event("not-written", level=log.ERROR, why=str(error))
+            self._apply(
+                step, {hold.generation: self.pidfds.of(hold.generation) for hold in step.put}
+            )
+
+    def _apply(self, step: Step, pidfds: Mapping[int, Roles]) -> None:
+        """Make a step true, and follow up. Raises nothing."""
+        before = {hold.generation: self.registry.get(hold.generation) for hold in step.put}
+        self.registry.apply(step)
+        point("daemon:applied")
+        for hold in step.put:
+            self.pidfds.keep(hold.generation, pidfds[hold.generation], hold.roles)
+        for ended in step.ended:
+            self._after_end(ended)
+        self.keeper.let_go(ended.hold for ended in step.ended)
+        for hold in step.put:
+            self._after_put(before[hold.generation], hold)
+        at = self.registry.next_deadline()
+        if at is not None and at < self._sleeps_until:
+            self._deadline_moved.set()
+        for key in {hold.key for hold in (*step.put, *(ended.hold for ended in step.ended))}:
+            self.waiters.serve(key)
+
+    def _after_end(self, ended: Ended) -> None:
+        hold = ended.hold
+        self.disown(hold)
+        self.pidfds.keep(hold.generation, self.pidfds.of(hold.generation), ())
+        log.event("ended", how=ended.how, uid=hold.uid, name=hold.name, generation=hold.generation)
+
+    def _after_put(self, old: Hold | None, hold: Hold) -> None:
+        if old is None or old.phase != hold.phase:
+            log.event(
+                hold.phase,
+                uid=hold.uid,
+                name=hold.name,
+                generation=hold.generation,
+                pid=hold.claimant or hold.saver,
+                fds=hold.fds,
+                attempts=hold.attempts or None,
+                why=hold.reason or (hold.last_reject if hold.phase == HELD else "") or None,
+            )
+        if old is None:
+            return
+        if hold.phase == HELD and old.allows("claimant gone"):
+            self.look_for_damage(hold)
+        if old.token and old.token != hold.token:
+            self.disown(old)
+
+    def look_for_damage(self, hold: Hold) -> None:
+        """Find a hold damaged when the last claimant received from the bundle, not just peeked."""
+        if not hold.parked:
+            return
+        try:
+            fd = self.keeper.bundle(hold.generation)
+            try:
+                inspect.check(fd, hold.parked, seal=False)
+            finally:
+                os.close(fd)  # the slot has another: never the last one
+        except Damaged as error:
+            why = f"{error}; pid {hold.last_claimant} had claimed it last"
+            self.observe(self.registry.found_damaged(hold.generation, why))
+        except (CprdError, OSError):
+            pass  # no descriptor left to look with; the next load looks again
+
+    # Processes, connections, time
+
+    def refresh(self, key: Key) -> None:
+        """Learn of ended processes before the event loop tells."""
+        for hold in self.registry.of(key):
+            self.pidfds.look(hold.generation)
+
+    def _process_ended(self, generation: int, role: str) -> None:
+        hold = self.registry.get(generation)
+        if hold is None:
+            return
+        if role == "claimant":
+            how = "its process ended"
+            self.observe(self.registry.claimant_gone(now(), generation, hold.token, how))
+            return
+        if role == "after_exit":
+            self.observe(self.registry.predecessor_gone(now(), generation))
+            return
+        gone = {
+            "saver": self.registry.saver_gone,
+            "acting": self.registry.acting_gone,
+        }
+        self.observe(gone[role](generation))
+
+    def own_claim(self, connection: Connection, generation: int, token: bytes) -> None:
+        """The end of this connection, and of no other, ends the claim from now on."""
+        if (generation, token) not in connection.claims:
+            for other in self.connections:
+                other.claims.discard((generation, token))
+            connection.claims.add((generation, token))
+
+    def disown(self, hold: Hold) -> None:
+        """The token of `hold` is over: the end of no connection matters to the hold any more."""
+        if hold.token:
+            for connection in self.connections:
+                connection.claims.discard((hold.generation, hold.token))
+                connection.prepared.discard(hold.generation)
+
+    def end_claims(self, connection: Connection) -> None:
+        """A connection ended: claims and prepared saves of the connection end."""
+        for generation, token in list(connection.claims):
+            how = "its connection ended"
+            self.observe(self.registry.claimant_gone(now(), generation, token, how))
+        for generation in list(connection.prepared):
+            self.observe(self.registry.saver_gone(generation))
+        connection.claims.clear()
+        connection.prepared.clear()
+
+    async def watch_deadlines(self) -> None:
+        """End leases and ttls in time. Until cancelled."""
+        while True:
+            while (step := self.registry.expire(now())) is not None:
+                self.observe(step)
+            self.registry.replies.forget_old(now())
+            at = self.registry.next_deadline()
+            start = now()
+            latest = start + LONGEST_SLEEP
+            self._sleeps_until = latest if at is None else min(at, latest)
+            self._deadline_moved = trio.Event()
+            with trio.move_on_after(max(0.0, self._sleeps_until - start)):
+                await self._deadline_moved.wait()

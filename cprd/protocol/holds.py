@@ -1,0 +1,155 @@
+"""All holds in memory, by name and by generation, and the usage of each uid. No I/O, no clock."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from cprd.errors import Busy, LimitExceeded, NotHeld
+from cprd.protocol import messages
+from cprd.protocol.lifecycle import UNREADABLE, Hold
+from cprd.protocol.names import Key
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """Limits of a uid."""
+
+    holds: int = messages.HOLDS
+    fds: int = messages.FDS
+
+
+@dataclass(slots=True)
+class Usage:
+    """The sums of a uid."""
+
+    holds: int = 0
+    fds: int = 0
+
+
+class Holds:
+    """The records. Reading changes nothing; `put` and `remove` keep all indexes in step."""
+
+    def __init__(self, quota: Quota | None = None, first_generation: int = 1) -> None:
+        self.quota = quota or Quota()
+        self.next_generation = first_generation
+        self.hidden = ""  # why a record may exist whose name cprd cannot read; "": no such record
+        self._by_key: dict[Key, tuple[Hold, ...]] = {}
+        self._by_generation: dict[int, Hold] = {}
+        self._usage: dict[int, Usage] = {}
+        self._deadlines: list[tuple[float, int]] = []
+
+    def __iter__(self) -> Iterator[Hold]:
+        return iter(self._by_generation.values())
+
+    def __len__(self) -> int:
+        return len(self._by_generation)
+
+    def of(self, key: Key) -> tuple[Hold, ...]:
+        """The records of a name, older first; at most a single record is committed."""
+        return self._by_key.get(key, ())
+
+    def get(self, generation: int) -> Hold | None:
+        return self._by_generation.get(generation)
+
+    def top(self, key: Key) -> Hold:
+        """The newest record of a name. Raises NotHeld; Busy while a record may be hidden."""
+        records = self.of(key)
+        if not records:
+            self.check_hidden(key)
+            raise NotHeld(f"nothing is held under {key[1]!r}")
+        return records[-1]
+
+    def older(self, hold: Hold) -> tuple[Hold, ...]:
+        return tuple(other for other in self.of(hold.key) if other.generation < hold.generation)
+
+    def check_hidden(self, key: Key) -> None:
+        """Raises Busy where a name without a record may have a hidden record."""
+        if self.hidden and not self.of(key):
+            raise Busy(
+                f"{key[1]!r} may be held, out of this cprd's sight: {self.hidden}; run the newer"
+                " cprd again (docs/operations.md: blind)"
+            )
+
+    def usage(self, uid: int) -> Usage:
+        return self._usage.get(uid, Usage())
+
+    def usages(self) -> dict[int, Usage]:
+        return self._usage
+
+    def check_quota(self, uid: int, fds: int, replaced: tuple[Hold, ...]) -> None:
+        """Raises LimitExceeded where another hold, of `fds` descriptors, is too much."""
+        usage = self.usage(uid)
+        if usage.holds - len(replaced) + 1 > self.quota.holds:
+            raise LimitExceeded(
+                f"uid {uid} has {usage.holds} holds; the quota is {self.quota.holds}: drop some, or"
+                " raise limits.holds in cprd's configuration"
+            )
+        total = usage.fds - sum(hold.fds for hold in replaced) + fds
+        if total > self.quota.fds:
+            raise LimitExceeded(
+                f"uid {uid} would have {total} descriptors held; the quota is {self.quota.fds}:"
+                " drop holds, or raise limits.fds in cprd's configuration"
+            )
+
+    def next_deadline(self) -> float | None:
+        """When the first lease or ttl ends."""
+        first = self.first_to_end()
+        return None if first is None else first.ends_at
+
+    def first_to_end(self) -> Hold | None:
+        """The hold with the earliest end of a lease or a ttl."""
+        while self._deadlines:
+            at, generation = self._deadlines[0]
+            hold = self._by_generation.get(generation)
+            if hold is not None and hold.ends_at == at:
+                return hold
+            heapq.heappop(self._deadlines)
+        return None
+
+    def put(self, hold: Hold) -> None:
+        """Add a record, or replace the record of the same generation."""
+        self.remove(hold.generation)
+        records = sorted((*self.of(hold.key), hold), key=lambda record: record.generation)
+        self._by_key[hold.key] = tuple(records)
+        self._by_generation[hold.generation] = hold
+        usage = self._usage.setdefault(hold.uid, Usage())
+        usage.holds += 1
+        usage.fds += hold.fds
+        self.next_generation = max(self.next_generation, hold.generation + 1)
+        if hold.ends_at is not None:
+            heapq.heappush(self._deadlines, (hold.ends_at, hold.generation))
+            if len(self._deadlines) > 64 + 4 * len(self._by_generation):
+                ends = ((record.ends_at, record.generation) for record in self)
+                self._deadlines = [(at, number) for at, number in ends if at is not None]
+                heapq.heapify(self._deadlines)
+
+    def remove(self, generation: int) -> None:
+        old = self._by_generation.pop(generation, None)
+        if old is None:
+            return
+        rest = tuple(record for record in self.of(old.key) if record.generation != generation)
+        if rest:
+            self._by_key[old.key] = rest
+        else:
+            del self._by_key[old.key]
+        usage = self._usage[old.uid]
+        usage.holds -= 1
+        usage.fds -= old.fds
+        if not usage.holds:
+            del self._usage[old.uid]
+
+    def adopt(self, holds: Iterable[Hold]) -> list[Hold]:
+        """Take over the records of an earlier daemon.
+
+        Returns the outdated records: older than a committed record of the same name. (The daemon
+        died between writing the new record and ending the old record.)"""
+        outdated: list[Hold] = []
+        for hold in sorted(holds, key=lambda record: record.generation):
+            if hold.committed:
+                outdated += [old for old in self.of(hold.key) if old.phase != UNREADABLE]
+                for old in outdated:
+                    self.remove(old.generation)
+            self.put(hold)
+        return outdated
