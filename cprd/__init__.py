@@ -37,15 +37,21 @@ if TYPE_CHECKING:
     from cprd import cpr as cpr
     from cprd import trio as trio
     from cprd import vmstate as vmstate
+    from cprd.protocol.rows import Greeting as Greeting
+    from cprd.protocol.rows import Row as Row
+    from cprd.protocol.rows import Shown as Shown
+    from cprd.protocol.rows import Status as Status
 else:
 
     def __getattr__(name: str) -> object:
-        """cprd.trio, cprd.cpr and cprd.vmstate, imported when they are first asked for."""
-        if name not in ("cpr", "trio", "vmstate"):
-            raise AttributeError(f"module 'cprd' has no attribute {name!r}")
+        """cprd.trio, cprd.cpr, cprd.vmstate, and the shapes of rows: imported when asked for."""
         from importlib import import_module
 
-        return import_module(f"cprd.{name}")
+        if name in ("cpr", "trio", "vmstate"):
+            return import_module(f"cprd.{name}")
+        if name in ("Greeting", "Row", "Shown", "Status"):
+            return getattr(import_module("cprd.protocol.rows"), name)
+        raise AttributeError(f"module 'cprd' has no attribute {name!r}")
 
 
 __version__ = messages.RELEASE

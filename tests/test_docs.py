@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import signal
@@ -10,8 +11,12 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import cprd
+import cprd.trio
+from cprd.errors import CODES
 from cprd.protocol.lifecycle import TRANSITIONS
 from cprd.protocol.messages import ANSWERS, REQUESTS
 from tests.support.checkout import CHECKOUT
@@ -37,6 +42,50 @@ def test_every_verb_is_documented_with_its_fields() -> None:
             answered[verb] = set(re.findall(r"\w+", re.sub(r"\(.*?\)|\*\*.*?\*\*", "", answer)))
     assert asked == {verb: set(fields) for verb, fields in REQUESTS.items()}
     assert answered == {verb: set(fields) for verb, fields in ANSWERS.items()}
+
+
+def test_the_python_page_has_every_public_name_with_its_parameters() -> None:
+    page = (CHECKOUT / "docs/python.md").read_text()
+    documented = set(re.findall(r"^`((?:\w+\.)?\w+\(.*\))` →", page, re.M))
+    carriers = {"columns", "owning", "sections"}  # for what packs a state and unpacks one
+    wanted = {f"connect{_parameters(cprd.connect)}"}
+    for made in (cprd.State, cprd.Claim, cprd.Daemon, cprd.Prepared):
+        ours = [base for base in made.__mro__ if base.__module__.startswith("cprd.")]
+        for name in {name for base in ours for name in vars(base) if name[0] != "_"} - carriers:
+            method = getattr(made, name)
+            assert f"`{made.__name__}.{name}" in page
+            if callable(method):
+                wanted.add(f"{made.__name__}.{name}{_parameters(method)}")
+    assert documented == wanted - {"Daemon.close()", "Daemon.fileno()"}
+    for error in CODES:
+        assert f"`{error}`" in page or f"cprd.{error}`" in page
+    for name in cprd.__all__:
+        assert re.search(rf"\b{name}\b", page), name
+    for name, wait in (("Daemon", "wait"), ("Claim", "renew"), ("Prepared", "commit")):
+        assert hasattr(getattr(cprd.trio, name), wait)
+
+
+def test_the_clients_have_the_same_methods_with_the_same_parameters() -> None:
+    for name in ("Claim", "Daemon", "Prepared"):
+        blocking, on_trio = getattr(cprd, name), getattr(cprd.trio, name)
+        public = {key for key in vars(blocking) if key[0] != "_"}
+        assert public | {"aclose"} >= {key for key in vars(on_trio) if key[0] != "_"} >= public
+        for key in public:
+            if callable(getattr(blocking, key)):
+                assert _parameters(getattr(blocking, key)) == _parameters(getattr(on_trio, key))
+    assert _parameters(cprd.connect) == _parameters(cprd.trio.connect)
+
+
+def _parameters(function: Callable[..., object]) -> str:
+    """As they are written in a call: without self, without types."""
+    signature = inspect.signature(function)
+    bare = [
+        parameter.replace(annotation=parameter.empty)
+        for parameter in signature.parameters.values()
+        if parameter.name != "self"
+    ]
+    text = str(signature.replace(parameters=bare, return_annotation=signature.empty))
+    return re.sub("<object object at 0x[0-9a-f]+>", "...", text)
 
 
 def test_pages_that_are_linked_exist() -> None:

@@ -70,7 +70,7 @@ def look_at(args: argparse.Namespace) -> Look:
 
     def look() -> dict[str, Any]:
         with connect(args) as daemon:
-            return daemon.show(args.name)
+            return dict(daemon.show(args.name))
 
     return lambda: in_a_child(look)
 

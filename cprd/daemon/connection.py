@@ -51,9 +51,11 @@ class Connection:
         self.claims: set[tuple[int, bytes]] = set()  # (generation, token)
         self.prepared: set[int] = set()
         self.nonce = b""  # of the last request
+        self.id: int | None = None  # of the last request, repeated by the answer
 
     async def receive(self, parse: Callable[[bytes], messages.Message]) -> Request | None:
         """The next request; None at the end of the connection. Raises ProtocolError."""
+        self.id = None
         while True:
             await trio.lowlevel.wait_readable(self.sock)
             await self._room()
@@ -65,6 +67,8 @@ class Connection:
                 return None
             break
         try:
+            message = parse(data) if data else {"id": None}
+            self.id = message.pop("id")
             if flags & socket.MSG_CTRUNC:
                 raise LimitExceeded(
                     "cprd had no descriptor left to receive with: raise LimitNOFILE= of"
@@ -74,7 +78,7 @@ class Connection:
                 if fds:
                     raise ProtocolError("an empty message with descriptors")
                 return None
-            return Request(parse(data), fds)
+            return Request(message, fds)
         except BaseException:
             self.release(fds)
             raise
@@ -92,10 +96,11 @@ class Connection:
         if fds:
             self.closer.close(self.peer.uid, fds)
 
-    async def answer(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+    async def answer(self, message: messages.Message, fds: tuple[int, ...] = ()) -> None:
         """Send an answer; `fds` stay the caller's. Raises BrokenPipeError when the client has gone,
         or does not read."""
-        if self.answer_now(data, fds):
+        data = self._encoded(message)
+        if self._send_now(data, fds):
             return  # as nearly always
         with trio.move_on_after(messages.SLOW):
             while True:
@@ -111,8 +116,14 @@ class Connection:
                     raise BrokenPipeError(str(error)) from None
         raise BrokenPipeError("the client does not read its answers")
 
-    def answer_now(self, data: bytes, fds: tuple[int, ...] = ()) -> bool:
+    def answer_now(self, message: messages.Message, fds: tuple[int, ...] = ()) -> bool:
         """Send an answer if the client has room. `fds` stay the caller's."""
+        return self._send_now(self._encoded(message), fds)
+
+    def _encoded(self, message: messages.Message) -> bytes:
+        return messages.encode(message if self.id is None else {**message, "id": self.id})
+
+    def _send_now(self, data: bytes, fds: tuple[int, ...]) -> bool:
         try:
             send(self.sock, data, fds)
         except OSError:

@@ -235,20 +235,20 @@ def _tell_claim(server: Server, connection: Connection, step: Step) -> bool:
         os.close(fd)
 
 
-def _claimed(server: Server, step: Step) -> bytes:
+def _claimed(server: Server, step: Step) -> messages.Message:
     return messages.ok(**step.answer, kept=server.keeper.kept)
 
 
 async def answer_with_bundle(
-    server: Server, connection: Connection, hold: Hold, data: bytes
+    server: Server, connection: Connection, hold: Hold, message: messages.Message
 ) -> None:
     """Answer, with a copy of the bundle."""
     fd = server.keeper.bundle(hold.generation)
-    if connection.answer_now(data, (fd,)):
+    if connection.answer_now(message, (fd,)):
         os.close(fd)  # the slot has another: not the last one
         return
     try:
-        await connection.answer(data, (fd,))
+        await connection.answer(message, (fd,))
     finally:  # while the client did not read, the hold may have ended
         server.closer.close(hold.uid, [fd])
 

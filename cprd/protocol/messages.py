@@ -159,6 +159,8 @@ _SAVE = {
 }
 _NONCE = {"nonce": _bytes(NONCE)}
 
+_ID = ("id", _or_none(_U64))
+
 REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "hello": {"version": _count(1 << 16), "limits": _map},
     "save": {**_SAVE, **_NONCE},
@@ -184,7 +186,7 @@ REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "show": {"name": _NAME},
     "status": {},
 }
-"""Verb -> fields; a request has all of them, and nothing else."""
+"""Verb -> fields; a request has all of them, and nothing else but an `id`."""
 
 _KEPT = ("kept",)
 _SAVED = ("generation", "token", "kept")
@@ -242,16 +244,17 @@ def decode(data: bytes, limit: int) -> Message:
 
 
 def read_request(data: bytes) -> Message:
-    """A request: "verb" and exactly the fields of the verb, each of the right type.
+    """A request: "verb", "id" (None: none was given) and exactly the fields of the verb, each of
+    the right type.
 
     Raises ProtocolError that names the verb or the field."""
-    message = decode(data, MAX_REQUEST)
+    message = {"id": None, **decode(data, MAX_REQUEST)}
     verb = message.get("verb")
     fields = REQUESTS.get(verb) if isinstance(verb, str) else None
     if fields is None:
         raise BadRequest(f"unknown verb {verb!r:.100}; this cprd speaks version {VERSION}")
     read: Message = {"verb": verb}
-    for field, check in fields.items():
+    for field, check in (*fields.items(), _ID):
         if field not in message:
             raise BadRequest(f"{verb}: the field {field!r} is missing")
         try:
@@ -271,13 +274,25 @@ class Garbled(ProtocolError):
 def read_answer(data: bytes) -> Message:
     """The "ok" map of an answer. Raises the error that the daemon raised; Garbled for anything but
     an answer."""
+    _, said = parse_answer(data)
+    if isinstance(said, CprdError):
+        raise said
+    return said
+
+
+def parse_answer(data: bytes) -> tuple[int | None, Message | CprdError]:
+    """The id of an answer (None: an answer to no request, but to the connection), and the "ok" map
+    or the error. Raises Garbled for anything but an answer."""
     try:
         message = decode(data, MAX_ANSWER)
+        id = message.get("id")
+        if id is not None:
+            _U64(id)
         if "ok" in message:
-            return _map(message["ok"])
+            return id, _map(message["ok"])
     except (ProtocolError, ValueError) as error:
         raise Garbled(f"not an answer: {error}") from None
-    raise _error(message)
+    return id, _error(message)
 
 
 def _error(message: Message) -> CprdError:
@@ -292,17 +307,17 @@ def _error(message: Message) -> CprdError:
     return error
 
 
-def ok(**fields: Any) -> bytes:
-    return encode({"ok": fields})
+def ok(**fields: Any) -> Message:
+    return {"ok": fields}
 
 
-def refusal(error: CprdError) -> bytes:
+def refusal(error: CprdError) -> Message:
     for cls in type(error).__mro__:
         if cls.__name__ in CODES:
             fields: Message = {"error": cls.__name__, "why": str(error)[:4000]}
             if isinstance(error, Busy):
                 fields |= {"pid": error.pid, "phase": error.phase, "until": error.until}
-            return encode(fields)
+            return fields
     raise AssertionError
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from cprd.errors import Busy, Damaged, NotHeld
 from cprd.qemu import signals
@@ -21,9 +21,9 @@ from cprd.qemu.signals import Deadline
 from cprd.qemu.sockets import mend, remove_mark
 
 if TYPE_CHECKING:
-    from cprd import Daemon
+    from cprd import Daemon, Shown
 
-    Row = dict[str, Any]
+    Row = Shown
 
 
 class Settled(NamedTuple):

@@ -8,11 +8,9 @@ for by then the guest is cprd's.
 from __future__ import annotations
 
 import select
-import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from cprd.client.verbs import Abandoned
 from cprd.errors import Busy, CprdError, Fenced, NotHeld, Timeout, Unavailable
 from cprd.linux.pause import point
 from cprd.qemu import signals
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cprd import Daemon, Prepared, Saved, State
+    from cprd.protocol.rows import IfExists
     from cprd.qemu.monitor import Monitor
     from cprd.qemu.source import Source
 
@@ -71,7 +70,7 @@ class Handover:
         self.name = name
         self.source = source
         self.prepared: Prepared | None = None
-        self._request: Callable[[], Prepared] | None = None
+        self._request: Callable[[float | None], Prepared] | None = None  # given the timeout
         self._unanswered = False  # nobody knows what became of the request
 
     @property
@@ -80,19 +79,21 @@ class Handover:
 
     # Prepare: cprd keeps the state, and serves nothing of it
 
-    def prepare(self, state: State, if_exists: str = "error") -> None:
+    def prepare(self, state: State, if_exists: IfExists = "error") -> None:
         """Prepare the state in cprd, to be served once the source has ended. The descriptors of
         `state` stay the caller's. Raises Unavailable without an answer within a second; what cprd
         raised."""
         pidfd = self.source.process.pidfd
-        self._request = lambda: self.daemon.prepare(
-            self.name, state, if_exists=if_exists, after_exit=pidfd
+        self._request = lambda timeout: self.daemon.prepare(
+            self.name, state, if_exists=if_exists, after_exit=pidfd, timeout=timeout
         )
         try:
-            self.prepared = _answered(self._request, STANDING)
-        except Unavailable:
+            self.prepared = self._request(STANDING)
+        except (Unavailable, Timeout) as error:
             self._unanswered = True
-            raise
+            if isinstance(error, Unavailable):
+                raise
+            raise Unavailable(f"cprd did not answer within {STANDING:g} s") from None
 
     def check_daemon(self) -> None:
         """Look whether the cprd that has answered is still there. Does not wait. Raises
@@ -109,7 +110,7 @@ class Handover:
         """For a guest that waits no more: whether the state is prepared, or is now."""
         if self.prepared is None and self._unanswered and self._request is not None:
             try:
-                self.prepared = self._request()
+                self.prepared = self._request(None)
             except CprdError:
                 return False
         return self.prepared is not None
@@ -180,7 +181,7 @@ class Handover:
         except Failed:
             if self.prepared.kept != "memory":
                 raise
-            self.prepared = self._request()
+            self.prepared = self._request(None)
             self.commit()
 
     # The way back
@@ -282,30 +283,3 @@ class Handover:
         except CprdError:
             return False
         return bool(row["generation"] != self.prepared.generation)
-
-
-# A request with a deadline of its own. (The client's own deadlines are for a daemon that restarts.)
-
-
-def _answered(request: Callable[[], T], seconds: float) -> T:
-    """The answer to a request of the main thread. Raises Unavailable after so many seconds."""
-    armed = True
-
-    def over(*_: object) -> None:
-        if armed:
-            raise _Over
-
-    before = signal.signal(signal.SIGALRM, over)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        return request()
-    except _Over:
-        raise Unavailable(f"cprd did not answer within {seconds:g} s") from None
-    finally:
-        armed = False
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
-
-
-class _Over(Abandoned):
-    """The time is."""

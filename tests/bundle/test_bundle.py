@@ -30,6 +30,7 @@ from cprd.bundle.inspect import check
 from cprd.bundle.layout import HEADER, LEAF, MAGIC, NODE, VERSION
 from cprd.bundle.pack import pack
 from cprd.bundle.unpack import unpack
+from cprd.client.verbs import row_and_bundle
 from cprd.linux.memfd import sealed_memfd
 from cprd.linux.rights import close_all, receive, scm_fds
 from cprd.protocol import messages
@@ -665,7 +666,7 @@ def test_a_claimant_that_receives_instead_of_peeking_is_named(
         if child == 0:
             try:
                 claim = daemon.connect().load("web")
-                root = socket.socket(fileno=os.dup(claim._bundle))
+                root = socket.socket(fileno=os.dup(claim._claim.bundle))
                 if count == 5:
                     receive(root, 100)
                 else:  # only a leaf: the root looks as before
@@ -697,7 +698,7 @@ def test_a_leaf_that_the_saver_emptied_afterwards_is_found_by_the_first_reader(
 ) -> None:
     with opened(600) as fds, daemon.connect() as client:
         client.save("web", of(fds))
-        row, fd = client._connection.run(cprd.client.verbs.show("web"))
+        row, fd = client._line.run(row_and_bundle("web", None))
         assert row["fds"] == 600
         with socket.socket(fileno=fd) as root:
             _, leaves, _ = receive(root, 100, socket.MSG_PEEK)

@@ -22,7 +22,8 @@ import trio.testing
 import cprd
 import cprd.trio
 from cprd import AlreadyHeld, Busy, Fenced, InvalidInput, NotHeld, State, Timeout, Unavailable
-from cprd.client import link, verbs
+from cprd.client import claim as claims
+from cprd.client import exchange, verbs
 from cprd.protocol import messages
 from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
@@ -373,14 +374,13 @@ async def test_a_claimant_that_replaces_its_own_hold_has_confirmed(
 async def test_giving_back_that_fails_ends_the_connection_of_the_claim(
     connect: Connect, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*_: Any) -> verbs.Verb[None]:
+    def failing(*_: Any) -> exchange.Call:
         raise cprd.LimitExceeded("for a test")
-        yield
 
     async with connect() as client:
         await client.save("web", State())
         await client.save("other", State())
-        monkeypatch.setattr(verbs, "give_back", failing)
+        monkeypatch.setattr(claims, "rejection", failing)
         with pytest.raises(Mishap):
             async with client.load("web"):
                 raise Mishap
@@ -389,7 +389,9 @@ async def test_giving_back_that_fails_ends_the_connection_of_the_claim(
             with pytest.raises(Mishap):
                 async with client.load("web"):
                     raise Mishap
-        assert phases(daemon) == {"web": "claimed"}  # another claim hung on that connection
+            # Another claim hangs on that connection, which ends after that claim.
+            assert phases(daemon) == {"web": "claimed", "other": "claimed"}
+        until(lambda: phases(daemon) == {"web": "held"}, lambda: repr(phases(daemon)))
 
 
 async def test_an_interrupt_while_a_state_is_read_gives_it_back(
@@ -677,7 +679,7 @@ async def test_a_daemon_restarted_while_a_save_parks_gets_all_of_it(
 async def test_a_daemon_that_stays_away_is_unavailable_after_a_while(
     connect: Connect, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "RETRY_FOR", 0.3)
+    monkeypatch.setattr(exchange, "RETRY_FOR", 0.3)
     async with connect() as client:
         claim_name = await client.save("web", State())
         daemon.kill()
@@ -788,9 +790,12 @@ async def test_a_request_that_is_refused_as_no_request_leaves_the_connection(
         await client.save("other", State())
         async with client.load("web") as claim:
             before = inside(client).fileno()
-            connection = inside(client)._connection
+
+            def hello() -> Generator[exchange.Call, Any, None]:
+                yield exchange.hello()
+
             with pytest.raises(cprd.ProtocolError, match="hello was said already"):
-                await maybe(connection.run(verbs.hello()))
+                await maybe(inside(client)._line.run(hello()))
             assert inside(client).fileno() == before
             assert {row["phase"] for row in await client.list()} == {"held", "claimed"}
             await claim.renew()
@@ -802,7 +807,8 @@ async def test_an_answer_that_cannot_be_read_ends_its_connection(
     def serve(listener: socket.socket) -> None:
         with listener.accept()[0] as sock:
             sock.recv(1000)
-            sock.send(messages.ok(version=messages.VERSION, uid=os.getuid()))
+            greeting = messages.ok(version=messages.VERSION, uid=os.getuid())
+            sock.send(messages.encode(greeting))
             sock.recv(1000)
             sock.send(b"\xc1 noise")
             assert sock.recv(1000) == b""
@@ -937,23 +943,20 @@ async def test_an_interrupted_request_ends_no_claim(
             assert values(last.state) == [1, 2]
 
 
-async def test_a_begin_interrupted_before_it_was_heard_does_not_keep_the_claim(
-    connect: Connect, daemon: DaemonProcess
+async def test_a_begin_interrupted_before_it_was_sent_does_not_keep_the_claim(
+    connect: Connect, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is guessed: the end of the connection says it, and the daemon knows the rest."""
     async with connect() as client:
         await client.save("web", State())
         claim = await client.load("web")
-        connection = inside(claim)._connection
-        send = connection._exchange_again
 
-        def lost(call: verbs.Call) -> Any:
+        def interrupted(*_: Any, **__: Any) -> Any:
             raise Interrupt
 
-        connection._exchange_again = lost
-        with pytest.raises(Interrupt):
-            await claim.begin()
-        connection._exchange_again = send
+        with monkeypatch.context() as patch:
+            patch.setattr(exchange, "request", interrupted)
+            with pytest.raises(Interrupt):
+                await claim.begin()
         await claim.close()
         until(lambda: phases(daemon)["web"] == "held", lambda: repr(phases(daemon)))
 

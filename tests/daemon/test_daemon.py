@@ -208,10 +208,10 @@ def test_a_name_cannot_forge_a_line_of_the_log(daemon: DaemonProcess) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         import msgpack
 
-        from cprd.client import verbs
+        from tests.support import wire
 
         sock.connect(daemon.path)
-        sock.send(next(verbs.hello()).data)
+        sock.send(wire.HELLO)
         sock.recv(65536)
         drop = {"verb": "drop", "name": "x\nended", "force": True, "nonce": b"n" * 16}
         sock.send(msgpack.packb(drop))

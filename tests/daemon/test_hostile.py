@@ -21,9 +21,9 @@ import msgpack
 import pytest
 
 import cprd
-from cprd.client import verbs
 from cprd.linux.rights import close_all, receive, send
 from cprd.protocol import messages
+from tests.support import wire
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 from tests.support.goods import state_of, tcp_pair
@@ -76,7 +76,7 @@ def silent(path: str) -> socket.socket:
 def raw(path: str) -> socket.socket:
     """A connection that has said hello."""
     sock = silent(path)
-    sock.send(next(verbs.hello()).data)
+    sock.send(wire.HELLO)
     messages.read_answer(sock.recv(65536))
     return sock
 
@@ -125,7 +125,7 @@ NOISE = {
     "a name of 1 KiB": packed(**{**LOAD, "name": "x" * 1024}),
     "broken UTF-8": b"\x81\xa4verb\xa2\xff\xfe",
     "a timestamp": msgpack.packb({"verb": msgpack.Timestamp(1, 1)}),
-    "hello again": next(verbs.hello()).data,
+    "hello again": wire.HELLO,
 }
 UNREADABLE = [
     *("nothing msgpack", "a number", "an array", "truncated", "with a tail", "oversized"),

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import cprd
-from cprd.client import verbs
 from cprd.linux.rights import receive
 from cprd.protocol import messages
+from tests.support import wire
 from tests.support.checkout import open_to_all
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
@@ -32,12 +32,12 @@ def empty() -> cprd.State:
     return state_of("empty", [], [])
 
 
-def the_row(daemon: cprd.Daemon) -> dict[str, object]:
+def the_row(daemon: cprd.Daemon) -> cprd.Row:
     [row] = daemon.list()
     return row
 
 
-def phase_becomes(daemon: cprd.Daemon, phase: str) -> dict[str, object]:
+def phase_becomes(daemon: cprd.Daemon, phase: str) -> cprd.Row:
     until(lambda: the_row(daemon)["phase"] == phase, lambda: f"{daemon.list()}")
     return the_row(daemon)
 
@@ -56,7 +56,7 @@ def claims(line: Line, path: str, lease: float = 600.0, then: str = "") -> None:
                 line.say(os.getpid())
                 signal.pause()
         elif told == "receive":
-            _, fds, _ = receive(socket.socket(fileno=os.dup(claim._bundle)), 4096)
+            _, fds, _ = receive(socket.socket(fileno=os.dup(claim._claim.bundle)), 4096)
             line.say(len(fds))
         elif told == "begin":
             claim.begin()
@@ -168,7 +168,7 @@ def test_a_part_deep_in_the_tree_that_was_received_is_found_by_who_reads(
     with daemon.connect() as connection, goods("x", 600) as cargo:
         connection.save("web", cargo.state())
         claim = connection.load("web")
-        with socket.socket(fileno=os.dup(claim._bundle)) as top:
+        with socket.socket(fileno=os.dup(claim._claim.bundle)) as top:
             _, leaves, _ = receive(top, 4096, socket.MSG_PEEK)
         with socket.socket(fileno=leaves[1]) as leaf:
             _, taken, _ = receive(leaf, 4096)
@@ -295,7 +295,7 @@ def raw(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.settimeout(PATIENCE)
     sock.connect(path)
-    sock.send(next(verbs.hello()).data)
+    sock.send(wire.HELLO)
     messages.read_answer(sock.recv(65536))
     return sock
 
@@ -305,7 +305,7 @@ def test_who_waits_first_is_served_first(daemon: DaemonProcess) -> None:
         waiters = []
         for _ in range(4):
             waiter = raw(daemon.path)
-            waiter.send(next(verbs.load("web", 20.0, 600.0, None, id)).data)
+            waiter.send(wire.load("web", 20.0))
             connection.list()  # twice: a request that was sent before is read before
             connection.list()
             waiters.append(waiter)
@@ -324,8 +324,8 @@ def test_who_waits_first_is_served_first(daemon: DaemonProcess) -> None:
 
 def test_a_request_while_one_waits_ends_the_wait_with_a_reason(daemon: DaemonProcess) -> None:
     with raw(daemon.path) as hasty:
-        hasty.send(next(verbs.load("web", 20.0, 600.0, None, id)).data)
-        hasty.send(next(verbs.status()).data)
+        hasty.send(wire.load("web", 20.0))
+        hasty.send(wire.request("status"))
         with pytest.raises(cprd.ProtocolError, match="before the answer"):
             messages.read_answer(hasty.recv(65536))
         assert "pid" in messages.read_answer(hasty.recv(65536))
@@ -418,7 +418,7 @@ def test_the_late_end_of_a_claims_former_connection_does_not_end_it(
 ) -> None:
     with daemon.connect() as connection, raw(daemon.path) as first, raw(daemon.path) as second:
         connection.save("web", empty())
-        request = next(verbs.load("web", 0.0, 600.0, None, id)).data
+        request = wire.load("web")
         answers = []
         for sock in (first, second):  # said again, with its nonce: the first answer was lost
             sock.send(request)

@@ -166,7 +166,7 @@ def test_where_not_even_the_name_can_be_read_no_name_is_free_for_sure(daemon: Ve
             connection.prepare("new", state("over it"))
         with pytest.raises(cprd.Busy, match="cannot be read"):
             connection.drop("new", force=True)
-        assert "cannot be read" in connection.status()["blind"]
+        assert "cannot be read" in str(connection.status()["blind"])
         assert phases(connection) == {}
         daemon.become()
         daemon.become(slot__MAGIC="b'NEWS'")

@@ -94,7 +94,7 @@ class Kept:
     def connect(self) -> cprd.Daemon:
         return cprd.connect(self.path)
 
-    def rows(self) -> dict[str, dict[str, Any]]:
+    def rows(self) -> dict[str, cprd.Row]:
         with self.connect() as daemon:
             return {row["name"]: row for row in daemon.list()}
 

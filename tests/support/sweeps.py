@@ -164,7 +164,7 @@ class Release(Begin):
         self.claim.begin()
 
     def act(self) -> None:
-        with cprd.connect(self.daemon._connection.path) as other:
+        with cprd.connect(self.daemon._line.path) as other:
             other.release(self.name)
 
 

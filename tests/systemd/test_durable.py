@@ -200,7 +200,7 @@ def test_required_to_be_stored_it_is_refused_where_its_own_slot_is_not(systemd: 
         until(lambda: entries(keeping) == 4, lambda: "no spare is stored")
         os.kill(systemd.pid, signal.SIGSTOP)
         try:
-            said = set()
+            said: set[str] = set()
             for number in range(200):
                 try:
                     said.add(daemon.save(f"n{number}", cprd.State(), require="store").kept)

@@ -1,0 +1,269 @@
+"""The client with await, apart from the loop: cprd.trio and others add a `Connection`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator
+from types import TracebackType
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar, cast
+
+from cprd.client import claim as claims
+from cprd.client import verbs
+from cprd.client.claim import Saved
+from cprd.client.exchange import Line, Step, run
+from cprd.errors import Unavailable
+from cprd.protocol import messages
+from cprd.protocol.rows import Greeting, IfExists, Row, Shown, Status
+from cprd.state import HasFileno, State
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cprd.client.exchange import Steps, Verb
+
+T = TypeVar("T")
+
+
+class _Block(Protocol):
+    async def __aenter__(self) -> Any: ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+B = TypeVar("B", bound=_Block)
+
+
+class Opening(Generic[B]):
+    """Something on the way: await it, or enter it as a block."""
+
+    def __init__(self, open: Callable[[], Awaitable[B]]) -> None:
+        self._open = open
+        self._opened: B | None = None
+
+    def __await__(self) -> Generator[Any, Any, B]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> B:
+        self._opened = await self._open()
+        await self._opened.__aenter__()
+        return self._opened
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._opened is not None
+        await self._opened.__aexit__(kind, error, trace)
+
+
+class Connection(Line):
+    """A line whose steps are awaited. A loop adds `do`, `take_turn_now` and `end_turn`."""
+
+    async def do(self, step: Step) -> Any:
+        raise NotImplementedError
+
+    async def run(self, verb: Verb[T]) -> T:
+        return await self.drive(run(self, verb))
+
+    async def drive(self, steps: Steps[T]) -> T:
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    result = await self.do(step)
+                except BaseException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(result)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+
+class Daemon:
+    """As cprd.Daemon, for all tasks of a loop."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._line = connection
+        self._user = object()
+        connection.users.add(self._user)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """As cprd.Daemon.close."""
+        self._line.leave(self._user)
+
+    aclose = close
+
+    def fileno(self) -> int:
+        """As cprd.Daemon.fileno."""
+        return self._line.fileno()
+
+    @property
+    def greeting(self) -> Greeting:
+        """As cprd.Daemon.greeting."""
+        return cast(Greeting, dict(self._line.greeting))
+
+    def _open(self) -> Connection:
+        if self._line.mine() and not self._line.users:
+            raise Unavailable("the connection has been closed: connect() anew")
+        return self._line
+
+    async def save(
+        self,
+        name: str,
+        state: State,
+        *,
+        if_exists: IfExists = "error",
+        ttl: float | None = None,
+        after_exit: bool | int | HasFileno = False,
+        require: Literal["memory", "store"] | None = None,
+        timeout: float | None = None,
+    ) -> Saved:
+        """As cprd.Daemon.save."""
+        line = self._open()
+        options = (if_exists, ttl, after_exit, require, timeout)
+        return await line.run(verbs.save(line, name, state, *options))
+
+    async def prepare(
+        self,
+        name: str,
+        state: State,
+        *,
+        if_exists: IfExists = "error",
+        ttl: float | None = None,
+        after_exit: bool | int | HasFileno = False,
+        require: Literal["memory", "store"] | None = None,
+        timeout: float | None = None,
+    ) -> Prepared:
+        """As cprd.Daemon.prepare."""
+        line = self._open()
+        options = (if_exists, ttl, after_exit, require, timeout)
+        return await line.run(verbs.prepare(line, Prepared, name, state, *options))
+
+    def load(
+        self,
+        name: str,
+        *,
+        wait: float = 0.0,
+        lease: float = 30.0,
+        generation: int | None = None,
+        timeout: float | None = None,
+    ) -> Opening[Claim]:
+        """As cprd.Daemon.load: to await, or to enter."""
+
+        def verb(line: Connection) -> Verb[Claim]:
+            return verbs.load(line, Claim, name, wait, lease, generation, timeout)
+
+        async def open() -> Claim:
+            line = self._open()
+            return await (self._wait(verb) if wait else line.run(verb(line)))
+
+        return Opening(open)
+
+    async def _wait(self, verb: Callable[[Connection], Verb[T]]) -> T:
+        line, user = self._open(), object()
+        other = line.lend(user)
+        try:
+            return await other.run(verb(other))
+        finally:
+            line.take_back(other, user)
+
+    async def list(self, *, timeout: float | None = None) -> list[Row]:
+        """As cprd.Daemon.list."""
+        return await self._open().run(verbs.rows(timeout))
+
+    async def show(self, name: str, *, timeout: float | None = None) -> Shown:
+        """As cprd.Daemon.show."""
+        return await self._open().run(verbs.show(name, timeout))
+
+    async def status(self, *, timeout: float | None = None) -> Status:
+        """As cprd.Daemon.status."""
+        return await self._open().run(verbs.status(timeout))
+
+    async def wait(self, name: str, timeout: float = messages.MAX_WAIT) -> int:
+        """As cprd.Daemon.wait."""
+        return await self._wait(lambda _: verbs.wait(name, timeout))
+
+    async def drop(self, name: str, *, force: bool = False, timeout: float | None = None) -> int:
+        """As cprd.Daemon.drop."""
+        return await self._open().run(verbs.drop("drop", name, force, timeout))
+
+    async def release(self, name: str, *, force: bool = True, timeout: float | None = None) -> int:
+        """As cprd.Daemon.release."""
+        return await self._open().run(verbs.drop("release", name, force, timeout))
+
+
+class Prepared(claims.PreparedFace):
+    """As cprd.Prepared."""
+
+    _line: Connection
+
+    async def commit(self, *, timeout: float | None = None) -> Saved:
+        """As cprd.Prepared.commit."""
+        return await self._line.run(self._prepared.commit(timeout))
+
+    async def abort(self, *, timeout: float | None = None) -> None:
+        """As cprd.Prepared.abort."""
+        await self._line.run(self._prepared.abort(timeout))
+
+
+class Claim(claims.ClaimFace):
+    """As cprd.Claim, as an async block. A cancelled block rejects. A confirm() that was sent is not
+    cancelled before the outcome is known. Not closed by garbage collection: enter it, or close."""
+
+    _line: Connection
+
+    async def renew(self, lease: float | None = None, *, timeout: float | None = None) -> float:
+        """As cprd.Claim.renew."""
+        return await self._line.run(self._claim.renew(lease, timeout))
+
+    async def begin(
+        self, process: int | HasFileno | None = None, *, timeout: float | None = None
+    ) -> None:
+        """As cprd.Claim.begin."""
+        await self._line.run(self._claim.begin(process, timeout))
+
+    async def confirm(
+        self,
+        next: State | None = None,
+        after_exit: bool | int | HasFileno = True,
+        ttl: float | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Saved | None:
+        """As cprd.Claim.confirm."""
+        return await self._line.run(self._claim.confirm(next, after_exit, ttl, timeout))
+
+    async def reject(self, why: str = "", *, timeout: float | None = None) -> None:
+        """As cprd.Claim.reject."""
+        await self._line.run(self._claim.reject(why, timeout))
+
+    async def close(self) -> None:
+        """As cprd.Claim.close; descriptors are closed in a thread."""
+        if self._claim.open and self._line.mine():
+            await self._line.run(self._claim.close())
+
+    aclose = close
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._line.mine():
+            await self._line.run(self._claim.leave(error))

@@ -1,0 +1,330 @@
+"""Claims and prepared saves, once for every client: what they know, and verbs (see exchange.py)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from cprd.bundle.pack import Packed, pack
+from cprd.client.exchange import BRIEF, Call, Line, Work
+from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded
+from cprd.linux.pause import point
+from cprd.protocol import messages
+from cprd.state import State, open_descriptor
+
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cprd.client.exchange import Verb
+    from cprd.protocol.rows import Kept
+    from cprd.state import HasFileno
+
+    AfterExit = bool | int | HasFileno | None
+
+
+class Saved:
+    """The outcome of a save. `generation`: the number of the hold, greater than all before.
+    `kept`: "store" (survives a crash of cprd) or "memory" (survives a restart of cprd only)."""
+
+    __slots__ = ("generation", "kept")
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.generation: int = fields["generation"]
+        self.kept: Kept = fields["kept"]
+
+    def __repr__(self) -> str:
+        return f"<cprd.Saved: generation {self.generation}, kept: {self.kept}>"
+
+
+class Ticket:
+    """The right to speak for a claim or a prepared save. `over`: nothing is left to be said."""
+
+    __slots__ = ("_calls", "generation", "name", "over", "token")
+
+    def __init__(self, name: str, fields: dict[str, Any]) -> None:
+        self.name = name
+        self.generation: int = fields["generation"]
+        self.token: bytes = fields["token"]
+        self.over = False
+        self._calls: dict[tuple[Any, ...], Call] = {}
+
+    def call(
+        self, verb: str, fds: Sequence[int] = (), /, *, timeout: float | None = None, **fields: Any
+    ) -> Call:
+        """A request with a nonce of its own, whose outcome an interrupt waits for."""
+        message = {"verb": verb, "name": self.name, "generation": self.generation}
+        message |= {"token": self.token, "nonce": messages.nonce(), **fields}
+        return Call(message, fds, timeout=timeout, until_known=True)
+
+    def last(self, verb: str, timeout: float | None, **fields: Any) -> Call:
+        """As `call`, for what ends the ticket: after a Timeout, the same words once more are the
+        same request and get the first answer."""
+        key = (verb, *fields.values())
+        call = self._calls.get(key) or self.call(verb, **fields)
+        self._calls[key] = call
+        call.timeout = timeout
+        return call
+
+
+def offer(
+    packed: Packed, ttl: float | None, after_exit: AfterExit
+) -> tuple[dict[str, Any], list[int]]:
+    """The fields and descriptors (borrowed) of a request that brings a bundle."""
+    fds = [packed.fd]
+    how = "no"
+    if after_exit is True:
+        how = "peer"
+    elif after_exit is not False and after_exit is not None:
+        how = "pidfd"
+        fds.append(open_descriptor("after_exit", after_exit))
+    if ttl is not None:
+        check_seconds("ttl", ttl, messages.MAX_TTL)
+    fields = {
+        **{"fds": packed.fds, "bytes": packed.size, "parked": packed.parked},
+        **{"depth": packed.depth, "ttl": ttl, "after_exit": how},
+    }
+    return fields, fds
+
+
+def rejection(ticket: Ticket, why: str, *, damaged: bool = False) -> Call:
+    """Give a claim back because the program left. The end of the connection says the same (unless
+    the state is damaged), so the request is brief."""
+    timeout = None if damaged else BRIEF
+    call = ticket.call("reject", timeout=timeout, why=cut(why), damaged=damaged)
+    call.until_known, call.shielded = False, True
+    return call
+
+
+class Prepared:
+    """A save that is kept and not served yet."""
+
+    def __init__(self, line: Line, ticket: Ticket, kept: Kept) -> None:
+        self.line = line
+        self.ticket = ticket
+        self.kept = kept
+        self.open = False
+
+    def taken(self) -> None:
+        """The program has the prepared save: from now on `end` is due."""
+        self.line.hold(self.ticket)
+        self.open = True
+
+    def commit(self, timeout: float | None) -> Verb[Saved]:
+        check_timeout(timeout)
+        point("commit:before")
+        answer = yield self.ticket.last("commit", timeout)
+        self.end()
+        self.line.common.replaced(self.ticket.name, self.ticket.generation)
+        point("commit:answered")
+        return Saved(answer.fields)
+
+    def abort(self, timeout: float | None) -> Verb[None]:
+        check_timeout(timeout)
+        yield self.ticket.last("abort", timeout)
+        self.end()
+
+    def end(self) -> None:
+        """The connection is needed no longer. Safe to repeat."""
+        self.ticket.over = True
+        if self.open and self.line.mine():
+            self.open = False
+            self.line.part(self.ticket)
+
+
+class Claim:
+    """An exclusive lease on a hold. Owns `bundle`, and `state` with the descriptors not taken."""
+
+    def __init__(
+        self, line: Line, ticket: Ticket, fields: dict[str, Any], bundle: int, state: State
+    ) -> None:
+        self.line = line
+        self.ticket = ticket
+        self.bundle = bundle
+        self.state = state
+        self.attempts: int = fields["attempts"]
+        self.last_reject: str = fields["last_reject"]
+        self.lease: float = fields["lease"]
+        self.begun = False
+        self.open = False
+        self._stuck = False  # the daemon may have to learn of the end by that of the connection
+
+    def taken(self) -> None:
+        """The program has the claim: from now on `close` is due."""
+        self.line.common.claimed(self.ticket)
+        self.line.hold(self.ticket)
+        self.open = True
+
+    def renew(self, lease: float | None, timeout: float | None) -> Verb[float]:
+        check_timeout(timeout)
+        if lease is not None:
+            check_seconds("lease", lease, messages.MAX_LEASE)
+        ticket = self.ticket
+        message = {"verb": "renew", "name": ticket.name, "generation": ticket.generation}
+        answer = yield Call({**message, "token": ticket.token, "lease": lease}, timeout=timeout)
+        return float(answer.fields["lease"])
+
+    def begin(self, process: int | HasFileno | None, timeout: float | None) -> Verb[None]:
+        check_timeout(timeout)
+        fds = [] if process is None else [open_descriptor("process", process)]
+        point("begin:before")
+        call = self.ticket.call("begin", fds, timeout=timeout, process=bool(fds))
+        before, self.begun = self.begun, True
+        try:
+            yield call
+        except (InvalidInput, LimitExceeded, Fenced):  # refused: nothing has begun by this
+            self.begun = before
+            raise
+        except BaseException:
+            if call.number is None:
+                self.begun = before
+            else:
+                self._stuck = True  # whether it has begun, only the daemon knows
+            raise
+        point("begin:answered")
+
+    def confirm(
+        self,
+        next: State | None,
+        after_exit: AfterExit,
+        ttl: float | None,
+        timeout: float | None,
+    ) -> Verb[Saved | None]:
+        check_timeout(timeout)
+        self._check()
+        saved = None
+        if next is None:
+            point("confirm:before")
+            yield self.ticket.last("confirm", timeout)
+            self.ticket.over = True
+        else:
+            saved = yield from self._confirm_next(next, after_exit, ttl, timeout)
+        point("confirm:answered")
+        # As long as the bundle is here, what was taken and closed since is open.
+        yield Work(self._unpark)
+        return saved
+
+    def _confirm_next(
+        self, next: State, after_exit: AfterExit, ttl: float | None, timeout: float | None
+    ) -> Verb[Saved]:
+        check_state(next)
+        packed = pack(next, self.line.common.forbidden())
+        try:
+            fields, fds = offer(packed, ttl, after_exit)
+            point("confirm:before")
+            answer = yield self.ticket.call("confirm_next", fds, timeout=timeout, **fields)
+            self.ticket.over = True
+            return Saved(answer.fields)
+        finally:
+            packed.close()
+
+    def reject(self, why: str, timeout: float | None) -> Verb[None]:
+        check_timeout(timeout)
+        self._check()
+        if not isinstance(why, str):
+            raise InvalidInput(f"why wants a str, not {why!r:.100}")
+        point("reject:before")
+        yield self.ticket.last("reject", timeout, why=cut(why), damaged=False)
+        self.ticket.over = True
+        point("reject:answered")
+
+    def _check(self) -> None:
+        """In doubt, a claim may be ended after close(), too."""
+        if self.ticket.over or not (self.open or self.begun):
+            raise Fenced("this claim has been confirmed, rejected or closed already")
+
+    def leave(self, error: BaseException | None) -> Verb[None]:
+        """The end of the block of a claim."""
+        try:
+            if not self.ticket.over and self.open:
+                if error is None:
+                    yield from self.confirm(None, True, None, None)
+                elif not self.begun:
+                    yield from self._give_back(f"{type(error).__name__}: {error}")
+        finally:
+            yield from self.close()
+
+    def close(self) -> Verb[None]:
+        if not self.open:
+            return
+        self.open = False
+        try:
+            if not self.begun:
+                yield from self._give_back("closed without confirm")
+        finally:
+            try:
+                yield Work(self.let_go)
+            finally:
+                self.line.common.forget(self.ticket)
+                self.line.part(self.ticket, stuck=self._stuck)
+
+    def _give_back(self, why: str) -> Verb[None]:
+        if self.ticket.over:
+            return
+        self.ticket.over = self._stuck = True
+        try:
+            yield rejection(self.ticket, why)
+        except Fenced:
+            pass  # it was over already
+        except CprdError:
+            return  # the end of the connection says it as well
+        self._stuck = False
+
+    def let_go(self) -> None:
+        try:
+            self.state.close()
+        finally:
+            self._unpark()
+
+    def _unpark(self) -> None:
+        bundle, self.bundle = self.bundle, -1
+        if bundle >= 0:
+            os.close(bundle)
+
+
+class PreparedFace:
+    """The attributes of a Prepared, in every client."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+        self._line: Any = prepared.line
+        self.generation: int = prepared.ticket.generation
+        self.kept: Kept = prepared.kept  # "memory" or "store"
+        prepared.taken()
+
+
+class ClaimFace:
+    """The attributes of a Claim, in every client."""
+
+    def __init__(self, claim: Claim) -> None:
+        self._claim = claim
+        self._line: Any = claim.line
+        self.state = claim.state
+        self.generation = claim.ticket.generation
+        self.attempts = claim.attempts  # loads of this hold, this load included
+        self.last_reject = claim.last_reject  # why the claim before was given back, or ""
+        self.lease = claim.lease  # seconds
+        claim.taken()
+
+
+def check_state(state: State) -> None:
+    if not isinstance(state, State):
+        raise InvalidInput(f"wants a cprd.State, not {state!r:.100}")
+
+
+def check_timeout(timeout: float | None) -> None:
+    if timeout is not None:
+        check_seconds("timeout", timeout, messages.MAX_WAIT)
+
+
+def check_seconds(what: str, seconds: float, limit: float) -> None:
+    """Raises InvalidInput unless `seconds` is a number that the daemon takes."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise InvalidInput(f"{what} wants seconds, not {seconds!r}")
+    if not 0 <= seconds <= limit:
+        raise InvalidInput(f"{what} wants 0 to {limit:g} seconds, not {seconds!r}")
+
+
+def cut(why: str) -> str:
+    """A reason as long as it may be on the wire."""
+    return why.encode("utf-8", "replace")[: messages.MAX_REASON].decode("utf-8", "ignore")

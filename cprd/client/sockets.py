@@ -1,0 +1,105 @@
+"""A client's socket: connect, send, receive. What every driver does between two waits."""
+
+from __future__ import annotations
+
+import _socket as socket  # as in rights
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Sequence
+
+from cprd.client.exchange import Answer, Lost
+from cprd.errors import CprdError, Denied, LimitExceeded, Unavailable
+from cprd.linux.nofile import hard_limit
+from cprd.linux.rights import receive, send
+from cprd.protocol import messages
+
+_CTRUNC, _DONTWAIT, _TRUNC = socket.MSG_CTRUNC, socket.MSG_DONTWAIT, socket.MSG_TRUNC
+_TIMEVAL = struct.Struct("ll")
+_LOST = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+
+
+def open_socket(path: str, seconds: float) -> socket.socket:
+    """A connected socket, owned by the caller. Blocks for so many seconds at most, while the
+    backlog is full. Raises Unavailable, Denied, LimitExceeded."""
+    sock = _new_socket()
+    try:
+        # Not settimeout(): a socket that does not block is refused at once by a full backlog.
+        micros = max(1, int(seconds * 1e6))
+        timeval = _TIMEVAL.pack(micros // 1_000_000, micros % 1_000_000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        sock.connect(path)
+        # O_APPEND means nothing to a socket, and copies share the flag: packing knows them by it.
+        fcntl.fcntl(sock.fileno(), fcntl.F_SETFL, os.O_APPEND)
+    except OSError as error:
+        sock.close()
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise Denied(f"no permission to connect to {path}") from None
+        if error.errno == errno.EAGAIN:
+            raise Unavailable(f"nobody accepts at {path} within {seconds:.3g} s") from None
+        why = error.strerror or str(error)
+        raise Unavailable(
+            f"no cprd answers at {path} ({why}): start it (systemctl start cprd.socket, or cprd"
+            " --socket PATH), or name its socket with $CPRD_SOCKET"
+        ) from None
+    return sock
+
+
+def _new_socket() -> socket.socket:
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        # A program that has more open than the soft limit allows (lowered since) wants to save
+        # all the same.
+        with hard_limit() as (soft, hard):
+            if soft != hard:
+                try:
+                    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                except OSError:
+                    pass
+        raise LimitExceeded(
+            f"no descriptor left to connect to cprd with ({error.strerror}): RLIMIT_NOFILE is"
+            f" {soft} (hard {hard}); raise it (ulimit -n, LimitNOFILE=)"
+        ) from None
+
+
+def send_now(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
+    """Send one message; `fds` are borrowed. Raises Lost, LimitExceeded (too many in flight),
+    BlockingIOError; the refusal of a daemon that has hung up."""
+    try:
+        send(sock, data, fds)
+    except _LOST:
+        try:
+            answer = receive_now(sock)
+        except OSError:
+            raise Lost from None
+        answer.checked()
+        raise Lost from None
+
+
+def receive_now(sock: socket.socket) -> Answer:
+    """One answer. Raises Lost, Garbled (what follows is lost, too), BlockingIOError."""
+    try:
+        try:
+            data, fds, seen = receive(sock, messages.MAX_ANSWER + 1, _DONTWAIT)
+        except ConnectionResetError:  # said once when the daemon left something unread
+            data, fds, seen = receive(sock, messages.MAX_ANSWER + 1, _DONTWAIT)
+    except _LOST:
+        raise Lost from None
+    answer = Answer(fds)
+    answer.cut = bool(seen & _CTRUNC)
+    try:
+        if not data and not fds:
+            raise Lost
+        if seen & _TRUNC:
+            raise messages.Garbled(f"an answer longer than {messages.MAX_ANSWER} bytes")
+        answer.number, said = messages.parse_answer(data)
+    except BaseException:
+        answer.close()
+        raise
+    if isinstance(said, CprdError):
+        answer.error = said
+    else:
+        answer.fields = said
+    return answer
