@@ -1,4 +1,4 @@
-"""A client's socket: connect, send, receive. What every driver does between two waits."""
+"""A client's socket: connect, send, receive. The system calls between two waits of a driver."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _new_socket() -> socket.socket:
 
 
 def send_now(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
-    """Send one message; `fds` are borrowed. Raises Lost, LimitExceeded (too many in flight),
+    """Send a message; `fds` are borrowed. Raises Lost, LimitExceeded (too many in flight),
     BlockingIOError; the refusal of a daemon that has hung up."""
     try:
         send(sock, data, fds)
@@ -79,7 +79,7 @@ def send_now(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
 
 
 def receive_now(sock: socket.socket) -> Answer:
-    """One answer. Raises Lost, Garbled (what follows is lost, too), BlockingIOError."""
+    """An answer. Raises Lost, Garbled (what follows is lost, too), BlockingIOError."""
     try:
         try:
             data, fds, seen = receive(sock, messages.MAX_ANSWER + 1, _DONTWAIT)

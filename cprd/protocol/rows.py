@@ -13,7 +13,7 @@ Phase = Literal[
 
 
 class Row(TypedDict):
-    """One hold, as list() shows the hold."""
+    """A hold, as list() shows the hold."""
 
     name: str
     generation: int
@@ -48,7 +48,7 @@ class Section(_Section, total=False):
 
 
 class Shown(Row):
-    """One hold, as show() shows the hold."""
+    """A hold, as show() shows the hold."""
 
     descriptors: list[Descriptor]
     sections: list[Section]
@@ -60,7 +60,7 @@ class Usage(TypedDict):
 
 
 class Status(TypedDict):
-    """The daemon, as status() shows the daemon: to root all of it, to others their own part."""
+    """The daemon, as status() shows the daemon: to root everything, to others the part of the own uid."""
 
     server: str  # "cprd 0.1.0"
     pid: int
