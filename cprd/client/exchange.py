@@ -430,6 +430,7 @@ def request(
     until = began + call.wait + timeout
     patience = min(RETRY_FOR, timeout)
     give_up = 0.0
+    away = False  # nobody accepts
     try:
         yield Step("turn", until, shielded)
         while True:
@@ -442,20 +443,20 @@ def request(
                 answer = yield from _ask(line, call, until, shielded, tried - began)
                 break
             except (Lost, Unavailable) as error:
-                was_open = line.sock is not None
+                was_open, away = line.sock is not None, isinstance(error, Unavailable)
                 line.drop()
                 now = monotonic()
                 if now - tried > SERVED or not give_up:  # the daemon was there in between
                     give_up = min(until, now + patience)
                 if now >= give_up:
-                    why = error if isinstance(error, Unavailable) else "the connection is lost"
+                    why = error if away else "the connection is lost"
                     raise Unavailable(f"no answer: {why}") from None
                 if not was_open:
                     yield Step("sleep", now + RETRY_EVERY, shielded)
     except TimeoutError:
         if call.number is not None and not line.drop_for(call) and call.undo is not None:
             line.late[call.number] = call.undo
-        if line.sock is None and give_up:
+        if away:
             raise Unavailable(f"no cprd answers at {line.path} within {timeout:g} s") from None
         raise _mute(line, call.wait + timeout) from None
     except messages.Garbled:

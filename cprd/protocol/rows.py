@@ -60,7 +60,7 @@ class Usage(TypedDict):
 
 
 class Status(TypedDict):
-    """The daemon, as status() shows the daemon: to root everything, to others the part of the own uid."""
+    """The daemon. Root sees everything; others see the part of the own uid."""
 
     server: str  # "cprd 0.1.0"
     pid: int

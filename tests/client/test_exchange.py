@@ -252,9 +252,12 @@ def test_a_signal_handler_may_use_the_daemon_that_it_interrupts(daemon: DaemonPr
         claims: list[cprd.Claim] = []
         before = signal.signal(signal.SIGALRM, handle)
         try:
-            with asleep(daemon):
-                signal.setitimer(signal.ITIMER_REAL, 0.1)
-                client.list()
+            os.kill(daemon.pid, signal.SIGSTOP)
+            waker = threading.Timer(0.5, os.kill, (daemon.pid, signal.SIGCONT))
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            waker.start()
+            client.list()
+            waker.join()
         finally:
             signal.signal(signal.SIGALRM, before)
         (row,) = client.list()
