@@ -1,1 +1,1 @@
-"""A whole state packed into one descriptor: layout, packing, reading, looking inside."""
+"""Bundles: a whole state in one descriptor, packed, unpacked, and seen from outside."""

@@ -1,8 +1,8 @@
 """Look at what is held, without a claim and without disturbing the bundle.
 
 `check` looks from outside only, as cprd does. `describe_bundle` reads the bundle: the descriptors
-of others get installed here for a moment. Nothing is asked of them that can block; a thread of its
-own closes them, because that can.
+of others get installed here for a moment. No question to a descriptor can block; a close can, so
+another thread closes all.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ SMALL = 4096  # bytes of a section whose value is shown
 
 
 def check(fd: int, parked: int, *, seal: bool) -> None:
-    """Look at the outside of a bundle, whose root holds `parked` descriptors as its saver says:
-    what cprd does with what is saved, O(1) in what lies below the root.
+    """Look at the outside of a bundle; the saver says that the root holds `parked` descriptors.
 
-    `fd` is borrowed. With `seal`, nothing can be appended afterwards. Raises Damaged when it is
-    not a whole bundle, OSError (EMFILE) when there is no descriptor left to look with.
+    cprd does no more for each save: O(1) whatever lies below the root. `fd` is borrowed. With
+    `seal`, nothing can be appended afterwards. Raises Damaged for anything but a whole bundle,
+    OSError (EMFILE) when there is no descriptor left to look with. Does not block.
 
-    The header is not read. A read takes the socket's lock, and whoever else has the socket can
-    sleep with that lock in hand (in recv(), in a page of a file system of its own); so can the
-    owner of a TCP socket in send(), and getsockname() waits for it. Nothing here takes either."""
+    The header is not read. A read takes the socket's lock, and another owner of the socket can
+    sleep with the lock in hand (in recv(), in a page of a file system); so can the owner of a TCP
+    socket in send(), and getsockname() waits for the lock. No call here takes either lock."""
     if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
         raise Damaged("not a bundle: not a socket")
     found = scm_fds(fd)
@@ -69,9 +69,9 @@ def _check_counts(sock: socket.SocketType, found: int, parked: int) -> None:
 
 
 def describe_bundle(row: dict[str, Any], bundle: int) -> dict[str, Any]:
-    """`row` with "descriptors" and "sections" of a bundle, which this closes (-1: none).
+    """Return `row` with "descriptors" and "sections" of a bundle; closes `bundle` (-1: none).
 
-    Raises LimitExceeded when its descriptors do not fit in this process."""
+    Raises LimitExceeded when the descriptors do not fit in the process."""
     row["descriptors"] = []
     row["sections"] = []
     if bundle < 0:

@@ -2,9 +2,9 @@
 
 A bundle is the receiving end of an AF_UNIX SOCK_SEQPACKET pair whose sending end is closed and
 whose queue holds one message: a header and up to 253 descriptors. More descriptors make a tree:
-every node is such a socket, the root's descriptors are the sockets below it. The first descriptor
-of all is the manifest, a sealed memfd with the keys and the small sections; then come the sections
-that are memfds, then the descriptors in the order of saving.
+every node is such a socket, the root's descriptors are the sockets below. The first descriptor of
+all is the manifest, a sealed memfd with the keys and the small sections; then come the sections
+in memfds, then the descriptors in the order of saving.
 
 pack.py makes bundles, unpack.py reads them, inspect.py looks from outside. docs/bundle.md has the
 layout; the numbers behind the choice are in benchmarks/.
@@ -37,17 +37,17 @@ MAX_MANIFEST = 256 << 20  # bytes
 MAX_SECTIONS = 1 << 16
 MAX_NAME = 255  # bytes, of a descriptor or a section
 HEADER = struct.Struct("<4sHBBIIQQ")
-"""magic, version, kind (LEAF: what it carries is the state's; NODE: sockets), depth (0 = leaf),
-descriptors in this message, descriptors in all below it (manifest and sections included), bytes of
-sections in all (root only), number among its siblings."""
+"""magic, version, kind (LEAF: carries descriptors of the state; NODE: sockets), depth (0 = leaf),
+descriptors in the message, descriptors in all below (manifest and sections included), bytes of
+all sections (root only), number among the siblings."""
 
 Section = tuple[str, bool, bool, bytes]
 """Of a manifest: key, whether one msgpack value, whether in a memfd of its own, else the bytes."""
 
 
 class Header:
-    """The header of one node. Errors of the layout raise Damaged; another version raises Busy: that
-    is whole, for a program that can read it."""
+    """The header of one node. Errors of the layout raise Damaged; another version raises Busy: the
+    bundle is whole, for a newer program."""
 
     __slots__ = ("depth", "here", "index", "kind", "size", "total")
 
@@ -98,15 +98,15 @@ def encode_manifest(
 
 
 def _binary(key: str, data: memoryview) -> tuple[bytes, memoryview]:
-    """A key of a msgpack map and its binary value: what goes before it, and it."""
+    """A key of a msgpack map with the head of a binary value, and the value."""
     return msgpack.packb(key) + struct.pack(">BI", 0xC6, len(data)), data  # 0xC6: bin 32
 
 
 def decode_manifest(data: bytes | memoryview, most: int) -> tuple[bytes, array[int], list[Section]]:
     """(names joined by NUL, ids, sections) of a manifest whose bundle carries `most` descriptors.
 
-    A hostile manifest makes no more of itself than some times its bytes: containers and extension
-    types are refused where none belongs, and no name is longer than a name can be. Raises Damaged.
+    A hostile manifest takes no more memory than some times the bytes: containers and extension
+    types are refused where none belongs, and so are names above 255 bytes. Raises Damaged.
     """
     if len(data) > MAX_MANIFEST:
         raise Damaged(f"a manifest of {len(data)} bytes; the limit is {MAX_MANIFEST}")

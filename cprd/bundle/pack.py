@@ -33,7 +33,7 @@ _UNIX, _SEQPACKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
 
 class Packed:
-    """A packed state. `fd` is owned by whoever holds this object until close()."""
+    """A packed state. The object owns `fd`, the bundle, until close()."""
 
     __slots__ = ("_made", "depth", "fd", "fds", "parked", "size")
 
@@ -48,8 +48,8 @@ class Packed:
         self._made = made  # what else was made, of no use any more
 
     def close(self) -> None:
-        """Close everything that packing made: not before the bundle has been handed over, for each
-        of these closes makes the kernel look for garbage among its sockets."""
+        """Close everything that packing made. Call after handing the bundle over: each close makes
+        the kernel look for garbage among sockets."""
         made, self._made = self._made, []
         if self.fd >= 0:
             made.append(self.fd)
@@ -60,8 +60,8 @@ class Packed:
 def pack(state: State, forbidden: Sequence[int] = ()) -> Packed:
     """Park everything in `state` in a new bundle; the caller owns the result, `state` is untouched.
 
-    `forbidden`: sockets (fds) that must not be in it, because the bundle would come to lie in their
-    own queues. Does not block. Raises InvalidInput (naming key or section) and LimitExceeded
+    `forbidden`: sockets (fds) that may not be in the state, because the bundle would come to lie in
+    their own queues. Does not block. Raises InvalidInput (naming key or section) and LimitExceeded
     (naming the limit)."""
     columns = state.columns()
     if len(columns[2]) <= FEW:
@@ -110,8 +110,8 @@ def _pack(state: State, columns: Columns, forbidden: Sequence[int]) -> Packed:
 
 
 def _sections(state: State, made: list[int]) -> tuple[list[Section], list[int], int]:
-    """The sections for the manifest, the memfds of the large ones, and the bytes of all. What was
-    opened for this bundle is appended to `made`."""
+    """The sections for the manifest, the memfds of large sections, and the bytes of all sections.
+    Appends to `made` the memfds that were opened for the bundle."""
     described: list[Section] = []
     memfds: list[int] = []
     size = 0
@@ -139,7 +139,7 @@ class _Parking:
         self.parked = self.depth = 0  # of the socket that was made last: the root, in the end
 
     def tree(self, carried: Sequence[int], size: int) -> int:
-        """One socket (not in `made`) that carries all of `carried`, which stays the caller's."""
+        """One socket (not in `made`) that carries all of `carried`, borrowed."""
         count = len(carried)
         if count <= SCM_MAX_FD:
             return self.socket_with(LEAF, 0, carried, count, size, 0)
@@ -167,8 +167,7 @@ class _Parking:
     def socket_with(
         self, kind: int, depth: int, fds: Sequence[int], total: int, size: int, index: int
     ) -> int:
-        """A socket (not in `made`) whose queue holds one message with `fds`, which stay the
-        caller's."""
+        """A socket (not in `made`) with one message of `fds`, borrowed, in the queue."""
         inlet, outlet = socket.socketpair(_UNIX, _SEQPACKET)
         self.made += (inlet.fileno(), outlet.fileno())
         try:
@@ -222,7 +221,7 @@ def _key(columns: Columns, number: int) -> str:
 
 
 def _explain(error: OSError, columns: Columns) -> Exception:
-    """What the kernel's errno means for whoever saves."""
+    """The kernel's errno as an error for the saving program."""
     soft, hard = limits()
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return LimitExceeded(

@@ -24,10 +24,11 @@ _UNIX, _SEQPACKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
 
 def unpack(fd: int) -> State:
-    """Peek a whole state out of a bundle, which stays the caller's and as it was.
+    """Peek a whole state out of a bundle; `fd` is borrowed, the bundle stays as before.
 
-    The returned state owns its descriptors. Raises Damaged when anything is missing or too much,
-    and LimitExceeded when they do not fit in this process; then none is left open."""
+    The returned state owns the descriptors. Raises Damaged when anything is missing or too much,
+    and LimitExceeded when the process has no room; no descriptor is left open then. Does not block.
+    """
     sock = as_socket(fd)
     try:
         root = _peek_header(sock)
@@ -45,7 +46,7 @@ def unpack(fd: int) -> State:
 
 
 def _peek(fd: int, depth: int, index: int, carried: array[int]) -> None:
-    """Append all descriptors below one node to `carried`, whose owner closes them on an error.
+    """Append all descriptors below one node to `carried`; the caller closes `carried` on an error.
 
     One look at each socket: five system calls for 253 descriptors. `fd` is borrowed."""
     sock = as_socket(fd)
@@ -107,7 +108,7 @@ def _room_for(root: Header) -> None:
 
 
 def _cut_short(header: Header) -> Exception:
-    """MSG_CTRUNC while peeking: nearly always EMFILE, which recvmsg does not say."""
+    """The error for MSG_CTRUNC while peeking: nearly always EMFILE, but recvmsg gives no errno."""
     soft, hard = limits()
     return LimitExceeded(
         f"not all of {header.total} descriptors could be installed (MSG_CTRUNC): open descriptors"
@@ -117,9 +118,9 @@ def _cut_short(header: Header) -> Exception:
 
 
 def as_socket(fd: int) -> socket.SocketType:
-    """A copy of `fd`, to be closed by the caller: an object that had the number itself would close
-    it, perhaps much later, should an interrupt lose it. Raises Damaged for what is no socket,
-    LimitExceeded."""
+    """A copy of `fd`, owned by the caller. An object with the number itself would close the number,
+    perhaps much later, after an interrupt. Raises Damaged for anything but a socket, LimitExceeded.
+    """
     try:
         copy = os.dup(fd)
     except OSError as error:
@@ -151,7 +152,7 @@ def _peek_header(sock: socket.SocketType) -> Header:
 
 
 def _state_of(root: Header, carried: array[int]) -> State:
-    """Make the state of what a bundle carried; it owns `carried` when this returns."""
+    """Make the state of `carried`; the state owns `carried` afterwards."""
     manifest = carried[0]
     _check_memfd(manifest, "the manifest")
     mapped = mapping(manifest)

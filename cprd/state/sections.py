@@ -1,4 +1,4 @@
-"""Sections of a state: msgpack values and raw buffers, and how their bytes are kept."""
+"""Sections of a state: msgpack values and raw buffers, and where their bytes lie."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class InlineSection:
 
 
 class Value:
-    """A section as the program set it, encoded when the state is packed; or a loaded section whose
-    value was asked for, with `stored` as it came: the same object at every access."""
+    """A value that the program set, encoded when the state is packed; or the value of a loaded
+    section, decoded once, with `stored` as before: the same object at every access."""
 
     __slots__ = ("stored", "value")
 
@@ -108,8 +108,8 @@ def check_section_key(key: str) -> None:
 def encode(key: str, value: Any) -> InlineSection:
     """The bytes of a section: raw for a buffer (of ctypes, numpy, ... too), else msgpack.
 
-    A buffer is not copied. Raises InvalidInput for any other value, with the path to the part that
-    msgpack cannot say."""
+    A buffer is not copied. Raises InvalidInput, with the path to the part that msgpack cannot say.
+    """
     if isinstance(value, bytes):
         return InlineSection(value, packed=False)
     if isinstance(value, bytearray | memoryview | mmap.mmap | array):
@@ -171,7 +171,7 @@ def _raw(key: str, value: Any) -> bytes | memoryview:
 
 
 def _why(path: str, value: Any, error: BaseException) -> str:
-    """Where in `value` the part is that msgpack cannot say, and what to do."""
+    """The path to the part of `value` that msgpack cannot say, and advice."""
     if isinstance(error, RecursionError) or "recursion limit" in str(error):
         return "lists and maps lie in each other deeper than msgpack can read"
     while True:
@@ -186,7 +186,7 @@ def _why(path: str, value: Any, error: BaseException) -> str:
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
-    """What lies in a value, each with the step that leads there."""
+    """The parts of a value, each with the step of a path."""
     if isinstance(value, dict):
         keys = [(f" key {key!r:.100}", key) for key in value]
         values = [

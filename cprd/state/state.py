@@ -1,6 +1,6 @@
-"""A state: what a predecessor leaves and a successor finds.
+"""A state, left by a predecessor and found by a successor.
 
-It knows nothing of how it travels: bundle/ packs and unpacks it.
+bundle/ packs and unpacks states: nothing here knows how states travel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class State(Descriptors, MutableMapping[str, "Any"]):
 
     A section is a msgpack value, or bytes and other buffers. A loaded state gives bytes back as a
     read-only memoryview, valid until the claim is closed, and tuples as lists. Values are encoded
-    when the state is saved: what a program changes in a value before that is saved.
+    when the state is saved, with all changes until then.
 
     After close(), or the end of the claim, every use raises InvalidInput."""
 
@@ -137,7 +137,7 @@ class State(Descriptors, MutableMapping[str, "Any"]):
         return [key for key in every if key not in self._asked]
 
     def close(self) -> None:
-        """Close what the state owns: untaken descriptors, mapped sections. Safe to repeat.
+        """Close all that the state owns: untaken descriptors, mapped sections. Safe to repeat.
 
         A borrowed descriptor stays open."""
         fds: Iterable[int] = ()
@@ -183,7 +183,7 @@ class State(Descriptors, MutableMapping[str, "Any"]):
 
 
 class _Closed(State):
-    """What a state becomes by close()."""
+    """A state after close()."""
 
     __slots__ = ()
 
