@@ -24,7 +24,7 @@ import cprd
 from cprd.linux.rights import close_all, receive, send
 from cprd.protocol import messages
 from tests.support import wire
-from tests.support.child import Child, Line
+from tests.support.child import Child, Line, become
 from tests.support.daemon import DaemonProcess
 from tests.support.goods import state_of, tcp_pair
 from tests.support.patience import PATIENCE, patience, rest, until
@@ -37,8 +37,7 @@ PROMPT = patience(0.25)  # s within which everybody else is answered
 def asks(line: Line, path: str) -> None:
     """Asks again and again until told to stop, as another uid if it can; says its longest waits."""
     if os.geteuid() == 0:
-        os.setgroups([])
-        os.setuid(23456)
+        become(23456)
     with cprd.connect(path) as daemon:
         line.say("here")
         waits = []
@@ -464,8 +463,12 @@ def test_one_nonce_for_everything_confuses_only_its_user(daemon: DaemonProcess) 
         assert connection.list() == []
 
 
-def test_files_that_block_do_not_keep_it_from_becoming_a_new_version(daemon: DaemonProcess) -> None:
-    """What is still to be closed goes along: exec would close it, and wait."""
+def test_files_that_block_do_not_keep_it_from_becoming_a_new_version(
+    new_daemon: DaemonProcess,
+) -> None:
+    """What is still to be closed goes along: exec would close it, and wait. (So does what ended
+    before: of a used cprd that is much, and what blocks keeps its uid from being served.)"""
+    daemon = new_daemon
     with contextlib.ExitStack() as peers, nobody_else_waits(daemon):
         with daemon.connect() as connection, raw(daemon.path) as sock:
             connection.save("web", state_of("", [], []))

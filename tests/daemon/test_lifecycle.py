@@ -17,7 +17,7 @@ from cprd.linux.rights import receive
 from cprd.protocol import messages
 from tests.support import wire
 from tests.support.checkout import open_to_all
-from tests.support.child import Child, Line
+from tests.support.child import Child, Line, become
 from tests.support.daemon import DaemonProcess
 from tests.support.goods import goods, state_of
 from tests.support.patience import PATIENCE, patience, rest, until
@@ -458,9 +458,7 @@ STRANGER = 12345
 
 
 def as_stranger(line: Line, path: str) -> None:
-    os.setgroups([])
-    os.setgid(STRANGER)
-    os.setuid(STRANGER)
+    become(STRANGER)
     with cprd.connect(path) as daemon:
         daemon.save("web", empty())
         assert [row["uid"] for row in daemon.list()] == [STRANGER]
@@ -522,8 +520,7 @@ def test_a_uid_that_is_not_mapped_is_refused(tmp_path: Path) -> None:
         unshare = ("--user", "--map-root-user")
 
     def comes(line: Line) -> None:
-        os.setgroups([])
-        os.setuid(STRANGER)
+        become(STRANGER)
         with pytest.raises(cprd.Denied, match="unmapped uid of another user namespace"):
             cprd.connect(daemon.path)
 

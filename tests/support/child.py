@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import signal
 import socket
 import sys
 from collections.abc import Callable
 
+import cprd.bundle
+import cprd.client
+import cprd.linux
+import cprd.protocol
 from tests.support.patience import PATIENCE
 
 
@@ -27,6 +33,17 @@ class Line:
         if not data:
             raise EOFError
         return data.decode().rstrip("\n")
+
+
+def become(uid: int) -> None:
+    """Give up root for `uid`, in a child. What a client of cprd imports is imported first: another
+    uid may not be able to read the checkout."""
+    for room in (cprd.client, cprd.bundle, cprd.protocol, cprd.linux):
+        for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+            importlib.import_module(module.name)
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
 
 
 class Child:

@@ -170,6 +170,7 @@ class DaemonProcess:
                 for row in daemon.list():
                     own = row["uid"] == os.getuid()
                     daemon.drop(row["name"] if own else f"{row['uid']}/{row['name']}", force=True)
+                until(lambda: not daemon.status()["closing"], lambda: "a close that blocks", 0.5)
             until(lambda: self.fds() == self._first_fds, lambda: "more descriptors", 0.5)
         except (AssertionError, cprd.CprdError):
             return False

@@ -15,7 +15,7 @@ import tempfile
 import cprd
 from cprd.protocol.lifecycle import CLAIMED, HELD, IN_DOUBT, PREPARED
 from tests.support.keeping import Kept, Task, Thing, things
-from tests.support.patience import PATIENCE
+from tests.support.patience import PATIENCE, patience
 
 GONE = ""
 
@@ -358,7 +358,7 @@ with cprd.connect() as daemon:
         assert all(row["name"] != name for row in daemon.list()), "confirmed, and there again"
         poll = select.poll()
         poll.register(reading, select.POLLIN)
-        assert poll.poll(patience(1) * 1000), "confirmed, and still held"
+        assert poll.poll(@SECOND@), "confirmed, and still held"
         os.close(reading)
         print(".", end="", flush=True)
 """
@@ -376,7 +376,7 @@ class Stream:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # until end()
         self.clients = [
             keeping.client(
-                *(ROUNDS, f"client{number}"),
+                *(ROUNDS.replace("@SECOND@", str(patience(1000))), f"client{number}"),
                 stdout=writing,
                 stderr=self.errors,
                 user=user if number % 3 == 0 else None,

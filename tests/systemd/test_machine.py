@@ -175,7 +175,7 @@ def test_a_killed_holder_takes_every_process_along_and_the_next_run_sweeps(
     os.close(init)
     # The cgroup may go on being busy for a moment after PID 1's end: until a run finds it empty.
     for _ in range(20):
-        subprocess.run([sys.executable, "-I", BOOT, "--", "true"], check=True)
+        subprocess.run([sys.executable, "-I", BOOT, "--", "true"], check=True, cwd="/")
         if not leftovers(mark):
             break
     assert not leftovers(mark)
@@ -183,7 +183,10 @@ def test_a_killed_holder_takes_every_process_along_and_the_next_run_sweeps(
 
 def test_boot_runs_one_command_and_hands_back_its_status(systemd_boots: None) -> None:
     done = subprocess.run(
-        [sys.executable, "-I", BOOT, "--", "sh", "-c", "systemctl is-system-running; pwd; exit 7"],
+        [
+            *(sys.executable, "-I", BOOT, f"--bind={CHECKOUT}", "--"),  # (it may lie below /tmp)
+            *("sh", "-c", "systemctl is-system-running; pwd; exit 7"),
+        ],
         check=False,
         capture_output=True,
         text=True,
