@@ -43,7 +43,7 @@ async def adopt(name: str, daemon: DaemonProcess, place: Path, seconds: float) -
     try:
         await plain.until_it_answers()
         load = asyncio.create_task(stream(plain, seconds, 200))
-        await asyncio.sleep(seconds * 0.2)
+        await asyncio.sleep(seconds * 0.2)  # of the load's time: any moment of it will do
         assert plain.process is not None
         pid = str(plain.process.pid)
         done = await asyncio.to_thread(cprctl, daemon, "save", name, "--pid", pid, "--listeners")
@@ -51,7 +51,7 @@ async def adopt(name: str, daemon: DaemonProcess, place: Path, seconds: float) -
         early = await asyncio.to_thread(cprctl, daemon, "run", name, "--", "true")
         assert early.returncode == 4, early.stderr
         assert f"pid {pid}" in early.stderr
-        await asyncio.sleep(seconds * 0.2)
+        await asyncio.sleep(seconds * 0.2)  # so it is here
         await plain.end(signal.SIGTERM)
         held.start()
         return await load
@@ -75,14 +75,14 @@ def test_a_service_that_runs_is_put_under_cprd_without_an_outage(
 
 
 SLEEP = """
-import socket, sys, time
+import signal, socket, sys
 kept = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
 twice = kept[0].dup()
 udp = socket.socket(type=socket.SOCK_DGRAM); udp.bind(("127.0.0.1", 0))
 client = socket.create_connection(kept[0].getsockname())
 served = kept[0].accept()[0]
 print(udp.fileno(), *(sock.getsockname()[1] for sock in kept), flush=True)
-time.sleep(600)
+signal.pause()
 """
 
 

@@ -236,7 +236,7 @@ with cprd.connect() as daemon:
     with daemon.load("web", wait=10) as claim:
         listener = socket.socket(fileno=claim.state.take_fd("listener", 0))
 try:
-    socket.create_connection(("127.0.0.1", port), timeout=PATIENCE).close()
+    socket.create_connection(("127.0.0.1", port), timeout=20).close()
     say("reached")
 except OSError as error:
     say(type(error).__name__, listener.getsockname()[1] == port)
