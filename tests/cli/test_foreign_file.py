@@ -28,7 +28,6 @@ pytestmark = [
 SAVE = """
 import os, signal, sys
 import cprd
-from tests.support.patience import PATIENCE, patience
 state = cprd.State()
 state.save_fd("foreign", 0, os.open(sys.argv[1], os.O_RDONLY))
 with cprd.connect() as daemon:
