@@ -47,7 +47,12 @@ def test_every_verb_is_documented_with_its_fields() -> None:
 def test_the_python_page_has_every_public_name_with_its_parameters() -> None:
     page = (CHECKOUT / "docs/python.md").read_text()
     documented = set(re.findall(r"^`((?:\w+\.)?\w+\(.*\))` →", page, re.M))
-    carriers = {"columns", "has_any", "owning", "sections"}  # for what packs a state and unpacks one
+    carriers = {
+        "columns",
+        "has_any",
+        "owning",
+        "sections",
+    }  # for what packs a state and unpacks one
     wanted = {f"connect{_parameters(cprd.connect)}"}
     for made in (cprd.State, cprd.Claim, cprd.Daemon, cprd.Prepared):
         ours = [base for base in made.__mro__ if base.__module__.startswith("cprd.")]
