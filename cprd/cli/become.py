@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cprd.cli.names import listen_fdnames
 from cprd.errors import CprdError, InvalidInput, LimitExceeded
+from cprd.linux import listen_fds
+from cprd.linux.listen_fds import FIRST
 from cprd.linux.nofile import raise_soft_limit, set_soft_limit
 from cprd.linux.stdio import flush, note
 
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
 
     from cprd import State
-
-FIRST = 3  # SD_LISTEN_FDS_START
-_OLD = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES", "CPRD_BIND")
 
 
 def program(command: Sequence[str] | None) -> str:
@@ -126,26 +125,6 @@ class Crew:
                 state[key] = value
         return state
 
-    def place(self) -> None:
-        """Move the descriptors to 3 and up, open across exec; what was there is closed. Needs one
-        free descriptor, however many there are."""
-        at = {fd: i for i, fd in enumerate(self.fds)}
-        for i, fd in enumerate(self.fds):
-            target = FIRST + i
-            if fd == target:
-                os.set_inheritable(fd, True)
-                continue
-            other = at.get(target)
-            if other is not None:  # one of ours stands there, and its turn comes later
-                moved = fcntl.fcntl(target, fcntl.F_DUPFD_CLOEXEC, target + 1)
-                self.fds[other] = moved
-                at[moved] = other
-            os.dup2(fd, target)
-            os.close(fd)
-            at.pop(fd, None)
-            self.fds[i] = target
-            at[target] = i
-
 
 class Interrupted(BaseException):
     """A signal came that ends a process (its number is the argument)."""
@@ -184,15 +163,12 @@ def become(
 
     Raises when that fails (OSError) or a signal came before it (Interrupted); the crew is whole
     then."""
-    environment = {key: value for key, value in os.environ.items() if key not in _OLD}
+    environment = {key: value for key, value in os.environ.items() if key != "CPRD_BIND"}
     names = crew.fdnames()
-    crew.place()
+    listen_fds.place(crew.fds)
+    listen_fds.announce(0 if variables is not None else len(crew.fds), names, environment)
     if variables is not None:
         environment |= variables()
-    elif crew.fds:
-        environment["LISTEN_FDS"] = str(len(crew.fds))
-        environment["LISTEN_PID"] = str(os.getpid())
-        environment["LISTEN_FDNAMES"] = names
     limit.restore(len(crew.fds))
     flush()
     # Python ignores these two, and what is ignored stays ignored across exec.

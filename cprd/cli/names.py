@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cprd.errors import LimitExceeded
+from cprd.linux.listen_fds import MAX_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 VARIABLE = "LISTEN_FDNAMES"
-LIMIT = 128 * 1024  # MAX_ARG_STRLEN, linux/binfmts.h: one variable, its name and a NUL included
 _PLAIN = frozenset(range(0x20, 0x7F)) - frozenset(b":%")
 
 
@@ -51,10 +51,11 @@ def listen_fdnames(keys: Iterable[tuple[str, int]], sections: Iterable[str]) -> 
     names = [fd_name(name, id) for name, id in keys] + [section_name(key) for key in sections]
     value = ":".join(names)
     needed = len(VARIABLE) + 1 + len(value) + 1
-    if needed > LIMIT:
+    if needed > MAX_NAMES:
         raise LimitExceeded(
-            f"{VARIABLE} for {len(names)} names would take {needed} bytes, and Linux allows {LIMIT}"
-            " in one variable: use shorter keys, or load with `import cprd` instead of cprctl"
+            f"{VARIABLE} for {len(names)} names would take {needed} bytes, and Linux allows"
+            f" {MAX_NAMES} in one variable: use shorter keys, or load with `import cprd` instead of"
+            " cprctl"
         )
     return value
 

@@ -7,7 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cprd import LimitExceeded
-from cprd.cli.names import LIMIT, fd_name, listen_fdnames, parse, section_name
+from cprd.cli.names import fd_name, listen_fdnames, parse, section_name
+from cprd.linux.listen_fds import MAX_NAMES
 
 IDS = st.integers(-(2**31), 2**31 - 1)
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
@@ -59,7 +60,7 @@ def test_no_two_keys_share_a_name(keys: set[tuple[str, int]], sections: set[str]
 
 
 def test_the_limit_is_that_of_one_variable() -> None:
-    room = LIMIT - len("LISTEN_FDNAMES=") - 1
+    room = MAX_NAMES - len("LISTEN_FDNAMES=") - 1
     assert len(listen_fdnames([("x" * room, 0)], [])) == room
     with pytest.raises(LimitExceeded, match="131072"):
         listen_fdnames([("x" * (room + 1), 0)], [])

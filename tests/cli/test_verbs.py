@@ -584,6 +584,7 @@ def test_descriptors_are_placed_whatever_their_numbers_were(tmp_path: Path) -> N
     code = """
 import os, random
 from cprd.cli.become import Crew
+from cprd.linux import listen_fds
 random.seed({seed})
 numbers = random.sample(range(3, 60), 30)
 made = [os.eventfd(i + 1) for i in range(30)]
@@ -593,7 +594,7 @@ crew = Crew()
 for i, number in enumerate(numbers):
     crew.add("e", i, os.dup2(high[i], number)); os.close(high[i])
 before = len(os.listdir("/proc/self/fd"))
-crew.place()
+listen_fds.place(crew.fds)
 assert [os.eventfd_read(3 + i) for i in range(30)] == list(range(1, 31))
 assert crew.fds == list(range(3, 33))
 assert all(os.get_inheritable(fd) for fd in crew.fds)
