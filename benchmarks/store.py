@@ -37,20 +37,20 @@ MEMORY = "/run/cprd-memory/cprd.sock"
 
 FDSTORE = f"""
 import os, sys, time
-from cprd.systemd import notify as systemd
-manager = systemd.Manager.from_environment(os.environ)
-systemd.drive(manager.tell(systemd.ready()), 10)
+from cprd.systemd import fdstore, notify
+manager = notify.Manager.from_environment(os.environ)
+notify.drive(manager.tell(notify.ready()), 10)
 fds = [os.eventfd(0) for _ in range({COUNT})]
 with open("/run/boot/go") as go, open("/run/boot/took", "w") as took:
     for _ in go:
         start = time.perf_counter()
         for number, fd in enumerate(fds):
-            systemd.drive(manager.store(f"n{{number}}", fd))
-        systemd.drive(manager.barrier())
+            notify.drive(fdstore.store(manager, f"n{{number}}", fd))
+        notify.drive(manager.barrier())
         print(time.perf_counter() - start, file=took, flush=True)
         for number in range(len(fds)):
-            systemd.drive(manager.remove(f"n{{number}}"))
-        systemd.drive(manager.barrier())
+            notify.drive(fdstore.remove(manager, f"n{{number}}"))
+        notify.drive(manager.barrier())
         print("removed", file=took, flush=True)
 """
 

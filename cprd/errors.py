@@ -92,3 +92,15 @@ CODES: dict[str, type[CprdError]] = {
         InvalidInput,
     )
 }
+
+
+_EXTRAS = {"trio": "daemon", "rich": "cli"}
+"""Packages that only a part of cprd needs, and the extra of cprd that brings each."""
+
+
+def absent(package: str, part: str) -> str:
+    """The words for `part` of cprd that lacks a package: how to install it."""
+    return (
+        f"{part} needs the Python package {package}: pip install 'cprd[{_EXTRAS[package]}]'"
+        f" (Debian: apt-get install python3-{package})"
+    )

@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 from collections import Counter
+from functools import partial
 
 import trio
 
@@ -21,6 +22,7 @@ from cprd.daemon.config import Config
 from cprd.daemon.connection import Blocked, Connection, Peer, Request
 from cprd.daemon.steps import Roles, Steps
 from cprd.daemon.storage.shelves import Keeper
+from cprd.daemon.tending import tend
 from cprd.daemon.waiters import no_descriptor
 from cprd.errors import Busy, CprdError, Denied, LimitExceeded, NotHeld, ProtocolError
 from cprd.linux import nofile, processes
@@ -84,15 +86,16 @@ class Server:
                 " raise LimitNOFILE= of cprd.service, or drop holds"
             )
 
-    async def serve(self, listener: socket.socket) -> None:
-        """Serve until cancelled. `listener` is borrowed."""
-        listener.setblocking(False)
+    async def serve(self, *listeners: socket.socket) -> None:
+        """Serve until cancelled. `listeners` are borrowed."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(log.write_behind)
-            nursery.start_soon(self.steps.pidfds.watch)
-            nursery.start_soon(self.steps.watch_deadlines)
-            nursery.start_soon(self.steps.end_orphans)
-            nursery.start_soon(self._accept, listener, nursery)
+            nursery.start_soon(tend, "log", log.write_behind)
+            nursery.start_soon(tend, "processes", self.steps.pidfds.watch)
+            nursery.start_soon(tend, "deadlines", self.steps.watch_deadlines)
+            nursery.start_soon(tend, "orphans", self.steps.end_orphans)
+            for listener in listeners:
+                listener.setblocking(False)
+                nursery.start_soon(tend, "accept", partial(self._accept, listener, nursery))
 
     # Admission
 

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from typing import NoReturn
 
 from cprd.errors import Unavailable
 from cprd.keep import messages
@@ -12,20 +13,21 @@ PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py"
 
 
 def become_parent(
-    listener: socket.socket, inode: tuple[int, int] | None, command: list[str]
-) -> None:
-    """Execute the parent of `command`, which is to serve `listener`. Never returns. The parent
-    removes the listener's file at the end, unless `inode` is None or not the file's any more.
+    listeners: list[tuple[str, socket.socket]], inode: tuple[int, int] | None, command: list[str]
+) -> NoReturn:
+    """Execute the parent of `command`, which is to serve `listeners` (name, socket), at least one
+    of them. The parent removes the first listener's file at the end, unless `inode` is None or not
+    the file's any more.
 
     Raises Unavailable, with the message socket's file at most left behind."""
-    path = listener.getsockname()
+    path = listeners[0][1].getsockname()
     if not isinstance(path, str) or not path:
         raise Unavailable("cprd --keep wants a listening socket that has a path")
     record = Record()
     if inode is not None:
         record.path, record.inode = os.path.abspath(path), inode
     record.notify_path = os.path.abspath(path) + ".keep"
-    record.sockets = [("cprd.socket", listener.fileno())]
+    record.sockets = [(name, sock.fileno()) for name, sock in listeners]
     try:
         notify = messages.listen(record.notify_path)
         record.notify = notify.fileno()

@@ -20,6 +20,8 @@ from .keeping import children, environment
 # Both the one that was killed and the next one read the same pipe, so no byte too much.
 CHILD = """
 import os, signal, socket, sys, time
+from cprd.linux import listen_fds
+from cprd.systemd import fdstore
 from cprd.systemd.notify import *
 
 def line():
@@ -31,9 +33,13 @@ def line():
 def say(*words):
     print(*words, flush=True)
 
+def remove(*names):
+    for name in names:
+        drive(fdstore.remove(manager, name))
+
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 signal.signal(signal.SIGHUP, lambda *_: None)
-named = listen_fds(os.environ)
+named = listen_fds.take(os.environ)
 kept = named[1:]
 manager = Manager.from_environment(os.environ)
 say("started", *(name for name, _ in named))

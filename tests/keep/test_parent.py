@@ -55,29 +55,27 @@ def toy(make: Make) -> Toy:
 def test_what_was_stored_comes_back_after_kill_9_newest_first(toy: Toy) -> None:
     before = open_fds(toy.pid)
     toy.do("made = [('a', os.eventfd(1)), ('b', os.eventfd(2)), ('c d', os.eventfd(3))]")
-    assert toy.ask("say(drive(manager.keep(made)))") == "True"
+    assert toy.ask("say(drive(fdstore.keep(manager, made)))") == "True"
     os.kill(toy.child, signal.SIGKILL)
     assert toy.hears() == "started cprd.socket c d b a"
     assert toy.ask("say(*(os.eventfd_read(fd) for _, fd in kept))") == "3 2 1"
     assert toy.ask("say(os.get_inheritable(kept[0][1]), os.environ['FDSTORE'])")[:5] == "False"
     assert open_fds(toy.pid) == before + 3
-    toy.ask(
-        "drive(manager.remove('c d')); drive(manager.remove('a')); drive(manager.barrier()); say()"
-    )
+    toy.ask("remove('c d', 'a'); drive(manager.barrier()); say()")
     assert open_fds(toy.pid) == before + 1
 
 
 def test_all_entries_of_a_name_are_removed_and_no_other(toy: Toy) -> None:
-    toy.do("[drive(manager.store(n, os.eventfd(0))) for n in ('x', 'y', 'x', 'x2')]")
-    toy.ask("drive(manager.remove('x')); drive(manager.barrier()); say()")
+    toy.do("[drive(fdstore.store(manager, n, os.eventfd(0))) for n in ('x', 'y', 'x', 'x2')]")
+    toy.ask("remove('x'); drive(manager.barrier()); say()")
     assert toy.kill() == ["cprd.socket", "x2", "y"]
 
 
 def test_the_same_open_file_is_kept_once_under_its_first_name(toy: Toy) -> None:
     toy.do("s, t = socket.socketpair(); e = os.eventfd(0)")
     toy.do(
-        "[drive(manager.store(f'{n}{i}', f)) for i in (1, 2) for n, f in (('s', s.fileno()),"
-        " ('e', os.dup(e)), ('t', os.dup(t.fileno())))]"
+        "[drive(fdstore.store(manager, f'{n}{i}', f)) for i in (1, 2)"
+        " for n, f in (('s', s.fileno()), ('e', os.dup(e)), ('t', os.dup(t.fileno())))]"
     )
     toy.ask("drive(manager.barrier()); say()")
     assert toy.kill() == ["cprd.socket", "t1", "e1", "s1"]
@@ -98,19 +96,21 @@ def test_a_full_store_is_noticed_by_the_witness_and_loses_nothing_of_before(make
     toy = make(prefix=("prlimit", "--nofile=310:310"))  # room for 5
     toy.start()
     toy.do("one = [(f'n{i}', os.eventfd(i)) for i in range(4)]")
-    assert toy.ask("say(drive(manager.keep(one)))") == "True"  # and one for the witness
+    assert toy.ask("say(drive(fdstore.keep(manager, one)))") == "True"  # and one for the witness
     assert (
-        toy.ask("say(drive(manager.keep([('more', os.eventfd(0)), ('m2', os.eventfd(0))])))")
+        toy.ask(
+            "say(drive(fdstore.keep(manager, [('more', os.eventfd(0)), ('m2', os.eventfd(0))])))"
+        )
         == "False"
     )
     assert "not-stored" in toy.said()
-    toy.ask("drive(manager.remove('more')); drive(manager.barrier()); say()")
+    toy.ask("remove('more'); drive(manager.barrier()); say()")
     assert toy.kill() == ["cprd.socket", "n3", "n2", "n1", "n0"]
 
 
 def test_names_that_would_not_fit_the_environment_are_refused(toy: Toy) -> None:
     toy.do("made = [(f'{i:0250}', os.eventfd(0)) for i in range(600)]")
-    assert toy.ask("say(drive(manager.keep(made)))") == "False"
+    assert toy.ask("say(drive(fdstore.keep(manager, made)))") == "False"
     names = toy.kill()
     assert 500 < len(names) < 600
 
@@ -119,7 +119,7 @@ def test_a_polled_entry_goes_when_it_hangs_up_and_others_stay(toy: Toy) -> None:
     before = open_fds(toy.pid)
     toy.do("a, b = socket.socketpair(); c, d = socket.socketpair()")
     toy.do("drive(manager.tell(b'FDSTORE=1\\nFDNAME=polled', [a.fileno()]))")
-    toy.ask("drive(manager.store('not', c.fileno())); drive(manager.barrier()); say()")
+    toy.ask("drive(fdstore.store(manager, 'not', c.fileno())); drive(manager.barrier()); say()")
     assert open_fds(toy.pid) == before + 2
     toy.do("a.close(); b.close(); c.close(); d.close()")
     until(lambda: open_fds(toy.pid) == before + 1, lambda: f"{open_fds(toy.pid)} descriptors")
@@ -128,7 +128,7 @@ def test_a_polled_entry_goes_when_it_hangs_up_and_others_stay(toy: Toy) -> None:
 
 def test_only_the_child_itself_is_listened_to(toy: Toy) -> None:
     before = open_fds(toy.pid)
-    forged = "drive(manager.store('forged', os.eventfd(0))), drive(manager.barrier(), 20)"
+    forged = "drive(fdstore.store(manager, 'forged', os.eventfd(0))), drive(manager.barrier(), 20)"
     toy.ask(f"(pid := os.fork()) or ({forged}, os._exit(0)); os.waitpid(pid, 0); say()")
     assert open_fds(toy.pid) == before
     assert toy.kill() == ["cprd.socket"]
@@ -139,7 +139,9 @@ def test_what_was_sent_before_a_death_counts_for_the_next_start(toy: Toy) -> Non
     os.kill(toy.pid, signal.SIGSTOP)
     await_state(toy.pid, "T")
     toy.do("n = 0")
-    toy.do("exec('while manager.send_now(store_message(f\"q{n}\"), [os.eventfd(0)]): n += 1')")
+    toy.do(
+        "exec('while manager.send_now(fdstore.store_message(f\"q{n}\"), [os.eventfd(0)]): n += 1')"
+    )
     count = int(toy.ask("say(n)"))
     assert count >= 5
     child = toy.child
@@ -153,13 +155,11 @@ def test_nothing_gathers_in_the_parent(toy: Toy) -> None:
     before = open_fds(toy.pid)
     for _ in range(3):
         toy.do("made = [(f'n{i}', os.eventfd(0)) for i in range(100)]")
-        assert toy.ask("say(drive(manager.keep(made)))") == "True"
+        assert toy.ask("say(drive(fdstore.keep(manager, made)))") == "True"
         toy.ask("drive(manager.barrier()); say()")
         assert open_fds(toy.pid) == before + 100
         assert len(toy.kill()) == 101
-        toy.ask(
-            "[drive(manager.remove(name)) for name, _ in kept]; drive(manager.barrier()); say()"
-        )
+        toy.ask("remove(*(name for name, _ in kept)); drive(manager.barrier()); say()")
         assert open_fds(toy.pid) == before
 
 
@@ -170,7 +170,7 @@ def test_a_child_that_stands_still_is_replaced(make: Make) -> None:
     toy = make(watchdog=0.3)
     toy.start()
     assert toy.ask("say(watchdog_interval(os.environ))") == "0.3"
-    toy.ask("drive(manager.store('x', os.eventfd(0))); drive(manager.barrier()); say()")
+    toy.ask("drive(fdstore.store(manager, 'x', os.eventfd(0))); drive(manager.barrier()); say()")
     os.kill(toy.child, signal.SIGSTOP)  # which SIGABRT does not end
     assert toy.restarted() == ["cprd.socket", "x"]
     assert "how='signal 9'" in toy.said()
@@ -196,7 +196,9 @@ def test_a_killed_child_that_a_file_system_does_not_let_go_is_given_up(
         assert mute.stdout.readline() == "mounted\n"
         toy = make(watchdog=0.3)
         toy.start()
-        toy.ask("drive(manager.store('x', os.eventfd(0))); drive(manager.barrier()); say()")
+        toy.ask(
+            "drive(fdstore.store(manager, 'x', os.eventfd(0))); drive(manager.barrier()); say()"
+        )
         toy.ask(f"hangs = os.open('/proc/{mute.pid}/root{mounted}/file', os.O_RDWR); say()")
         assert mute.stdout.readline() == "open\n"
         stuck = toy.child
@@ -240,7 +242,7 @@ def test_once_it_has_served_any_end_of_the_child_is_followed_by_a_start(toy: Toy
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_ends_both_and_the_last_line_says_what_ended(toy: Toy, number: int) -> None:
     toy.do("signal.signal(signal.SIGINT, lambda *_: sys.exit(5))")
-    toy.ask("drive(manager.store('x', os.eventfd(0))); drive(manager.barrier()); say()")
+    toy.ask("drive(fdstore.store(manager, 'x', os.eventfd(0))); drive(manager.barrier()); say()")
     child = toy.child
     assert toy.end(number) == (0 if number == signal.SIGTERM else 5)
     assert not Path(f"/proc/{child}").exists()
@@ -291,7 +293,7 @@ def test_nobody_reads_stderr_and_it_goes_on(make: Make) -> None:
 @pytest.mark.parametrize("more", [0, 1100])  # descriptors beyond what select() can name
 def test_it_replaces_itself_and_keeps_everything(toy: Toy, more: int) -> None:
     toy.do(f"made = [('x', os.eventfd(7)), *((f'm{{i}}', os.eventfd(0)) for i in range({more}))]")
-    assert toy.ask("say(drive(manager.keep(made)))") == "True"
+    assert toy.ask("say(drive(fdstore.keep(manager, made)))") == "True"
     toy.ask("drive(manager.barrier()); say()")
     child, before = toy.child, open_fds(toy.pid)
     for count in (1, 2):
@@ -310,7 +312,7 @@ def test_a_newer_parent_that_does_not_work_is_refused(make: Make, tmp_path: Path
     shutil.copytree(ROOM, copy)
     toy = make(keep=copy)
     toy.start()
-    toy.ask("drive(manager.keep([('x', os.eventfd(7))])); drive(manager.barrier()); say()")
+    toy.ask("drive(fdstore.keep(manager, [('x', os.eventfd(7))])); drive(manager.barrier()); say()")
     record = (copy / "record.py").read_text()
     for broken in ("no Python", record.replace("VERSION = 1", "VERSION = 22")):
         (copy / "record.py").write_text(broken)
@@ -339,7 +341,7 @@ def test_a_manager_above_is_told(make: Make, tmp_path: Path) -> None:
         assert not [message for message in heard if "READY" in message]
         toy.do("drive(manager.tell(ready('2 holds')))")
         await_message("READY=1\nSTATUS=2 holds")
-        assert toy.ask("say(drive(manager.keep([('x', os.eventfd(7))])))") == "True"
+        assert toy.ask("say(drive(fdstore.keep(manager, [('x', os.eventfd(7))])))") == "True"
         await_message("WATCHDOG=1")
         os.kill(toy.child, signal.SIGKILL)
         await_message("STATUS=cprd ended (signal 9)")
@@ -359,7 +361,7 @@ def test_it_does_nothing_while_nothing_happens(toy: Toy) -> None:
         status = Path(f"/proc/{toy.pid}/status").read_text()
         return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
 
-    toy.ask("drive(manager.keep([('x', os.eventfd(7))])); drive(manager.barrier()); say()")
+    toy.ask("drive(fdstore.keep(manager, [('x', os.eventfd(7))])); drive(manager.barrier()); say()")
     before = spent(), switches()
     rest(0.5)  # nothing to wait for: it must not wake up
     assert spent() - before[0] <= 1

@@ -314,7 +314,7 @@ def sweep_start(keeping: Kept) -> None:
         keeping.arm_at_start("")
         assert ready.result() == {"held": HELD, "doubted": IN_DOUBT}
         keeping.await_kept("store")
-        # Nothing gathers in the store: a shelf, a spare one, and for a moment a canary.
+        # Nothing gathers in the store: a shelf, a spare one, and for a moment a probe.
         keeping.kill()
         keeping.await_kept("store")
         assert keeping.stored() <= 7

@@ -92,7 +92,7 @@ def test_in_a_store_with_hardly_any_room_what_is_called_stored_is(
     systemd: Machine, room: int
 ) -> None:
     """Whatever the answers say is true afterwards; with room for a shelf, its successor and a
-    canary there is nothing to complain of."""
+    probe there is nothing to complain of."""
     drop_in = f"FileDescriptorStoreMax={room}\n"
     keeping = Keeping(systemd, settings=SMALL, drop_in=drop_in)
     with things(1) as (thing,):
@@ -242,9 +242,9 @@ def test_filled_by_strangers_it_loses_nothing_that_was_stored(systemd: Machine) 
     drop_in = "FileDescriptorStoreMax=12\nNotifyAccess=all\n"
     keeping = Keeping(systemd, settings=SMALL, drop_in=drop_in)
     program = (
-        "import os; from cprd.systemd import notify as s\n"
+        "import os; from cprd.systemd import fdstore, notify as s\n"
         "m = s.Manager.from_environment(os.environ)\n"
-        "for n in range(12): s.drive(m.store('x', os.memfd_create('x')), 5)\n"
+        "for n in range(12): s.drive(fdstore.store(m, 'x', os.memfd_create('x')), 5)\n"
         "s.drive(m.barrier(), 5)\n"
     )
     (systemd.root / "run/boot/fill.py").write_text(program)

@@ -19,20 +19,21 @@ from .machine import BOOT, Machine, MachineError
 
 KEEPER = """
 import os, socket, sys
-from cprd.systemd import notify as systemd
+from cprd.linux import listen_fds
+from cprd.systemd import fdstore, notify
 
-manager = systemd.Manager.from_environment(os.environ)
+manager = notify.Manager.from_environment(os.environ)
 assert manager is not None
-held = systemd.listen_fds(os.environ)
+held = listen_fds.take(os.environ)
 if held:
     words = [f"{name}={os.pread(fd, 99, 0).decode()}" for name, fd in held]
     print("came back:", *words, flush=True)
 else:
     fd = os.memfd_create("kept")
     os.write(fd, b"precious")
-    assert systemd.drive(manager.keep([("thing", fd)]), 10)
+    assert notify.drive(fdstore.keep(manager, [("thing", fd)]), 10)
     print("stored", flush=True)
-systemd.drive(manager.tell(systemd.ready("here")), 10)
+notify.drive(manager.tell(notify.ready("here")), 10)
 import signal
 from tests.support.patience import PATIENCE
 signal.pause()

@@ -1,4 +1,5 @@
-"""cprd.systemd against the real store: what is kept, what is silently not, and what comes back.
+"""cprd.systemd.fdstore against the real store: what is kept, what is silently not, and what comes
+back.
 
 Each test runs a small service whose main process is the program given; what it prints is in the
 journal.
@@ -11,19 +12,20 @@ import signal
 import textwrap
 from pathlib import Path
 
-from cprd.systemd import notify as own
+from cprd.linux import listen_fds
 
 from .machine import Machine
 
 HEAD = """
 import os, select, signal, socket, sys
-from cprd.systemd import notify as systemd
-manager = systemd.Manager.from_environment(os.environ)
+from cprd.linux import listen_fds
+from cprd.systemd import fdstore, notify
+manager = notify.Manager.from_environment(os.environ)
 assert manager is not None
-held = systemd.listen_fds(os.environ)
+held = listen_fds.take(os.environ)
 
 def do(steps):
-    return systemd.drive(steps, 20)
+    return notify.drive(steps, 20)
 
 def say(*words):
     print(*words, flush=True)
@@ -37,7 +39,7 @@ def read(fd):
     return os.pread(fd, 99, 0).decode()
 """
 TAIL = """
-do(manager.tell(systemd.ready()))
+do(manager.tell(notify.ready()))
 while True:
     signal.pause()
 """
@@ -69,18 +71,18 @@ def kill(machine: Machine) -> None:
 def test_a_full_store_is_noticed_and_what_was_in_it_stays(systemd: Machine, tmp_path: Path) -> None:
     program = """
     if not held:
-        say("first", do(manager.keep([("a", memfd("a")), ("b", memfd("b"))])))
-        say("no room for a canary", do(manager.keep([("c", memfd("c"))])))
-        say("no room at all", do(manager.keep([("d", memfd("d"))])))
-        do(manager.remove("c"))
-        say("room again", do(manager.canary()))
+        say("first", do(fdstore.keep(manager, [("a", memfd("a")), ("b", memfd("b"))])))
+        say("no room for a probe", do(fdstore.keep(manager, [("c", memfd("c"))])))
+        say("no room at all", do(fdstore.keep(manager, [("d", memfd("d"))])))
+        do(fdstore.remove(manager, "c"))
+        say("room again", do(fdstore.probe(manager)))
     say("held", *(f"{name}={read(fd)}" for name, fd in held))
     """
     service(systemd, tmp_path, program, "FileDescriptorStoreMax=3")
     journal = systemd.journal("x.service")
     for line in (
         "first True",
-        "no room for a canary False",
+        "no room for a probe False",
         "no room at all False",
         "room again True",
     ):
@@ -91,7 +93,7 @@ def test_a_full_store_is_noticed_and_what_was_in_it_stays(systemd: Machine, tmp_
 
 
 def test_without_a_store_nothing_is_said_to_be_kept(systemd: Machine, tmp_path: Path) -> None:
-    program = 'say("kept", do(manager.keep([("a", memfd("a"))])))'
+    program = 'say("kept", do(fdstore.keep(manager, [("a", memfd("a"))])))'
     service(systemd, tmp_path, program, "FileDescriptorStoreMax=0")
     systemd.await_journal("^kept False$", "x.service")
 
@@ -100,9 +102,9 @@ def test_a_store_that_drops_everything_is_never_said_to_keep(
     systemd: Machine, tmp_path: Path
 ) -> None:
     """From 254 on what is dropped is closed well after the barrier: whoever waits for it to hang up
-    is told "kept" by one canary in six."""
+    is told "kept" by one question in six."""
     program = """
-    say("kept", sum(do(manager.canary()) for _ in range(300)), "of 300")
+    say("kept", sum(do(fdstore.probe(manager)) for _ in range(300)), "of 300")
     """
     service(systemd, tmp_path, program, "FileDescriptorStoreMax=0\nLogRateLimitIntervalSec=0")
     systemd.await_journal("^kept 0 of 300$", "x.service")
@@ -110,7 +112,7 @@ def test_a_store_that_drops_everything_is_never_said_to_keep(
 
 def test_a_store_with_room_for_one_always_keeps_one(systemd: Machine, tmp_path: Path) -> None:
     program = """
-    say("kept", sum(do(manager.canary()) for _ in range(300)), "of 300")
+    say("kept", sum(do(fdstore.probe(manager)) for _ in range(300)), "of 300")
     """
     service(systemd, tmp_path, program, "FileDescriptorStoreMax=1")
     systemd.await_journal("^kept 300 of 300$", "x.service")
@@ -122,7 +124,7 @@ def test_a_child_that_the_manager_does_not_listen_to_is_not_told_kept(
     program = """
     pid = os.fork()
     if pid == 0:
-        say("child kept", do(manager.keep([("a", memfd("a"))])))
+        say("child kept", do(fdstore.keep(manager, [("a", memfd("a"))])))
         os._exit(0)
     os.waitpid(pid, 0)
     """
@@ -142,7 +144,7 @@ def test_what_hung_up_or_never_connected_survives_kill_9_and_daemon_reexec(
         pipe, end = os.pipe()
         os.close(end)
         kept = [("near", near.fileno()), ("lonely", lonely.fileno()), ("pipe", pipe)]
-        say("kept", do(manager.keep(kept)))
+        say("kept", do(fdstore.keep(manager, kept)))
     say("held", *(name for name, _ in held))
     """
     service(systemd, tmp_path, program)
@@ -159,8 +161,8 @@ def test_a_parked_bundle_is_whole_after_kill_9(systemd: Machine, tmp_path: Path)
     program = """
     if not held:
         a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        assert do(manager.keep([("a", a.fileno()), ("b", b.fileno())]))
-        do(manager.tell(systemd.ready()))
+        assert do(fdstore.keep(manager, [("a", a.fileno()), ("b", b.fileno())]))
+        do(manager.tell(notify.ready()))
         for number in range(100):
             fd = memfd(str(number))
             socket.send_fds(a, [b"record %d" % number], [fd], socket.MSG_DONTWAIT)
@@ -177,19 +179,19 @@ def test_a_parked_bundle_is_whole_after_kill_9(systemd: Machine, tmp_path: Path)
     systemd.await_journal("^all there True$", "x.service")
 
 
-def test_a_canary_left_by_a_killed_process_comes_back_by_name_and_goes(
+def test_a_probe_left_by_a_killed_process_comes_back_by_name_and_goes(
     systemd: Machine, tmp_path: Path
 ) -> None:
     program = """
     if not held:
-        witness = systemd.Witness()
-        do(manager.store(systemd.CANARY, witness.fileno()))
-        do(manager.tell(systemd.ready()))
+        witness = fdstore.Witness()
+        do(fdstore.store(manager, fdstore.PROBE, witness.fileno()))
+        do(manager.tell(notify.ready()))
         os.kill(os.getpid(), signal.SIGKILL)
     say("held", *(name for name, _ in held))
     for _, fd in held:
         os.close(fd)
-    do(manager.remove(systemd.CANARY))
+    do(fdstore.remove(manager, fdstore.PROBE))
     do(manager.barrier())
     say("removed")
     """
@@ -199,11 +201,12 @@ def test_a_canary_left_by_a_killed_process_comes_back_by_name_and_goes(
     assert stored(systemd) == 0
 
 
-def test_a_canary_lets_go_of_every_descriptor_it_used(systemd: Machine, tmp_path: Path) -> None:
+def test_a_probe_lets_go_of_every_descriptor_it_used(systemd: Machine, tmp_path: Path) -> None:
     program = """
+    do(manager.barrier())
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        assert do(manager.canary())
+        assert do(fdstore.probe(manager))
     do(manager.barrier())
     say("descriptors more", len(os.listdir("/proc/self/fd")) - before)
     """
@@ -215,8 +218,9 @@ def test_a_canary_lets_go_of_every_descriptor_it_used(systemd: Machine, tmp_path
 def test_sockets_come_first_then_the_store_newest_first(systemd: Machine, tmp_path: Path) -> None:
     program = """
     if len(held) == 2:
-        assert do(manager.keep([("one", memfd("1")), ("two", memfd("2")), ("~/ odd", memfd("3"))]))
-        do(manager.tell(systemd.ready()))
+        odd = [("one", memfd("1")), ("two", memfd("2")), ("~/ odd", memfd("3"))]
+        assert do(fdstore.keep(manager, odd))
+        do(manager.tell(notify.ready()))
         os.kill(os.getpid(), signal.SIGKILL)
     say("held", *(f"{name}@{fd}" for name, fd in held))
     say("inheritable", *(fd for _, fd in held if os.get_inheritable(fd)))
@@ -244,14 +248,14 @@ def test_names_up_to_the_bound_come_back_and_one_byte_more_ends_the_service(
         count = int(open(sys.argv[0] + ".count").read())
         last = int(open(sys.argv[0] + ".last").read())
         names = ["%03d" % n + "x" * 252 for n in range(count)] + ["y" * last]
-        say("left", systemd.names_left(names))
+        say("left", listen_fds.names_left(names))
         fds = [os.memfd_create("m") for _ in names]
-        assert do(manager.keep(list(zip(names, fds))))
-        do(manager.tell(systemd.ready()))
+        assert do(fdstore.keep(manager, list(zip(names, fds))))
+        do(manager.tell(notify.ready()))
         os.kill(os.getpid(), signal.SIGKILL)
-    say("came back", len(held), "left", systemd.names_left(name for name, _ in held))
+    say("came back", len(held), "left", listen_fds.names_left(name for name, _ in held))
     """
-    count, last = divmod(own.names_left([]), 256)
+    count, last = divmod(listen_fds.names_left([]), 256)
     (tmp_path / "program.py.count").write_text(str(count))
     (tmp_path / "program.py.last").write_text(str(last - 1))
     service(systemd, tmp_path, program, "FileDescriptorStoreMax=1024\nLimitNOFILE=16384")
@@ -269,10 +273,10 @@ def test_names_up_to_the_bound_come_back_and_one_byte_more_ends_the_service(
 def test_a_reload_lasts_until_ready_is_said_again(systemd: Machine, tmp_path: Path) -> None:
     program = """
     def again(*_):
-        do(manager.tell(systemd.reloading(text="at it")))
+        do(manager.tell(notify.reloading(text="at it")))
         os.environ["AGAIN"] = "1"
         held.append(("own", memfd("own")))
-        systemd.pass_on(held, os.environ)
+        listen_fds.pass_on(held, os.environ)
         os.execv(sys.executable, [sys.executable, *sys.argv])
     signal.signal(signal.SIGHUP, again)
     if "AGAIN" in os.environ:
@@ -288,16 +292,16 @@ def test_a_reload_lasts_until_ready_is_said_again(systemd: Machine, tmp_path: Pa
 
 def test_another_process_becomes_the_main_one(systemd: Machine, tmp_path: Path) -> None:
     program = """
-    do(manager.tell(systemd.ready()))
+    do(manager.tell(notify.ready()))
     pid = os.fork()
     if pid:
-        do(manager.tell(systemd.mainpid(pid)))
+        do(manager.tell(notify.mainpid(pid)))
         do(manager.barrier())
         os._exit(0)
     while os.getppid() != 1:
         signal.sigtimedwait([signal.SIGCHLD], 0.01)
     say("my parent is gone")
-    say("kept", do(manager.keep([("a", memfd("a"))])))
+    say("kept", do(fdstore.keep(manager, [("a", memfd("a"))])))
     """
     service(systemd, tmp_path, program)
     systemd.await_journal("^kept True$", "x.service")
@@ -309,19 +313,19 @@ def test_a_stopped_manager_delays_the_caller_no_longer_than_asked(
 ) -> None:
     program = f"""
     from cprd.errors import Timeout
-    do(manager.tell(systemd.ready()))
+    do(manager.tell(notify.ready()))
     with open({str(tmp_path)!r} + "/go") as go:
         go.read()
     try:
-        systemd.drive(manager.barrier(), 0.05)
+        notify.drive(manager.barrier(), 0.05)
     except Timeout:
         outcome = "timed out"
     count = 0
-    while manager.send_now(systemd.WATCHDOG):
+    while manager.send_now(notify.WATCHDOG):
         count += 1
     with open({str(tmp_path)!r} + "/full", "w") as full:
         full.write(outcome)
-    say("kept", do(manager.keep([("a", memfd("a"))])), "behind", count > 100)
+    say("kept", do(fdstore.keep(manager, [("a", memfd("a"))])), "behind", count > 100)
     """
     os.mkfifo(tmp_path / "go")
     os.mkfifo(tmp_path / "full")
@@ -338,19 +342,20 @@ def test_a_stopped_manager_delays_the_caller_no_longer_than_asked(
 def test_under_trio_many_tasks_keep_at_once(systemd: Machine, tmp_path: Path) -> None:
     program = """
     import trio
+    from cprd.daemon.manager import adrive
     async def one(number):
         fd = memfd(str(number))
-        await systemd.adrive(manager.store(f"n{number}", fd))
-        await systemd.adrive(manager.barrier())
+        await adrive(fdstore.store(manager, f"n{number}", fd))
+        await adrive(manager.barrier())
         os.close(fd)
     async def main():
         async with trio.open_nursery() as nursery:
             for number in range(10):
                 nursery.start_soon(one, number)
-        say("room", await systemd.adrive(manager.canary()))
+        say("room", await adrive(fdstore.probe(manager)))
     if not held:
         trio.run(main)
-        do(manager.tell(systemd.ready()))
+        do(manager.tell(notify.ready()))
         os.kill(os.getpid(), signal.SIGKILL)
     say("held", *sorted(f"{name}={read(fd)}" for name, fd in held))
     """
@@ -363,6 +368,6 @@ def test_under_trio_many_tasks_keep_at_once(systemd: Machine, tmp_path: Path) ->
 def test_the_watchdog_in_the_environment_is_for_the_main_process(
     systemd: Machine, tmp_path: Path
 ) -> None:
-    program = 'say("every", systemd.watchdog_interval(os.environ))'
+    program = 'say("every", notify.watchdog_interval(os.environ))'
     service(systemd, tmp_path, program, "WatchdogSec=30s")
     systemd.await_journal(r"^every 30\.0$", "x.service")

@@ -20,10 +20,11 @@ UNKNOWN_TO_252 = "Unknown key 'FileDescriptorStorePreserve'"
 
 NEEDS = """
 import ctypes, errno, os, resource, select, signal, socket, threading, time
-from cprd.systemd import notify as systemd
+from cprd.linux import listen_fds
+from cprd.systemd import fdstore, notify
 
-manager = systemd.Manager.from_environment(os.environ)
-held = systemd.listen_fds(os.environ)
+manager = notify.Manager.from_environment(os.environ)
+held = listen_fds.take(os.environ)
 (_, public), *stored = held
 listener = socket.socket(fileno=public)
 if stored:
@@ -31,8 +32,8 @@ if stored:
 else:
     fd = os.memfd_create("m", os.MFD_ALLOW_SEALING)
     os.write(fd, b"precious")
-    print("kept", systemd.drive(manager.keep([("thing", fd)]), 10), flush=True)
-systemd.drive(manager.tell(systemd.ready()), 10)
+    print("kept", notify.drive(fdstore.keep(manager, [("thing", fd)]), 10), flush=True)
+notify.drive(manager.tell(notify.ready()), 10)
 
 epoll = select.epoll()
 threading.Thread(target=epoll.close).start()

@@ -1,97 +1,133 @@
-"""Getting shelves into systemd's descriptor store, and out of it again.
+"""Getting shelves into systemd's descriptor store, and out of the store again.
 
-The store never answers, so a shelf counts as stored only once a canary that went in behind it was
-seen alive (systemd.Manager.keep). The order keeps every moment safe: what takes over is stored
-before what it replaces is taken out. It runs beside the daemon's requests, which never wait for it.
+The store never answers, so a shelf counts as stored only once a probe behind the shelf was seen to
+be stored (cprd.systemd.fdstore.keep). The order keeps every moment safe: a shelf is stored before
+the shelf that it replaces is taken out. All of this runs beside the daemon's requests, which never
+wait for it: a manager that is slow, mute or gone costs durability and nothing else.
 
-What is stored is offered again from time to time, which changes nothing as long as it is there: a
-manager that reads its configuration again with a lower FileDescriptorStoreMax= drops what exceeds
-it, and says so to nobody (seen on 252).
+Stored shelves are offered again from time to time, which changes nothing while the store has them:
+a manager that reads its configuration again with a lower FileDescriptorStoreMax= drops what is too
+much, and tells nobody (seen on 252).
 """
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import trio
 
 from cprd.daemon import log
+from cprd.daemon.manager import AWAY, PATIENCE, adrive
 from cprd.daemon.storage.shelf import Shelf
 from cprd.daemon.storage.shelves import Keeper
 from cprd.errors import CprdError, Unavailable
 from cprd.linux.pause import point
-from cprd.systemd.notify import CANARY, Manager, adrive
+from cprd.systemd import fdstore, notify
 
-RETRY = 60.0  # s until a store that was full is tried again
-RECHECK = 3.0  # s until what is stored is offered again
-PATIENCE = 20.0  # s that the manager may take
+T = TypeVar("T")
+
+RECHECK = 3.0  # s until stored shelves are offered again
+FIRST_RETRY = 1.0  # s until a store without room is tried again; doubled each time
+RETRY = 60.0  # s, the longest such pause: systemd logs each try
 
 
 class Store:
-    def __init__(self, keeper: Keeper, manager: Manager) -> None:
+    """The store of the manager at `manager`, for the shelves of `keeper`."""
+
+    def __init__(self, keeper: Keeper, manager: notify.Manager) -> None:
+        """After `keeper` has adopted earlier shelves."""
         self.keeper = keeper
         self.manager = manager
+        self.asked = trio.Event()  # once the manager has answered, or has gone
         self._begun = False  # nothing asked for yet
         self._wanted = trio.Event()
+        self._retry = FIRST_RETRY
+        self._trouble = ""  # as said in the log: once, until things change
+        # Of earlier processes nobody knows what they offered to the manager.
+        self._offered = {shelf.number for shelf in keeper.shelves()}
         keeper.wants_spare = self.wake
 
     def wake(self) -> None:
+        """There is something to be stored, or to be taken out."""
+        # A mute manager must not make retired shelves pile up: those that it has never been offered
+        # need not be taken out.
+        for old in [old for old in self.keeper.retired if old.number not in self._offered]:
+            self.keeper.retired.remove(old)
+            old.close()
         self._wanted.set()
 
     async def tend(self) -> None:
-        """For ever: store what should be, and take out what need not be there any more."""
+        """For ever: store what should be stored, and take out the rest."""
         checked = trio.current_time()
-        complete = True
+        again = False
         while True:
-            pause = RECHECK if complete else RETRY
-            with trio.move_on_after(checked + pause - trio.current_time()):
-                await self._wanted.wait()
             self._wanted = trio.Event()
-            again = trio.current_time() >= checked + pause
-            complete = await self.settle(again=again)
+            began = trio.current_time()
+            pause = await self._try(again=again)
+            self.asked.set()
             if again:
-                checked = trio.current_time()
+                checked = began
+            with trio.move_on_after(max(0.0, checked + pause - trio.current_time())):
+                await self._wanted.wait()
+            again = trio.current_time() >= checked + pause
+
+    async def _try(self, *, again: bool) -> float:
+        """Bring the store up to date as far as possible; the seconds until the next look."""
+        try:
+            complete = await self.settle(again=again)
+        except Unavailable as error:
+            self._say("manager-gone", str(error))
+            for shelf in (self.keeper.shelf, self.keeper.spare):
+                if shelf is not None:
+                    shelf.durable = False  # until the store is seen to have the shelf again
+            return AWAY
+        except (CprdError, OSError) as error:
+            self._say("store-failed", str(error))
+            complete = False
+        if complete:
+            if self._trouble:
+                log.event("store-used-again", kept=self.keeper.kept)
+            self._trouble = ""
+            self._retry = FIRST_RETRY
+            return RECHECK
+        pause, self._retry = self._retry, min(2 * self._retry, RETRY)
+        return pause
 
     async def settle(self, *, again: bool = False) -> bool:
-        """Bring the store up to date. Whether there is nothing left to be done. `again`: offer what
-        is stored once more."""
+        """Bring the store up to date. Whether nothing is left to be done. `again`: offer stored
+        shelves once more. Raises Unavailable, LimitExceeded, OSError."""
         keeper = self.keeper
-        try:
-            with trio.fail_after(PATIENCE):
-                if not self._begun:  # one may be left by a process that was killed
-                    await adrive(self.manager.remove(CANARY))
-                    self._begun = True
-                await self._remove([old for old in keeper.retired if not old.was_durable])
-                # What the shelf that counts has taken over goes once that one is seen to be stored,
-                # now and not some time ago: another may take over meanwhile, and a manager drops
-                # what exceeds a store that was made smaller.
-                replaced, shelf = list(keeper.retired), keeper.shelf
-                if (again or replaced or not shelf.durable) and not await self._keep(shelf):
-                    if await self._make_room(shelf, replaced):
-                        return await self.settle()
-                    if keeper.spare is not None:
-                        keeper.spare.durable = False  # until it is seen to be there
-                    return False
-                await self._remove(replaced)
-                if again and keeper.spare is not None:
-                    await self._check_spare(keeper.spare)
-                if keeper.spare is None and not await self._keep_spare():
-                    return False
-                if keeper.merging:
-                    keeper.compact()
-        except (CprdError, OSError, trio.TooSlowError) as error:
-            if isinstance(error, Unavailable):  # gone (the parent of --keep may be killed)
-                keeper.shelf.durable = False
-            log.event("store-failed", level=log.ERROR, why=str(error) or "the manager is mute")
+        if not self._begun:  # a killed process may have left one
+            await self._run(fdstore.remove(self.manager, fdstore.PROBE))
+            self._begun = True
+        await self._remove([old for old in keeper.retired if not old.was_durable])
+        # The shelves that the present shelf has replaced go once the present shelf is seen to be
+        # stored, now and not some time ago: another may take over meanwhile, and a manager drops
+        # what is too much for a store that was made smaller.
+        replaced, shelf = list(keeper.retired), keeper.shelf
+        if (again or replaced or not shelf.durable) and not await self._keep(shelf):
+            if await self._make_room(shelf, replaced):
+                return await self.settle()
+            if keeper.spare is not None:
+                keeper.spare.durable = False  # until it is seen to be there
             return False
+        await self._remove(replaced)
+        if again and keeper.spare is not None:
+            await self._check_spare(keeper.spare)
+        if keeper.spare is None and not await self._keep_spare():
+            return False
+        if keeper.merging:
+            keeper.compact()
         return True
 
     async def _make_room(self, shelf: Shelf, replaced: list[Shelf]) -> bool:
-        """There is no room for the shelf that counts. Of those that it has taken over the last one
-        is enough, if that is stored: whether anything was removed."""
+        """There is no room for the present shelf. Of the replaced ones the last is enough, if that
+        is stored: whether anything was removed."""
         stored = [old for old in replaced if old.counts and old.was_durable]
         if not stored or len(replaced) == 1:
             return False
-        for name in shelf.names:  # the half of it that may have been taken
-            await adrive(self.manager.remove(name))
+        for name in shelf.names:  # half of the shelf may have been taken
+            await self._run(fdstore.remove(self.manager, name))
         if not await self._keep(stored[-1]):
             return False
         await self._remove([old for old in replaced if old is not stored[-1]])
@@ -112,7 +148,7 @@ class Store:
                 keeper.retired.append(spare)
 
     async def _check_spare(self, spare: Shelf) -> None:
-        """One that the store has no more is no use, unless it took over meanwhile."""
+        """A spare that the store has no more is no use, unless it took over meanwhile."""
         if not await self._keep(spare) and self.keeper.spare is spare:
             self.keeper.spare = None
             self.keeper.retired.append(spare)
@@ -122,19 +158,16 @@ class Store:
         out, inlet = shelf.names
         point("store:offer")
         entries = [(out, shelf.outlet.fileno()), (inlet, shelf.tx.fileno())]
-        taken = await adrive(self.manager.keep(entries))
+        self._offered.add(shelf.number)
+        taken = await self._run(fdstore.keep(self.manager, entries))
         point("store:asked")
         if taken and not shelf.durable:
             log.event("stored", shelf=shelf.number)
         shelf.durable = taken
         shelf.was_durable = shelf.was_durable or taken
         if not taken:
-            log.event(
-                "not-stored",
-                level=log.WARNING,
-                shelf=shelf.number,
-                why="the manager's store is full or not offered (FileDescriptorStoreMax=)",
-            )
+            why = "the manager's store is full or not offered (FileDescriptorStoreMax=)"
+            self._say("not-stored", why, shelf=shelf.number)
         return taken
 
     async def _remove(self, shelves: list[Shelf]) -> None:
@@ -142,7 +175,25 @@ class Store:
         for shelf in shelves:
             point("store:remove")
             for name in shelf.names:
-                await adrive(self.manager.remove(name))
+                await self._run(fdstore.remove(self.manager, name))
             point("store:removed")
             self.keeper.retired.remove(shelf)
+            self._offered.discard(shelf.number)
             shelf.close()
+
+    # The manager's silences
+
+    async def _run(self, steps: notify.Steps[T]) -> T:
+        return await adrive(steps, self._silent)
+
+    def _silent(self) -> None:
+        why = f"no answer for {PATIENCE:g} s; cprd goes on without, and waits for it"
+        self._say("manager-mute", why)
+        self.asked.set()
+
+    def _say(self, trouble: str, why: str, shelf: int | None = None) -> None:
+        """Name a trouble in the log, once."""
+        if trouble != self._trouble:
+            kept = self.keeper.kept
+            log.event(trouble, level=log.WARNING, shelf=shelf, kept=kept, why=why)
+        self._trouble = trouble

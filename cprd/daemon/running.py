@@ -1,0 +1,147 @@
+"""The daemon from its first socket to its last signal: which tasks run, and what signals do."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import trio
+
+from cprd.daemon import log, reexec
+from cprd.daemon.clock import now
+from cprd.daemon.closer import Closer
+from cprd.daemon.config import Config
+from cprd.daemon.manager import Reporter
+from cprd.daemon.server import Server, raise_nofile
+from cprd.daemon.storage.fdstore import Store
+from cprd.daemon.storage.shelves import Keeper
+from cprd.daemon.tending import tend
+from cprd.errors import CprdError
+from cprd.protocol.registry import Registry
+from cprd.systemd import notify
+
+FIRST_ANSWER = 1.0  # s that the manager may take, before clients are served without its store
+LINGER = 1.0  # s at the end for files that take time to close
+
+
+class Running:
+    """One run of the daemon, with all its parts."""
+
+    def __init__(
+        self, given: reexec.Given, settings: Config, signals: tuple[signal.Signals, ...]
+    ) -> None:
+        """Take over what came in, and read what is held. `signals`: those that end a run."""
+        raise_nofile()
+        self.given = given
+        self.signals = signals
+        self.closer = Closer()
+        for uid, fd in given.closing:
+            self.closer.close(uid, [fd])
+        self.registry = Registry(settings.quota, first_generation=int(now() * 1e9))
+        address = _notify_socket()
+        self.keeper = Keeper(self.closer, now, self.registry.replies, managed=bool(address))
+        self.daemon = Server(settings, self.keeper, self.closer, self.registry)
+        found = self.keeper.adopt(given.pairs(), frozenset(given.durable), frozenset(given.once))
+        self.daemon.adopt(*found)
+        self.store: Store | None = None
+        self.reporter: Reporter | None = None
+        if address:
+            self.store = Store(self.keeper, notify.Manager(address))
+            self.reporter = Reporter(address, self.status, _watchdog())
+
+    def status(self) -> str:
+        """The line for `systemctl status`."""
+        return f"{len(self.registry)} holds, kept: {self.keeper.kept}"
+
+    async def run(self) -> Keeper | None:
+        """Serve until a signal. Returns the keeper, whose shelves go along, when the daemon is to
+        execute itself anew; None when the daemon is to end."""
+        with trio.open_signal_receiver(*self.signals) as signals:
+            # Blocked by the one that became us.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+            async with trio.open_nursery() as nursery:
+                if self.store is not None:
+                    nursery.start_soon(tend, "store", self.store.tend)
+                    await self._await_store(self.store)
+                nursery.start_soon(self.daemon.serve, *(sock for _, sock in self.given.listeners))
+                self._log_ready()
+                if self.reporter is not None:
+                    self.reporter.ready()
+                    nursery.start_soon(tend, "report", self.reporter.tend)
+                again = await self._until_told(signals)
+                self.daemon.stopping = True
+                nursery.cancel_scope.cancel()
+        self.closer.drained(LINGER)
+        self.given.closing = self.closer.stop()
+        return self.keeper if again else None
+
+    async def _await_store(self, store: Store) -> None:
+        """Give the manager a moment, so that the first client finds holds kept in the store."""
+        if self.keeper.kept != "store":
+            with trio.move_on_after(FIRST_ANSWER):
+                await store.asked.wait()
+
+    def _log_ready(self) -> None:
+        own = self.given.own
+        log.event(
+            "ready",
+            pid=os.getpid(),
+            socket=own.path if own is not None else "inherited",
+            kept=self.keeper.kept,
+            holds=len(self.registry),
+        )
+
+    async def _until_told(self, signals: AsyncIterator[int]) -> bool:
+        """Wait for the end: whether the daemon is to execute itself anew."""
+        async for number in signals:
+            if number != signal.SIGHUP:
+                await self._say_stopping(number)
+                return False
+            if await self._may_reload():
+                return True
+        raise AssertionError("signals do not end")
+
+    async def _may_reload(self) -> bool:
+        self.daemon.reloading = trio.Event()
+        if self.reporter is not None:
+            self.reporter.say(notify.reloading())
+        if await trio.to_thread.run_sync(reexec.new_version_works):
+            return True
+        self.daemon.reloading.set()
+        self.daemon.reloading = None
+        if self.reporter is not None:
+            self.reporter.ready("reload refused: cprd --check failed; ")
+        return False
+
+    async def _say_stopping(self, number: int) -> None:
+        """Say how many holds end with this process."""
+        lost = 0 if self.keeper.kept == "store" else len(self.registry)
+        log.event(
+            "stopping",
+            level=log.WARNING if lost else log.INFO,
+            signal=signal.Signals(number).name,
+            lost=lost or None,
+        )
+        if self.reporter is not None:
+            self.reporter.say(notify.stopping(self.status()))
+
+
+def _notify_socket() -> str:
+    """$NOTIFY_SOCKET, where a service manager can be told; an empty string otherwise."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    try:
+        if address:
+            notify.Manager(address)
+    except CprdError as error:
+        log.event("no-manager", level=log.ERROR, why=str(error))
+        return ""
+    return address
+
+
+def _watchdog() -> float | None:
+    try:
+        return notify.watchdog_interval(os.environ)
+    except CprdError as error:
+        log.event("no-watchdog", level=log.ERROR, why=str(error))
+        return None

@@ -1,0 +1,172 @@
+"""No task that only tends can end the daemon: each is made to fail, in a real cprd, which goes on
+serving; then the task does again what it is there for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+import cprd
+from cprd.daemon import log
+from cprd.daemon.tending import LONGEST_PAUSE, tend
+from tests.support.daemon import DaemonProcess
+from tests.support.notify_socket import NotifySocket
+from tests.support.patience import PATIENCE, until
+from tests.support.seeded import Seeded
+
+FAIL_ONCE = """
+import trio, {module} as module
+real, left = module.{name}, [3]
+{kind} failing(*args, **options):
+    if left[0]:
+        left[0] -= 1
+        raise {error}
+    return {await_}real(*args, **options)
+module.{name} = failing
+"""
+
+
+def failing(
+    module: str, name: str, *, is_async: bool, error: str = "RuntimeError('seeded')"
+) -> str:
+    """Lines that make a function fail the first three times that it is called."""
+    kind, wait = ("async def", "await ") if is_async else ("def", "")
+    return FAIL_ONCE.format(module=module, name=name, kind=kind, await_=wait, error=error)
+
+
+@pytest.fixture
+def seeded(tmp_path: Path) -> Iterator[Callable[..., Seeded]]:
+    started: list[Seeded] = []
+
+    def start(lines: str, **options: str) -> Seeded:
+        started.append(Seeded(tmp_path, lines, **options))
+        return started[0]
+
+    yield start
+    for one in started:
+        assert one.stop() == 0
+
+
+def serves(daemon: DaemonProcess) -> None:
+    with daemon.connect() as connection:
+        connection.save("web", cprd.State())
+        with connection.load("web"):
+            pass
+
+
+def test_accepting(seeded: Callable[..., Seeded]) -> None:
+    daemon = seeded(failing("cprd.daemon.server", "Daemon._have_spare", is_async=False))
+    for _ in range(3):
+        serves(daemon)
+    assert "task=accept" in daemon.await_log("task-failed")
+
+
+def test_watching_processes(seeded: Callable[..., Seeded]) -> None:
+    """Whoever waits for a predecessor's end is served by the task alone."""
+    daemon = seeded(failing("cprd.linux.processes", "Watch.collect", is_async=False))
+    with subprocess.Popen(["sleep", "600"]) as predecessor, daemon.connect() as connection:
+        pidfd = os.pidfd_open(predecessor.pid)
+        connection.save("web", cprd.State(), after_exit=pidfd)
+        os.close(pidfd)
+
+        def load() -> None:
+            with daemon.connect() as other, other.load("web", wait=PATIENCE):
+                pass
+
+        waiting = threading.Thread(target=load)
+        waiting.start()
+        until(lambda: connection.status()["connections"] == 2, lambda: "nobody waits")
+        predecessor.kill()
+    assert "task=processes" in daemon.await_log("task-failed")
+    assert daemon.await_log("ended how=confirm")
+    waiting.join()
+
+
+def test_deadlines(seeded: Callable[..., Seeded]) -> None:
+    daemon = seeded(failing("cprd.protocol.registry", "Registry.expire", is_async=False))
+    serves(daemon)
+    assert "task=deadlines" in daemon.await_log("task-failed")
+    with daemon.connect() as connection:
+        connection.save("short", cprd.State(), ttl=0.2)
+    assert "name=short" in daemon.await_log('ended how="ttl over"')
+
+
+def test_orphans(seeded: Callable[..., Seeded]) -> None:
+    daemon = seeded(failing("cprd.daemon.server", "Daemon._end_orphans", is_async=True))
+    serves(daemon)
+    assert "task=orphans" in daemon.await_log("task-failed")
+
+
+def test_the_log(seeded: Callable[..., Seeded]) -> None:
+    daemon = seeded(failing("cprd.daemon.log", "write_behind", is_async=True))
+    serves(daemon)
+    assert "task=log" in daemon.await_log("task-failed")
+    assert daemon.await_log("ended ")
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "error"),
+    [
+        ("store", "cprd.daemon.storage.fdstore:Store.settle", "RuntimeError('seeded')"),
+        ("store", "cprd.daemon.storage.fdstore:Store._try", "ValueError('seconds')"),
+        ("report", "cprd.daemon.manager:Reporter._message", "RuntimeError('seeded')"),
+    ],
+)
+def test_what_the_manager_is_told(
+    seeded: Callable[..., Seeded], tmp_path: Path, task: str, name: str, error: str
+) -> None:
+    notify = NotifySocket(tmp_path / "notify")
+    notify.read()
+    module, _, function = name.partition(":")
+    is_async = task == "store"
+    lines = failing(module, function, is_async=is_async, error=error)
+    daemon = seeded(lines, env={"NOTIFY_SOCKET": str(notify.path)})
+    serves(daemon)
+    assert f"task={task}" in daemon.await_log("task-failed")
+    until(lambda: any(b"READY=1" in said for said in notify.said), lambda: str(notify.said))
+    with daemon.connect() as connection:
+        until(lambda: connection.status()["kept"] == "store", lambda: str(daemon.log()))
+    daemon.stop()
+    notify.close()
+
+
+def test_a_failure_is_said_once_and_tried_less_and_less_often(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(log, "event", lambda event, **fields: said.append(fields["why"]))
+
+    async def run() -> int:
+        tries = 0
+
+        async def work() -> None:
+            nonlocal tries
+            tries += 1
+            raise ValueError("the same" if tries % 100 else "another")
+
+        with trio.move_on_after(10 * LONGEST_PAUSE):
+            await tend("x", work)
+        return tries
+
+    tries = trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert 10 < tries < 25
+    assert len(said) == 1
+    assert "the same" in said[0]
+    assert __file__ in said[0]
+
+
+async def test_what_ends_well_is_not_begun_again() -> None:
+    calls = []
+
+    async def work() -> None:
+        calls.append(1)
+
+    await tend("x", work)
+    assert calls == [1]
