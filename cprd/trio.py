@@ -15,13 +15,17 @@ import time
 from _socket import socket
 from typing import Any
 
-import trio
-
 from cprd.client import exchange
 from cprd.client.awaiting import Claim, Connection, Daemon, Opening, Prepared
 from cprd.client.claim import Saved, check_timeout
 from cprd.client.exchange import Answer, Common, Step
 from cprd.client.sockets import open_socket, receive_now, send_now
+from cprd.errors import absent
+
+try:
+    import trio
+except ModuleNotFoundError as error:
+    raise ImportError(absent("trio", "cprd.trio")) from error
 
 __all__ = ["Claim", "Daemon", "Prepared", "Saved", "connect"]
 

@@ -34,6 +34,7 @@ def add_parser(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> int:
     import sys
 
+    _check_packages()
     from rich.console import Console
 
     from cprd.demo import stage
@@ -59,6 +60,16 @@ def run(args: argparse.Namespace) -> int:
             file.write(svg(report))
         console.print(f"The picture is in {args.svg}", markup=False)
     return 0 if report.flawless else 1
+
+
+def _check_packages() -> None:
+    from importlib.util import find_spec
+
+    from cprd.errors import Unavailable, absent
+
+    for package in ("rich", "trio"):
+        if find_spec(package) is None:
+            raise Unavailable(absent(package, "cprctl demo"))
 
 
 def _settings(args: argparse.Namespace) -> Settings:

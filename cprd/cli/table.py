@@ -1,4 +1,5 @@
-"""Rows for people: a table on a terminal, plain columns that cut nothing off into a pipe."""
+"""Rows for people: a table on a terminal, plain columns that cut nothing off into a pipe, and where
+the package rich is missing."""
 
 from __future__ import annotations
 
@@ -14,9 +15,7 @@ if TYPE_CHECKING:
 def show_rows(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
     """Print `rows` under `heads`; the columns numbered in `right` are set flush right."""
     cells = [[printable(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        _table(heads, cells, right)
-    else:
+    if not (sys.stdout.isatty() and _table(heads, cells, right)):
         print("\n".join(columns(heads, cells, right)))
 
 
@@ -33,11 +32,15 @@ def columns(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
     ]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> bool:
+    """Print a table; False, with nothing printed, where the package rich is missing."""
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ModuleNotFoundError:
+        return False
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for i, head in enumerate(heads):
@@ -45,6 +48,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
+    return True
 
 
 def seconds(value: object) -> str:

@@ -21,6 +21,7 @@ import time
 from typing import TYPE_CHECKING
 
 import cprd
+from cprd.errors import absent
 
 if TYPE_CHECKING:
     import trio
@@ -160,6 +161,10 @@ def main() -> int:
 
 def run(name: str, port: int) -> None:
     """Load or start, serve until SIGTERM, save. Raises CprdError, OSError (the port is taken)."""
+    from importlib.util import find_spec
+
+    if find_spec("trio") is None:  # not once something was taken
+        raise cprd.Unavailable(absent("trio", "cprd-demo-server"))
     begun = time.monotonic()
     stopped: list[int] = []  # before the load: what was taken must not go down with a SIGTERM
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
