@@ -28,7 +28,7 @@ def private_cprd() -> Iterator[tuple[str, int]]:
         )
         try:
             assert process.stderr is not None
-            if not process.stderr.readline().startswith(b"ready"):
+            if b" ready " not in process.stderr.readline():
                 raise SystemExit("cprd did not start")
             # Its log goes to somebody who reads it, as a service's does.
             reader = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)

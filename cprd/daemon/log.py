@@ -1,5 +1,6 @@
 """A line an event on stderr: `event key=value ...`, for people and for grep. The content of states
-is never logged. Under systemd a line begins with the priority (sd-daemon(3)).
+is never logged. For the journal of systemd a line begins with the priority (sd-daemon(3)), for
+anybody else with the time.
 
 While `write_behind` runs, clients get answers first and lines are written afterwards: a write to
 stderr and the wake-up of the reader take as long as a whole step. No line is worth waiting for:
@@ -14,10 +15,12 @@ import select
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from cprd.linux import journal
+
 if TYPE_CHECKING:
     import trio
 
-_journal = "JOURNAL_STREAM" in os.environ
+_journal = journal.reads(2)
 INFO, WARNING, ERROR = 6, 4, 3
 MOST = 1000  # lines that wait for a reader
 PIECE = 4096  # bytes that a pipe takes at once when it says that it takes any (PIPE_BUF)
@@ -44,7 +47,7 @@ def event(what: str, *, level: int = INFO, **fields: Any) -> None:
 
 
 def _line(what: str, level: int, fields: dict[str, Any]) -> bytes:
-    line = f"<{level}>{what}" if _journal else what
+    line = f"<{level}>{what}" if _journal else f"{journal.stamp()} {what}"
     for key, value in fields.items():
         if value is None:
             continue

@@ -3,9 +3,13 @@
 import os
 import select
 
+from cprd.linux import journal
+
 
 def event(what: str, **fields: object) -> None:
     """Write the line, or drop the line where writing would block or fails."""
+    if not journal.reads(2):
+        what = f"{journal.stamp()} {what}"
     for key, value in fields.items():
         text = str(value)
         plain = text.isprintable() and text and not set(text) & set(' "=')

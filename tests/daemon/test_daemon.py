@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,28 @@ def test_it_accepts_again_when_descriptors_are_free_again(
 
 
 # Its log
+
+
+def test_a_line_has_the_time_unless_the_journal_adds_the_time(tmp_path: Path) -> None:
+    """$JOURNAL_STREAM says which stream the journal reads: it may be inherited, and stderr not."""
+    line = "from cprd.daemon import log; log.event('x', y=1)"
+    with open(tmp_path / "log", "w+b") as file:
+        found = os.fstat(file.fileno())
+        for stream, expected in (
+            (None, r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z x y=1\n"),
+            ("8:12345", r"\d{4}-\d\d-\d\dT\S+Z x y=1\n"),
+            (f"{found.st_dev}:{found.st_ino}", r"<6>x y=1\n"),
+        ):
+            env = {"PYTHONPATH": str(CHECKOUT), **({"JOURNAL_STREAM": stream} if stream else {})}
+            file.seek(0)
+            file.truncate()
+            subprocess.run([sys.executable, "-c", line], stderr=file, env=env, check=True)
+            file.seek(0)
+            said = file.read().decode()
+            assert re.fullmatch(expected, said), said
+            if not stream:
+                then = datetime.strptime(said.split()[0], "%Y-%m-%dT%H:%M:%S.%fZ")
+                assert abs(then.replace(tzinfo=UTC).timestamp() - time.time()) < PATIENCE
 
 
 def test_a_log_that_nobody_reads_makes_nobody_wait(start_daemon: Start) -> None:

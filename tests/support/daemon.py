@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import fcntl
 import os
+import re
 import select
 import signal
 import subprocess
@@ -19,6 +20,8 @@ import cprd
 from tests.support.checkout import CHECKOUT
 from tests.support.descriptors import open_fds
 from tests.support.patience import PATIENCE, until
+
+STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")  # the time, in UTC
 
 
 class DaemonProcess:
@@ -110,7 +113,7 @@ class DaemonProcess:
     # Its log
 
     def log(self) -> list[str]:
-        """The lines so far."""
+        """The lines so far, without their times."""
         return list(self._lines)
 
     def await_log(self, text: str, *, since: int = 0) -> str:
@@ -144,7 +147,7 @@ class DaemonProcess:
             with self._reading, self._news:  # read and noted in one: see forget_log
                 data = os.read(fd, 1 << 16)
                 *lines, begun = (begun + data).split(b"\n")
-                self._lines += [line.decode(errors="replace") for line in lines]
+                self._lines += [STAMP.sub("", line.decode(errors="replace")) for line in lines]
                 self._news.notify_all()
             if not data:
                 return
