@@ -20,6 +20,7 @@ from cprd.daemon.tending import tend
 from cprd.errors import CprdError
 from cprd.protocol.registry import Registry
 from cprd.systemd import notify
+from cprd.systemd.unit import store_outlives_stop
 
 FIRST_ANSWER = 1.0  # s that the manager may take, before clients are served without its store
 LINGER = 1.0  # s at the end for files that take time to close
@@ -115,16 +116,27 @@ class Running:
         return False
 
     async def _say_stopping(self, number: int) -> None:
-        """Say how many holds end with this process."""
-        lost = 0 if self.keeper.kept == "store" else len(self.registry)
+        """Say how many holds end with this process, or with a stop of the unit."""
+        if self.reporter is not None:
+            self.reporter.say(notify.stopping(self.status()))
+        holds = len(self.registry)
+        lost = at_stop = 0
+        why = None
+        if self.keeper.kept != "store":
+            lost = holds
+        elif holds:
+            outlives = await trio.to_thread.run_sync(store_outlives_stop, os.environ)
+            at_stop = 0 if outlives else holds
+            why = "systemd does not say whether the store outlives a stop"
+            why = None if outlives is not None else why
         log.event(
             "stopping",
             level=log.WARNING if lost else log.INFO,
             signal=signal.Signals(number).name,
             lost=lost or None,
+            lost_unless_restarted=at_stop or None,
+            why=why,
         )
-        if self.reporter is not None:
-            self.reporter.say(notify.stopping(self.status()))
 
 
 def _notify_socket() -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.patience import until
 
+from .conftest import Boot
 from .machine import Machine
 from .ours import install
 
@@ -88,6 +89,39 @@ def test_stopped_and_started_the_holds_are_there_from_254_on(machine: Machine) -
     assert names(machine) == ({"web": "held"} if machine.version >= 254 else {})
 
 
+def test_the_end_says_how_many_holds_a_stop_ends(systemd: Machine) -> None:
+    """As user cprd, from within the hardened unit; where D-Bus is there, systemd can be asked."""
+    install(systemd)
+    (systemd.root / "run/boot/save.py").write_text(SAVE)
+    systemd.systemctl("start", "cprd.socket", "cprd.service")
+    save(systemd, "web")
+    save(systemd, "mail")
+    systemd.systemctl("restart", "cprd.service")
+    said = systemd.await_journal("^stopping signal=SIGTERM.*", "cprd.service")
+    if systemd.version < 254:
+        assert said.endswith("lost_unless_restarted=2")
+    else:  # without D-Bus the unit's settings are root's to see
+        assert said.endswith('systemd does not say whether the store outlives a stop"')
+    assert names(systemd) == {"web": "held", "mail": "held"}
+
+
+@pytest.mark.parametrize("preserve", ["yes", "restart"])
+def test_the_end_knows_a_store_that_outlives_a_stop(boot_systemd: Boot, preserve: str) -> None:
+    machine = boot_systemd(bus=True)
+    install(machine)
+    (machine.root / "run/boot/save.py").write_text(SAVE)
+    machine.unit(
+        "cprd.service.d/preserve.conf", f"[Service]\nFileDescriptorStorePreserve={preserve}\n"
+    )
+    machine.systemctl("start", "cprd.socket", "cprd.service")
+    save(machine, "web")
+    machine.systemctl("restart", "cprd.service")
+    said = machine.await_journal("^stopping signal=SIGTERM.*", "cprd.service")
+    outlives = preserve == "yes" and machine.version >= 254
+    lost = "" if outlives else " lost_unless_restarted=1"
+    assert said == f"stopping signal=SIGTERM{lost}"
+
+
 def test_a_reload_with_a_broken_configuration_leaves_the_old_one_running(machine: Machine) -> None:
     """With the unit as it stands: what is checked is what would be read."""
     save(machine, "web")
@@ -149,6 +183,19 @@ def test_the_socket_alone_starts_it(systemd: Machine) -> None:
     save(systemd, "web")
     assert names(systemd) == {"web": "held"}
     assert systemd.show("cprd.service", "ActiveState") == "active"
+
+
+def test_each_socket_of_the_unit_is_served_and_the_rest_named(systemd: Machine) -> None:
+    install(systemd)
+    systemd.unit(
+        "cprd.socket.d/more.conf",
+        "[Socket]\nListenSequentialPacket=/run/cprd/second.sock\nListenStream=/run/cprd/stream\n",
+    )
+    systemd.systemctl("start", "cprd.socket", "cprd.service")
+    for path in ("/run/cprd/second.sock", "/run/cprd/cprd.sock"):
+        said = systemd.run("cprctl", "--socket", path, "list", "--json")
+        assert json.loads(said) == []
+    systemd.await_journal("not-served name=cprd.socket .*/run/cprd/stream", "cprd.service")
 
 
 def test_systemctl_status_says_how_many_are_held_and_where(machine: Machine) -> None:
