@@ -132,29 +132,31 @@ class Steps:
 
     def _apply(self, step: Step, pidfds: Mapping[int, Roles]) -> None:
         """Make a step true, and follow up. Raises nothing."""
+        asked = {} if step.by is None else {"by_uid": step.by.uid, "by_pid": step.by.pid}
         before = {hold.generation: self.registry.get(hold.generation) for hold in step.put}
         self.registry.apply(step)
         point("daemon:applied")
         for hold in step.put:
             self.pidfds.keep(hold.generation, pidfds[hold.generation], hold.roles)
         for ended in step.ended:
-            self._after_end(ended)
+            self._after_end(ended, asked)
         self.keeper.let_go(ended.hold for ended in step.ended)
         for hold in step.put:
-            self._after_put(before[hold.generation], hold)
+            self._after_put(before[hold.generation], hold, asked)
         at = self.registry.next_deadline()
         if at is not None and at < self._sleeps_until:
             self._deadline_moved.set()
         for key in {hold.key for hold in (*step.put, *(ended.hold for ended in step.ended))}:
             self.waiters.serve(key)
 
-    def _after_end(self, ended: Ended) -> None:
+    def _after_end(self, ended: Ended, asked: Mapping[str, int]) -> None:
         hold = ended.hold
         self.disown(hold)
         self.pidfds.keep(hold.generation, self.pidfds.of(hold.generation), ())
-        log.event("ended", how=ended.how, uid=hold.uid, name=hold.name, generation=hold.generation)
+        about = {"uid": hold.uid, "name": hold.name, "generation": hold.generation}
+        log.event("ended", how=ended.how, **about, **asked)
 
-    def _after_put(self, old: Hold | None, hold: Hold) -> None:
+    def _after_put(self, old: Hold | None, hold: Hold, asked: Mapping[str, int]) -> None:
         if old is None or old.phase != hold.phase:
             log.event(
                 hold.phase,
@@ -165,6 +167,7 @@ class Steps:
                 fds=hold.fds,
                 attempts=hold.attempts or None,
                 why=hold.reason or (hold.last_reject if hold.phase == HELD else "") or None,
+                **asked,
             )
         if old is None:
             return

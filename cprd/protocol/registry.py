@@ -76,6 +76,7 @@ class Step:
     ended: tuple[Ended, ...] = ()
     put: tuple[Hold, ...] = ()
     reply: Reply | None = None  # to remember
+    by: Caller | None = None  # who asked for the step; None: a deadline or the end of a process
 
     @property
     def changes(self) -> bool:
@@ -464,9 +465,9 @@ class Registry(Holds):
 
 def _remembering(caller: Caller, step: Step, answer: dict[str, Any]) -> Step:
     if not caller.nonce:
-        return step
+        return replace(step, by=caller)
     reply = Reply(caller.uid, caller.nonce, answer, caller.now, caller.digest)
-    return replace(step, reply=reply)
+    return replace(step, reply=reply, by=caller)
 
 
 def _ended(hold: Hold, event: str) -> Ended:

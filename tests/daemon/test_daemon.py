@@ -19,6 +19,7 @@ import cprd
 from cprd.daemon import command
 from cprd.daemon import config as configuration
 from tests.support.checkout import CHECKOUT
+from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess, answers
 from tests.support.goods import goods, state_of
 from tests.support.patience import PATIENCE, until
@@ -199,6 +200,37 @@ def test_one_line_an_event_and_nothing_of_what_is_held(new_daemon: DaemonProcess
     held = lines[1]
     assert f"uid={os.geteuid()} " in held
     assert "generation=" in held
+
+
+def _begin_as_a_stranger(line: Line, path: str) -> None:
+    os.setuid(12345)
+    with cprd.connect(path) as connection:
+        connection.save("web", cprd.State())
+        connection.load("web").begin()
+        os._exit(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: two uids")
+def test_the_log_says_who_asked(start_daemon: Start) -> None:
+    """The owner, and the operator who released or dropped: uid and pid as the kernel says."""
+    daemon = start_daemon()
+    with Child(_begin_as_a_stranger, daemon.path) as saver:
+        assert saver.wait() == 0
+    theirs, mine = f"by_uid=12345 by_pid={saver.pid}", f"by_uid=0 by_pid={os.getpid()}"
+    assert theirs in daemon.await_log("held uid=12345 name=web")
+    assert theirs in daemon.await_log("claimed uid=12345 name=web")
+    assert theirs in daemon.await_log("in-doubt uid=12345 name=web")
+    seen = len(daemon.log())
+    with daemon.connect() as connection:
+        connection.release("12345/web", force=True)
+        assert mine in daemon.await_log("held uid=12345 name=web", since=seen)
+        connection.drop("12345/web")
+        assert mine in daemon.await_log("ended how=drop uid=12345 name=web", since=seen)
+        connection.save("short", cprd.State(), ttl=0.01)
+        assert "by_" not in daemon.await_log('ended how="ttl over" uid=0 name=short')
+        with pytest.raises(cprd.NotHeld):
+            connection.drop("nothing")
+        assert f"uid=0 pid={os.getpid()}" in daemon.await_log("refused verb=drop")
 
 
 def test_a_name_cannot_forge_a_line_of_the_log(daemon: DaemonProcess) -> None:
