@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Config:
-    """The configuration. With --check everything that would be executed is imported as well, and
-    the result printed."""
+    """The configuration. With --check, import the whole daemon as well, and print the result."""
     from cprd.daemon import config
 
     file = options.config or config.default_path(user=options.user)
@@ -60,7 +59,7 @@ def _settings(options: argparse.Namespace) -> Config:
 
 
 def _given(options: argparse.Namespace) -> reexec.Given:
-    """What came in at the start; with a listener of our own, where none did."""
+    """Descriptors from the start; with a new listener, where no listener came in."""
     given = reexec.sort(listen_fds.take(os.environ))
     if not given.listeners:
         own = listener.listen(_path(options), private=options.user)
@@ -71,7 +70,7 @@ def _given(options: argparse.Namespace) -> reexec.Given:
 
 
 def _become_parent(given: reexec.Given) -> NoReturn:
-    """Execute the parent of --keep, which starts this command again without --keep. Raises
+    """Execute the parent of --keep, which starts `cprd` again without --keep. Raises
     CprdError."""
     from cprd.keep.become import become_parent
     from cprd.linux.nofile import hard_limit
@@ -97,7 +96,7 @@ def _become_parent(given: reexec.Given) -> NoReturn:
 
 
 def _serve(given: reexec.Given, settings: Config) -> None:
-    """Serve until a signal ends it. Does not return where the signal asked for a new version."""
+    """Serve until a signal. Does not return where the signal asked for a new version."""
     import trio
 
     from cprd.daemon.running import Running
@@ -148,7 +147,7 @@ def _path(options: argparse.Namespace) -> str:
 
 
 def _check_packages() -> None:
-    """Raises Unavailable where a package is missing that only the daemon needs."""
+    """Raises Unavailable where a package is missing."""
     try:
         import trio  # noqa: F401
     except ModuleNotFoundError:

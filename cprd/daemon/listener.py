@@ -1,4 +1,4 @@
-"""A listening socket of the daemon's own, where no service manager hands one in."""
+"""A listening socket of the daemon's own, where no service manager passes a socket."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ BACKLOG = 512
 
 
 def listen(path: str, *, private: bool) -> socket.socket:
-    """Listen at `path`; `private`: for this uid only. The caller owns the socket. Raises
-    Unavailable, and leaves a socket at `path` alone that another daemon serves."""
+    """Listen at `path`; `private`: for the own uid only. The caller owns the socket. Raises
+    Unavailable, and leaves the socket of a living daemon alone."""
     _prepare_directory(path, private)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -34,7 +34,7 @@ class SocketFile:
     """The file of the daemon's own socket, to be removed at the end."""
 
     def __init__(self, path: str) -> None:
-        """Remember the file that is at `path` now."""
+        """Remember the file at `path`."""
         self.path = path
         self.identity = (0, 0)  # device and inode
         try:
@@ -66,7 +66,7 @@ def _prepare_directory(path: str, private: bool) -> None:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove the socket of a daemon that has ended. Raises Unavailable for anything else there."""
+    """Remove the socket of an ended daemon. Raises Unavailable for anything else at `path`."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise Unavailable(f"{path} is in the way: it is not a socket")

@@ -1,5 +1,5 @@
-"""The service manager, which may be slow, mute or gone: what the daemon tells it, and how long the
-daemon waits for answers. No client ever waits for the manager."""
+"""The service manager, slow, mute or gone: messages of the daemon, and the wait for answers. No
+client ever waits for the manager."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ REPORT = 10.0  # s between two looks at the status line
 
 
 async def adrive(steps: notify.Steps[T], on_silence: Callable[[], None] | None = None) -> T:
-    """Run steps of `cprd.systemd` to their end, however long the manager takes. `on_silence` is
-    called each time that the manager leaves a step without an answer for PATIENCE. Can be
-    cancelled, and leaves no descriptor then."""
+    """Run steps of `cprd.systemd` to the end, however long the manager takes. Calls `on_silence`
+    each time the manager leaves a step without an answer for PATIENCE. Can be cancelled, and leaves
+    no descriptor then."""
     await trio.lowlevel.checkpoint_if_cancelled()
     try:
         while True:
@@ -44,10 +44,10 @@ async def adrive(steps: notify.Steps[T], on_silence: Callable[[], None] | None =
 
 
 class Reporter:
-    """Tells the manager that the daemon is ready, how much is held, and that it lives."""
+    """Tells the manager: the daemon is ready, the number of holds, signs of life."""
 
     def __init__(self, address: str, status: Callable[[], str], watchdog: float | None) -> None:
-        """`address`: $NOTIFY_SOCKET. `watchdog`: seconds between two signs of life that the manager
+        """`address`: $NOTIFY_SOCKET. `watchdog`: seconds between two signs of life, as the manager
         wants, or None. Raises InvalidInput."""
         self._manager = notify.Manager(address)
         self._status = status
@@ -59,13 +59,13 @@ class Reporter:
         self._said = ""  # the status line that the manager has
 
     def ready(self, note: str = "") -> None:
-        """Tell soon that the daemon serves (again); `note` goes before the status line."""
+        """Tell soon: the daemon serves (again); `note` goes before the status line."""
         self._due += 1
         self._note = note
         self._news.set()
 
     def say(self, message: bytes) -> None:
-        """Tell the manager now, or never where that would take time."""
+        """Tell the manager now, or never where a wait would be needed."""
         with notify.Manager(self._manager.address) as own:
             try:
                 own.send_now(message)
@@ -73,8 +73,7 @@ class Reporter:
                 pass  # RELOADING=1 and STOPPING=1 only colour what `systemctl status` shows
 
     async def tend(self) -> None:
-        """For ever: tell the manager what has changed. While the manager is away, everything is to
-        be told again."""
+        """For ever: tell the manager changes. To a manager that was away, tell everything again."""
         while True:
             self._news = trio.Event()
             pause, due, text = self._pause, self._due, self._status()

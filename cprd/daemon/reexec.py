@@ -1,8 +1,7 @@
-"""What the daemon finds at its start, and what it passes on when it executes itself anew.
+"""Descriptors that the daemon finds at the start, and passes on to a re-execution.
 
-Every descriptor has a name in LISTEN_FDNAMES. systemd passes listening sockets and the shelves of
-its store; a re-execution passes the same, the shelves that no store has, and foreign files that are
-still to be closed.
+Every descriptor has a name in LISTEN_FDNAMES. systemd passes listening sockets and stored shelves.
+A re-execution passes the same, shelves without a store, and foreign files still to be closed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CHECK = 60.0  # s that --check of a new version may take
 
 
 class Given:
-    """What came in at the start: from systemd, or across exec. Owns all descriptors."""
+    """Everything from the start: from systemd, or across exec. Owns all descriptors."""
 
     def __init__(self) -> None:
         self.listeners: list[tuple[str, socket.socket]] = []
@@ -48,9 +47,9 @@ class Given:
         return any(name == OWN_LISTENER for name, _ in self.listeners)
 
     def pairs(self) -> dict[int, tuple[socket.socket, socket.socket]]:
-        """(outlet, inlet) of each shelf. Where an end is missing, another takes its place that
-        leads nowhere: a shelf without inlet can be read, and is written anew before the next
-        record; a shelf without outlet is empty."""
+        """(outlet, inlet) of each shelf. Where an end is missing, a dead socket takes the place: a
+        shelf without inlet can be read, and is written anew before the next record; a shelf without
+        outlet is empty."""
         pairs = {}
         for number, ends in self.shelves.items():
             if len(ends) != 2:
@@ -64,9 +63,9 @@ class Given:
 
 
 def sort(named: list[tuple[str, int]]) -> Given:
-    """Tell apart by name the descriptors that came in; takes them over. A listening socket that
-    cannot be served is named in the log and closed. Raises InvalidInput when sockets came in, and
-    none of them can be served."""
+    """Sort descriptors by name; takes them over. Names in the log, and closes, a listening socket
+    of another kind than cprd serves. Raises InvalidInput when every listening socket is of another
+    kind."""
     given = Given()
     refused = ""
     for name, fd in named:
@@ -123,7 +122,7 @@ def _listens(sock: socket.socket) -> bool:
 
 
 def _why_not_served(sock: socket.socket) -> str:
-    """Why cprd cannot serve a listening socket; an empty string when it can."""
+    """Why cprd cannot serve a listening socket; an empty string when cprd can."""
     if sock.type == socket.SOCK_SEQPACKET and sock.family == socket.AF_UNIX:
         return ""
     where = sock.getsockname() or "an unnamed address"
@@ -131,7 +130,7 @@ def _why_not_served(sock: socket.socket) -> str:
 
 
 def new_version_works() -> bool:
-    """Whether the version that would be executed now starts up as far as --check goes. Blocks."""
+    """Whether the version on disk starts up as far as --check goes. Blocks."""
     command = [sys.executable, *sys.orig_argv[1:], "--check"]
     try:
         check = subprocess.run(
@@ -148,7 +147,7 @@ def new_version_works() -> bool:
 
 
 def become_new(keeper: Keeper, given: Given) -> NoReturn:
-    """Execute the program anew: the same PID; the listeners, the shelves and what is still to be
+    """Execute the program anew: the same PID; listeners, shelves and files still to be
     closed go along, everything else is closed."""
     named = [(name, sock.fileno()) for name, sock in given.listeners]
     for shelf in keeper.shelves():

@@ -1,4 +1,4 @@
-"""The daemon from its first socket to its last signal: which tasks run, and what signals do."""
+"""The daemon from the first socket to the last signal: tasks, and the effect of signals."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ LINGER = 1.0  # s at the end for files that take time to close
 
 
 class Running:
-    """One run of the daemon, with all its parts."""
+    """One run of the daemon, with all parts."""
 
     def __init__(
         self, given: reexec.Given, settings: Config, signals: tuple[signal.Signals, ...]
     ) -> None:
-        """Take over what came in, and read what is held. `signals`: those that end a run."""
+        """Take over `given`, and read the holds. Each of `signals` may end a run."""
         raise_nofile()
         self.given = given
         self.signals = signals
@@ -56,8 +56,8 @@ class Running:
         return f"{len(self.registry)} holds, kept: {self.keeper.kept}"
 
     async def run(self) -> Keeper | None:
-        """Serve until a signal. Returns the keeper, whose shelves go along, when the daemon is to
-        execute itself anew; None when the daemon is to end."""
+        """Serve until a signal. Returns the keeper of the shelves when the daemon is to execute
+        itself anew; None when the daemon is to end."""
         with trio.open_signal_receiver(*self.signals) as signals:
             # Blocked by the one that became us.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
@@ -78,7 +78,7 @@ class Running:
         return self.keeper if again else None
 
     async def _await_store(self, store: Store) -> None:
-        """Give the manager a moment, so that the first client finds holds kept in the store."""
+        """Give the manager a moment: then the first client finds holds kept in the store."""
         if self.keeper.kept != "store":
             with trio.move_on_after(FIRST_ANSWER):
                 await store.asked.wait()
@@ -116,7 +116,7 @@ class Running:
         return False
 
     async def _say_stopping(self, number: int) -> None:
-        """Say how many holds end with this process, or with a stop of the unit."""
+        """Say how many holds end with the process, or with a stop of the unit."""
         if self.reporter is not None:
             self.reporter.say(notify.stopping(self.status()))
         holds = len(self.registry)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import trio
 
@@ -132,7 +133,9 @@ class Steps:
 
     def _apply(self, step: Step, pidfds: Mapping[int, Roles]) -> None:
         """Make a step true, and follow up. Raises nothing."""
-        asked = {} if step.by is None else {"by_uid": step.by.uid, "by_pid": step.by.pid}
+        asked: dict[str, Any] = (
+            {} if step.by is None else {"by_uid": step.by.uid, "by_pid": step.by.pid}
+        )
         before = {hold.generation: self.registry.get(hold.generation) for hold in step.put}
         self.registry.apply(step)
         point("daemon:applied")
@@ -149,14 +152,20 @@ class Steps:
         for key in {hold.key for hold in (*step.put, *(ended.hold for ended in step.ended))}:
             self.waiters.serve(key)
 
-    def _after_end(self, ended: Ended, asked: Mapping[str, int]) -> None:
+    def _after_end(self, ended: Ended, asked: Mapping[str, Any]) -> None:
         hold = ended.hold
         self.disown(hold)
         self.pidfds.keep(hold.generation, self.pidfds.of(hold.generation), ())
-        about = {"uid": hold.uid, "name": hold.name, "generation": hold.generation}
-        log.event("ended", how=ended.how, **about, **asked)
+        log.event(
+            "ended",
+            how=ended.how,
+            uid=hold.uid,
+            name=hold.name,
+            generation=hold.generation,
+            **asked,
+        )
 
-    def _after_put(self, old: Hold | None, hold: Hold, asked: Mapping[str, int]) -> None:
+    def _after_put(self, old: Hold | None, hold: Hold, asked: Mapping[str, Any]) -> None:
         if old is None or old.phase != hold.phase:
             log.event(
                 hold.phase,

@@ -1,7 +1,7 @@
-"""Tasks that only tend: none of them can end the daemon.
+"""Tasks beside the requests: no such task can end the daemon.
 
 The log, the store, reports to the service manager, deadlines, ended processes: where such a task
-fails, the log says so, and after a pause the task begins again. What is held is served meanwhile.
+fails, the log says so, and after a pause the task begins again. Holds are served meanwhile.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ CALM = 60.0  # s without a failure, after which the next one counts as the first
 
 
 async def tend(name: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Run `work` until it returns, or until cancelled; again and again as long as it fails. The log
-    names the task and the place of a failure, once for failures that follow each other and are the
-    same."""
+    """Run `work` until `work` returns, or until cancelled; again and again after a failure. The log
+    names the task and the place, once for equal failures in a row."""
     pause = FIRST_PAUSE
     said = ""
     while True:

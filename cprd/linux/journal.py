@@ -1,4 +1,4 @@
-"""Whether the journal of systemd reads a log, and times for a log that it does not read."""
+"""Whether the journal of systemd reads a log, and times for any other log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 
 def reads(fd: int) -> bool:
-    """Whether the journal reads what is written to `fd`: $JOURNAL_STREAM, systemd.exec(5), names
+    """Whether the journal reads from `fd`: $JOURNAL_STREAM, systemd.exec(5), names
     the device and the inode of the journal's stream. False for a stream redirected since."""
     try:
         found = os.fstat(fd)
@@ -17,7 +17,7 @@ def reads(fd: int) -> bool:
 
 
 def stamp() -> str:
-    """The time now, in UTC, to the millisecond, as RFC 3339 writes it."""
+    """The time now, in UTC, to the millisecond, as in RFC 3339."""
     now = time.time_ns() // 1_000_000
     clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 1000))
     return f"{clock}.{now % 1000:03d}Z"

@@ -1,7 +1,7 @@
-"""Descriptors that a program finds at its start, as in sd_listen_fds(3): taking, and passing on.
+"""Descriptors that a program finds at the start, as in sd_listen_fds(3): taking, and passing on.
 
 The first descriptor is 3. `LISTEN_FDS` has the count, `LISTEN_PID` and `LISTEN_PIDFDID` name the
-process that is meant, and `LISTEN_FDNAMES` has a name for each descriptor.
+process, and `LISTEN_FDNAMES` has a name for each descriptor.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MAX_COUNT = (1 << 31) - 1 - FIRST  # a descriptor is an int of C
 
 
 def take(environ: MutableMapping[str, str]) -> list[tuple[str, int]]:
-    """Take (name, descriptor) of each descriptor that was passed, in the order of passing. systemd
-    passes sockets of socket units first, then its store, newest entry first.
+    """Take (name, descriptor) of each passed descriptor, in the order of passing. systemd
+    passes sockets of socket units first, then the store, newest entry first.
 
     The caller owns the descriptors; each is close-on-exec from here on. Removes $LISTEN_* from
-    `environ`, so that no child takes the descriptors for its own. Empty when nothing was passed, or
+    `environ`, so no child takes the descriptors for its own. Empty when nothing was passed, or
     another process was meant. Never blocks. Raises ProtocolError when the variables make no sense,
     or when a descriptor is not open.
     """
@@ -64,8 +64,8 @@ def take(environ: MutableMapping[str, str]) -> list[tuple[str, int]]:
 def pass_on(named: Sequence[tuple[str, int]], environ: MutableMapping[str, str]) -> None:
     """Prepare an exec in the same process: `take` in the next program returns `named`, in order.
 
-    Takes over the descriptors and moves them, so call `pass_on` right before exec: anything else
-    that is open at 3 and up may be closed. Several entries may share a descriptor. Raises
+    Takes over and moves the descriptors, so call `pass_on` right before exec: anything else at 3
+    and up may be closed. Several entries may share a descriptor. Raises
     InvalidInput for a bad name, LimitExceeded for too many names; then nothing was moved.
     """
     names = join([name for name, _ in named])
@@ -79,7 +79,7 @@ def pass_on(named: Sequence[tuple[str, int]], environ: MutableMapping[str, str])
 
 
 def announce(count: int, names: str, environ: MutableMapping[str, str]) -> None:
-    """Say in `environ` that this process passes `count` descriptors, called `names` (joined)."""
+    """Say in `environ`: the process passes `count` descriptors, called `names` (joined)."""
     for variable in VARIABLES:
         environ.pop(variable, None)
     if count:
@@ -90,7 +90,7 @@ def announce(count: int, names: str, environ: MutableMapping[str, str]) -> None:
 
 def place(fds: list[int]) -> None:
     """Move descriptors, all different, to 3 and up, open across exec; `fds` follows. Closes
-    anything else that is open there. Needs one free descriptor, however many are moved."""
+    anything else at these numbers. Needs a single free descriptor for any number of moves."""
     at = {fd: i for i, fd in enumerate(fds)}
     for i, fd in enumerate(fds):
         target = FIRST + i
@@ -110,8 +110,8 @@ def place(fds: list[int]) -> None:
 
 
 def join(names: Sequence[str]) -> str:
-    """The value of LISTEN_FDNAMES. Raises InvalidInput for a name that is not printable ASCII or
-    has a ':', LimitExceeded when the names do not fit one variable."""
+    """The value of LISTEN_FDNAMES. Raises InvalidInput for a name with a ':' or without printable
+    ASCII, LimitExceeded when the names do not fit one variable."""
     for name in names:
         if not all(" " <= letter <= "~" and letter != ":" for letter in name):
             raise InvalidInput(f"name {name!r} of a descriptor: printable ASCII without ':' only")
@@ -124,8 +124,8 @@ def join(names: Sequence[str]) -> str:
 
 
 def names_left(names: Iterable[str]) -> int:
-    """Bytes left in the variable that hands back `names`, the names of sockets among them. Where
-    the number is negative, exec fails: a service with such a store can never be started again."""
+    """Bytes left in the variable for `names`, the names of sockets included. Where the
+    number is negative, exec fails: a service with such a store can never be started again."""
     return MAX_NAMES - len("LISTEN_FDNAMES=") - sum(len(name) + 1 for name in names)
 
 
@@ -139,7 +139,7 @@ def number(variable: str, text: str) -> int:
 
 
 def _own_pidfd_id() -> int:
-    """The inode of this process's pidfd, different for each process since boot. 0 before Linux
+    """The inode of the process's pidfd, different for each process since boot. 0 before Linux
     6.9, where all pidfds share an inode, and where a pidfd cannot be had."""
     fds = []
     try:

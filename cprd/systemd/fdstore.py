@@ -1,14 +1,14 @@
-"""The descriptor store of systemd: what goes in, what comes out, and whether something was stored.
+"""The descriptor store of systemd: store, remove, and find out whether the store has room.
 
-As measured on systemd 252 to 262, the store never answers. A store that is full, or not offered at
-all, drops what it gets; a barrier behind it is answered all the same. The manager closes a dropped
-descriptor some time after that barrier (254 and later leave the closing to another process), so a
-descriptor that has not hung up by then proves nothing: of 1,000 such questions to a store of size
+As measured on systemd 252 to 262, the store never answers. A full store, or no store at all, drops
+descriptors, and answers a barrier all the same. The manager closes a dropped descriptor some time
+after the barrier (254 and later leave the closing to another process), so a descriptor without a
+hang-up proves nothing: of 1,000 such questions to a store of size
 0, 130 to 180 were answered "kept". `probe` waits for a positive sign instead, see `Witness`.
 
-Every other entry goes with FDPOLL=0 (with polling the manager forgets a socket whose peer has gone)
-and alone (within one datagram neither order nor identity survives). The functions here are steps:
-run them with a driver (`notify.drive`).
+Every other entry goes with FDPOLL=0 (with polling the manager forgets a socket after the peer's
+end) and alone (within one datagram neither order nor identity survives). The functions here make
+steps for a driver (`notify.drive`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROBE = "cprd-canary"  # so it is called by every version: a killed process leav
 
 
 def check_name(name: str) -> str:
-    """`name`, if the manager will keep the name as it is. For any other name the manager would
+    """`name`, if the manager will keep the name unchanged. For any other name the manager would
     silently use "stored", so raises InvalidInput before anything is sent."""
     if len(name) > MAX_NAME:
         raise InvalidInput(f"store name of {len(name)} characters: at most {MAX_NAME}")
@@ -43,13 +43,13 @@ def check_name(name: str) -> str:
 
 
 def store_message(name: str) -> bytes:
-    """To go with exactly one descriptor. The manager ignores an open file that is in the store
-    already, under whatever name: remove the file first to rename it."""
+    """To go with exactly one descriptor. The manager ignores an open file already in the store,
+    under any name: to rename, remove the file first."""
     return b"FDSTORE=1\nFDPOLL=0\nFDNAME=" + check_name(name).encode()
 
 
 def remove_message(name: str) -> bytes:
-    """Removes every entry of that name; no such entry is fine too."""
+    """Removes every entry called `name`; no such entry is fine too."""
     return b"FDSTOREREMOVE=1\nFDNAME=" + check_name(name).encode()
 
 
@@ -64,19 +64,19 @@ def store_limit(environ: Mapping[str, str]) -> int | None:
 
 
 def store(manager: Manager, name: str, fd: int) -> Steps[None]:
-    """Offer one descriptor, borrowed, to the store. No answer comes: see `keep`."""
+    """Offer a descriptor, borrowed, to the store. No answer comes: see `keep`."""
     return manager.tell(store_message(name), (fd,))
 
 
 def remove(manager: Manager, name: str) -> Steps[None]:
-    """Take every entry called `name` out of the store. The manager closes its copies."""
+    """Take every entry called `name` out of the store. The manager closes the copies."""
     return manager.tell(remove_message(name))
 
 
 def probe(manager: Manager) -> Steps[bool]:
-    """Whether the store has room for what is sent now, and so had for everything sent before
-    (nothing may have been removed in between). Takes one entry for the time of the question. A
-    killed process leaves its probe as PROBE: `remove` PROBE at start, before anything is stored."""
+    """Whether the store has room now, and so had room for everything sent before (nothing may have
+    been removed in between). Takes an entry for the time of the question. A killed process leaves
+    a probe as PROBE: `remove` PROBE at start, before anything is stored."""
     if not Witness.works():
         return False
     with Witness() as witness:
@@ -91,12 +91,12 @@ def probe(manager: Manager) -> Steps[bool]:
 
 
 def keep(manager: Manager, entries: Sequence[tuple[str, int]]) -> Steps[bool]:
-    """Store `entries` (name, descriptor; borrowed) and return whether the manager has all of them:
-    True, then they survive this process. False: the manager has some or none, because the store is
+    """Store `entries` (name, descriptor; borrowed) and return whether the manager has every entry:
+    True, then all survive the process. False: the manager has some or none, because the store is
     full, or not offered (FileDescriptorStoreMax=0, NotifyAccess= of another process), or because
-    the manager went away; remove them by name.
+    the manager went away; remove by name.
 
-    True also for a descriptor that was in the store before, be it under another name.
+    True also for a descriptor that was in the store before, under any name.
     """
     for name, _ in entries:
         check_name(name)
@@ -106,16 +106,16 @@ def keep(manager: Manager, entries: Sequence[tuple[str, int]]) -> Steps[bool]:
 
 
 class Witness:
-    """A descriptor that tells whether anybody, in any process, has polled it since it was made.
+    """A descriptor that tells whether anybody, in any process, has polled the descriptor.
 
-    The manager adds what it stores with FDPOLL=1 to its event loop at once, which polls it; what
-    the manager drops it never polls. An epoll descriptor shows the difference: a poll takes what is
-    no longer ready off the head of the list of ready descriptors. So make `first` ready, then
+    The manager polls an entry stored with FDPOLL=1 at once, and never polls a dropped descriptor.
+    An epoll descriptor shows the difference: a poll takes descriptors that are no longer ready off
+    the head of the list of ready descriptors. So make `first` ready, then
     `second`, then take `first` back and make `first` ready again at the end: `first` comes first
     when nobody has polled in between, and second when somebody has. (In Linux since 2009,
-    ep_read_events_proc and its successors; `works` tries both directions.)
+    from ep_read_events_proc on; `works` tries both directions.)
 
-    Owns three descriptors; close() or `with` ends them.
+    Owns three descriptors; close() or `with` closes all.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class Witness:
         return self._epoll.fileno()
 
     def polled(self) -> bool:
-        """Whether it was. To be asked once, for asking polls."""
+        """Whether anybody has polled. To be asked once, for asking polls."""
         os.eventfd_write(self._first, 1)
         return [fd for fd, _ in self._epoll.poll(0)] == [self._second, self._first]
 
@@ -155,7 +155,7 @@ class Witness:
 
     @staticmethod
     def works() -> bool:
-        """Whether this kernel's epoll behaves as described."""
+        """Whether epoll of the kernel behaves as described."""
         with Witness() as alone, Witness() as watched:
             poll = select.poll()
             poll.register(watched, select.POLLHUP)

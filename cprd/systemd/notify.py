@@ -1,11 +1,11 @@
-"""What the service manager is told: messages of sd_notify(3), and the socket that takes them.
+"""Messages of sd_notify(3) to the service manager, and the socket for messages.
 
 - `ready`, `status`, `reloading`, ... make messages, as bytes, without I/O.
-- `Manager` is the socket. A step that may have to wait for the manager is a generator, which yields
-  a `Wait`: it neither blocks nor knows a clock. `drive` runs such steps with poll and a deadline;
-  the daemon has a driver of its own.
+- `Manager` is the socket. A step that may wait for the manager is a generator, and yields a
+  `Wait`: the generator neither blocks nor knows a clock. `drive` runs steps with poll and a
+  deadline; the daemon has another driver.
 
-The variables of the environment stay: a program that re-executes itself reads them again.
+The variables of the environment stay: a program reads them again after a re-execution.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def ready(text: str | None = None) -> bytes:
 
 
 def reloading(monotonic_ns: int | None = None, text: str | None = None) -> bytes:
-    """A reload begins; `ready` ends the reload. MONOTONIC_USEC, which Type=notify-reload (253+)
-    wants, is now, or the given time in nanoseconds."""
+    """A reload begins; `ready` ends the reload. MONOTONIC_USEC, for Type=notify-reload (253+),
+    is now, or the given time in nanoseconds."""
     now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) if monotonic_ns is None else monotonic_ns
     head = b"RELOADING=1\nMONOTONIC_USEC=%d" % (now // 1000)
     return head if text is None else head + b"\n" + status(text)
@@ -68,7 +68,7 @@ BARRIER = b"BARRIER=1"  # alone, with one descriptor: with anything else, all el
 
 
 def watchdog_interval(environ: Mapping[str, str]) -> float | None:
-    """Seconds within which the manager wants `WATCHDOG` again (send twice as often), or None.
+    """Seconds until the manager wants `WATCHDOG` again (send twice as often), or None.
     Raises ProtocolError for nonsense in the environment."""
     value = environ.get("WATCHDOG_USEC")
     owner = environ.get("WATCHDOG_PID")
@@ -81,8 +81,8 @@ def watchdog_interval(environ: Mapping[str, str]) -> float | None:
 
 
 class Manager:
-    """The manager's notification socket. Owns at most one descriptor; close() or `with` ends it.
-    For one task at a time: two tasks take two managers, whose messages arrive in order.
+    """The manager's notification socket. Owns at most one descriptor; close() or `with` closes.
+    For a single task: two tasks take two managers, and all messages arrive in order.
 
     Only the main process of a unit should use the store: NotifyAccess=main is in our unit.
     """
@@ -97,7 +97,7 @@ class Manager:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Manager | None:
-        """The manager that $NOTIFY_SOCKET names, or None when there is none."""
+        """The manager that $NOTIFY_SOCKET names, or None without a manager."""
         address = environ.get("NOTIFY_SOCKET")
         return cls(address) if address else None
 
@@ -136,10 +136,10 @@ class Manager:
         self.close()
 
     def send_now(self, message: bytes, fds: Sequence[int] = ()) -> bool:
-        """Send one datagram, without blocking; the descriptors are borrowed for the call. False
+        """Send a datagram, without blocking; the descriptors are borrowed for the call. False
         when the manager is far behind: wait until `fileno()` is writable, and try again.
 
-        Raises LimitExceeded for more than 253 descriptors, or when too many of this uid are in
+        Raises LimitExceeded for more than 253 descriptors, or when too many of the uid are in
         flight; Unavailable when the manager is gone.
         """
         if len(fds) > MAX_FDS:
@@ -168,7 +168,7 @@ class Manager:
     # Steps: run them with `drive`.
 
     def tell(self, message: bytes, fds: Sequence[int] = ()) -> Steps[None]:
-        """Send one datagram, waiting for room."""
+        """Send a datagram, waiting for room."""
         while not self.send_now(message, fds):
             yield "writable", self.fileno()
 
@@ -192,7 +192,7 @@ class Manager:
 
 
 def drive(steps: Steps[T], timeout: float | None = None) -> T:
-    """Run `steps` to their end, blocking. Raises Timeout after that many seconds: nobody knows then
+    """Run `steps` to the end, blocking. Raises Timeout after `timeout` seconds: then nobody knows
     how much the manager has seen."""
     until = None if timeout is None else time.monotonic() + timeout
     try:

@@ -1,4 +1,4 @@
-"""What systemd says about the unit that this process is in."""
+"""Questions to systemd about the unit of the process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def store_outlives_stop(environ: Mapping[str, str]) -> bool | None:
 
 
 def _unit() -> str:
-    """The service's name, an empty string where there is none: the last part of the cgroup."""
+    """The service's name, an empty string outside of a service: the last part of the cgroup."""
     try:
         with open("/proc/self/cgroup") as file:
             paths = [line.rstrip("\n").split(":", 2)[2] for line in file if line.startswith("0:")]

@@ -89,7 +89,7 @@ def test_a_stop_is_over_within_two_seconds_and_says_what_was_lost(keeping: KeptB
         assert time.monotonic() - before < patience(2)
         assert thing.let_go()
     last = keeping.said().splitlines()[-1]
-    assert last.startswith("keep-ended")
+    assert last.split()[1] == "keep-ended"
     assert "1 holds" in last
     assert set(os.listdir(keeping.place)) == {"cprd-test.py", "log"}
 

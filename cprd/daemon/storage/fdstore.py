@@ -1,13 +1,12 @@
 """Getting shelves into systemd's descriptor store, and out of the store again.
 
 The store never answers, so a shelf counts as stored only once a probe behind the shelf was seen to
-be stored (cprd.systemd.fdstore.keep). The order keeps every moment safe: a shelf is stored before
-the shelf that it replaces is taken out. All of this runs beside the daemon's requests, which never
-wait for it: a manager that is slow, mute or gone costs durability and nothing else.
+be stored (cprd.systemd.fdstore.keep). The order keeps every moment safe: a new shelf is stored
+before the old shelf is taken out. The daemon's requests never wait for the store:
+a manager that is slow, mute or gone costs durability and nothing else.
 
-Stored shelves are offered again from time to time, which changes nothing while the store has them:
-a manager that reads its configuration again with a lower FileDescriptorStoreMax= drops what is too
-much, and tells nobody (seen on 252).
+Stored shelves are offered again from time to time, without effect while the store has the shelves:
+a manager that reads a lower FileDescriptorStoreMax= drops shelves, and tells nobody (seen on 252).
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Store:
         keeper.wants_spare = self.wake
 
     def wake(self) -> None:
-        """There is something to be stored, or to be taken out."""
+        """A shelf is to be stored, or to be taken out."""
         # A mute manager must not make retired shelves pile up: those that it has never been offered
         # need not be taken out.
         for old in [old for old in self.keeper.retired if old.number not in self._offered]:
@@ -57,7 +56,7 @@ class Store:
         self._wanted.set()
 
     async def tend(self) -> None:
-        """For ever: store what should be stored, and take out the rest."""
+        """For ever: store the shelves in use, and take out the rest."""
         checked = trio.current_time()
         again = False
         while True:
@@ -121,8 +120,8 @@ class Store:
         return True
 
     async def _make_room(self, shelf: Shelf, replaced: list[Shelf]) -> bool:
-        """There is no room for the present shelf. Of the replaced ones the last is enough, if that
-        is stored: whether anything was removed."""
+        """The present shelf finds no room. Of the replaced shelves the last, if stored, is enough:
+        whether anything was removed."""
         stored = [old for old in replaced if old.counts and old.was_durable]
         if not stored or len(replaced) == 1:
             return False
@@ -148,13 +147,13 @@ class Store:
                 keeper.retired.append(spare)
 
     async def _check_spare(self, spare: Shelf) -> None:
-        """A spare that the store has no more is no use, unless it took over meanwhile."""
+        """Retire a spare that the store has lost, unless the spare took over meanwhile."""
         if not await self._keep(spare) and self.keeper.spare is spare:
             self.keeper.spare = None
             self.keeper.retired.append(spare)
 
     async def _keep(self, shelf: Shelf) -> bool:
-        """Store a shelf; False when the manager has not taken all of it."""
+        """Store a shelf; False when the manager has not taken both ends."""
         out, inlet = shelf.names
         point("store:offer")
         entries = [(out, shelf.outlet.fileno()), (inlet, shelf.tx.fileno())]
@@ -171,7 +170,7 @@ class Store:
         return taken
 
     async def _remove(self, shelves: list[Shelf]) -> None:
-        """Take retired ones out of the store, and let go of them."""
+        """Take retired shelves out of the store, and close both ends."""
         for shelf in shelves:
             point("store:remove")
             for name in shelf.names:
