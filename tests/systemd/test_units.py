@@ -194,3 +194,21 @@ def test_a_stopping_machine_is_told_to_the_unprivileged_stop_command(
         *("test", "vm"),
         *("test", "test.going-down", "vm"),
     ]
+
+
+def test_a_start_limit_takes_the_socket_down_too(systemd: Machine) -> None:
+    """Why our units have none: clients find nobody until an operator comes."""
+    install(systemd)
+    systemd.unit(
+        "cprd.service.d/limit.conf",
+        "[Unit]\nStartLimitIntervalSec=60\nStartLimitBurst=3\n"
+        "[Service]\nExecStart=\nExecStart=false\nRestartSec=0\n",
+    )
+    systemd.systemctl("start", "cprd.socket")
+    systemd.attempt("systemctl", "start", "--no-block", "cprd.service")
+    systemd.await_journal("start-limit-hit", "cprd.socket")
+    assert systemd.show("cprd.socket", "ActiveState") == "failed"
+    systemd.unit("cprd.service.d/limit.conf", "")
+    systemd.systemctl("reset-failed", "cprd.socket", "cprd.service")
+    systemd.systemctl("start", "cprd.socket")
+    systemd.run("cprctl", "list")
