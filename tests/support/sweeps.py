@@ -358,10 +358,10 @@ with cprd.connect() as daemon:
         assert all(row["name"] != name for row in daemon.list()), "confirmed, and there again"
         poll = select.poll()
         poll.register(reading, select.POLLIN)
-        assert poll.poll(@SECOND@), "confirmed, and still held"
+        assert poll.poll(BOUND * 1000), "confirmed, and still held"
         os.close(reading)
         print(".", end="", flush=True)
-"""
+""".replace("BOUND", repr(patience(1)))
 
 
 class Stream:
