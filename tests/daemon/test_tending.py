@@ -62,7 +62,7 @@ def serves(daemon: DaemonProcess) -> None:
 
 
 def test_accepting(seeded: Callable[..., Seeded]) -> None:
-    daemon = seeded(failing("cprd.daemon.server", "Daemon._have_spare", is_async=False))
+    daemon = seeded(failing("cprd.daemon.server", "Server._open_reserve", is_async=False))
     for _ in range(3):
         serves(daemon)
     assert "task=accept" in daemon.await_log("task-failed")
@@ -99,7 +99,7 @@ def test_deadlines(seeded: Callable[..., Seeded]) -> None:
 
 
 def test_orphans(seeded: Callable[..., Seeded]) -> None:
-    daemon = seeded(failing("cprd.daemon.server", "Daemon._end_orphans", is_async=True))
+    daemon = seeded(failing("cprd.daemon.steps", "Steps.end_orphans", is_async=True))
     serves(daemon)
     assert "task=orphans" in daemon.await_log("task-failed")
 

@@ -376,7 +376,7 @@ class Stream:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # until end()
         self.clients = [
             keeping.client(
-                *(ROUNDS.replace("@SECOND@", str(patience(1000))), f"client{number}"),
+                *(ROUNDS, f"client{number}"),
                 stdout=writing,
                 stderr=self.errors,
                 user=user if number % 3 == 0 else None,
