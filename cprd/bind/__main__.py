@@ -6,14 +6,15 @@ import sys
 
 from cprd.bind.build import HERE, build
 from cprd.errors import CprdError
+from cprd.linux.stdio import note, say
 
 
 def main() -> int:
     """Build, and print the path. Exit status: 0, or 1 with a line on stderr."""
     try:
-        print(build(HERE, mode=0o755))
+        say(build(HERE, mode=0o755))
     except CprdError as error:
-        print(f"cprd.bind: {error}", file=sys.stderr)
+        note(f"cprd.bind: {error}")
         return 1
     return 0
 

@@ -23,6 +23,8 @@ from cprd.linux.rights import queued, scm_fds
 from cprd.state import InlineSection, MemfdSection, State
 
 SMALL = 4096  # bytes of a section whose value is shown
+LONGEST = 1024  # entries of a container in such a value
+DEEPEST = 16  # containers in each other
 
 
 def check(fd: int, parked: int, *, seal: bool) -> None:
@@ -109,8 +111,30 @@ def _section(key: str, section: InlineSection | MemfdSection) -> dict[str, Any]:
         "bytes": len(section.data),
     }
     if section.packed and len(section.data) <= SMALL:
-        try:
-            shown["value"] = msgpack.unpackb(section.data, raw=False, strict_map_key=False)
-        except Exception:
-            shown["value"] = None  # not what its saver said it is
+        shown["value"] = _value(section.data)
     return shown
+
+
+def _value(data: bytes | memoryview) -> object:
+    """A small msgpack value; None where `data` is none, or would make too much of itself: a few
+    bytes can announce containers of any length, in each other."""
+    try:
+        value = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=False,
+            max_array_len=LONGEST,
+            max_map_len=LONGEST,
+            max_ext_len=LONGEST,
+        )
+    except Exception:
+        return None  # not what its saver said it is
+    return value if _is_flat(value, DEEPEST) else None
+
+
+def _is_flat(value: object, levels: int) -> bool:
+    """Whether a value has at most so many containers in each other."""
+    if not isinstance(value, dict | list | tuple):
+        return True
+    inner = [*value, *value.values()] if isinstance(value, dict) else value
+    return levels > 0 and all(_is_flat(each, levels - 1) for each in inner)

@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.command = command
     args.stand_ins = stand_ins
     try:
+        if getattr(args, "owner", None) is not None and "name" in args:
+            from cprd.cli.owner import full_name
+
+            args.name = full_name(args.name, args.owner)
         status = int(args.run(args))
         sys.stdout.flush()
     except CprdError as error:
@@ -80,9 +84,7 @@ def exit_status(error: CprdError) -> int:
 
 def fail(why: str, status: int) -> int:
     """Say why on one line of stderr; returns `status`."""
-    from cprd.linux.describe import printable
-
-    note(f"cprctl: {printable(' '.join(why.split()))}")
+    note(f"cprctl: {' '.join(why.split())}")
     return status
 
 

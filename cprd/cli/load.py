@@ -18,18 +18,19 @@ TRIES = 5  # replaced again and again between look and claim: somebody saves in 
 
 
 def add_parser(verbs: Verbs) -> None:
+    from cprd.cli.owner import add_name
     from cprd.cli.spans import DAY, seconds
 
     parser = verbs.add_parser(
         "load",
         help="take a hold and become a command",
-        usage="cprctl load NAME [--wait S] [--lease S] -- CMD [ARG ...]",
+        usage="cprctl load NAME [--owner USER] [--wait S] [--lease S] -- CMD [ARG ...]",
         description=__doc__,
         epilog="CMD finds its descriptors as from systemd: LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES"
         " (NAME or NAME.ID; ':' and what is not printable as %XX), then the sections, each a sealed"
         " memfd named section.KEY (raw bytes as they were saved, other values as msgpack).",
     )
-    parser.add_argument("name", metavar="NAME")
+    add_name(parser)
     parser.add_argument(
         "--wait", type=seconds(DAY), default=0.0, metavar="S", help="wait up to S seconds for it"
     )
@@ -66,7 +67,7 @@ def look_at(args: argparse.Namespace) -> Look:
     """How to look at what is held: from a child, on a connection of its own, so that closing
     what it saw holds nobody up and takes no room below this process's RLIMIT_NOFILE."""
     from cprd.cli.connection import connect
-    from cprd.cli.peek import in_a_child
+    from cprd.linux.child import in_a_child
 
     def look() -> dict[str, Any]:
         with connect(args) as daemon:

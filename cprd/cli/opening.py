@@ -166,9 +166,15 @@ def remove_dead(path: str, kind: int) -> None:
 
 def remove(path: str, device: int, inode: int) -> None:
     """Remove the file at `path` if it is still that inode."""
+    folder, name = os.path.split(path)
     try:
-        found = os.lstat(path)
-        if (found.st_dev, found.st_ino) == (device, inode):
-            os.unlink(path)
+        # By one descriptor: whoever may write above must not lead the removal elsewhere.
+        at = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            found = os.stat(name, dir_fd=at, follow_symlinks=False)
+            if (found.st_dev, found.st_ino) == (device, inode):
+                os.unlink(name, dir_fd=at)
+        finally:
+            os.close(at)
     except OSError:
         pass

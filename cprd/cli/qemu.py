@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from typing import TYPE_CHECKING
+
+from cprd.linux.stdio import note, say
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
     from cprd.cli import Verbs
+    from cprd.qemu.monitor import Monitor
 
 
 def add_parser(verbs: Verbs) -> None:
+    from cprd.cli.owner import add_name
+
     parser = verbs.add_parser("qemu", help="hand a guest from QEMU to QEMU", description=__doc__)
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
 
     check = actions.add_parser("check", help="can this VM be handed over, and if not, why")
     check.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
-    check.set_defaults(run=_with_qmp(run_check))
+    check.add_argument("--owner", metavar="USER", help="as root: whose QEMU that is (or a uid)")
+    check.set_defaults(run=run_check)
 
     save = actions.add_parser(
         "save",
@@ -26,42 +32,45 @@ def add_parser(verbs: Verbs) -> None:
         epilog="Exit status 4, and not 1 as of cprctl save, when something else is held under NAME:"
         " load it, drop it, or --replace it.",
     )
-    save.add_argument("name", metavar="NAME")
+    add_name(save)
     save.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
     save.add_argument("--replace", action="store_true", help="end what is held under NAME")
     save.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
-    save.set_defaults(run=_with_qmp(run_save))
+    save.set_defaults(run=_as_owner(run_save))
 
     start = actions.add_parser(
         "start",
         help="hold -> new QEMU, or a cold boot; becomes that QEMU",
-        usage="cprctl qemu start NAME [--cold | --force] [--timeout S] -- QEMU COMMAND",
+        usage="cprctl qemu start NAME [--owner USER] [--cold | --force] [--timeout S]"
+        " -- QEMU COMMAND",
     )
-    start.add_argument("name", metavar="NAME")
+    add_name(start)
     how = start.add_mutually_exclusive_group()
     how.add_argument("--cold", action="store_true", help="boot anew, whatever is held or unknown")
     how.add_argument(
         "--force", action="store_true", help="take a state in doubt: nothing may run from it"
     )
     start.add_argument("--timeout", type=float, default=60.0, metavar="S", help="to load a state")
-    start.set_defaults(run=_with_qmp(run_start), takes_command=True)
+    start.set_defaults(run=_as_owner(run_start), takes_command=True)
 
     upgrade = actions.add_parser(
         "upgrade",
         help="old and new QEMU overlap: the shortest pause",
-        usage="cprctl qemu upgrade NAME --qmp PATH [--timeout S] -- QEMU COMMAND",
+        usage="cprctl qemu upgrade NAME [--owner USER] --qmp PATH [--timeout S] -- QEMU COMMAND",
     )
-    upgrade.add_argument("name", metavar="NAME")
+    add_name(upgrade)
     upgrade.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the old QEMU")
     upgrade.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
-    upgrade.set_defaults(run=_with_qmp(run_upgrade), takes_command=True)
+    upgrade.set_defaults(run=_as_owner(run_upgrade), takes_command=True)
 
     _add_stop(actions)
 
 
 def _add_stop(actions: Verbs) -> None:
+    from cprd.cli.owner import add_name
+
     stop = actions.add_parser("stop", help="for ExecStop=: save, or else shut the guest down")
-    stop.add_argument("name", metavar="NAME")
+    add_name(stop)
     stop.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
     stop.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
     stop.add_argument(
@@ -77,23 +86,28 @@ def _add_stop(actions: Verbs) -> None:
         metavar="PATH",
         help="when this exists the machine goes down for good: shut the guest down, do not save",
     )
-    stop.set_defaults(run=_with_qmp(run_stop))
+    stop.set_defaults(run=_as_owner(run_stop))
 
 
-def _with_qmp(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Say what is missing before anything is asked of cprd or of a QEMU."""
+def _as_owner(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """As root, act as the uid that the command line names, before anything is done by path."""
 
     def checked(args: argparse.Namespace) -> int:
         from cprd.cli import fail
         from cprd.errors import CprdError
+        from cprd.qemu.acting import act_as, owner_of
+        from cprd.qemu.errors import OtherOwner
+        from cprd.qemu.monitor import socket_path
+        from cprd.qemu.sockets import mend
 
         if "qmp" in args:
-            from cprd.qemu.monitor import socket_path
-            from cprd.qemu.sockets import mend
-
+            act_as(owner_of(args.name))
             mend(socket_path(args.qmp))
         try:
             return run(args)
+        except OtherOwner as error:
+            words = shlex.join(_for_owner(args, error.uid))
+            return fail(f"{error}: say whose it is: {words}", 1)
         except CprdError as error:
             from cprd.qemu import signals
 
@@ -105,14 +119,20 @@ def _with_qmp(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     return checked
 
 
+def _for_owner(args: argparse.Namespace, uid: int) -> list[str]:
+    """The words of the command for a QEMU of that uid."""
+    bare = args.name.rpartition("/")[2]
+    words = ["cprctl", "qemu", args.action, f"{uid}/{bare}" if uid else bare, "--qmp", args.qmp]
+    return [*words, "--", *args.command] if args.command else words
+
+
 def run_check(args: argparse.Namespace) -> int:
     from cprd.qemu import signals
     from cprd.qemu.examine import about_command_line, examine
-    from cprd.qemu.monitor import Monitor
     from cprd.qemu.process import command_line
 
     with signals.watched():
-        monitor = Monitor.connect(args.qmp)
+        monitor = _monitor(args)
         try:
             report = examine(monitor)
             pid = monitor.process.pid if monitor.process is not None else 0
@@ -121,15 +141,33 @@ def run_check(args: argparse.Namespace) -> int:
             signals.check()
         finally:
             monitor.close()
-    for problem in report.problems:
-        print(f"no: {problem}")
-    for problem in upgrade:
-        print(f"not by upgrade: {problem}")
-    for note in [*report.notes, *notes]:
-        print(f"note: {note}")
+    say(*(f"no: {problem}" for problem in report.problems))
+    say(*(f"not by upgrade: {problem}" for problem in upgrade))
+    say(*(f"note: {each}" for each in [*report.notes, *notes]))
     if not report.problems:
-        print(f"this VM ({report.status}) can be handed over")
+        say(f"this VM ({report.status}) can be handed over")
     return 1 if report.problems else 0
+
+
+def _monitor(args: argparse.Namespace) -> Monitor:
+    """A look changes nothing that stays: root may look without an --owner, as whoever it is."""
+    from cprd.linux.identity import uid_of
+    from cprd.qemu.acting import act_as
+    from cprd.qemu.errors import NoListener, OtherOwner
+    from cprd.qemu.monitor import Monitor, socket_path
+    from cprd.qemu.sockets import mend
+
+    if args.owner is not None:
+        act_as(uid_of(args.owner))
+    try:
+        return Monitor.connect(args.qmp)
+    except NoListener:
+        mend(socket_path(args.qmp))
+    except OtherOwner as error:
+        if args.owner is not None:
+            raise
+        act_as(error.uid)
+    return Monitor.connect(args.qmp)
 
 
 def run_save(args: argparse.Namespace) -> int:
@@ -140,18 +178,20 @@ def run_save(args: argparse.Namespace) -> int:
     with connect(args) as daemon, signals.watched():
         kept = save(daemon, args.name, args.qmp, replace=args.replace, timeout=args.timeout)
     where = f", kept: {kept.kept}" if kept.kept else ""
-    print(f"{kept.name} is held ({kept.status}, generation {kept.generation}{where})")
+    say(f"{kept.name} is held ({kept.status}, generation {kept.generation}{where})")
     return 0
 
 
 def run_start(args: argparse.Namespace) -> int:
     from cprd.linux.paths import default_socket
+    from cprd.qemu.acting import owner_of
     from cprd.qemu.start import start
 
     start(
         args.socket or default_socket(user=args.user),
         args.name,
         args.command or [],
+        owner=owner_of(args.name),
         cold=args.cold,
         force=args.force,
         timeout=args.timeout,
@@ -167,7 +207,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
     command = Command(args.command or [])
     with connect(args) as daemon, signals.watched():
         done = upgrade(daemon, args.name, args.qmp, command, timeout=args.timeout)
-    print(f"{args.name} runs in pid {done.pid} ({done.status}); it stood still for {done.pause}")
+    say(f"{args.name} runs in pid {done.pid} ({done.status}); it stood still for {done.pause}")
     return 0
 
 
@@ -186,5 +226,5 @@ def run_stop(args: argparse.Namespace) -> int:
         said = stop(
             args.qmp, save_it, powerdown=args.powerdown_timeout, down_marker=args.down_marker
         )
-    print(f"{args.name}: {said}", file=sys.stderr)
+    note(f"{args.name}: {said}")
     return 0

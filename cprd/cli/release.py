@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 
 def add_parser(verbs: Verbs) -> None:
+    from cprd.cli.owner import add_name
+
     parser = verbs.add_parser("release", help="serve again what is in doubt", description=__doc__)
-    parser.add_argument("name", metavar="NAME")
+    add_name(parser)
     parser.add_argument(
         "--force",
         action="store_true",

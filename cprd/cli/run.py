@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
+    from typing import Any
 
     from cprd import Daemon, State
     from cprd.cli import Verbs
@@ -45,13 +47,14 @@ class Start(NamedTuple):
 
 
 def add_parser(verbs: Verbs) -> None:
+    from cprd.cli.owner import add_name
     from cprd.cli.spans import YEARS, seconds
 
     parser = verbs.add_parser(
         "run",
         help="start a service with what is held, or cold",
         usage="cprctl run NAME [--listen [NAME=]ADDR[,OPTION...] ...] [--bind] [--ttl S] [--cold]"
-        " -- CMD [ARG ...]",
+        " [--owner USER] -- CMD [ARG ...]",
         description=__doc__,
         epilog="ADDR: [HOST:]PORT, udp:[HOST:]PORT, unix:PATH, seqpacket:PATH or dgram:PATH."
         " OPTION: mode=660, owner=USER:GROUP, backlog=N, reuseport, v6only, freebind, device=IF."
@@ -59,7 +62,7 @@ def add_parser(verbs: Verbs) -> None:
         " as from systemd: LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES; with --bind it binds by itself,"
         " to exactly the addresses of --listen, and knows nothing of all this.",
     )
-    parser.add_argument("name", metavar="NAME")
+    add_name(parser)
     parser.add_argument("--listen", action="append", default=[], metavar="ADDR")
     parser.add_argument(
         "--bind", action="store_true", help="answer the bind() of a CMD that opens its own sockets"
@@ -158,8 +161,8 @@ def _holder(args: argparse.Namespace, name: str, failed: CannotListen) -> str:
     """The other hold with the address, for an error message (ss(8) shows no process); "" when
     none is found within a few seconds."""
     from cprd.cli.connection import connect
-    from cprd.cli.peek import in_a_child
     from cprd.errors import CprdError
+    from cprd.linux.child import in_a_child
 
     if not failed.in_use or failed.listen.path:
         return ""
@@ -170,11 +173,12 @@ def _holder(args: argparse.Namespace, name: str, failed: CannotListen) -> str:
         with connect(args) as daemon:
             for row in daemon.list()[:HOLDS]:
                 with suppress(CprdError):
-                    shown = daemon.show(row["name"]) if row["name"] != name else {"descriptors": ()}
+                    other = _row_name(row)
+                    shown = daemon.show(other) if other != name else {"descriptors": ()}
                     for each in shown["descriptors"]:
                         what = str(each["what"])
                         if what.startswith(kind) and what.endswith(address):
-                            return {"name": row["name"], "what": what}
+                            return {"name": other, "what": what}
         return {}
 
     try:
@@ -186,6 +190,13 @@ def _holder(args: argparse.Namespace, name: str, failed: CannotListen) -> str:
     return (
         f": {found['name']} holds {found['what']} (cprctl drop {found['name']}, or another name?)"
     )
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    """The name of a listed hold; UID/NAME for another user's."""
+    import os
+
+    return str(row["name"]) if row["uid"] == os.geteuid() else f"{row['uid']}/{row['name']}"
 
 
 def begin(daemon: Daemon, start: Start) -> Deferred:

@@ -24,20 +24,21 @@ class _Help(argparse.HelpFormatter):
 
 
 def add_parser(verbs: Verbs) -> None:
+    from cprd.cli.owner import add_name
     from cprd.cli.spans import YEARS, seconds
 
     parser = verbs.add_parser(
         "save",
         help="hold descriptors of the shell, or of a running process",
         usage="cprctl save NAME [--pid PID] --fd KEY[:ID]=N ...|--listeners [--section KEY=FILE]"
-        " [--replace] [--ttl S] [--after-exit[=PID]]",
+        " [--replace] [--ttl S] [--after-exit[=PID]] [--owner USER]",
         description=__doc__,
         epilog="Examples: exec 7<>/dev/tcp/127.0.0.1/80; cprctl save web --fd conn=7."
         " cprctl save redis --pid 4711 --listeners. Exit status 1 also when NAME is held already:"
         " --replace it, or drop it.",
         formatter_class=_Help,
     )
-    parser.add_argument("name", metavar="NAME")
+    add_name(parser)
     parser.add_argument(
         "--fd",
         action="append",
@@ -92,6 +93,7 @@ def _save(args: argparse.Namespace, process: Process | None) -> int:
     import os
 
     from cprd.cli.connection import connect
+    from cprd.linux.stdio import say
 
     state, files = _state(args, process)
     if args.after_exit is None and process is not None:
@@ -110,7 +112,7 @@ def _save(args: argparse.Namespace, process: Process | None) -> int:
     finally:
         for fd in files if pidfd < 0 else [*files, pidfd]:
             os.close(fd)
-    print(f"{args.name} is held: generation {saved.generation}, kept in {saved.kept}")
+    say(f"{args.name} is held: generation {saved.generation}, kept in {saved.kept}")
     return 0
 
 

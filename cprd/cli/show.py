@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 
 
 def add_parser(verbs: Verbs) -> None:
+    from cprd.cli.owner import add_name
+
     parser = verbs.add_parser("show", help="what a hold consists of", description=__doc__)
-    parser.add_argument("name", metavar="NAME")
+    add_name(parser)
     parser.add_argument("--json", action="store_true", help="one object, for programs")
     parser.set_defaults(run=run)
 
@@ -31,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(hold: dict[str, Any]) -> None:
     from cprd.cli.table import seconds, show_rows
-    from cprd.linux.describe import printable, size
+    from cprd.linux.describe import size
+    from cprd.linux.stdio import say
 
     facts = [f"generation {hold.get('generation')}", str(hold.get("phase"))]
     facts += [f"uid {hold.get('uid')}", f"{hold.get('fds')} fds", f"age {seconds(hold.get('age'))}"]
@@ -39,19 +42,19 @@ def _print(hold: dict[str, Any]) -> None:
         facts.append(f"expires in {seconds(hold['expires'])}")
     if hold.get("attempts"):
         facts.append(f"{hold['attempts']} attempts")
-    print(printable(f"{hold.get('name')}: {', '.join(facts)}"))
+    say(f"{hold.get('name')}: {', '.join(facts)}")
     if hold.get("reason"):
-        print(printable(f"reason: {hold['reason']}"))
+        say(f"reason: {hold['reason']}")
     if hold.get("descriptors"):
         rows = [[d["name"], str(d["id"]), d["what"]] for d in hold["descriptors"]]
-        print()
+        say("")
         show_rows(("descriptor", "id", "what"), rows, right=(1,))
     if hold.get("sections"):
         rows = [
             [s["key"], str(s.get("kind", "")), size(int(s.get("bytes", 0))), _shortened(s)]
             for s in hold["sections"]
         ]
-        print()
+        say("")
         show_rows(("section", "kind", "size", "value"), rows, right=(2,))
 
 

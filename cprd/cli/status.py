@@ -19,7 +19,7 @@ def add_parser(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> int:
     from cprd.cli.connection import connect
     from cprd.cli.table import print_json
-    from cprd.linux.describe import printable
+    from cprd.linux.stdio import say
 
     with connect(args) as daemon:
         status = daemon.status()
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     lines = list(_lines("", status))
     width = max((len(key) for key, _ in lines), default=0)
     for key, value in lines:
-        print(f"{key.ljust(width)}  {printable(value)}")
+        say(f"{key.ljust(width)}  {value}")
     return 0
 
 

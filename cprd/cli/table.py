@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cprd.linux.describe import printable
+from cprd.linux.stdio import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,7 @@ def show_rows(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequen
     """Print `rows` under `heads`; the columns numbered in `right` are set flush right."""
     cells = [[printable(cell) for cell in row] for row in rows]
     if not (sys.stdout.isatty() and _table(heads, cells, right)):
-        print("\n".join(columns(heads, cells, right)))
+        say(*columns(heads, cells, right))
 
 
 def columns(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
@@ -67,7 +68,7 @@ def print_json(value: object) -> None:
     """One JSON document; bytes (in sections) are written as text with \\xNN for what is none."""
     import json
 
-    print(json.dumps(value, indent=2, ensure_ascii=True, default=_as_text))
+    say(*json.dumps(value, indent=2, ensure_ascii=True, default=_as_text).split("\n"))
 
 
 def _as_text(value: object) -> str:

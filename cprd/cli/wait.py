@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 def add_parser(verbs: Verbs) -> None:
+    from cprd.cli.owner import add_name
     from cprd.cli.spans import DAY, seconds
 
     parser = verbs.add_parser("wait", help="wait until a hold can be loaded", description=__doc__)
-    parser.add_argument("name", metavar="NAME")
+    add_name(parser)
     parser.add_argument(
         "--timeout",
         type=seconds(DAY),

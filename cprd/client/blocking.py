@@ -156,6 +156,11 @@ class Daemon:
         return self._line.fileno()
 
     @property
+    def path(self) -> str:
+        """The path of the daemon's socket."""
+        return self._line.path
+
+    @property
     def greeting(self) -> Greeting:
         """What the daemon said first: version, server, limits, kept, lease_by; uid and pid of this
         process, as the daemon sees them."""

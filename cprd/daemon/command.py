@@ -11,7 +11,7 @@ from cprd.daemon import listener, reexec
 from cprd.errors import CprdError, InvalidInput, Unavailable, absent
 from cprd.linux import listen_fds
 from cprd.linux.paths import default_socket
-from cprd.linux.stdio import stand_in
+from cprd.linux.stdio import note, say, stand_in
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             _become_parent(given)
         _serve(given, settings)
     except CprdError as error:
-        print(f"cprd: {error}", file=sys.stderr)
+        note(f"cprd: {error}")
         return 1
     # Not the interpreter's own end: a thread that is still closing a foreign file must not keep it.
     os._exit(0)

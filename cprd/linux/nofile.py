@@ -1,4 +1,5 @@
-"""RLIMIT_NOFILE: how many descriptors a process may have, and a uid in flight.
+"""RLIMIT_NOFILE: how many descriptors a process may have, and a uid in flight. (And RLIMIT_AS, for
+a process that reads what a stranger made.)
 
 The soft limit counts; a process may raise the soft limit up to the hard limit.
 """
@@ -69,3 +70,16 @@ class hard_limit:
             set_soft_limit(self._before[0])
         finally:
             _raised.release()
+
+
+def limit_memory(room: int) -> None:
+    """Let this process map `room` more bytes at most: what needs more raises MemoryError."""
+    import resource
+
+    with open("/proc/self/statm", "rb") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = mapped + room
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

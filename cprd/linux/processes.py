@@ -25,6 +25,12 @@ def credentials(sock: socket.socket) -> tuple[int, int]:
     return uid, max(pid, 0)
 
 
+def group(sock: socket.socket) -> int:
+    """The gid of the peer."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(raw)[2])
+
+
 def pidfd_of(sock: socket.socket, pid: int) -> int:
     """A pidfd of the peer, which the caller owns; -1 where its process cannot be watched. Raises
     OSError where there is no descriptor left: a claim would not be watched, and nobody told."""

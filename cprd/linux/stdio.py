@@ -44,10 +44,20 @@ def _is_closed(fd: int) -> bool:
     return False
 
 
+def say(*lines: str) -> None:
+    """Lines on stdout. What is not printable in a line is escaped: a peer may have said it."""
+    from cprd.linux.describe import printable
+
+    for line in lines:
+        print(printable(line))
+
+
 def note(text: str) -> None:
-    """A line on stderr, for whoever reads it: should that fail, things take their course."""
+    """A line on stderr, escaped as by `say`: should that fail, things take their course."""
+    from cprd.linux.describe import printable
+
     try:
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
     except (OSError, ValueError):
         pass
 

@@ -58,8 +58,18 @@ class Holds:
         records = self.of(key)
         if not records:
             self.check_hidden(key)
-            raise NotHeld(f"nothing is held under {key[1]!r}")
+            raise NotHeld(f"nothing is held under {key[1]!r}{self._elsewhere(key)}")
         return records[-1]
+
+    def _elsewhere(self, key: Key) -> str:
+        """For root, about a name of root's own: other users with that name. Only root asks so."""
+        uid, name = key
+        others = sorted({hold.uid for hold in self if hold.name == name}) if uid == 0 else []
+        if not others:
+            return ""
+        few = ", ".join(f"{other}/{name}" for other in others[:5])
+        more = ", ..." if len(others) > 5 else ""
+        return f" of uid 0; but uid {others[0]} holds a {name!r}: {few}{more}"
 
     def older(self, hold: Hold) -> tuple[Hold, ...]:
         return tuple(other for other in self.of(hold.key) if other.generation < hold.generation)

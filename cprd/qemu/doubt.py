@@ -11,19 +11,26 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+import cprd
 from cprd.errors import Busy, Damaged, NotHeld
+from cprd.linux.child import in_a_child
 from cprd.qemu import signals
+from cprd.qemu.acting import owner_of
 from cprd.qemu.errors import Failed, Incomplete, InDoubt, MonitorLost, Refused
 from cprd.qemu.hold import LIVE, MAIN_KEY, UNFINISHED, Origin
 from cprd.qemu.monitor import QUIT, Monitor
+from cprd.qemu.private import is_marked, remove_mark
 from cprd.qemu.process import Process
 from cprd.qemu.signals import Deadline
-from cprd.qemu.sockets import mend, remove_mark
+from cprd.qemu.sockets import mend
 
 if TYPE_CHECKING:
     from cprd import Daemon, Shown
 
     Row = Shown
+
+LOOK = 5.0  # s for a look into a hold
+MEMORY = 256 << 20  # bytes that a look may take; a VM's manifest has a few KiB
 
 
 class Settled(NamedTuple):
@@ -42,43 +49,27 @@ class Found(NamedTuple):
     said: str
 
 
-# Names
-
-
-def full_name(daemon: Daemon, name: str) -> str:
-    """The full name of a hold: root also finds another uid's hold by NAME, if only a single uid
-    has NAME. Raises Busy."""
-    if os.geteuid() != 0 or "/" in name:
-        return name
-    owners = sorted({row["uid"] for row in daemon.list() if row["name"] == name})
-    if not owners or owners == [0]:
-        return name
-    if len(owners) > 1:
-        names = ", ".join(f"{uid}/{name}" for uid in owners)
-        raise Busy(f"several users hold {name!r}: say which one: {names}")
-    return f"{owners[0]}/{name}"
-
-
-def owned_name(name: str, uid: int) -> str:
-    """NAME for a QEMU of `uid`: root saves another uid's QEMU under that uid. Raises Refused for
-    UID/NAME with another UID: a user would get the memory of another user's guest."""
-    if os.geteuid() != 0 or uid == -1:
-        return name
-    owner, slash, rest = name.partition("/")
-    if slash and owner.isdecimal() and int(owner) != uid:
-        raise Refused(
-            f"{name!r}: this QEMU is of uid {uid}, and so is its hold: {rest!r} or '{uid}/{rest}'"
-        )
-    return name if slash or uid == 0 else f"{uid}/{name}"
-
-
 # The row of a hold
 
 
 def look(daemon: Daemon, name: str) -> tuple[Row | None, Origin | None]:
-    """The row of a hold (None: nothing is held) and its section "qemu" (None: no such section)."""
+    """The row of a hold (None: nothing is held) and its section "qemu" (None: no such section).
+
+    Another process looks: what is held may be made to hang or to swell. Raises Timeout,
+    LimitExceeded."""
+    path = daemon.path
+
+    def show() -> Row:
+        with cprd.connect(path) as ours:
+            row = ours.show(name)
+        row["sections"] = [each for each in row["sections"] if each["key"] == "qemu"]
+        row["descriptors"] = [each for each in row["descriptors"] if each["name"] == MAIN_KEY]
+        return row
+
     try:
-        row = daemon.show(name)
+        with suppress(Busy):
+            daemon.wait(name, 0.0)  # (which also waits for a cprd that restarts)
+        row = in_a_child(show, LOOK, memory=MEMORY)
     except NotHeld:
         return None, None
     for section in row.get("sections", ()):
@@ -88,6 +79,13 @@ def look(daemon: Daemon, name: str) -> tuple[Row | None, Origin | None]:
             except Damaged:
                 return row, None
     return row, None
+
+
+def row_of(daemon: Daemon, name: str) -> Row | None:
+    """The row of a hold, without a look into the hold; None: nothing is held."""
+    uid, bare = owner_of(name), name.rpartition("/")[2]
+    rows = (row for row in daemon.list() if (row["uid"], row["name"]) == (uid, bare))
+    return max(rows, key=lambda row: int(row["generation"]), default=None)
 
 
 def is_unfinished(row: Row) -> bool:
@@ -107,36 +105,35 @@ def _find(record: dict[str, int] | None, row: Row) -> Process | None:
 # Room for a new hold
 
 
-def make_room(daemon: Daemon, name: str, path: str, *, replace: bool) -> tuple[str, Found | None]:
-    """Settle the hold under NAME, so that the QEMU at `path` can be saved. Returns the full name;
-    and Found when a killed helper has saved this very QEMU already.
+def make_room(daemon: Daemon, name: str, path: str, *, replace: bool) -> Found | None:
+    """Settle the hold under NAME, so that the QEMU at `path` can be saved. Returns Found when a
+    killed helper has saved this very QEMU already.
 
     Raises Busy (another guest is held), Refused, Failed, InDoubt."""
     monitor = Monitor.connect(path)
     try:
         process = monitor.process
-        name = owned_name(name, process.uid if process is not None else -1)
         _drop_stale(daemon, monitor)
         row, origin = look(daemon, name)
         status = monitor.status()
         if row is None:
             if status == "postmigrate":
                 raise Refused(_handed_over(path, name))
-            return name, None
+            return None
         if process is not None and _was_moved_here(daemon, name, row, origin, process, status):
-            return name, None
+            return None
         same = origin is not None and process is not None and origin.old == process.record()
     finally:
         monitor.close()
     if row["phase"] in ("held", "in-doubt") and same:
-        return name, _saved_already(daemon, name)
+        return _saved_already(daemon, name)
     if is_unfinished(row):
         try:
             settle(daemon, name)
         except Incomplete:
-            return name, None
+            return None
     if row["phase"] == "held" and replace:
-        return name, None
+        return None
     hint = "load it, drop it (cprctl drop), or save with --replace"
     if row["phase"] != "held":
         hint = "see cprctl show"
@@ -179,15 +176,16 @@ def _drop_stale(daemon: Daemon, monitor: Monitor) -> None:
     process = monitor.process
     if process is None or monitor.status() not in (*LIVE, "paused"):
         return
+    ours = os.geteuid()  # of the QEMU: nobody else's holds are looked into
     for row in daemon.list():
-        if row["phase"] != "in-doubt" or row.get("acting"):
+        if row["uid"] != ours or row["phase"] != "in-doubt" or row.get("acting"):
             continue
-        full = f"{row['uid']}/{row['name']}" if os.geteuid() == 0 else row["name"]
+        full = f"{ours}/{row['name']}"
         _, origin = look(daemon, full)
         if origin is not None and origin.old == process.record():
             with suppress(NotHeld):
                 daemon.drop(full, force=True)
-            remove_mark(origin.untouched, row["uid"])
+            remove_mark(origin.untouched)
 
 
 def _handed_over(path: str, name: str) -> str:
@@ -288,7 +286,7 @@ def _settle_in_doubt(
 
 def _drop_unfinished(daemon: Daemon, name: str, row: Row, origin: Origin) -> NoReturn:
     daemon.drop(name, force=True)
-    remove_mark(origin.untouched, row["uid"])
+    remove_mark(origin.untouched)
     raise Incomplete(f"{name!r}: {UNFINISHED}")
 
 
@@ -319,11 +317,11 @@ def _ask(
             if row["phase"] == "in-doubt" and not forced:
                 daemon.release(name, force=True)
             monitor.end()
-            remove_mark(origin.untouched, row["uid"])
+            remove_mark(origin.untouched)
             return Settled(said=f"the old QEMU (pid {old.pid}) had stopped its guest; it has quit")
         # Whatever it does now: it is the guest's QEMU, and what is held is older than its memory.
         daemon.drop(name, force=True)
-        remove_mark(origin.untouched, row["uid"])
+        remove_mark(origin.untouched)
         return Settled(old.pid, f"the guest is in its QEMU (pid {old.pid}, {status})")
     finally:
         monitor.close()
@@ -339,7 +337,7 @@ def _refuse_postmigrate(name: str, row: Row, origin: Origin, old: Process, force
             " the guest runs nowhere else, `cont` there"
         )
     doubted = row["phase"] == "in-doubt" and not forced
-    if doubted and origin.untouched and not os.path.exists(origin.untouched):
+    if doubted and origin.untouched and not is_marked(origin.untouched):
         raise InDoubt(
             f"{name!r}: an upgrade was killed when its new QEMU had the guest, and that"
             " one is gone: nobody can tell whether it has run; when you are sure that"

@@ -13,6 +13,14 @@ class NoListener(Refused):
     """No process listens at the path of a monitor."""
 
 
+class OtherOwner(Refused):
+    """The QEMU is of another uid than the command was given for. `uid`: of the QEMU."""
+
+    def __init__(self, text: str, uid: int = -1) -> None:
+        super().__init__(text)
+        self.uid = uid
+
+
 class Failed(CprdError):
     """A step was begun and taken back. The message says where the guest is."""
 

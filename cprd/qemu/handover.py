@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cprd.errors import Busy, CprdError, Fenced, NotHeld, Timeout, Unavailable
 from cprd.linux.pause import point
 from cprd.qemu import signals
-from cprd.qemu.doubt import look
+from cprd.qemu.doubt import look, row_of
 from cprd.qemu.errors import (
     DaemonAway,
     Failed,
@@ -277,9 +277,7 @@ class Handover:
         except CprdError:
             pass
         try:
-            row = self.daemon.show(self.name)
-        except NotHeld:
-            return True
+            row = row_of(self.daemon, self.name)
         except CprdError:
             return False
-        return bool(row["generation"] != self.prepared.generation)
+        return row is None or bool(row["generation"] != self.prepared.generation)

@@ -7,12 +7,15 @@ nobody knows. The difference decides whether a hand-over may be taken back.
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cprd.errors import CprdError, InvalidInput
+from cprd.linux import identity
+from cprd.linux.processes import credentials, group
 from cprd.qemu import signals
 from cprd.qemu.errors import (
     MonitorBusy,
@@ -20,6 +23,7 @@ from cprd.qemu.errors import (
     MonitorLost,
     MonitorRefused,
     NoListener,
+    OtherOwner,
     Refused,
 )
 from cprd.qemu.process import Process
@@ -34,8 +38,10 @@ ANSWER = 10.0  # s for a command; QEMU's main loop can be busy with a slow disk
 GREETING = 5.0  # s; a monitor that has a client already never greets
 QUIT = 20.0  # s until a QEMU that was told to quit is killed: it may have much memory to free
 _CHUNK = 1 << 16
-_LONGEST = 64 << 20  # bytes of one message; QEMU's own are some 100 KB at most
+_LONGEST = 4 << 20  # bytes of one message; QEMU's own are some 100 KB at most
 _EVENTS = 10_000  # that are remembered
+_REMEMBERED = ("MIGRATION", "STOP", "RESUME", "SHUTDOWN")
+_AT_ONCE = 8 << 20  # bytes that are taken in before somebody looks at the clock again
 
 
 class Request(NamedTuple):
@@ -66,12 +72,14 @@ class Monitor:
     def connect(cls, path: str, timeout: float = GREETING) -> Monitor:
         """Speak to the monitor that listens at `path`.
 
-        Raises NoListener, Refused (nobody can tell whether a QEMU listens), MonitorBusy (no
-        greeting within `timeout` s), MonitorLost (no QMP)."""
+        Raises NoListener, Refused (nobody can tell whether a QEMU listens), OtherOwner (for root,
+        before a word is said), MonitorBusy (no greeting within `timeout` s), MonitorLost (no
+        QMP)."""
         path = socket_path(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             _connect(sock, path)
+            _check_owner(sock, path)
             process = Process.behind(sock)
         except BaseException:
             sock.close()
@@ -237,7 +245,8 @@ class Monitor:
 
     def receive(self) -> None:
         """Take in what has arrived. Does not wait, and raises nothing."""
-        while not self._ended:
+        taken = 0
+        while not self._ended and taken < _AT_ONCE:
             try:
                 data = self._sock.recv(_CHUNK)
             except BlockingIOError:
@@ -248,6 +257,7 @@ class Monitor:
             if not data:
                 self._ended = "QEMU hung up"
                 return
+            taken += len(data)
             self._partial += data
             if b"\n" in data:
                 *lines, rest = self._partial.split(b"\n")
@@ -262,12 +272,13 @@ class Monitor:
             return
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             self._ended = self._ended or f"no JSON object: {bytes(line[:80])!r}"
         elif "event" in message:
-            self._events.append(message)
+            if (event := _event(message)) is not None:
+                self._events.append(event)
         elif "QMP" in message:
             self._greeting = message["QMP"]
         elif message.get("id") in self._waited:
@@ -297,6 +308,25 @@ class Monitor:
             self.process.wait(QUIT)
 
 
+def _event(message: dict[str, Any]) -> Event | None:
+    """What is remembered of an event: nothing but the few fields that cprctl reads."""
+    name, data, at = (message.get(key) for key in ("event", "data", "timestamp"))
+    if name not in _REMEMBERED:
+        return None
+    status = data.get("status") if isinstance(data, dict) else ""
+    seconds, micro = (
+        (at.get(key) for key in ("seconds", "microseconds")) if isinstance(at, dict) else (0, 0)
+    )
+    return {
+        "event": name,
+        "data": {"status": status if isinstance(status, str) else ""},
+        "timestamp": {
+            "seconds": seconds if isinstance(seconds, int) else 0,
+            "microseconds": micro if isinstance(micro, int) else 0,
+        },
+    }
+
+
 def _connect(sock: socket.socket, path: str) -> None:
     sock.setblocking(False)
     try:
@@ -313,10 +343,23 @@ def _connect(sock: socket.socket, path: str) -> None:
         ) from None
     except OSError as error:  # no permission, no socket, too long for an address, ...
         raise Refused(
-            f"{path}: {error.strerror or error}: whether a QEMU listens there cannot be"
-            " told; --qmp wants the path of a running QEMU's"
+            f"{path}: {error.strerror or error} (uid {os.geteuid()}): whether a QEMU listens there"
+            " cannot be told; --qmp wants the path of a running QEMU's"
             " -qmp unix:PATH,server=on,wait=off"
         ) from None
+
+
+def _check_owner(sock: socket.socket, path: str) -> None:
+    """Root acts as the uid of the QEMU, or not at all; in the group of the QEMU, without which the
+    kernel shows nothing of that process."""
+    if not identity.is_root():
+        return
+    uid, _ = credentials(sock)
+    acting = os.geteuid()
+    if uid != acting:
+        raise OtherOwner(f"the QEMU at {path} is of uid {uid}, not of uid {acting}", uid)
+    if acting:
+        identity.act_as(acting, group(sock))
 
 
 def socket_path(text: str) -> str:

@@ -12,9 +12,11 @@ import os
 import signal
 import socket
 import stat
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
-from cprd.linux.processes import credentials, has_ended
+from cprd.linux import identity
+from cprd.linux.processes import credentials, has_ended, pidfd_of
 from cprd.qemu import signals
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Process:
     """One process. Owns `pidfd`."""
 
     def __init__(self, pid: int, pidfd: int, uid: int) -> None:
+        """`uid`: by the credentials of its socket; -1 for a process of our own making."""
         self.pid = pid
         self.pidfd = pidfd
         self.uid = uid
@@ -44,7 +47,8 @@ class Process:
         Credentials are of the process that called listen(); QEMU does so itself even on a socket
         that it inherited."""
         uid, pid = credentials(sock)
-        return cls.open(pid, uid) if pid > 0 else None
+        pidfd = pidfd_of(sock, pid) if pid > 0 else -1
+        return cls(pid, pidfd, uid) if pidfd >= 0 else None
 
     @classmethod
     def open(cls, pid: int, uid: int = -1) -> Process | None:
@@ -60,7 +64,7 @@ class Process:
         only root's word counts for a process of another uid."""
         if not record or not isinstance(record.get("pid"), int):
             return None
-        found = cls.open(record["pid"])
+        found = cls.open(record["pid"], uid)
         if found is None:
             return None
         other = uid != 0 and _owner(found.pid) != uid
@@ -77,11 +81,10 @@ class Process:
         return has_ended(self.pidfd)
 
     def kill(self) -> None:
-        """SIGKILL."""
-        try:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        """SIGKILL; to a process that we found, with the rights of the uid that we act as."""
+        with identity.wholly() if self.uid != -1 else nullcontext():
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def wait(self, timeout: float) -> bool:
         """Whether the process ended within `timeout` seconds."""
@@ -211,12 +214,13 @@ def output_of(process: Process, which: int) -> int:
     guard's own output, so that guards do not queue up with each upgrade. Where the kernel refuses
     (another uid, ptrace_scope), the answer is our own output, or /dev/null instead of a pipe."""
     fd = -1
-    guard = _guard_of(process) if which == 2 else None
-    if guard is not None:
-        fd = _getfd(guard.pidfd, 1)
-        guard.close()
-    if fd < 0:
-        fd = _getfd(process.pidfd, which)
+    with identity.wholly():
+        guard = _guard_of(process) if which == 2 else None
+        if guard is not None:
+            fd = _getfd(guard.pidfd, 1)
+            guard.close()
+        if fd < 0:
+            fd = _getfd(process.pidfd, which)
     if fd >= 0:
         return fd
     try:
@@ -228,6 +232,26 @@ def output_of(process: Process, which: int) -> int:
 
 
 def _guard_of(process: Process) -> Process | None:
+    """The guard that the environment of a process names, if the kernel agrees: a process of the
+    same uid that reads the pipe at the stderr of the first."""
+    found = _named_guard(process)
+    if found is None:
+        return None
+    try:
+        pipe = os.readlink(f"/proc/{process.pid}/fd/2")
+        agrees = pipe.startswith("pipe:") and os.readlink(f"/proc/{found.pid}/fd/0") == pipe
+        if (
+            agrees
+            and os.stat(f"/proc/{found.pid}").st_uid == os.stat(f"/proc/{process.pid}").st_uid
+        ):
+            return found
+    except OSError:
+        pass
+    found.close()
+    return None
+
+
+def _named_guard(process: Process) -> Process | None:
     try:
         with open(f"/proc/{process.pid}/environ", "rb") as file:
             for entry in file.read().split(b"\0"):

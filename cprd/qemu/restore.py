@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -11,13 +10,15 @@ from typing import TYPE_CHECKING
 import cprd
 from cprd.errors import Busy, CprdError, Damaged, NotHeld
 from cprd.linux.pause import point
+from cprd.linux.stdio import note
 from cprd.qemu import signals, spawn
-from cprd.qemu.doubt import full_name, may_force, settle
+from cprd.qemu.doubt import may_force, settle
 from cprd.qemu.errors import Failed, GuestEnded, Incomplete, InDoubt, one_line
 from cprd.qemu.hold import LIVE, Held, Origin, is_unfinished
+from cprd.qemu.private import PrivateDirectory, beside
 from cprd.qemu.process import Process
 from cprd.qemu.signals import Deadline
-from cprd.qemu.sockets import PrivateDirectory, refuse_taken
+from cprd.qemu.sockets import refuse_taken
 from cprd.qemu.spawn import Guard
 from cprd.qemu.target import GONE, KILLED, Target
 
@@ -48,7 +49,9 @@ def restore(
         try:
             with signals.allowed():
                 claim, forced = _claim(daemon, name, force=force)
-        except NotHeld:
+        except NotHeld as error:
+            if "; but uid" in str(error):  # cprd says to root who else has that name
+                note(f"cprctl: {error}")
             spawn.say(plumbing.talk, cold=True)
             return 0
         with closing(claim):
@@ -57,12 +60,12 @@ def restore(
                 refuse_taken(command)
                 _Restore(plumbing, process, claim, command, timeout).run()
             except (InDoubt, GuestEnded) as error:
-                print(f"cprctl: {name}: {error}", file=sys.stderr)
+                note(f"cprctl: {name}: {error}")
                 return 1
             except (CprdError, OSError) as error:
                 why = _give_back(claim, name, one_line(error), forced=forced)
                 if not spawn.say(plumbing.talk, fail=why, code="CprdError"):
-                    print(f"cprctl: {why}", file=sys.stderr)
+                    note(f"cprctl: {why}")
                 return 1
     return 0
 
@@ -86,12 +89,11 @@ def _claim(daemon: cprd.Daemon, name: str, *, force: bool) -> tuple[cprd.Claim, 
     already, so that the state is in doubt again, whatever becomes of the helper.
 
     Raises NotHeld (a cold boot is right), Busy."""
-    name = full_name(daemon, name)
     try:
         if not (force and may_force(daemon, name)):
             return _claim_settled(daemon, name), False
     except Incomplete as gone:
-        print(f"cprctl: {gone}", file=sys.stderr)
+        note(f"cprctl: {gone}")
         return daemon.load(name, lease=LEASE), False  # NotHeld, by cprd's own word
     daemon.release(name, force=True)
     claim = daemon.load(name, wait=2.0, lease=LEASE)
@@ -130,7 +132,7 @@ def _claim_after_settling(daemon: cprd.Daemon, name: str) -> cprd.Claim:
             " that guest and has been dropped"
         )
     if settled.said:
-        print(f"cprctl: {name}: {settled.said}", file=sys.stderr)
+        note(f"cprctl: {name}: {settled.said}")
     return daemon.load(name, wait=2.0, lease=LEASE)
 
 
@@ -175,8 +177,7 @@ class _Restore:
         """All between claim and confirm. After an exception other than InDoubt and GuestEnded the
         new QEMU has ended, and nothing was acted on."""
         pieces = self.held.pieces()
-        origin = self.held.origin
-        directory = PrivateDirectory(self.command.monitor_path() or origin.qmp, origin.uid)
+        directory = PrivateDirectory(beside(self.command))
         guard = Guard.fork(self.plumbing.take_stderr(), self.process.pidfd)
         target = Target(self.process, self.plumbing.main, self.plumbing.monitor, self.timeout)
         renewing = _Renewing(self.claim)
@@ -236,7 +237,7 @@ class _Restore:
                 "the new QEMU ended right after its guest had gone on, and the guest with it"
             )
         if now not in LIVE and status in LIVE:
-            print(f"cprctl: the guest went on, and is {now!r} since", file=sys.stderr)
+            note(f"cprctl: the guest went on, and is {now!r} since")
         spawn.notify("READY=1\nSTATUS=The guest goes on.")
 
     def _confirm(self) -> None:

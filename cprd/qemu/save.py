@@ -28,7 +28,7 @@ from cprd.qemu.examine import examine
 from cprd.qemu.handover import Handover, repeated, untouched
 from cprd.qemu.hold import Origin, pack
 from cprd.qemu.monitor import Monitor, socket_path
-from cprd.qemu.sockets import PrivateDirectory
+from cprd.qemu.private import PrivateDirectory
 from cprd.qemu.source import TIMEOUT, Source
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def save(
 def _save(daemon: Daemon, name: str, path: str, replace: bool, timeout: float) -> SaveResult:
     point("qemu-save:begin")
     with untouched():
-        name, found = make_room(daemon, name, path, replace=replace)
+        found = make_room(daemon, name, path, replace=replace)
         if found is not None:
             return SaveResult(name, found.generation, "", found.status)
         monitor = Monitor.connect(path)
@@ -73,7 +73,7 @@ def _save(daemon: Daemon, name: str, path: str, replace: bool, timeout: float) -
         status = examine(monitor).refuse()
         with untouched():
             signals.check()
-        with PrivateDirectory(path, monitor.process.uid) as directory:
+        with PrivateDirectory(path) as directory:
             with Source(monitor, directory, timeout) as source:
                 point("qemu-save:settings")
                 return _hand_over(Handover(daemon, name, source), path, status, replace)

@@ -1,9 +1,5 @@
-"""The UNIX sockets of a hand-over: ours in a private directory, the paths that two QEMUs share, and
-the paths that a new QEMU would take from a stranger.
-
-Ours lie beside the VM's own monitor: a QEMU in a chroot or of another uid sees them there, and
-nobody else can enter the directory. A user of a directory locks it. The next hand-over removes the
-directories that killed helpers have left.
+"""The paths of UNIX sockets that two QEMUs share, and the paths that a new QEMU would take from a
+stranger. (Our own sockets lie in a private directory: private.py.)
 
 Shared paths (an upgrade): a new QEMU that binds the path of the old QEMU's socket takes the path
 away. The old QEMU, when it quits, removes the path, which is the new QEMU's by then. So each such
@@ -17,195 +13,26 @@ old QEMU listens, and which of those paths lead to another socket once the new Q
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
 import os
-import re
 import socket
 import stat
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cprd.errors import LimitExceeded
+from cprd.linux.places import open_place
 from cprd.qemu.errors import Refused
-from cprd.qemu.process import Process, unix_paths
+from cprd.qemu.process import unix_paths
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from cprd.qemu.command import Command
 
-MARK = "untouched"
-"""The name of a file: as long as it exists, the new QEMU of an upgrade was never told to run. The
-file has the record of the old QEMU, and counts while the old QEMU lives."""
-
-_SUN_PATH = 107
-_NAME = re.compile(r"\.cprd-[0-9a-f]{8}")
-_YOUNG = 60.0  # s for which a directory is let alone, locked or not: its maker may just have begun
-
-
-class PrivateDirectory:
-    """Owns the directory and its files; close() removes all."""
-
-    def __init__(self, beside: str, uid: int = -1) -> None:
-        """`beside`: the path of a socket. `uid`: of the QEMU (-1: ours). Raises Refused."""
-        parent = os.path.dirname(os.path.abspath(beside))
-        sweep(parent)
-        self.keep = ""  # the name of a file that outlives close(), and the directory with it
-        self.path = os.path.join(parent, f".cprd-{os.urandom(4).hex()}")
-        try:
-            os.mkdir(self.path, 0o700)
-            # From here on by this descriptor: whose QEMU it is may own the directory above, and put
-            # a link in our place; what we do as root there must not reach elsewhere.
-            self._fd = os.open(self.path, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with suppress(OSError):  # (a file system without locks: then nobody sweeps)
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Refused(
-                f"{parent}: {error.strerror}: our sockets lie beside the QEMU's monitor, so that"
-                " directory must be writable"
-            ) from None
-        try:
-            self._uid = uid if uid not in (-1, os.geteuid()) and os.geteuid() == 0 else -1
-            if self._uid >= 0:
-                if os.fstat(self._fd).st_uid != 0:
-                    raise Refused(f"{self.path}: somebody put another directory in its place")
-                os.chown(self._fd, self._uid, -1)
-        except BaseException:
-            self.close()
-            raise
-
-    def at(self, name: str) -> str:
-        """The path of a file in the directory. Raises LimitExceeded (too long for a socket)."""
-        path = os.path.join(self.path, name)
-        if len(os.fsencode(path)) > _SUN_PATH:
-            self.close()
-            raise LimitExceeded(
-                f"{path}: longer than the {_SUN_PATH} bytes of a socket's address: put the QEMU's"
-                " monitor into a directory with a shorter name"
-            )
-        return path
-
-    def listen(self, name: str) -> socket.socket:
-        """A listening socket of that name, the caller's."""
-        self.at(name)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.bind(f"/proc/self/fd/{self._fd}/{name}")
-            if self._uid >= 0:
-                os.chown(name, self._uid, -1, dir_fd=self._fd, follow_symlinks=False)
-            sock.listen(1)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    def create(self, name: str, said: str = "") -> str:
-        """Create a file with that content; returns its path."""
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-        fd = os.open(name, flags, 0o600, dir_fd=self._fd)
-        try:
-            os.write(fd, said.encode())
-        finally:
-            os.close(fd)
-        return os.path.join(self.path, name)
-
-    def remove(self, name: str) -> None:
-        os.unlink(name, dir_fd=self._fd)
-
-    def __enter__(self) -> PrivateDirectory:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove all, but for `keep` and then the directory. Safe to repeat."""
-        fd, self._fd = self._fd, -1
-        if fd < 0:
-            return
-        with suppress(OSError):
-            for name in os.listdir(fd):
-                if name != self.keep:
-                    os.unlink(name, dir_fd=fd)
-        os.close(fd)
-        with suppress(OSError):
-            os.rmdir(self.path)
-
-
-def sweep(parent: str) -> None:
-    """Remove the directories that killed helpers left in `parent`. Best effort."""
-    try:
-        within = os.open(parent, os.O_DIRECTORY | os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        for name in os.listdir(within):
-            if _NAME.fullmatch(name):
-                with suppress(OSError):
-                    _sweep_one(within, name)
-    except OSError:
-        pass
-    finally:
-        os.close(within)
-
-
-def _sweep_one(within: int, name: str) -> None:
-    fd = os.open(name, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=within)
-    try:
-        if time.time() - os.fstat(fd).st_mtime < _YOUNG:
-            return
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: its helper lives
-        if _counts(fd):
-            return
-        for entry in os.listdir(fd):
-            os.unlink(entry, dir_fd=fd)
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=within)
-
-
-def _counts(fd: int) -> bool:
-    """Whether there is a mark of a QEMU that lives: a hold may still depend on the mark."""
-    try:
-        mark = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
-    except FileNotFoundError:
-        return False
-    try:
-        record = json.loads(os.read(mark, 4096))
-    except ValueError:
-        return True  # not ours to judge
-    finally:
-        os.close(mark)
-    old = Process.find(record) if isinstance(record, dict) else None
-    if old is None:
-        return False
-    old.close()
-    return True
-
-
-def remove_mark(mark: str, uid: int) -> None:
-    """Remove a mark that was kept for `uid`, and its directory. Best effort. `mark` is a claim of
-    the saver: only a directory of our naming, owned by `uid`, is touched."""
-    place, name = os.path.split(mark)
-    if name != MARK or not _NAME.fullmatch(os.path.basename(place)):
-        return
-    with suppress(OSError):
-        fd = os.open(place, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if os.fstat(fd).st_uid != uid:
-                return
-            for left in os.listdir(fd):
-                os.unlink(left, dir_fd=fd)
-        finally:
-            os.close(fd)
-        os.rmdir(place)
-
-
 # Paths that two QEMUs share
 
 OLD, NEW = ".old", ".new"
+_NOBODY = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR)
+"""Of a connection to a path where nobody listens. (EPROTOTYPE: a listener of another kind.)"""
 
 
 class SharedPaths:
@@ -298,14 +125,15 @@ def mend(where: str) -> None:
         return
     try:
         for suffix in (NEW, OLD):
-            # (Only then is anybody asked: a monitor has one client at a time.)
-            if path.is_missing(suffix) or not path.answers(suffix):
+            # (Only then is anybody asked: a monitor has one client at a time.) In a directory for
+            # all, such as /tmp, anybody may have made that name.
+            if not path.is_ours(suffix) or not path.answers(suffix):
                 continue
             if path.is_missing():
                 with suppress(OSError):
                     path.link(suffix, "", replace=False)
                 path.remove(suffix)
-            elif not path.answers(""):
+            elif path.is_ours("") and path.is_dead():
                 path.rename(suffix, "")
             return
     finally:
@@ -323,13 +151,16 @@ class _Path:
 
     @classmethod
     def open(cls, where: str, *, missing: bool = False) -> _Path | None:
-        """None without a socket; with `missing` only without a directory."""
+        """None without a socket; with `missing` only without a directory in which we may work.
+        Raises Refused for a socket of root's in a directory of others'."""
         directory, name = os.path.split(where)
         if not name:
             return None
         try:
-            at = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
+            at = open_place(directory, listed=False)
+        except OSError as error:
+            if error.errno == errno.EPERM and not missing:
+                raise Refused(f"{where}: {error.strerror}") from None
             return None
         found = cls(at, name, where)
         if missing or not found.is_missing():
@@ -342,6 +173,11 @@ class _Path:
         there = self._stat(suffix)
         return there is None or not stat.S_ISSOCK(there.st_mode)
 
+    def is_ours(self, suffix: str) -> bool:
+        """Whether there is a socket of that name, bound by our uid."""
+        there = self._stat(suffix)
+        return there is not None and stat.S_ISSOCK(there.st_mode) and there.st_uid == os.geteuid()
+
     def is_old(self, suffix: str) -> bool:
         """Whether the name leads to the socket that was here first."""
         there = self._stat(suffix)
@@ -353,7 +189,11 @@ class _Path:
 
     def answers(self, suffix: str) -> bool:
         """Whether a process listens there. Says nothing on the connection."""
-        return is_listening(f"/proc/self/fd/{self.at}/{self.name}{suffix}")
+        return _try(f"/proc/self/fd/{self.at}/{self.name}{suffix}") in (0, errno.EAGAIN)
+
+    def is_dead(self) -> bool:
+        """Whether the socket has no listener, of whatever type, any more."""
+        return _try(f"/proc/self/fd/{self.at}/{self.name}") == errno.ECONNREFUSED
 
     def link(self, old: str, new: str, *, replace: bool = True) -> None:
         if replace:
@@ -415,11 +255,15 @@ def refuse_taken(command: Command) -> None:
 
 
 def is_listening(path: str) -> bool:
-    """Whether a process listens at a path. Says nothing on the connection."""
+    """Whether a process listens at a path, or may do so. Says nothing on the connection."""
+    return _try(path) not in _NOBODY
+
+
+def _try(path: str) -> int:
+    """The errno of a connection to the socket at a path; 0 for success."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)  # a queue full of clients is an answer as well
         try:
-            failure = sock.connect_ex(path)
+            return sock.connect_ex(path)
         except OSError:  # too long for an address: nobody listens there
-            return False
-    return failure in (0, errno.EAGAIN, errno.EACCES)
+            return errno.ENOENT

@@ -33,13 +33,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cprd.qemu.monitor import Monitor, Request
+    from cprd.qemu.private import PrivateDirectory
     from cprd.qemu.process import Process
-    from cprd.qemu.sockets import PrivateDirectory
 
 TIMEOUT = 30.0  # s that QEMU may take for one step
 MODE = "cpr-transfer"
 UNDER_WAY = ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling", "failing")
 _CHUNK = 1 << 18
+MAX_CPR = 4 << 20  # bytes of a CPR stream; a QEMU's has some hundred
+MAX_MAIN = 256 << 20  # bytes of a main stream; without RAM it has some hundred KiB
 _WANTED = {"events": True, "return-path": True}
 _HARMLESS = frozenset(("events", "return-path", "x-ignore-shared", "validate-uuid"))
 _AT_ONCE = 0.02  # s in which QEMU connects, unless something is wrong
@@ -137,7 +139,8 @@ class Source:
         self._migrate = self.monitor.send("migrate", channels=channels)
         self._cpr = self._accept_cpr(self._cpr_listener, deadline)
         failure = self._drain(self._cpr, forward, deadline)
-        self._take_answer()
+        if not isinstance(failure, Timeout):  # else it is still writing, and does not answer
+            self._take_answer()
         if failure is not None:
             raise failure
         try:
@@ -179,7 +182,7 @@ class Source:
         """Read to the end, whatever comes; returns the first failure."""
         failure: CprdError | None = None
         while True:
-            if not signals.readable(sock.fileno(), deadline.left()):
+            if deadline.has_passed() or not signals.readable(sock.fileno(), deadline.left()):
                 return Timeout(f"QEMU's CPR stream did not end within {self.timeout:g} s")
             try:
                 data, fds, flags = rights.receive(sock, 1 << 16, socket.MSG_DONTWAIT)
@@ -192,6 +195,12 @@ class Source:
                 failure = LimitExceeded(
                     "descriptors of QEMU's CPR stream were lost: this process is at its"
                     " RLIMIT_NOFILE; raise it (ulimit -n, LimitNOFILE=)"
+                )
+                continue
+            if data and len(self.received.data) + len(data) > MAX_CPR:
+                close_all(fds)
+                failure = failure or LimitExceeded(
+                    f"QEMU's CPR stream is longer than {MAX_CPR >> 20} MiB"
                 )
                 continue
             self.received.feed(data, fds.tolist())
@@ -216,7 +225,7 @@ class Source:
         self._main = main = self._accept_main(self._main_listener, deadline)
         main.setblocking(False)
         while not stream.is_whole(self.main):
-            if not signals.readable(main.fileno(), deadline.left()):
+            if deadline.has_passed() or not signals.readable(main.fileno(), deadline.left()):
                 raise Timeout(
                     f"QEMU's main stream did not end within {self.timeout:g} s; without the"
                     " description at its end (suppress-vmdesc=on) its end cannot be told"
@@ -232,6 +241,12 @@ class Source:
                     f"QEMU's main stream ends after {len(self.main)} bytes, not whole{self._why()}"
                 )
             self.main += data
+            if len(self.main) > MAX_MAIN:
+                self.main.clear()
+                raise LimitExceeded(
+                    f"QEMU's main stream is longer than {MAX_MAIN >> 20} MiB: it is no state"
+                    " without RAM"
+                )
             if forward is not None:
                 forward(data)
 

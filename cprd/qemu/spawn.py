@@ -14,13 +14,14 @@ import os
 import select
 import signal
 import socket
-import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgpack
 
 from cprd.errors import CprdError
+from cprd.linux import identity
+from cprd.linux.stdio import note
 from cprd.qemu.process import GUARD, guard_mark
 
 if TYPE_CHECKING:
@@ -107,10 +108,22 @@ def fork_twice() -> bool:
     return True
 
 
-def execute(command: Command, plumbing: Plumbing, word: dict[str, Any]) -> OSError:
-    """Become the QEMU that waits for a state. Returns only the failure."""
+def take_rights(command: Command, uid: int) -> None:
+    """For root, with COMMAND to be executed next for a guest of `uid`: a bare QEMU runs as that
+    user. Wrappers run as root, by whose hand they stand there, and change the uid themselves."""
+    if not identity.is_root() or not uid:
+        return
+    if command.wrappers:
+        identity.act_as_ourselves()
+    else:
+        identity.become(uid)
+
+
+def execute(command: Command, plumbing: Plumbing, word: dict[str, Any], uid: int) -> OSError:
+    """Become the QEMU that waits for a state of `uid`. Returns only the failure."""
     own = os.dup(2)
     try:
+        take_rights(command, uid)
         monitor, main = plumbing.monitor_qemu.fileno(), plumbing.main_qemu.fileno()
         for fd in (monitor, main):
             os.set_inheritable(fd, True)
@@ -273,20 +286,28 @@ class _Guarding:
                 return shared.new_has_ended()
 
     def _be_cat(self) -> NoReturn:
-        """Go on as the smallest program that passes stderr on."""
+        """Go on as the smallest program that passes stderr on; not as a user that could trace it,
+        for it has our output."""
+        identity.act_as_ourselves()
         os.dup2(self.onward, 2)
         os.dup2(self.onward, 1)
         os.dup2(self.stderr, 0)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         with suppress(OSError):
-            os.execvp("cat", ["cat"])
+            os.execvp("cat", ["cat", "-v"] if os.isatty(2) else ["cat"])
         while data := os.read(0, _PIECE):
             _write(data)
         os._exit(0)
 
 
+_RAW = bytes(byte for byte in (*range(32), 127) if byte not in b"\t\n")
+
+
 def _write(data: bytes) -> None:
+    """Pass on what a QEMU said; to a terminal without control characters."""
     with suppress(OSError):
+        if os.isatty(2):
+            data = data.translate(bytes.maketrans(_RAW, b"?" * len(_RAW)))
         while data:
             data = data[os.write(2, data) :]
 
@@ -316,7 +337,7 @@ def notify(message: str) -> None:
         with manager:
             drive(manager.tell(message.encode()), timeout=10.0)
     except (CprdError, OSError) as error:
-        print(f"cprctl: the service manager was not told: {error}", file=sys.stderr)
+        note(f"cprctl: the service manager was not told: {error}")
 
 
 def notify_main_pid(pid: int, status: str) -> None:
@@ -335,4 +356,4 @@ def notify_main_pid(pid: int, status: str) -> None:
             drive(manager.tell(mainpid(pid) + b"\n" + status_line(status)), timeout=10.0)
             drive(manager.barrier(), timeout=10.0)
     except (CprdError, OSError) as error:
-        print(f"cprctl: the service manager was not told: {error}", file=sys.stderr)
+        note(f"cprctl: the service manager was not told: {error}")

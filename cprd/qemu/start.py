@@ -14,16 +14,17 @@ and lets the guest run. The claim is the helper's, and ends with the helper.
 from __future__ import annotations
 
 import os
-import sys
 from typing import NoReturn
 
 from cprd.errors import CODES, CprdError
+from cprd.linux import identity
 from cprd.linux.pause import point
-from cprd.linux.stdio import flush
+from cprd.linux.stdio import flush, note
+from cprd.qemu import acting
 from cprd.qemu.command import Command
 from cprd.qemu.errors import code, one_line
 from cprd.qemu.sockets import refuse_taken
-from cprd.qemu.spawn import Plumbing, execute, fork_twice, hear, notify, say
+from cprd.qemu.spawn import Plumbing, execute, fork_twice, hear, notify, say, take_rights
 
 
 def start(
@@ -31,34 +32,36 @@ def start(
     name: str,
     words: list[str],
     *,
+    owner: int | None = None,
     cold: bool = False,
     force: bool = False,
     timeout: float = 60.0,
 ) -> NoReturn:
-    """Become the QEMU. `timeout`: seconds to load a state. Raises CprdError when nothing was
-    started."""
+    """Become the QEMU. `owner`: the uid with that NAME (None: ours). `timeout`: seconds to load a
+    state. Raises CprdError when nothing was started."""
     command = Command(words)
+    owner = os.geteuid() if owner is None else owner
     if command.only_pretty():
-        print(f"cprctl: {name}: {command.only_pretty()}", file=sys.stderr)
+        note(f"cprctl: {name}: {command.only_pretty()}")
     if cold:
-        print(f"cprctl: {name}: booting cold, as asked; what is held stays held", file=sys.stderr)
-        _become_cold(command)
+        note(f"cprctl: {name}: booting cold, as asked; what is held stays held")
+        _become_cold(command, owner)
     point("qemu-start:begin")
     plumbing = Plumbing()
     flush()
     qemu = os.getpid()
     if fork_twice():
-        _be_helper(plumbing, qemu, socket_path, name, command, force, timeout)
+        _be_helper(plumbing, qemu, socket_path, name, command, owner, force, timeout)
     plumbing.keep_qemus()
     word = hear(plumbing.talk_qemu)
     if word is None:
         raise CprdError(f"{name}: the helper ended; nothing was started")
     if "cold" in word:
-        _become_cold(command)
+        _become_cold(command, owner)
     if "fail" in word:
         raise CODES.get(word["code"], CprdError)(word["fail"])
     point("qemu-start:exec")
-    failure = execute(command, plumbing, word)
+    failure = execute(command, plumbing, word, owner)
     raise CprdError(f"{command.words[0]}: {failure.strerror}")
 
 
@@ -68,6 +71,7 @@ def _be_helper(
     socket_path: str,
     name: str,
     command: Command,
+    owner: int,
     force: bool,
     timeout: float,
 ) -> NoReturn:
@@ -76,6 +80,7 @@ def _be_helper(
         plumbing.keep_ours()
         from cprd.qemu.restore import restore
 
+        acting.act_as(owner)
         status = restore(plumbing, qemu, socket_path, name, command, force=force, timeout=timeout)
     except BaseException as error:
         say(plumbing.talk, fail=f"{name}: {one_line(error)}", code=code(error))
@@ -83,9 +88,14 @@ def _be_helper(
         os._exit(status)
 
 
-def _become_cold(command: Command) -> NoReturn:
+def _become_cold(command: Command, owner: int) -> NoReturn:
     """Raises Refused when a QEMU listens at COMMAND's monitor; CprdError without such a program."""
-    refuse_taken(command)
+    acting.act_as(owner)
+    try:
+        refuse_taken(command)
+    finally:
+        identity.act_as_ourselves()
+    take_rights(command, owner)
     notify("READY=1\nSTATUS=The guest was booted.")  # a QEMU that boots by itself says nothing
     try:
         os.execvp(command.words[0], command.words)

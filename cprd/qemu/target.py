@@ -8,6 +8,7 @@ guest runs only after `cont`.
 
 from __future__ import annotations
 
+import os
 import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
@@ -78,6 +79,11 @@ class Target:
                 if self._deadline.has_passed():
                     raise Failed(f"the new QEMU did not listen within {self.timeout:g} s") from None
                 signals.sleep(_RETRY)
+            except PermissionError:
+                raise Failed(
+                    f"the new QEMU listens as another uid than {os.geteuid()}, with the state of"
+                    " that user: the wrappers in the QEMU command have to change to that uid"
+                ) from None
         sock.setblocking(False)
 
     def send_cpr(self, pieces: Iterable[tuple[bytes, int]]) -> None:

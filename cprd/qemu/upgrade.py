@@ -37,9 +37,10 @@ from cprd.qemu.examine import about_command_line, examine
 from cprd.qemu.handover import STANDING, Handover, repeated, untouched
 from cprd.qemu.hold import LIVE, MAIN_KEY, Origin, pack, pieces
 from cprd.qemu.monitor import Monitor, event_is, machine_type, socket_path, stamp
+from cprd.qemu.private import MARK, PrivateDirectory
 from cprd.qemu.process import Process, output_of
 from cprd.qemu.signals import Deadline
-from cprd.qemu.sockets import MARK, PrivateDirectory, SharedPaths
+from cprd.qemu.sockets import SharedPaths
 from cprd.qemu.source import TIMEOUT, Source
 from cprd.qemu.target import GONE, KILLED, Target
 
@@ -91,7 +92,7 @@ def _upgrade(
     timeout: float,
 ) -> UpgradeResult:
     with untouched():
-        name, found = make_room(daemon, name, path, replace=False)
+        found = make_room(daemon, name, path, replace=False)
         if found is not None:
             raise Failed(f"{name} is held now ({found.said}): go on with `cprctl qemu start`")
         old = Monitor.connect(path)
@@ -102,7 +103,7 @@ def _upgrade(
         point("qemu-upgrade:connected")
         with untouched():
             signals.check()
-        with PrivateDirectory(path, old.process.uid) as directory:
+        with PrivateDirectory(path) as directory:
             with Source(old, directory, timeout) as source:
                 handover = Handover(daemon, name, source)
                 with _Move(handover, path, command, directory, status) as move:
@@ -119,7 +120,7 @@ class _New:
         self.command = command
         also = (found for _, found in command.listening())
         self.shared = SharedPaths(old.pid, command.words, also)
-        self.directory = PrivateDirectory(command.monitor_path() or path, old.uid)
+        self.directory = PrivateDirectory(command.monitor_path() or path)
         self.plumbing = spawn.Plumbing()
         self._process: Process | None = None
         self._target: Target | None = None
@@ -188,7 +189,7 @@ class _New:
             os.dup2(output_of(self.old, 1), 1)
             word = spawn.hear(plumbing.talk_qemu)
             if word is not None and "go" in word:
-                failure = spawn.execute(self.command, plumbing, word)
+                failure = spawn.execute(self.command, plumbing, word, os.geteuid())
                 what = f"{self.command.words[0]}: {failure.strerror}\n"
                 os.write(plumbing.stderr_qemu, what.encode())
         finally:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import cprd
-from cprd.cli.peek import in_a_child
+from cprd.linux.child import in_a_child
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import PATIENCE, patience, until

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -310,46 +309,6 @@ def test_half_a_stream_is_held(vm: Machine, daemon: DaemonProcess) -> None:
 def test_options_that_cannot_be_are_refused_with_a_reason(option: str) -> None:
     with pytest.raises(cprd.InvalidInput, match=option):
         Command(["qemu-system-x86_64", "-m", "1G", option, "x"])
-
-
-def test_wrappers_and_the_uid_of_the_qemu(make_machine: MakeMachine) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    vm = make_machine(
-        wrappers=[
-            "setpriv",
-            "--reuid=4242",
-            "--regid=4242",
-            "--clear-groups",
-            "prlimit",
-            "--core=0",
-        ]
-    )
-    for path in (vm.place, *vm.place.iterdir()):
-        shutil.chown(path, 4242, 4242)
-    vm.start()
-    vm.goes_on()
-    saved = vm.save()
-    assert saved.returncode == 0, saved.stderr
-    assert rows(vm)[0]["uid"] == 4242
-    vm.start()
-    vm.goes_on()
-    assert rows(vm) == []
-
-
-def test_root_cannot_give_one_users_guest_to_another(vm: Machine) -> None:
-    """UID/NAME says whose hold it is, and the QEMU's own uid decides that."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    vm.name = "4242/vm"
-    for done in (vm.save(), vm.upgrade(vm.qmp, vm.command)):
-        assert done.returncode == 1
-        assert "this QEMU is of uid 0" in done.stderr
-    assert rows(vm) == []
-    vm.goes_on()
-    vm.name = "0/vm"
-    assert vm.save().returncode == 0
-    assert [(row["name"], row["uid"]) for row in rows(vm)] == [("vm", 0)]
 
 
 # Upgrade

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from cprd.errors import Timeout
+from cprd.errors import LimitExceeded, Timeout
+from cprd.qemu import source as source_module
 from cprd.qemu.errors import (
     MonitorBusy,
     MonitorGone,
@@ -25,8 +26,8 @@ from cprd.qemu.errors import (
     Refused,
 )
 from cprd.qemu.monitor import Monitor, event_is
+from cprd.qemu.private import PrivateDirectory
 from cprd.qemu.process import Process
-from cprd.qemu.sockets import PrivateDirectory
 from cprd.qemu.source import Source
 from tests.support.patience import PATIENCE, until
 
@@ -242,3 +243,74 @@ def test_the_answer_to_migrate_and_its_connection_come_in_any_order(
     directory.close()
     monitor.close()
     assert list(tmp_path.iterdir()) == []
+
+
+# A QEMU that says more than it should
+
+
+def flooding(kind: str, first: bytes, piece: bytes, *, ends: bool) -> Any:
+    """An answer to `migrate`: so much on one of its channels that nobody would keep it."""
+
+    def migrate(asked: dict[str, Any]) -> bytes:
+        where = {row["channel-type"]: row["addr"]["path"] for row in asked["arguments"]["channels"]}
+        with socket.socket(socket.AF_UNIX) as cpr, socket.socket(socket.AF_UNIX) as main:
+            cpr.connect(where["cpr"])
+            flooded, sent = (cpr if kind == "cpr" else main), 0
+            if kind == "main":
+                cpr.sendall(first)
+                cpr.shutdown(socket.SHUT_WR)
+                main.connect(where["main"])
+            try:
+                while not ends or sent < 3 * source_module.MAX_CPR:
+                    flooded.sendall(piece)
+                    sent += len(piece)
+            except OSError:
+                pass  # hung up
+        return returns({})(asked)
+
+    return migrate
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["ends", "endless"])
+def test_a_cpr_stream_has_a_bound_and_is_read_to_its_end(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    monkeypatch.setattr(source_module, "MAX_CPR", 1 << 20)
+    peer.answers["migrate"] = flooding("cpr", b"", bytes(1 << 16), ends=ends)
+    peer.answers["query-migrate-capabilities"] = returns([])
+    monitor = peer.greet()
+    monitor.process = Process.open(os.getpid())
+    expected = LimitExceeded if ends else Timeout
+    with (
+        PrivateDirectory(str(tmp_path / "qmp")) as directory,
+        Source(monitor, directory, PATIENCE if ends else 1.0) as source,
+    ):
+        with pytest.raises(expected, match="CPR stream"):
+            source.take_cpr()
+        assert len(source.received.data) <= 1 << 20
+    monitor.close()
+
+
+def test_a_flood_of_events_and_words_leaves_nothing_behind(peer: Peer) -> None:
+    wild = [b'{"event": 7}', b'{"event": "MIGRATION"}', b'{"event": "STOP", "data": "x" }']
+    wild += [b'{"event": "RESUME", "timestamp": {"seconds": "x"}, "data": {"status": {}}}']
+    padded = b'{"event": "VNC", "data": "' + b"x" * 10_000 + b'"}'
+    peer.answers["flood"] = lambda asked: (
+        b"\n".join([*wild, *[padded] * 2000]) + b"\n" + returns("over")(asked)
+    )
+    monitor = peer.greet()
+    assert monitor.execute("flood") == "over"
+    names = []
+    while (found := monitor.seen(lambda _: True)) is not None:
+        names.append(monitor.event(lambda each: each is found, 0.0)["event"])
+    assert names == ["MIGRATION", "STOP", "RESUME"]
+    monitor.close()
+
+
+@pytest.mark.parametrize("said", [b"[" * 200_000 + b"\n", b"x" * (6 << 20)])
+def test_a_message_of_endless_depth_or_length_ends_the_monitor(peer: Peer, said: bytes) -> None:
+    peer.answers["deep"] = lambda _: said
+    monitor = peer.greet()
+    with pytest.raises(MonitorLost):
+        monitor.execute("deep")
+    monitor.close()

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from cprd.linux.processes import credentials
+from cprd.qemu.private import MARK, PrivateDirectory
 from cprd.qemu.process import Process
-from cprd.qemu.sockets import MARK, PrivateDirectory, SharedPaths, mend
+from cprd.qemu.sockets import SharedPaths, mend
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
 from tests.qemu.sweep import adopt_orphans

@@ -10,19 +10,24 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from cprd.errors import CODES, CprdError, Timeout
+from cprd.errors import CODES, CprdError, LimitExceeded, Timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 PATIENCE = 20.0  # seconds; a peek of 60,000 descriptors takes one or two
+MEMORY = 1 << 30  # bytes that a look may take
+_ANSWER = 256 << 20  # bytes of an answer
 
 
-def in_a_child(look: Callable[[], dict[str, Any]], patience: float = PATIENCE) -> dict[str, Any]:
+def in_a_child(
+    look: Callable[[], dict[str, Any]], patience: float = PATIENCE, *, memory: int = MEMORY
+) -> dict[str, Any]:
     """What `look` returns in a process of its own, or the CprdError that it raises there.
 
     That process runs with the soft RLIMIT_NOFILE raised, and is not waited for once it has
-    answered. Raises Timeout, and kills it, when it has not after `patience` seconds."""
+    answered. Raises Timeout, and kills it, when it has not after `patience` seconds; LimitExceeded
+    when it took more than `memory` bytes."""
     import select
     import signal
     import time
@@ -35,7 +40,7 @@ def in_a_child(look: Callable[[], dict[str, Any]], patience: float = PATIENCE) -
         # The looker is a grandchild: what we become by exec must not find a child it never had.
         os.close(read)
         if os.fork() == 0:
-            _answer(look, write)
+            _answer(look, write, memory)
         os._exit(0)
     os.close(write)
     try:
@@ -60,6 +65,8 @@ def in_a_child(look: Callable[[], dict[str, Any]], patience: float = PATIENCE) -
             if not chunk:
                 break
             answer += chunk
+            if len(answer) > _ANSWER:
+                raise LimitExceeded(f"what is held takes over {_ANSWER >> 20} MiB to describe")
     finally:
         os.close(read)
     if len(answer) <= 4:
@@ -70,22 +77,28 @@ def in_a_child(look: Callable[[], dict[str, Any]], patience: float = PATIENCE) -
     return dict(value)
 
 
-def _answer(look: Callable[[], dict[str, Any]], write: int) -> None:
+def _answer(look: Callable[[], dict[str, Any]], write: int, memory: int) -> None:
     """In the child: look, write the answer as one msgpack value, let go of the pipe, end."""
     import msgpack
 
-    from cprd.linux.nofile import raise_soft_limit
+    from cprd.linux.nofile import limit_memory, raise_soft_limit
 
+    swollen = msgpack.packb(
+        ["LimitExceeded", f"a look at what is held takes more than {memory >> 20} MiB of memory"]
+    )
     try:
         os.write(write, os.getpid().to_bytes(4, "big"))
         raise_soft_limit()
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):  # a pipeline that we were in must not wait for an orphan
             os.dup2(null, standard)
+        limit_memory(memory)
         try:
             answer = msgpack.packb(["", look()], default=str, unicode_errors="surrogateescape")
         except CprdError as error:
             answer = msgpack.packb([type(error).__name__, str(error)])
+        except MemoryError:
+            answer = swollen
         except Exception as error:
             answer = msgpack.packb(["CprdError", f"{type(error).__name__}: {error}"])
         rest = memoryview(answer)
