@@ -62,8 +62,8 @@ def act_as(uid: int, gid: int | None = None) -> None:
     if uid and _has_capabilities():
         act_as_ourselves()
         raise Denied(
-            f"root's capabilities stay in effect for uid {uid} here (securebits): run this command"
-            " as that user"
+            f"root's capabilities may stay in effect for uid {uid} here (securebits, or no /proc to"
+            " tell): run this command as that user"
         )
 
 
@@ -117,8 +117,11 @@ def _groups(uid: int) -> tuple[int, list[int]]:
 
 
 def _has_capabilities() -> bool:
-    with open("/proc/self/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"CapEff:"):
-                return int(line[7:], 16) != 0
-    return True
+    try:
+        with open("/proc/self/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"CapEff:"):
+                    return int(line[7:], 16) != 0
+    except OSError:
+        pass
+    return True  # as far as anybody can tell

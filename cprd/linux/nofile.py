@@ -47,6 +47,8 @@ def set_soft_limit(soft: int) -> None:
         ) from None
 
 
+UNSEEN = 512 << 20  # bytes that a process is taken to have mapped where nobody can tell
+
 _raised = _thread.RLock()
 
 
@@ -76,8 +78,11 @@ def limit_memory(room: int) -> None:
     """Let this process map `room` more bytes at most: what needs more raises MemoryError."""
     import resource
 
-    with open("/proc/self/statm", "rb") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # no /proc here
+        mapped = UNSEEN
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = mapped + room
     if hard != resource.RLIM_INFINITY:
