@@ -110,6 +110,11 @@ class Daemon:
         return self._line.fileno()
 
     @property
+    def path(self) -> str:
+        """As cprd.Daemon.path."""
+        return self._line.path
+
+    @property
     def greeting(self) -> Greeting:
         """As cprd.Daemon.greeting."""
         return cast(Greeting, dict(self._line.greeting))

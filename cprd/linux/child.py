@@ -8,21 +8,22 @@ it hangs an orphan with nothing in its hands but those descriptors, never the co
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from cprd.errors import CODES, CprdError, LimitExceeded, Timeout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+T = TypeVar("T", bound="Mapping[str, Any]")
 
 PATIENCE = 20.0  # seconds; a peek of 60,000 descriptors takes one or two
 MEMORY = 1 << 30  # bytes that a look may take
 _ANSWER = 256 << 20  # bytes of an answer
 
 
-def in_a_child(
-    look: Callable[[], dict[str, Any]], patience: float = PATIENCE, *, memory: int = MEMORY
-) -> dict[str, Any]:
+def in_a_child(look: Callable[[], T], patience: float = PATIENCE, *, memory: int = MEMORY) -> T:
     """What `look` returns in a process of its own, or the CprdError that it raises there.
 
     That process runs with the soft RLIMIT_NOFILE raised, and is not waited for once it has
@@ -74,10 +75,11 @@ def in_a_child(
     kind, value = msgpack.unpackb(memoryview(answer)[4:], strict_map_key=False)
     if kind:
         raise CODES.get(kind, CprdError)(value)
-    return dict(value)
+    answered: T = value
+    return answered
 
 
-def _answer(look: Callable[[], dict[str, Any]], write: int, memory: int) -> None:
+def _answer(look: Callable[[], object], write: int, memory: int) -> None:
     """In the child: look, write the answer as one msgpack value, let go of the pipe, end."""
     import msgpack
 

@@ -81,7 +81,7 @@ def look(daemon: Daemon, name: str) -> tuple[Row | None, Origin | None]:
     return row, None
 
 
-def row_of(daemon: Daemon, name: str) -> Row | None:
+def row_of(daemon: Daemon, name: str) -> cprd.Row | None:
     """The row of a hold, without a look into the hold; None: nothing is held."""
     uid, bare = owner_of(name), name.rpartition("/")[2]
     rows = (row for row in daemon.list() if (row["uid"], row["name"]) == (uid, bare))

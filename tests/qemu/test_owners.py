@@ -241,6 +241,46 @@ def test_a_directory_that_is_swapped_leads_root_nowhere(theirs: Machine, tmp_pat
     vm.goes_on()
 
 
+@pytest.mark.full
+def test_a_thief_of_directories_gets_nothing_of_roots(theirs: Machine, tmp_path: Path) -> None:
+    """The user swaps each private directory for a link as fast as can be."""
+    vm = theirs
+    tmp_path.chmod(0o700)
+    thief = os.fork()
+    if thief == 0:
+        try:
+            as_user(THIEF, str(vm.place), str(tmp_path))
+        finally:
+            os._exit(0)
+    try:
+        for _ in range(30):
+            if vm.save().returncode == 0:
+                break  # (the thief was late; afterwards there is no QEMU)
+            assert set(entries(vm).values()) == {USER}
+    finally:
+        (vm.place / "over").touch()
+        os.waitpid(thief, 0)
+        (vm.place / "over").unlink()
+    assert list(vm.place.glob("stolen*")) != []
+    assert set(entries(vm).values()) == {USER}
+    assert list(tmp_path.iterdir()) == []
+
+
+THIEF = """
+place, stolen = words[0], 0
+while not os.path.exists(place + "/over"):
+    for name in os.listdir(place):
+        path = place + "/" + name
+        if name.startswith(".cprd-") and not os.path.islink(path):
+            try:
+                os.rename(path, place + "/stolen" + str(stolen))
+                os.symlink(words[1], path)
+                stolen += 1
+            except OSError:
+                pass
+"""
+
+
 def test_what_a_saver_wrote_leads_root_nowhere(
     make_machine: MakeMachine, daemon: DaemonProcess, tmp_path: Path
 ) -> None:
