@@ -54,7 +54,7 @@ def _settings(options: argparse.Namespace) -> Config:
         import cprd.daemon.running  # noqa: F401
 
         which = file or "the defaults"
-        print(f"cprd: the configuration is good ({which}); would serve {_path(options)}")
+        say(f"cprd: the configuration is good ({which}); would serve {_path(options)}")
     return settings
 
 
