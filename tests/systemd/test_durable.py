@@ -174,8 +174,9 @@ def test_a_rewrite_while_the_manager_is_busy_removes_nothing_too_early(systemd: 
     with things(1) as (thing,), keeping.connect() as daemon:
         daemon.save("first", thing.state, require="store")
         thing.saved()
-        until(lambda: entries(keeping) == 4, lambda: "no spare is stored")
         for where in ("store:removed", "store:removed#2", ""):
+            # Nothing is left to be removed that would stop it too early.
+            until(lambda: entries(keeping) == 4, lambda: f"{entries(keeping)} entries, not 4")
             keeping.arm(where)
             os.kill(systemd.pid, signal.SIGSTOP)
             try:
