@@ -470,8 +470,12 @@ def test_one_nonce_for_everything_confuses_only_its_user(daemon: DaemonProcess) 
         assert connection.list() == []
 
 
-def test_files_that_block_do_not_keep_it_from_becoming_a_new_version(daemon: DaemonProcess) -> None:
-    """What is still to be closed goes along: exec would close it, and wait."""
+def test_files_that_block_do_not_keep_it_from_becoming_a_new_version(
+    new_daemon: DaemonProcess,
+) -> None:
+    """What is still to be closed goes along: exec would close it, and wait. (So does what ended
+    before: of a used cprd that is much, and what blocks keeps its uid from being served.)"""
+    daemon = new_daemon
     with contextlib.ExitStack() as peers, nobody_else_waits(daemon):
         with daemon.connect() as connection, raw(daemon.path) as sock:
             connection.save("web", state_of("", [], []))
