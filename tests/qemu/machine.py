@@ -139,6 +139,10 @@ class Machine:
             return []
         return self.log.read_text(errors="replace").split("\n")[:-1]
 
+    def boots(self) -> int:
+        """How often the guest was booted. (A QEMU that was killed may have left half a line.)"""
+        return self.log.read_text(errors="replace").count("BOOT") if self.log.exists() else 0
+
     def ticks(self) -> int:
         """The guest's last tick, 0 before the first."""
         lines = self.lines()

@@ -42,7 +42,7 @@ def end(vm: Machine, pid: int) -> None:
 
 def boots_anew(vm: Machine, *words: str) -> None:
     vm.start(*words)
-    vm.until(lambda: vm.lines().count("BOOT") == 2, "a cold boot")
+    vm.until(lambda: vm.boots() == 2, "a cold boot")
     assert SAID in vm.said()
     assert rows(vm) == []
 
@@ -59,7 +59,7 @@ def test_its_guest_boots_anew(vm: Machine, step: str, how: str) -> None:
 def test_its_guest_was_booted_otherwise_and_is_saved(vm: Machine) -> None:
     end(vm, killed_at(vm, "prepared"))
     vm.start("--cold")
-    vm.until(lambda: vm.lines().count("BOOT") == 2, "a cold boot")
+    vm.until(lambda: vm.boots() == 2, "a cold boot")
     done = vm.save()
     assert done.returncode == 0, done.stderr
     assert [row["phase"] for row in rows(vm)] == ["held"]
