@@ -358,11 +358,7 @@ with cprd.connect() as daemon:
         assert all(row["name"] != name for row in daemon.list()), "confirmed, and there again"
         poll = select.poll()
         poll.register(reading, select.POLLIN)
-<<<<<<< HEAD
         assert poll.poll(BOUND * 1000), "confirmed, and still held"
-=======
-        assert poll.poll(@SECOND@), "confirmed, and still held"
->>>>>>> ab20111 (tests: leave nothing blocked behind, and let other uids import nothing)
         os.close(reading)
         print(".", end="", flush=True)
 """.replace("BOUND", repr(patience(1)))
@@ -380,7 +376,7 @@ class Stream:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # until end()
         self.clients = [
             keeping.client(
-                *(ROUNDS.replace("@SECOND@", str(patience(1000))), f"client{number}"),
+                *(ROUNDS, f"client{number}"),
                 stdout=writing,
                 stderr=self.errors,
                 user=user if number % 3 == 0 else None,
