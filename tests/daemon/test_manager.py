@@ -16,7 +16,7 @@ import cprd
 from cprd.daemon.running import FIRST_ANSWER
 from tests.support.daemon import DaemonProcess
 from tests.support.notify_socket import NotifySocket
-from tests.support.patience import patience, until
+from tests.support.patience import patience, rest, until
 from tests.support.seeded import Seeded
 
 Start = Callable[..., DaemonProcess]
@@ -122,7 +122,7 @@ def test_a_manager_that_goes_away_takes_nothing_along(
         daemon.await_log("manager-gone")
         for _ in range(10):  # the watchdog would have been told many times
             assert save_and_load(daemon) == "memory"
-            time.sleep(0.2)
+            rest(0.2)  # nothing must be said meanwhile
         assert told(daemon, "manager-gone") == 1 + reloaded
         notify.back()
         notify.read()

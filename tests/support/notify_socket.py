@@ -41,7 +41,7 @@ class NotifySocket:
         while True:
             if self._end in dict(poll.poll()):
                 return
-            time.sleep(delay)
+            time.sleep(delay)  # as slow as it was told to be
             message, fds, _, _ = socket.recv_fds(self._socket, 4096, 253)
             self.said.append(message)
             lines = dict(line.split(b"=", 1) for line in message.split(b"\n"))
