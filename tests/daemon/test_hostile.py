@@ -68,7 +68,7 @@ def nobody_else_waits(daemon: DaemonProcess) -> Iterator[None]:
         assert waits
         # Twice may be the machine's fault, which others use as well.
         assert waits[:-2][-1:] < [PROMPT], waits[-5:]
-        assert waits[-1] < 2, waits[-5:]
+        assert waits[-1] < patience(2), waits[-5:]
     assert daemon.alive()
 
 
