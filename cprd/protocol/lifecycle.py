@@ -142,7 +142,9 @@ class Hold:
         """A row of `list`."""
         left = self.ttl_left if self.expires is None else max(0.0, self.expires - now)
         in_use = self.phase == HELD and self.after_exit >= 0
-        reason = f"in use by {pid_text(self.after_exit)}" if in_use else why_not(self, now)
+        reason = why_not(self, now)
+        if in_use:
+            reason = f"in use by {pid_text(self.after_exit)}: the predecessor has not ended yet"
         if not reason and self.last_reject:
             reason = f"rejected: {self.last_reject}"
         return {

@@ -227,4 +227,4 @@ def test_busy_says_which_process_is_in_the_way_and_until_when(daemon: DaemonProc
         assert (busy.value.pid, busy.value.phase, busy.value.until) == (os.getpid(), "held", None)
         row = connection.show("B")
         assert (row["phase"], row["in_use_by"]) == ("held", os.getpid())
-        assert row["reason"] == f"in use by pid {os.getpid()}"
+        assert row["reason"].startswith(f"in use by pid {os.getpid()}:")

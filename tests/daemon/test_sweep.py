@@ -84,7 +84,7 @@ def settled(daemon: cprd.Daemon) -> list[str]:
             row
             for row in rows
             if row["phase"] in ("prepared", "claimed")
-            or "predecessor" in row["reason"]
+            or row["in_use_by"] is not None
             or (row["phase"] == "in-doubt" and row["claimant"])
         ]
 
