@@ -38,10 +38,12 @@ def open_socket(path: str, seconds: float) -> socket.socket:
             raise Denied(f"no permission to connect to {path}") from None
         if error.errno == errno.EAGAIN:
             raise Unavailable(f"nobody accepts at {path} within {seconds:.3g} s") from None
+        from cprd.linux import stale
+
         why = error.strerror or str(error)
         raise Unavailable(
             f"no cprd answers at {path} ({why}): start it (systemctl start cprd.socket, or cprd"
-            " --socket PATH), or name its socket with $CPRD_SOCKET"
+            f" --socket PATH), or name its socket with $CPRD_SOCKET{stale.hint(path, error.errno)}"
         ) from None
     return sock
 
