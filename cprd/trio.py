@@ -68,9 +68,9 @@ class _Connection(Connection):
                 return await self._turn.acquire()
             if step.kind == "connect":  # waits only while the backlog is full
                 return await trio.to_thread.run_sync(open_socket, self.path, left)
-            if step.kind == "send":
-                return await self._send(step)
-            if step.kind == "receive":
+            if step.kind == "ask":
+                await self._send(step)
+            if step.kind in ("ask", "receive"):
                 return await self._receive()
             if step.kind == "work":
                 return await trio.to_thread.run_sync(step.what)

@@ -127,7 +127,7 @@ class Prepared:
     def end(self) -> None:
         """The connection is needed no longer. Safe to repeat."""
         self.ticket.over = True
-        if self.open and self.line.mine():
+        if self.open:
             self.open = False
             self.line.part(self.ticket)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cprd.protocol.rows import Greeting
 
     T = TypeVar("T")
-    Kind = Literal["turn", "connect", "send", "receive", "sleep", "work"]
+    Kind = Literal["turn", "connect", "ask", "receive", "sleep", "work"]
     Steps: TypeAlias = "Generator[Step, Any, T]"
     Verb: TypeAlias = "Generator[Call | Work, Any, T]"
     Undo: TypeAlias = "Callable[[dict[str, Any]], Call]"
@@ -124,8 +124,9 @@ class Answer:
 
     def close(self) -> None:
         """Close what nobody took out of `fds`."""
-        fds, self.fds = self.fds, array("i")
-        close_all(fds)
+        if self.fds:
+            fds, self.fds = self.fds, array("i")
+            close_all(fds)
 
     __del__ = close
 
@@ -156,9 +157,10 @@ class Answer:
 class Step:
     """What a driver does next, by `kind`, before `until` (of time.monotonic) or TimeoutError:
 
-    "turn": wait until no other request is on the line; "connect": return a new socket; "send":
-    `what`, (data, descriptors borrowed); "receive": return an Answer; "sleep": until then; "work":
-    call `what`, where blocking harms nobody. `shielded`: also in a cancelled task."""
+    "turn": wait until no other request is on the line; "connect": return a new socket; "ask": send
+    `what`, (data, descriptors borrowed), and return the next Answer; "receive": return the next
+    Answer; "sleep": until then; "work": call `what`, where blocking harms nobody. `shielded`: also
+    in a cancelled task."""
 
     __slots__ = ("kind", "shielded", "until", "what")
 
@@ -224,6 +226,7 @@ class Line:
         self.greeting: Greeting | dict[str, Any] = {}
         self.sock: socket | None = None
         self.late: dict[int, Undo] = {}  # by number: requests that passed the deadline
+        self.undos: list[Call] = []  # those that were answered since
         common.lines.add(ref(self, common.lines.discard))
 
     # What a driver adds
@@ -252,7 +255,7 @@ class Line:
         line.users.add(user)
         if self.take_turn_now():
             try:
-                if not (self.tickets or self.running or self.late):
+                if not (self.tickets or self.running or self.late or self.undos):
                     line.sock, self.sock = self.sock, None
                     line.greeting = self.greeting
             finally:
@@ -261,7 +264,8 @@ class Line:
 
     def take_back(self, line: Line, user: object) -> None:
         """The end of `lend`."""
-        if self.users and not (line.tickets or line.late) and self.take_turn_now():
+        idle = not (line.tickets or line.late or line.undos)
+        if self.users and idle and self.take_turn_now():
             try:
                 if self.sock is None:
                     line.sock, self.sock = None, line.sock
@@ -282,12 +286,11 @@ class Line:
 
     def leave(self, user: object) -> None:
         self.users.discard(user)
-        if self.mine():
-            self.settle()
+        self.settle()
 
     def settle(self) -> None:
         """Close the connection when nothing needs it. A running verb does so at the end."""
-        if self._done() and self.take_turn_now():
+        if self._done() and self.mine() and self.take_turn_now():
             try:
                 if self._done():
                     self.drop()
@@ -316,6 +319,7 @@ class Line:
     def drop(self) -> None:
         sock, self.sock = self.sock, None
         self.late.clear()
+        self.undos.clear()
         self.stuck = False
         if sock is not None:
             self.close_socket(sock)
@@ -365,7 +369,10 @@ def run(line: Line, verb: Verb[T]) -> Steps[T]:
         call = next(verb)
         while True:
             try:
-                result = yield from _perform(line, call, shielded=interrupt is not None)
+                if isinstance(call, Work):
+                    result = yield Step("work", FOREVER, True, call.do)
+                else:
+                    result = yield from request(line, call, interrupt is not None)
             except CprdError as error:
                 call = verb.throw(error)
             except GeneratorExit:
@@ -397,28 +404,21 @@ def run(line: Line, verb: Verb[T]) -> Steps[T]:
         interrupt = None  # no cycle with the traceback
         verb.close()
         line.running.discard(me)
-        if line.mine():
-            line.settle()
-
-
-def _perform(line: Line, call: Call | Work, *, shielded: bool) -> Steps[Any]:
-    if isinstance(call, Work):
-        return (yield Step("work", FOREVER, True, call.do))
-    return (yield from request(line, call, shielded=shielded))
+        line.settle()
 
 
 def _take_back(line: Line, call: Call, undo: Undo) -> Steps[None]:
     """After an interrupt: learn whether `call` was done, and undo the request."""
     try:
-        answer = yield from request(line, call, shielded=True, timeout=BRIEF)
+        answer = yield from request(line, call, True, BRIEF)
         answer.close()
-        yield from request(line, undo(answer.fields), shielded=True, timeout=BRIEF)
+        yield from request(line, undo(answer.fields), True, BRIEF)
     except CprdError:
         pass  # the end of the connection or of the lease has to do
 
 
 def request(
-    line: Line, call: Call, *, shielded: bool = False, timeout: float | None = None
+    line: Line, call: Call, shielded: bool = False, timeout: float | None = None
 ) -> Steps[Answer]:
     """Send a request and receive the answer, on another connection where one is lost: every
     request that changes something has a nonce, so sending it twice does it once.
@@ -439,7 +439,8 @@ def request(
                 if line.fileno() < 0:
                     line.drop()
                     yield from _greet(line, until, shielded)
-                yield from _undo_late(line, until, shielded)
+                if line.late or line.undos:
+                    yield from _undo_late(line, until, shielded)
                 answer = yield from _ask(line, call, until, shielded, tried - began)
                 break
             except (Lost, Unavailable) as error:
@@ -480,26 +481,24 @@ def _ask(
     number = line.common.number()
     data = call.encode(number, elapsed)
     call.number = number  # before sending: an interrupt may come at any point
-    yield Step("send", until, shielded, (data, call.fds))
-    while True:
-        answer: Answer = yield Step("receive", until, shielded)
-        if answer.number in (number, None):
-            return answer
+    answer: Answer = yield Step("ask", until, shielded, (data, call.fds))
+    while answer.number != number and answer.number is not None:
         answer.close()
+        answer = yield Step("receive", until, shielded)
+    return answer
 
 
 def _undo_late(line: Line, until: float, shielded: bool) -> Steps[None]:
     """Undo what was done after the deadline, before anything else is asked for."""
     while line.late:
         answer: Answer = yield Step("receive", until, shielded)
-        undo = line.late.get(answer.number) if answer.number is not None else None
-        answer.close()
+        undo = line.late.pop(answer.number or 0, None)
         if undo is not None and answer.error is None:
-            number = line.common.number()
-            data = undo(answer.fields).encode(number)
-            yield Step("send", until, shielded, (data, ()))
-        if answer.number is not None:
-            line.late.pop(answer.number, None)
+            line.undos.append(undo(answer.fields))
+        answer.close()
+    while line.undos:
+        yield from _ask(line, line.undos[0], until, shielded)
+        del line.undos[0]
 
 
 def _greet(line: Line, until: float, shielded: bool) -> Steps[None]:
