@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cprd.protocol.messages import LEASE
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
@@ -35,7 +37,7 @@ def add_parser(verbs: Verbs) -> None:
         "--wait", type=seconds(DAY), default=0.0, metavar="S", help="wait up to S seconds for it"
     )
     parser.add_argument(
-        "--lease", type=seconds(DAY), default=30.0, metavar="S", help="the claim's longest life"
+        "--lease", type=seconds(DAY), default=LEASE, metavar="S", help="the claim's longest life"
     )
     parser.set_defaults(run=run, takes_command=True)
 
@@ -83,7 +85,7 @@ def claim_that_fits(
     limit: RaisedLimit,
     *,
     wait: float = 0.0,
-    lease: float = 30.0,
+    lease: float = LEASE,
 ) -> Claim:
     """Claim `name` after a look: if its names fit one variable, and its descriptors below the hard
     limit. What is claimed is the generation that was looked at. Raises LimitExceeded."""

@@ -161,7 +161,7 @@ class Daemon:
         name: str,
         *,
         wait: float = 0.0,
-        lease: float = 30.0,
+        lease: float = messages.LEASE,
         generation: int | None = None,
         timeout: float | None = None,
     ) -> Opening[Claim]:

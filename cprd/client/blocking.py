@@ -230,7 +230,7 @@ class Daemon:
         name: str,
         *,
         wait: float = 0.0,
-        lease: float = 30.0,
+        lease: float = messages.LEASE,
         generation: int | None = None,
         timeout: float | None = None,
     ) -> Claim:

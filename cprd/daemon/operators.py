@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from cprd.daemon.handlers import Handler
     from cprd.daemon.server import Server
+    from cprd.protocol.rows import Row
 
 MOST_UIDS = 200  # in one answer to status
 
@@ -44,7 +45,7 @@ async def list_holds(server: Server, connection: Connection, request: Request) -
     """A page of rows by generation, after generation `after`; `more` says where to go on."""
     server.steps.pidfds.collect()
     after = request.message["after"] or 0
-    rows: list[messages.Row] = []
+    rows: list[Row] = []
     size = 0
     more = None
     at = now()

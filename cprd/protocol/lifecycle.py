@@ -7,13 +7,13 @@ pid namespace).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from cprd.errors import Busy
 
 if TYPE_CHECKING:
-    from cprd.protocol.messages import Row
     from cprd.protocol.names import Key
+    from cprd.protocol.rows import Phase, Row
 
 PREPARED = "prepared"
 HELD = "held"
@@ -150,7 +150,7 @@ class Hold:
         return {
             "name": self.name,
             "generation": self.generation,
-            "phase": self.phase,
+            "phase": cast("Phase", self.phase),
             "uid": self.uid,
             "fds": self.fds,
             "bytes": self.size,

@@ -19,27 +19,9 @@ from cprd.protocol.names import split_name as split_name  # noqa: PLC0414
 
 TYPE_CHECKING = False  # like typing.TYPE_CHECKING: an import of typing takes 4 ms
 if TYPE_CHECKING:
-    from typing import Any, TypeAlias, TypedDict
+    from typing import Any, TypeAlias
 
     Message: TypeAlias = dict[str, Any]
-
-    class Row(TypedDict):
-        """A hold, as `list` and `show` tell."""
-
-        name: str
-        generation: int
-        phase: str
-        uid: int
-        fds: int
-        bytes: int
-        age: float  # s
-        expires: float | None  # s until the ttl ends
-        attempts: int
-        reason: str  # why a load is refused, or the last reject; "": none
-        last_reject: str
-        claimant: int | None  # pid
-        acting: int | None  # pid
-        in_use_by: int | None  # pid of the saver that still runs (after_exit)
 
 
 RELEASE = "0.1.0"  # of this software

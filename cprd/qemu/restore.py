@@ -11,6 +11,7 @@ import cprd
 from cprd.errors import Busy, CprdError, Damaged, NotHeld
 from cprd.linux.pause import point
 from cprd.linux.stdio import note
+from cprd.protocol.messages import LEASE
 from cprd.qemu import signals, spawn
 from cprd.qemu.doubt import may_force, settle
 from cprd.qemu.errors import Failed, GuestEnded, Incomplete, InDoubt, one_line
@@ -25,7 +26,6 @@ from cprd.qemu.target import GONE, KILLED, Target
 if TYPE_CHECKING:
     from cprd.qemu.command import Command
 
-LEASE = 30.0  # s of a claim; renewed while the new QEMU loads
 CONFIRM = 60.0  # s that cprd may be away once the guest runs
 
 
