@@ -209,6 +209,17 @@ class Common:
             ticket.over = True
 
 
+_forks = 0  # between the process that imported this and the present process
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 class Line:
     """A connection apart from the I/O: shared by a Daemon and the claims and prepared saves made
     through the connection, closed with the last of these users. Opened when a request wants it.
@@ -218,7 +229,7 @@ class Line:
     def __init__(self, path: str, common: Common) -> None:
         self.path = path
         self.common = common
-        self.pid = os.getpid()
+        self._forks = _forks
         self.users: set[object] = set()
         self.tickets: set[object] = set()  # the claims and prepared saves among the users
         self.running: set[ref[Verb[Any]]] = set()  # until the end, or collected as garbage
@@ -303,7 +314,7 @@ class Line:
 
     def mine(self) -> bool:
         """False in a child of fork()."""
-        return self.pid == os.getpid()
+        return self._forks == _forks
 
     def check(self) -> None:
         if not self.mine():
