@@ -241,7 +241,7 @@ class Registry(Holds):
                 mine is not None
                 and (mine.key, mine.token) == (key, first.answer["token"])
                 and mine.allows("lease over")
-                and 0 < mine.claimant == caller.pid
+                and mine.claimant == caller.pid
             ):
                 return Step(answer=_loaded(mine))
         hold = self.check_load(caller.now, key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -202,7 +203,14 @@ class Machine:
         return self.ask(lambda monitor: monitor.execute(command, **arguments))
 
     def ask(self, question: Callable[[Monitor], Any], qmp: str | None = None) -> Any:
-        monitor = Monitor.connect(qmp or self.qmp)
+        where = qmp or self.qmp
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(where)
+        except BaseException:
+            sock.close()
+            raise
+        monitor = Monitor.over(sock, where)  # whoever's QEMU it is
         try:
             return question(monitor)
         finally:
