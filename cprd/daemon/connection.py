@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import trio
 
-from cprd.daemon.closer import Closer
+from cprd.daemon.releasing import Releasing
 from cprd.errors import LimitExceeded, ProtocolError
 from cprd.linux.rights import receive, scm_fds, send
 from cprd.protocol import messages
@@ -42,7 +42,7 @@ class Request(NamedTuple):
 class Connection:
     """Owns the socket and the peer's pidfd."""
 
-    def __init__(self, sock: socket.socket, peer: Peer, pidfd: int, closer: Closer) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer, pidfd: int, closer: Releasing) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.peer = peer

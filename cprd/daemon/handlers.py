@@ -7,8 +7,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import trio
-
 from cprd.bundle import inspect
 from cprd.daemon.clock import now
 from cprd.daemon.connection import Connection, Request
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from cprd.daemon.server import Server
 
     Handler = Callable[[Server, Connection, Request], Awaitable[None]]
-
-LET_GO_FIRST = 0.05  # s
 
 
 def key_of(connection: Connection, message: messages.Message) -> Key:
@@ -334,30 +330,9 @@ async def confirm_next(server: Server, connection: Connection, request: Request)
 
 
 async def _confirmed(server: Server, connection: Connection, ticket: Ticket, step: Step) -> None:
-    if step.changes:
-        await _let_go_first(server, step.ended[0].hold.uid)
     connection.claims.discard((ticket.generation, ticket.token))
     point("daemon:confirmed")
     await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
-
-
-async def _let_go_first(server: Server, uid: int) -> None:
-    """Wait a moment for the drain, before the claimant hears of the end and closes its own copy.
-
-    Whoever closes last pays for every descriptor: here that is the owner's worker. The moment is
-    short, for another file of this uid may block."""
-    done = trio.Event()
-    token = trio.lowlevel.current_trio_token()
-
-    def tell() -> None:
-        try:
-            token.run_sync_soon(done.set)
-        except trio.RunFinishedError:
-            pass
-
-    server.closer.run(uid, tell)
-    with trio.move_on_after(LET_GO_FIRST):
-        await done.wait()
 
 
 async def reject(server: Server, connection: Connection, request: Request) -> None:

@@ -10,9 +10,9 @@ import trio
 
 from cprd.daemon import log, reexec
 from cprd.daemon.clock import now
-from cprd.daemon.closer import Closer
 from cprd.daemon.config import Config
 from cprd.daemon.manager import Reporter
+from cprd.daemon.releasing import Releasing
 from cprd.daemon.server import Server, raise_nofile
 from cprd.daemon.storage.fdstore import Store
 from cprd.daemon.storage.shelves import Keeper
@@ -23,7 +23,6 @@ from cprd.systemd import notify
 from cprd.systemd.unit import store_outlives_stop
 
 FIRST_ANSWER = 1.0  # s that the manager may take, before clients are served without its store
-LINGER = 1.0  # s at the end for files that take time to close
 
 
 class Running:
@@ -36,7 +35,7 @@ class Running:
         raise_nofile()
         self.given = given
         self.signals = signals
-        self.closer = Closer()
+        self.closer = Releasing()
         for uid, fd in given.closing:
             self.closer.close(uid, [fd])
         self.registry = Registry(settings.quota, first_generation=int(now() * 1e9))
@@ -65,6 +64,7 @@ class Running:
                 if self.store is not None:
                     nursery.start_soon(tend, "store", self.store.tend)
                     await self._await_store(self.store)
+                nursery.start_soon(tend, "releasing", self.closer.tend)
                 nursery.start_soon(self.daemon.serve, *(sock for _, sock in self.given.listeners))
                 self._log_ready()
                 if self.reporter is not None:
@@ -73,8 +73,11 @@ class Running:
                 again = await self._until_told(signals)
                 self.daemon.stopping = True
                 nursery.cancel_scope.cancel()
-        self.closer.drained(LINGER)
+        if not again:
+            self.keeper.abandon()
         self.given.closing = self.closer.stop()
+        if again:
+            self.closer.pass_on()
         return self.keeper if again else None
 
     async def _await_store(self, store: Store) -> None:

@@ -2,7 +2,7 @@
 
 Between reading a request and having written the step down nothing awaits: requests are atomic
 towards each other. What may take time (closing foreign files, waiting for a hold, a slow reader)
-happens in the closer's threads, or in the task of the connection concerned.
+happens in releasers (releasing.py), or in the task of the connection concerned.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import trio
 
 from cprd.daemon import handlers, log, operators
 from cprd.daemon.clock import now
-from cprd.daemon.closer import Closer
 from cprd.daemon.config import Config
 from cprd.daemon.connection import Blocked, Connection, Peer, Request
+from cprd.daemon.releasing import Releasing
 from cprd.daemon.steps import Roles, Steps
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.tending import tend
@@ -41,7 +41,9 @@ assert HANDLERS.keys() == messages.REQUESTS.keys() - {"hello"}
 class Server:
     """All state of the daemon. `serve` runs it."""
 
-    def __init__(self, config: Config, keeper: Keeper, closer: Closer, registry: Registry) -> None:
+    def __init__(
+        self, config: Config, keeper: Keeper, closer: Releasing, registry: Registry
+    ) -> None:
         self.config = config
         self.keeper = keeper
         self.closer = closer

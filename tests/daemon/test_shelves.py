@@ -10,7 +10,7 @@ import os
 import resource
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ import pytest
 import cprd
 from cprd.bundle.pack import Packed, pack
 from cprd.bundle.unpack import unpack
-from cprd.daemon.closer import Closer
+from cprd.daemon.releaser import empty
+from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage import shelf, shelves, slot
 from cprd.daemon.storage.shelf import Shelf
 from cprd.daemon.storage.shelves import Keeper
@@ -34,15 +35,20 @@ KILLED = 99
 Point = Callable[[str], None]
 
 
-class AtOnce(Closer):
-    """Drains where it is asked to, so that each step of it is a step of the sweep."""
+class AtOnce(Releasing):
+    """Releases in this process, so that a sweep kills before and after."""
 
-    def run(self, uid: int, release: Callable[[], object]) -> None:
-        release()
+    def __init__(self) -> None:
+        pass  # no process is wanted
+
+    def close(self, uid: int, fds: Iterable[int]) -> None:
+        for fd in fds:
+            empty(fd)
+            os.close(fd)
 
 
-def a_keeper(closer: Closer | None = None, *, managed: bool = False) -> Keeper:
-    return Keeper(closer or AtOnce(), lambda: NOW, Replies(), managed=managed)
+def a_keeper(releasing: Releasing | None = None, *, managed: bool = False) -> Keeper:
+    return Keeper(releasing or AtOnce(), lambda: NOW, Replies(), managed=managed)
 
 
 def caller(nonce: int = 0) -> Caller:
@@ -672,34 +678,34 @@ def test_what_a_newer_shelf_replaces_does_not_count_and_its_spare_never_did(
 
 
 class Noting(AtOnce):
-    """Notes in whose worker it would have drained."""
+    """Notes the uids whose releasers would have drained."""
 
     def __init__(self) -> None:
         super().__init__()
         self.uids: list[int] = []
 
-    def run(self, uid: int, release: Callable[[], object]) -> None:
+    def close(self, uid: int, fds: Iterable[int]) -> None:
         self.uids.append(uid)
-        super().run(uid, release)
+        super().close(uid, fds)
 
 
 @pytest.mark.usefixtures("nothing_leaks")
-def test_what_ended_before_a_restart_is_drained_in_its_owners_worker(desk: Desk) -> None:
+def test_what_ended_before_a_restart_is_drained_by_its_owners_releaser(desk: Desk) -> None:
     """Files that block when they are closed are to hold up their owner, not root."""
     desk.save("a", 1)
     desk.save("b", 2)
     hold = desk.registry.top((1000, "b"))
     desk.keeper.slots[hold.generation].mark_dead(hold)  # and killed before it was drained
-    closer = Noting()
-    again = Desk(a_keeper(closer))
+    releasing = Noting()
+    again = Desk(a_keeper(releasing))
     again.adopt({desk.keeper.shelf.number: _copies(desk)})
     assert again.snapshot() == [("a", HELD, 1)]
-    assert closer.uids == [1000]
+    assert releasing.uids == [1000]
     close(again)
 
 
 @pytest.mark.usefixtures("nothing_leaks")
-def test_what_ended_on_a_shelf_that_was_replaced_is_drained_in_its_owners_worker(
+def test_what_ended_on_a_shelf_that_was_replaced_is_drained_by_its_owners_releaser(
     desk: Desk,
 ) -> None:
     """And not by whoever closes that shelf, which is the event loop."""
@@ -715,11 +721,11 @@ def test_what_ended_on_a_shelf_that_was_replaced_is_drained_in_its_owners_worker
     desk.keeper.compact()
     left = ends(desk.keeper.shelves())
     assert len(left) == 2
-    closer = Noting()
-    again = Desk(a_keeper(closer, managed=True))
+    releasing = Noting()
+    again = Desk(a_keeper(releasing, managed=True))
     again.adopt({number: (out.dup(), tx.dup()) for number, (out, tx) in left.items()})
     assert again.snapshot() == [("a", HELD, 1)]
-    assert closer.uids == [1000]
+    assert releasing.uids == [1000]
     assert has_ended(reading)
     os.close(reading)
     close(again)

@@ -78,8 +78,8 @@ class Found:
     def add_replaced_slot(self, fds: tuple[int, int]) -> None:
         """A slot of a replaced shelf; owned from now on.
 
-        Such a slot may have ended without being drained. The owner's worker is to drain the slot,
-        not the event loop by closing the shelf."""
+        Such a slot may have ended without being drained. The owner's releaser is to drain the
+        slot, not the event loop by closing the shelf."""
         slot = self._first_time(fds, 0)
         if slot is None:
             return

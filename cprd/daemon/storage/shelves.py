@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from cprd.daemon import log
-from cprd.daemon.closer import Closer
+from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage.recover import Found, Pairs, recover
 from cprd.daemon.storage.shelf import Shelf, ShelfFull
 from cprd.daemon.storage.slot import Slot, SlotFull, fileno_pair
@@ -45,14 +45,14 @@ class Keeper:
 
     def __init__(
         self,
-        closer: Closer,
+        releasing: Releasing,
         clock: Callable[[], float],
         replies: Replies,
         *,
         managed: bool = False,
     ) -> None:
         """`managed`: a `fdstore.Store` takes shelves out of the store before closing."""
-        self.closer = closer
+        self.releasing = releasing
         self.managed = managed
         self.clock = clock
         self.replies = replies
@@ -262,7 +262,7 @@ class Keeper:
         return Shelf.create(self._last_number)
 
     def let_go(self, ended: Iterable[Hold]) -> None:
-        """Drain the slots of ended holds: soon, in the worker threads of the owners."""
+        """Drain the slots of ended holds: soon, in the releasers of the owners."""
         for hold in ended:
             old = self.slots.pop(hold.generation, None)
             if old is not None:
@@ -277,7 +277,17 @@ class Keeper:
         self.let_go([hold])
 
     def _drain(self, old: Slot, uid: int) -> None:
-        self.closer.run(uid, old.drain)
+        self.releasing.close(uid, old.detach())
+        point("slot:drained")
+
+    def abandon(self) -> None:
+        """Before the end of the daemon: what is kept in memory only ends with the daemon, and a
+        foreign file could block that end. The releasers of the owners let go instead."""
+        if any(shelf.was_durable for shelf in self.shelves()):
+            return
+        while self.slots:
+            _, slot = self.slots.popitem()
+            self._drain(slot, slot.uid)
 
     def bundle(self, generation: int) -> int:
         """The bundle of a hold: a descriptor, owned by the caller."""
