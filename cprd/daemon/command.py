@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except CprdError as error:
         note(f"cprd: {error}")
         return 1
-    # Not the interpreter's own end: a thread that is still closing a foreign file must not keep it.
+    # Not the interpreter's own end: nothing here is worth the time.
     os._exit(0)
 
 
@@ -105,12 +105,17 @@ def _serve(given: reexec.Given, settings: Config) -> None:
     late: list[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda number, _: late.append(number))
-    again = trio.run(Running(given, settings, SIGNALS).run)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes now is for the next one
-    if signal.SIGTERM in late or signal.SIGINT in late:
-        again = None
-    if again is not None:
-        reexec.become_new(again, given)
+    running = Running(given, settings, SIGNALS)
+    again = False
+    try:
+        again = trio.run(running.run)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes now is for the next one
+        again = again and signal.SIGTERM not in late and signal.SIGINT not in late
+    finally:
+        if not again:
+            running.end()
+    if again:
+        running.become_new()
     if given.own is not None:
         given.own.unlink()
 

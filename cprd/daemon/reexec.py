@@ -1,7 +1,8 @@
 """Descriptors that the daemon finds at the start, and passes on to a re-execution.
 
 Every descriptor has a name in LISTEN_FDNAMES. systemd passes listening sockets and stored shelves.
-A re-execution passes the same, shelves without a store, and foreign files still to be closed.
+A re-execution passes the same, shelves without a store, foreign files still to be closed, and
+releasers at work.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 
 from cprd.daemon import log
+from cprd.daemon.passed import Passed
 from cprd.errors import InvalidInput
 from cprd.linux import listen_fds
 from cprd.systemd.fdstore import PROBE
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 OWN_LISTENER = "cprd-own-listener"
 LOCAL = "local."  # before the names of shelves that no store has
 ONCE = "once."  # of those that a store had once, and may have still
-CLOSING = "c."  # and a uid: what is still to be closed, which can block
-MOST_CLOSING = 5000  # names of more than that do not fit one variable
+CLOSING = "c."  # and a uid: a file that is still to be closed, and can block then
+DRAINING = "d."  # and a uid: a slot that is still to be drained
+RELEASER = "r."  # and a uid, and the number of messages without an acknowledgement
+MOST_PASSED = 5000  # names of more than that do not fit one variable
 CHECK = 60.0  # s that --check of a new version may take
 
 
@@ -40,7 +44,7 @@ class Given:
         self.shelves: dict[int, dict[str, socket.socket]] = {}  # "out" and "in" by number
         self.durable: set[int] = set()  # numbers of shelves that the store has
         self.once: set[int] = set()  # numbers of shelves that the store had, as far as is known
-        self.closing: list[tuple[int, int]] = []  # (uid, fd) that is still to be closed
+        self.passed = Passed([], [], [])  # what is still to be let go of
 
     @property
     def has_own_listener(self) -> bool:
@@ -69,8 +73,7 @@ def sort(named: list[tuple[str, int]]) -> Given:
     given = Given()
     refused = ""
     for name, fd in named:
-        if name.startswith(CLOSING) and name[len(CLOSING) :].isdigit():
-            given.closing.append((int(name[len(CLOSING) :]), fd))
+        if _add_passed(given.passed, name, fd):
             continue
         sock = _as_socket(fd)
         if sock is not None and _add_shelf(given, name, sock):
@@ -90,6 +93,23 @@ def sort(named: list[tuple[str, int]]) -> Given:
     if refused and not given.listeners:
         raise InvalidInput(refused)
     return given
+
+
+def _add_passed(passed: Passed, name: str, fd: int) -> bool:
+    """Whether `name` is of releasing; then `passed` owns `fd`."""
+    kind, numbers = name[:2], name[2:].split(".")
+    if not all(number.isdigit() for number in numbers):
+        return False
+    uid = int(numbers[0])
+    if kind == CLOSING and len(numbers) == 1:
+        passed.closing.append((uid, fd))
+    elif kind == DRAINING and len(numbers) == 1:
+        passed.draining.append((uid, fd))
+    elif kind == RELEASER and len(numbers) == 2:
+        passed.releasers.append((uid, int(numbers[1]), fd))
+    else:
+        return False
+    return True
 
 
 def _add_shelf(given: Given, name: str, sock: socket.socket) -> bool:
@@ -154,7 +174,10 @@ def become_new(keeper: Keeper, given: Given) -> NoReturn:
         for name, end in zip(shelf.names, (shelf.outlet, shelf.tx), strict=True):
             mark = "" if shelf.durable else ONCE if shelf.was_durable else LOCAL
             named.append((mark + name, end.fileno()))
-    named += [(f"{CLOSING}{uid}", fd) for uid, fd in given.closing[:MOST_CLOSING]]
+    passed = [(f"{RELEASER}{uid}.{sent}", fd) for uid, sent, fd in given.passed.releasers]
+    passed += [(f"{CLOSING}{uid}", fd) for uid, fd in given.passed.closing]
+    passed += [(f"{DRAINING}{uid}", fd) for uid, fd in given.passed.draining]
+    named += passed[:MOST_PASSED]
     log.event("re-executing", pid=os.getpid())
     listen_fds.pass_on(named, os.environ)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,9 +1,10 @@
-"""The program behind `releasing`: python -I -S cprd/daemon/releaser.py FD.
+"""The program behind `releasing`: python -I -S cprd/daemon/releaser.py fork|hold.
 
-The program forks a releaser for each socket received at FD. A releaser closes whatever arrives at
-its socket, and acknowledges with a byte. A close may block for ever, in the kernel, beyond any
-signal: nobody waits for a releaser. Standard library only, and little of the library: a releaser
-costs some hundred KiB of its own.
+Standard input is a socket. `fork` forks a releaser for each socket received there. A releaser lets
+go of whatever arrives at its socket, and acknowledges each message with a byte. A close may block
+for ever, in the kernel, beyond any signal: nobody waits for a releaser. `hold` keeps inherited
+descriptors until the daemon has gone, and ends. Standard library only, and little of the library: a
+releaser costs some hundred KiB of its own.
 """
 
 import _socket
@@ -12,25 +13,28 @@ import signal
 import sys
 from array import array
 
-_SPACE = _socket.CMSG_SPACE(8 * 4)
+CLOSE = b"c"  # close the descriptors of a message
+DRAIN = b"d"  # drop everything queued in the sockets of a message, then close
+AFTER = b"a"  # close the descriptors of a message after the end of the daemon
+MOST = 200  # descriptors in a message
+_SPACE = _socket.CMSG_SPACE(MOST * 4)
 
 
-def received(sock: _socket.socket) -> list[int] | None:
-    """The descriptors of the next message, owned by the caller; None at the end."""
-    data, ancillary, _, _ = sock.recvmsg(1, _SPACE, _socket.MSG_CMSG_CLOEXEC)
+def received(sock: _socket.socket) -> tuple[bytes, list[int]]:
+    """The next message and the descriptors, owned by the caller; no byte at the end."""
+    data, ancillary, flags, _ = sock.recvmsg(1, _SPACE, _socket.MSG_CMSG_CLOEXEC)
     fds = array("i")
     for level, kind, raw in ancillary:
         if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
             fds.frombytes(raw[: len(raw) - len(raw) % 4])
-    return list(fds) if data else None
+    if flags & _socket.MSG_CTRUNC:
+        return b"", []  # no descriptor left: an end instead of a false acknowledgement
+    return data, list(fds)
 
 
 def empty(fd: int) -> None:
     """Drop everything queued in a socket. Blocks as long as a dropped file does."""
-    try:
-        sock = _socket.socket(fileno=os.dup(fd))
-    except OSError:
-        return  # not a socket
+    sock = _socket.socket(fileno=os.dup(fd))
     try:
         while sock.recv(1, _socket.MSG_DONTWAIT):
             pass
@@ -41,21 +45,28 @@ def empty(fd: int) -> None:
 
 def release(sock: _socket.socket) -> None:
     """Let go of everything that arrives, until the daemon has closed its end."""
-    while (fds := received(sock)) is not None:
+    while True:
+        kind, fds = received(sock)
+        if not kind:
+            return  # the end of this process closes the rest
         for fd in fds:
-            empty(fd)
-            os.close(fd)
+            if kind == DRAIN:
+                empty(fd)
+            if kind != AFTER:
+                os.close(fd)
         try:
             sock.send(b".", _socket.MSG_NOSIGNAL)
         except OSError:
             pass  # the daemon has gone, and left more to release
 
 
-def main(number: int) -> None:
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(ignored, signal.SIG_IGN)  # SIGCHLD: ended releasers leave no zombie
-    wanted = _socket.socket(fileno=number)
-    while (fds := received(wanted)) is not None:
+def fork(wanted: _socket.socket) -> None:
+    """Fork a releaser for each socket that arrives, until the daemon has closed its end."""
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # left open by whoever started the daemon
+    while True:
+        kind, fds = received(wanted)
+        if not kind:
+            return
         for fd in fds:
             if os.fork() == 0:
                 wanted.close()
@@ -64,8 +75,18 @@ def main(number: int) -> None:
             os.close(fd)
 
 
+def main(what: str) -> None:
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(ignored, signal.SIG_IGN)  # SIGCHLD: ended releasers leave no zombie
+    sock = _socket.socket(fileno=0)
+    if what == "fork":
+        fork(sock)
+    else:
+        sock.recv(1)
+
+
 if __name__ == "__main__":
     try:
-        main(int(sys.argv[1]))
+        main(sys.argv[1])
     finally:
         os._exit(0)

@@ -2,206 +2,202 @@
 
 The last close of a foreign file can block for as long as the file's owner likes (SO_LINGER, FUSE,
 network file systems), also in exec() and exit(), and a blocked thread blocks both for the whole
-process. So the daemon drops no last reference. A socket with foreign files in the queue (an ended
-slot, an unsaved bundle) goes by SCM_RIGHTS to the releaser of the uid (releaser.py), and the daemon
-closes its own copy. A uid with blocking files holds up nobody but itself.
+process. So the daemon drops no last reference. Descriptors go by SCM_RIGHTS to the releaser of the
+uid (releaser.py): to be closed, and then the daemon closes its own copies at once; or, for a slot,
+to be drained, and then the daemon keeps a copy until the releaser says that the slot is empty. The
+end of a releaser closes what had arrived there, and a slot goes to the next releaser: nothing is
+lost, whoever is killed. A uid with blocking files holds up nobody but itself.
 """
 
 from __future__ import annotations
 
 import os
 import select
-import signal
 import socket
-import sys
 import time
 from array import array
 from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import trio
 
 from cprd.daemon import log
+from cprd.daemon.forker import AGAIN, Forker, inherited
+from cprd.daemon.passed import Passed
+from cprd.daemon.releaser import AFTER, CLOSE, DRAIN, MOST
 
-PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "releaser.py")
-FORMER = "CPRD_RELEASERS"  # across exec: the process that forked the releasers so far
-MOST = 8  # descriptors in one message (releaser.py)
 AT_ONCE = 16  # messages to one releaser without an acknowledgement
+MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
+MOST_PENDING = 4000  # where something moves: many holds can end at once
+STILL = 1.0  # s without an acknowledgement: something blocks
 LINGER = 5.0  # s until an idle releaser is told to end
-AGAIN = 1.0  # s until a failed start is tried again
-_SEQPACKET = socket.SOCK_SEQPACKET
 
 Fds = tuple[int, ...]
 
 
-class Forker:
-    """The process that forks releasers. `made` never waits for that process."""
+class Work(NamedTuple):
+    """One message. `fds` are owned: until sent, and for DRAIN until acknowledged."""
 
-    def __init__(self) -> None:
-        self._sock: socket.socket | None = None
-        self.pid = 0
-        self._ended = {int(os.environ.pop(FORMER, "0") or 0)} - {0}
-
-    def made(self) -> socket.socket | None:
-        """The daemon's end of a new releaser's socket; None where no process can be had."""
-        for _ in range(2):
-            if self._sock is None and not self._start():
-                return None
-            assert self._sock is not None
-            try:
-                ours, theirs = socket.socketpair(socket.AF_UNIX, _SEQPACKET)
-            except OSError as error:
-                log.event("no-releaser", level=log.ERROR, why=error.strerror)
-                return None
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [theirs.fileno()]))]
-            try:
-                self._sock.sendmsg([b"r"], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except OSError as error:
-                ours.close()
-                log.event("no-releaser", level=log.WARNING, why=error.strerror)
-                self._lose()
-                continue
-            finally:
-                theirs.close()
-            ours.setblocking(False)
-            return ours
-        return None
-
-    def _start(self) -> bool:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, _SEQPACKET)
-        number = 3 if theirs.fileno() != 3 else 4
-        null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
-        try:
-            self.pid = os.posix_spawn(
-                sys.executable,
-                [sys.executable, "-I", "-S", PROGRAM, str(number)],
-                {},
-                file_actions=[*null, (os.POSIX_SPAWN_DUP2, theirs.fileno(), number)],
-                setsid=True,
-                setsigmask=(),
-                setsigdef=(signal.SIGPIPE,),
-            )
-        except OSError as error:
-            ours.close()
-            log.event("no-releaser", level=log.ERROR, why=error.strerror)
-            return False
-        finally:
-            theirs.close()
-        self._sock = ours
-        return True
-
-    def _lose(self) -> None:
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-        self._ended.add(self.pid)
-
-    def reap(self) -> None:
-        """Collect ended processes, those of before an exec too."""
-        for pid in list(self._ended):
-            try:
-                if os.waitpid(pid, os.WNOHANG)[0] == pid:
-                    self._ended.discard(pid)
-            except ChildProcessError:
-                self._ended.discard(pid)
-
-    @property
-    def unreaped(self) -> bool:
-        return bool(self._ended)
+    kind: bytes
+    fds: Fds
 
 
 class Releaser:
     """The daemon's side of one uid's releaser."""
 
-    __slots__ = ("idle_since", "queue", "sent", "sock")
+    __slots__ = ("moved", "queue", "sent", "sock")
 
     def __init__(self) -> None:
         self.sock: socket.socket | None = None
-        self.sent = 0  # messages without an acknowledgement
-        self.queue: deque[Fds] = deque()  # owned; not sent yet
-        self.idle_since = 0.0
+        self.sent: deque[Work] = deque()  # without an acknowledgement
+        self.queue: deque[Work] = deque()  # not sent yet
+        self.moved = time.monotonic()  # when last something was acknowledged, or begun
 
-    def send(self) -> bool:
-        """Send as much as may be under way, and close the sent descriptors here. False: the
-        releaser has gone."""
-        while self.queue and self.sent < AT_ONCE and self.sock is not None:
-            fds = self.queue[0]
+    def send(self, at_once: int = AT_ONCE) -> bool:
+        """Send as much as may be under way. False: the releaser has gone."""
+        while self.queue and len(self.sent) < at_once and self.sock is not None:
+            kind, fds = self.queue[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
             try:
-                self.sock.sendmsg([b"c"], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self.sock.sendmsg([kind], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except (BrokenPipeError, ConnectionResetError):
                 return False
             except OSError:  # no room, or too many in flight: tried again after the next answer
                 return True
-            self.queue.popleft()
-            self.sent += 1
+            work = self.queue.popleft()
+            if kind == DRAIN:
+                self.sent.append(work)
+                continue
+            self.sent.append(Work(kind, ()))
             for fd in fds:
                 os.close(fd)
         return True
 
-    def heard(self) -> bool:
-        """Count acknowledgements. False: the releaser has gone."""
+    def heard(self) -> tuple[list[Work], bool]:
+        """The work acknowledged since, and whether the releaser is still there."""
         assert self.sock is not None
-        while True:
-            try:
-                if not self.sock.recv(1):
-                    return False
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            self.sent -= 1
+        done: list[Work] = []
+        try:
+            while self.sock.recv(1):
+                if self.sent:
+                    done.append(self.sent.popleft())
+                self.moved = time.monotonic()
+        except BlockingIOError:
+            return done, True
+        except OSError:
+            pass
+        return done, False
+
+    def lost(self) -> None:
+        """The releaser has ended. The end has closed what was sent, and has drained nothing."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+        self.queue.extendleft(work for work in reversed(self.sent) if work.kind == DRAIN)
+        self.sent.clear()
 
 
 class Releasing:
-    """All releasers, by uid. `tend` is to run as a task; `close` works without."""
+    """All releasers, by uid. `tend` is to run as a task; the rest works without."""
 
     def __init__(self, forker: Forker | None = None) -> None:
         self._forker = forker or Forker()
         self._releasers: dict[int, Releaser] = {}
         self._by_socket: dict[int, int] = {}  # uid by descriptor
+        self._draining: set[int] = set()  # inodes
+        self._after: dict[int, list[int]] = {}  # by uid; owned
         self._epoll = select.epoll()
         self._spare = self._forker.made()  # warm: has started by the time of the first need
 
+    def adopt(self, passed: Passed) -> None:
+        """Go on with the work of before an exec."""
+        for uid, sent, fd in passed.releasers:
+            releaser = self._releasers.setdefault(uid, Releaser())
+            releaser.sent = deque([Work(CLOSE, ())] * sent)
+            self._use(uid, releaser, socket.socket(fileno=fd))
+        for uid, fd in passed.closing:
+            self.close(uid, [fd])
+        for uid, fd in passed.draining:
+            self.drain(uid, fd)
+
     def close(self, uid: int, fds: Iterable[int]) -> None:
-        """Release descriptors, owned from now on, and everything queued in them, in order. Never
-        blocks."""
-        releaser = self._releasers.setdefault(uid, Releaser())
+        """Close descriptors, owned from now on. Never blocks."""
         owned = tuple(fds)
-        releaser.queue.extend(owned[at : at + MOST] for at in range(0, len(owned), MOST))
+        for at in range(0, len(owned), MOST):
+            self._add(uid, Work(CLOSE, owned[at : at + MOST]))
+
+    def drain(self, uid: int, fd: int) -> None:
+        """Drop everything queued in a socket, then close; `fd` is owned from now on. Never
+        blocks."""
+        inode = os.fstat(fd).st_ino
+        if inode in self._draining:  # found again on a shelf after an exec: not the last copy
+            os.close(fd)
+            return
+        self._draining.add(inode)
+        self._add(uid, Work(DRAIN, (fd,)))
+
+    def close_after(self, uid: int, fds: Iterable[int]) -> None:
+        """Close descriptors, owned from now on, after the end of the daemon. `stop` must follow."""
+        kept = self._after.setdefault(uid, [])
+        kept += fds
+        if len(kept) >= MOST:
+            self._send_after(uid)
+
+    def _send_after(self, uid: int) -> None:
+        fds = self._after.pop(uid)
+        releaser = self._releasers.setdefault(uid, Releaser())
+        releaser.queue.extend(
+            Work(AFTER, tuple(fds[at : at + MOST])) for at in range(0, len(fds), MOST)
+        )
+        self._advance(uid, releaser, at_once=1 << 30)
+
+    def _add(self, uid: int, work: Work) -> None:
+        releaser = self._releasers.setdefault(uid, Releaser())
+        if not (releaser.queue or releaser.sent):
+            releaser.moved = time.monotonic()
+        releaser.queue.append(work)
         self._advance(uid, releaser)
 
-    def _advance(self, uid: int, releaser: Releaser) -> None:
+    def _advance(self, uid: int, releaser: Releaser, at_once: int = AT_ONCE) -> None:
         if not releaser.queue:
             return
         if releaser.sock is None:
             self._connect(uid, releaser)
-        if not releaser.send():
+        if not releaser.send(at_once):
             self._lose(releaser)
             self._connect(uid, releaser)
-            releaser.send()
+            releaser.send(at_once)
 
     def _connect(self, uid: int, releaser: Releaser) -> None:
         sock, self._spare = self._spare, None
-        releaser.sock = sock or self._forker.made()
-        releaser.sent = 0
-        if releaser.sock is not None:
-            self._by_socket[releaser.sock.fileno()] = uid
-            self._epoll.register(releaser.sock, select.EPOLLIN)
+        sock = sock or self._forker.made()
+        if sock is not None:
+            self._use(uid, releaser, sock)
+
+    def _use(self, uid: int, releaser: Releaser, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        releaser.sock = sock
+        self._by_socket[sock.fileno()] = uid
+        self._epoll.register(sock, select.EPOLLIN)
 
     def _lose(self, releaser: Releaser) -> None:
-        """Forget a releaser that has ended: what was sent was released by that end."""
         if releaser.sock is not None:
             self._by_socket.pop(releaser.sock.fileno(), None)
             self._epoll.unregister(releaser.sock)
-            releaser.sock.close()
-            releaser.sock = None
-        releaser.sent = 0
+        releaser.lost()
 
     def pending(self, uid: int) -> int:
         """How many releases of a uid are under way, or wait."""
         releaser = self._releasers.get(uid)
-        return 0 if releaser is None else releaser.sent + len(releaser.queue)
+        return 0 if releaser is None else len(releaser.sent) + len(releaser.queue)
+
+    def refuses(self, uid: int) -> bool:
+        """Whether so much of a uid waits, and blocks, that the uid must bring nothing more."""
+        pending = self.pending(uid)
+        if pending <= MAX_PENDING:
+            return False
+        return pending > MOST_PENDING or time.monotonic() - self._releasers[uid].moved > STILL
 
     def blocked(self) -> dict[int, int]:
         """Releases under way or waiting, by uid."""
@@ -224,36 +220,60 @@ class Releasing:
 
     def collect(self) -> None:
         """Hear acknowledgements so far, and follow up."""
-        for fd, _ in self._epoll.poll(0):
-            releaser = self._releasers[self._by_socket[fd]]
-            if not releaser.heard():
-                self._lose(releaser)
+        self._hear()
         now = time.monotonic()
         for uid, releaser in list(self._releasers.items()):
             self._advance(uid, releaser)
-            if releaser.queue or releaser.sent:
-                releaser.idle_since = now
-            elif now - releaser.idle_since > LINGER:
+            if not (releaser.queue or releaser.sent) and now - releaser.moved > LINGER:
                 self._lose(releaser)
                 del self._releasers[uid]
+        self._forker.reap()
         if self._spare is None:
             self._spare = self._forker.made()
-        self._forker.reap()
 
-    def stop(self) -> list[tuple[int, int]]:
-        """Send whatever can be sent. Returns the rest, (uid, fd), owned by the caller, before an
-        exec or the end: both close descriptors, and a last close could block."""
-        left = []
+    def _hear(self) -> None:
+        for fd, _ in self._epoll.poll(0):
+            releaser = self._releasers[self._by_socket[fd]]
+            done, alive = releaser.heard()
+            for work in done:
+                for drained in work.fds:
+                    self._draining.discard(os.fstat(drained).st_ino)
+                    os.close(drained)
+            if not alive:
+                self._lose(releaser)
+
+    def pass_on(self) -> Passed:
+        """Send whatever can be sent, and give away the rest, before an exec: exec closes
+        descriptors, and a last close could block. Nothing here is to be used afterwards."""
+        self._hear()
+        passed = Passed([], [], [])
         for uid, releaser in self._releasers.items():
-            while releaser.queue and releaser.sock is not None:
-                releaser.sent = 0  # nobody counts any more: as much as the socket takes
-                before = len(releaser.queue)
-                if not releaser.send() or len(releaser.queue) == before:
-                    break
-            left += [(uid, fd) for fds in releaser.queue for fd in fds]
-            releaser.queue.clear()
-        return left
+            every = [*releaser.sent, *releaser.queue]
+            passed.draining.extend((uid, work.fds[0]) for work in every if work.kind == DRAIN)
+            # Slots are left out: the next version finds and sends the same slots again.
+            releaser.queue = deque(work for work in releaser.queue if work.kind == CLOSE)
+            self._advance(uid, releaser, at_once=1 << 30)
+            left = [work for work in releaser.queue if work.kind == CLOSE]
+            passed.closing.extend((uid, fd) for work in left for fd in work.fds)
+            if releaser.sock is not None and releaser.sent:
+                passed.releasers.append((uid, len(releaser.sent), releaser.sock.fileno()))
+        self._forker.pass_on()
+        return passed
 
-    def pass_on(self) -> None:
-        """Tell the next version, across exec, which child to collect."""
-        os.environ[FORMER] = str(self._forker.pid)
+    def stop(self) -> socket.socket | None:
+        """Send everything, before the end of the daemon. The caller keeps the returned socket until
+        everything else is closed."""
+        self._hear()
+        for uid in list(self._after):
+            self._send_after(uid)
+        left: list[int] = []
+        for uid, releaser in self._releasers.items():
+            self._advance(uid, releaser, at_once=1 << 30)
+            left += [fd for work in releaser.queue for fd in work.fds]
+        if not left:
+            return None
+        keeper = inherited(left)
+        if keeper is None:
+            why = "no process can be had to close foreign files: the end may have to wait for them"
+            log.event("not-released", level=log.ERROR, files=len(left), why=why)
+        return keeper

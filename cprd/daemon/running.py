@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import AsyncIterator
+from typing import NoReturn
 
 import trio
 
@@ -36,8 +37,7 @@ class Running:
         self.given = given
         self.signals = signals
         self.closer = Releasing()
-        for uid, fd in given.closing:
-            self.closer.close(uid, [fd])
+        self.closer.adopt(given.passed)
         self.registry = Registry(settings.quota, first_generation=int(now() * 1e9))
         address = _notify_socket()
         self.keeper = Keeper(self.closer, now, self.registry.replies, managed=bool(address))
@@ -54,9 +54,8 @@ class Running:
         """The line for `systemctl status`."""
         return f"{len(self.registry)} holds, kept: {self.keeper.kept}"
 
-    async def run(self) -> Keeper | None:
-        """Serve until a signal. Returns the keeper of the shelves when the daemon is to execute
-        itself anew; None when the daemon is to end."""
+    async def run(self) -> bool:
+        """Serve until a signal. Whether the daemon is to execute itself anew, or to end."""
         with trio.open_signal_receiver(*self.signals) as signals:
             # Blocked by the one that became us.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
@@ -73,12 +72,21 @@ class Running:
                 again = await self._until_told(signals)
                 self.daemon.stopping = True
                 nursery.cancel_scope.cancel()
-        if not again:
-            self.keeper.abandon()
-        self.given.closing = self.closer.stop()
-        if again:
-            self.closer.pass_on()
-        return self.keeper if again else None
+        return again
+
+    def become_new(self) -> NoReturn:
+        """Execute the program anew, with everything that must stay open."""
+        self.given.passed = self.closer.pass_on()
+        reexec.become_new(self.keeper, self.given)
+
+    def end(self) -> None:
+        """Before the end of the daemon: releasers let go of what ends with the daemon, and the end
+        waits for nobody. Blocks not."""
+        self.keeper.abandon()
+        until_closed = self.closer.stop()
+        self.keeper.close()
+        if until_closed is not None:
+            until_closed.close()
 
     async def _await_store(self, store: Store) -> None:
         """Give the manager a moment: then the first client finds holds kept in the store."""

@@ -32,7 +32,6 @@ from cprd.protocol.registry import Registry, Step
 
 RESERVED_FOR_ROOT = 8  # connections
 TURNS_FROM = 8  # connections of one uid from which on its requests take turns
-MAX_PENDING = 1000  # closes of one uid that may wait before the uid is refused more
 
 HANDLERS = {**handlers.HANDLERS, **operators.HANDLERS}
 assert HANDLERS.keys() == messages.REQUESTS.keys() - {"hello"}
@@ -82,6 +81,8 @@ class Server:
 
     def check_room(self, step: Step) -> None:
         """Raises LimitExceeded where cprd has no room for the new hold of `step`."""
+        for hold in step.put:
+            self._check_releases(hold.uid)
         if step.put and len(self.registry) - len(step.ended) >= self.max_holds:
             raise LimitExceeded(
                 f"cprd holds {len(self.registry)} states, as many as its RLIMIT_NOFILE allows:"
@@ -166,11 +167,20 @@ class Server:
                 f"cprd serves {len(self.connections)} connections, as many as it may: try again,"
                 " or raise LimitNOFILE= of cprd.service and limits.all_connections"
             )
-        if self.closer.pending(peer.uid) > MAX_PENDING:
-            return LimitExceeded(
-                f"files of uid {peer.uid} block when they are closed: end that first"
-            )
+        try:
+            self._check_releases(peer.uid)
+        except LimitExceeded as error:
+            return error
         return None
+
+    def _check_releases(self, uid: int) -> None:
+        """Raises LimitExceeded where too much of a uid waits to be let go of."""
+        if self.closer.refuses(uid):
+            raise LimitExceeded(
+                f"files of uid {uid} block when they are closed, and"
+                f" {self.closer.pending(uid)} closes wait for"
+                " them: make them answer, or end the process that they wait for"
+            )
 
     # One connection
 

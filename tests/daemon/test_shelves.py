@@ -43,8 +43,11 @@ class AtOnce(Releasing):
 
     def close(self, uid: int, fds: Iterable[int]) -> None:
         for fd in fds:
-            empty(fd)
             os.close(fd)
+
+    def drain(self, uid: int, fd: int) -> None:
+        empty(fd)
+        os.close(fd)
 
 
 def a_keeper(releasing: Releasing | None = None, *, managed: bool = False) -> Keeper:
@@ -684,9 +687,9 @@ class Noting(AtOnce):
         super().__init__()
         self.uids: list[int] = []
 
-    def close(self, uid: int, fds: Iterable[int]) -> None:
+    def drain(self, uid: int, fd: int) -> None:
         self.uids.append(uid)
-        super().close(uid, fds)
+        super().drain(uid, fd)
 
 
 @pytest.mark.usefixtures("nothing_leaks")

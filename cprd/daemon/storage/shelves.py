@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from cprd.daemon import log
+from cprd.daemon.releaser import empty
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage.recover import Found, Pairs, recover
 from cprd.daemon.storage.shelf import Shelf, ShelfFull
@@ -277,17 +278,29 @@ class Keeper:
         self.let_go([hold])
 
     def _drain(self, old: Slot, uid: int) -> None:
-        self.releasing.close(uid, old.detach())
+        outlet, foreign = old.detach()
+        self.releasing.close(uid, foreign)
+        self.releasing.drain(uid, outlet)
         point("slot:drained")
 
     def abandon(self) -> None:
         """Before the end of the daemon: what is kept in memory only ends with the daemon, and a
-        foreign file could block that end. The releasers of the owners let go instead."""
-        if any(shelf.was_durable for shelf in self.shelves()):
+        foreign file could block that end. The releasers of the owners get a copy of each bundle,
+        and close the copy afterwards: whatever a store has lives on. `close` is to follow."""
+        if self.shelf.durable:
             return
-        while self.slots:
-            _, slot = self.slots.popitem()
-            self._drain(slot, slot.uid)
+        for slot in self.slots.values():
+            try:
+                self.releasing.close_after(slot.uid, [slot.bundle()])
+            except (LimitExceeded, OSError) as error:
+                log.event("not-released", level=log.ERROR, uid=slot.uid, why=str(error))
+
+    def close(self) -> None:
+        """Close all slots and shelves of this process. Nothing works afterwards."""
+        for slot in self.slots.values():
+            slot.close()
+        for shelf in self.shelves():
+            shelf.close()
 
     def bundle(self, generation: int) -> int:
         """The bundle of a hold: a descriptor, owned by the caller."""
@@ -319,7 +332,11 @@ class Keeper:
             self._retire(old)
         self._restore_replies(found)
         for dead in (*found.ended, *found.outdated):
-            self._drain(dead, dead.uid)
+            if dead.foreign or dead in found.outdated:
+                self._drain(dead, dead.uid)
+            else:  # drained before, to the bundle at least: only pidfds of cprd can be left
+                empty(dead.outlet.fileno())
+                dead.close()
         if self.merging:
             try:
                 self.compact()

@@ -120,12 +120,13 @@ class _Cut(Exception):
 class Slot:
     """Owns both ends of the pair."""
 
-    __slots__ = ("outlet", "records", "replies", "tx", "uid")
+    __slots__ = ("foreign", "outlet", "records", "replies", "tx", "uid")
 
     def __init__(self, tx: socket.socket, outlet: socket.socket) -> None:
         self.tx = tx
         self.outlet = outlet
         self.records = 0
+        self.foreign: list[int] = []  # read from an ended slot; owned
         self.uid = 0  # of the owner, once a record was written or read
         self.replies: deque[Reply] = deque(maxlen=IN_A_RECORD)  # in the last record
         for end in (tx, outlet):
@@ -201,8 +202,10 @@ class Slot:
     def read(self) -> tuple[Hold | None, dict[str, int]]:
         """The last record, None when the hold has ended, and pidfds by role, which the caller owns.
 
-        Reads `replies` and `uid`, too. Raises Unreadable, ValueError; LimitExceeded when this
-        process has no descriptor left to read with."""
+        Reads `replies` and `uid`, too. Of an ended slot `foreign` keeps the bundle: a releaser of
+        an earlier daemon may be draining the slot, and the copy here be the last. Raises
+        Unreadable, ValueError; LimitExceeded when this process has no descriptor left to read
+        with."""
         hold: Hold | None = None
         unreadable: Unreadable | ValueError | None = None
         pidfds: dict[str, int] = {}
@@ -227,15 +230,19 @@ class Slot:
                 except (Unreadable, ValueError) as error:
                     unreadable = unreadable or error
                 finally:
-                    close_all(fds)
+                    first = self.records == 1
+                    self.foreign += fds if first else ()
+                    close_all(() if first else fds)
             if unreadable is not None and not ended:
                 raise unreadable
         except BaseException:
             close_all(pidfds.values())
+            self._close_foreign()
             raise
         if ended:
             close_all(pidfds.values())
             return None, {}
+        self._close_foreign()
         return hold, pidfds
 
     def _read_record(self, data: bytes, fds: list[int]) -> tuple[Hold, dict[str, int]]:
@@ -244,8 +251,7 @@ class Slot:
         if self.records == 1:
             if len(fds) != 1 + len(roles):
                 raise _Cut
-            close_all(fds[:1])
-            del fds[0]
+            self.foreign.append(fds.pop(0))
         self.replies = deque(replies, maxlen=IN_A_RECORD)
         pidfds = dict(zip(roles, fds, strict=True))
         fds.clear()
@@ -269,14 +275,22 @@ class Slot:
             )
         return fds[0]
 
-    def detach(self) -> tuple[int, int]:
-        """(outlet, tx), owned by the caller from now on. Draining the outlet lets go of all that
-        the hold had, and blocks as long as a foreign file does."""
+    def detach(self) -> tuple[int, list[int]]:
+        """The outlet, and descriptors read from an ended slot, owned by the caller from now on.
+        Draining the outlet lets go of all that the hold had, and blocks as long as a foreign file
+        does."""
         point("slot:drain")
-        return self.outlet.detach(), self.tx.detach()
+        self.tx.close()
+        foreign, self.foreign = self.foreign, []
+        return self.outlet.detach(), foreign
+
+    def _close_foreign(self) -> None:
+        close_all(self.foreign)
+        self.foreign.clear()
 
     def close(self) -> None:
         """Close this process's copies of the pair; a shelf keeps its own."""
+        self._close_foreign()
         self.tx.close()
         self.outlet.close()
 
