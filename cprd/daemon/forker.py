@@ -22,7 +22,7 @@ class Forker:
     """Makes releasers. Nothing here waits for another process."""
 
     def __init__(self) -> None:
-        self._sock: socket.socket | None = None
+        self.sock: socket.socket | None = None  # readable once the process has ended
         self.pid = 0
         self._not_before = 0.0
         former = os.environ.pop(FORMER, "").split(",")
@@ -32,9 +32,9 @@ class Forker:
         """The daemon's end of a new releaser's socket, owned by the caller; None where no process
         can be had now."""
         while True:
-            if self._sock is None and not self._start():
+            if self.sock is None and not self._start():
                 return None
-            assert self._sock is not None
+            assert self.sock is not None
             try:
                 ours, theirs = socket.socketpair(socket.AF_UNIX, _SEQPACKET)
             except OSError as error:
@@ -42,7 +42,7 @@ class Forker:
                 return None
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [theirs.fileno()]))]
             try:
-                self._sock.sendmsg([b"r"], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self.sock.sendmsg([b"r"], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except (BrokenPipeError, ConnectionResetError):
                 ours.close()
                 self._lose()  # and try another, which is started now or not at all
@@ -63,20 +63,20 @@ class Forker:
         started = _spawn("fork")
         if started is None:
             return False
-        self.pid, self._sock = started
+        self.pid, self.sock = started
         return True
 
     def _lose(self) -> None:
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
         self._ended.add(self.pid)
 
     def reap(self) -> None:
         """Notice the end of the process, and collect ended ones, those of before an exec too."""
-        if self._sock is not None:
+        if self.sock is not None:
             try:
-                self._sock.recv(1, socket.MSG_DONTWAIT)
+                self.sock.recv(1, socket.MSG_DONTWAIT)
                 self._lose()
             except BlockingIOError:
                 pass

@@ -108,7 +108,9 @@ class Releasing:
         self._draining: set[int] = set()  # inodes
         self._after: dict[int, list[int]] = {}  # by uid; owned
         self._epoll = select.epoll()
+        self._watched: socket.socket | None = None
         self._spare = self._forker.made()  # warm: has started by the time of the first need
+        self._watch_forker()
 
     def adopt(self, passed: Passed) -> None:
         """Go on with the work of before an exec."""
@@ -230,9 +232,18 @@ class Releasing:
         self._forker.reap()
         if self._spare is None:
             self._spare = self._forker.made()
+        self._watch_forker()
+
+    def _watch_forker(self) -> None:
+        sock = self._forker.sock
+        if sock is not None and sock is not self._watched:
+            self._epoll.register(sock, select.EPOLLIN)
+            self._watched = sock
 
     def _hear(self) -> None:
         for fd, _ in self._epoll.poll(0):
+            if fd not in self._by_socket:
+                continue  # the forker, which has ended
             releaser = self._releasers[self._by_socket[fd]]
             done, alive = releaser.heard()
             for work in done:
