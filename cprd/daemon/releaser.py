@@ -13,7 +13,8 @@ import signal
 import sys
 from array import array
 
-CLOSE = b"c"  # close the descriptors of a message
+CLOSE = b"c"  # close the descriptors of a message, once the daemon has closed its copies
+CLOSED = b"o"  # the daemon has: whoever closes last may block
 DRAIN = b"d"  # drop everything queued in the sockets of a message, then close
 AFTER = b"a"  # close the descriptors of a message after the end of the daemon
 MOST = 200  # descriptors in a message
@@ -49,6 +50,8 @@ def release(sock: _socket.socket) -> None:
         kind, fds = received(sock)
         if not kind:
             return  # the end of this process closes the rest
+        if kind == CLOSE:
+            received(sock)  # CLOSED, or the end of the daemon
         for fd in fds:
             if kind == DRAIN:
                 empty(fd)

@@ -25,7 +25,7 @@ import trio
 from cprd.daemon import log
 from cprd.daemon.forker import AGAIN, Forker, inherited
 from cprd.daemon.passed import Passed
-from cprd.daemon.releaser import AFTER, CLOSE, DRAIN, MOST
+from cprd.daemon.releaser import AFTER, CLOSE, CLOSED, DRAIN, MOST
 
 AT_ONCE = 16  # messages to one releaser without an acknowledgement
 MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
@@ -46,17 +46,21 @@ class Work(NamedTuple):
 class Releaser:
     """The daemon's side of one uid's releaser."""
 
-    __slots__ = ("moved", "queue", "sent", "sock")
+    __slots__ = ("moved", "owed", "queue", "sent", "sock")
 
     def __init__(self) -> None:
         self.sock: socket.socket | None = None
         self.sent: deque[Work] = deque()  # without an acknowledgement
         self.queue: deque[Work] = deque()  # not sent yet
+        self.owed = False  # the word that the copies here are closed
         self.moved = time.monotonic()  # when last something was acknowledged, or begun
 
     def send(self, at_once: int = AT_ONCE) -> bool:
         """Send as much as may be under way. False: the releaser has gone."""
+        self._say_closed()
         while self.queue and len(self.sent) < at_once and self.sock is not None:
+            if not self._say_closed():
+                return True
             kind, fds = self.queue[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
             try:
@@ -71,7 +75,21 @@ class Releaser:
                 continue
             self.sent.append(Work(kind, ()))
             for fd in fds:
-                os.close(fd)
+                os.close(fd)  # the releaser has another, and waits: not the last one
+            self.owed = kind == CLOSE
+            self._say_closed()
+        return True
+
+    def _say_closed(self) -> bool:
+        """Tell the releaser that the copies here are closed. False: no room for the word yet."""
+        if self.owed and self.sock is not None:
+            try:
+                self.sock.send(CLOSED, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return False
+            except OSError:
+                pass  # the releaser has gone
+        self.owed = False
         return True
 
     def heard(self) -> tuple[list[Work], bool]:
@@ -96,6 +114,7 @@ class Releaser:
             self.sock = None
         self.queue.extendleft(work for work in reversed(self.sent) if work.kind == DRAIN)
         self.sent.clear()
+        self.owed = False
 
 
 class Releasing:
