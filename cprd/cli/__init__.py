@@ -7,37 +7,35 @@ do), 2 usage, 3 nothing held under that name, 4 busy.
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from cprd.cli.quick import start_arguments
 from cprd.errors import Busy, CprdError, InvalidInput, NotHeld
-from cprd.linux.stdio import note, stand_in
+from cprd.linux.stdio import flush, note, stand_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    import argparse
+    from collections.abc import Sequence
 
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
-VERBS = {
-    "list": "what is held",
-    "show": "what one hold consists of",
-    "save": "hold descriptors that the shell has open",
-    "load": "take what is held, and become a command that goes on with it",
-    "run": "start a service: with what is held, or cold",
-    "wait": "wait until a hold can be loaded",
-    "drop": "end a hold and let go of what it holds",
-    "release": "serve again what is in doubt",
-    "status": "the daemon: limits, and how much of them is used",
-    "demo": "restart a server under load again and again, and watch nobody notice",
-    "qemu": "hand a running guest from one QEMU to the next",
-}
 _TAKES_COMMAND = {"load", "run", "qemu"}  # what follows "--" is theirs, whatever it looks like
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit status. `load` and `run` do not return when all goes well."""
+    """Run one verb; the exit status. `load` and `run` do not return when all goes well. Called
+    without arguments, as the program, nothing returns: to take the interpreter apart takes longer
+    than a save, and the unit that starts the next QEMU waits."""
+    status = _main(argv)
+    if argv is None:
+        flush()
+        os._exit(status)
+    return status
+
+
+def _main(argv: Sequence[str] | None) -> int:
     stand_ins = stand_in()
     words = list(sys.argv[1:] if argv is None else argv)
     verb = _verb(words)
@@ -47,10 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words, command = words[:cut], words[cut + 1 :]
     if verb == "save":  # --after-exit takes a value only after '=', argparse would take NAME
         words = ["--after-exit=" if word == "--after-exit" else word for word in words]
-    try:
-        args = _parser(verb).parse_args(words)
-    except _Unknown as unknown:
-        unknown.refuse(words, has_command=command is not None)
+    args = _arguments(verb, words, command)
     args.command = command
     args.stand_ins = stand_ins
     try:
@@ -71,6 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _arguments(verb: str, words: list[str], command: list[str] | None) -> Any:
+    if command is not None and (quick := start_arguments(words)) is not None:
+        from cprd.cli.qemu import start_quickly
+
+        quick.run = start_quickly
+        return quick
+    from cprd.cli.parser import Unknown, parser_of
+
+    try:
+        return parser_of(verb).parse_args(words)
+    except Unknown as unknown:
+        unknown.refuse(words, has_command=command is not None)
 
 
 def exit_status(error: CprdError) -> int:
@@ -97,75 +106,6 @@ def _verb(words: list[str]) -> str:
         elif not word.startswith("-"):
             return word
     return ""
-
-
-class _Unknown(Exception):
-    """Words that a parser has no use for: (the parser, what it did understand, those words)."""
-
-    def __init__(
-        self, parser: argparse.ArgumentParser, found: argparse.Namespace, extra: list[str]
-    ) -> None:
-        super().__init__()
-        self.parser = parser
-        self.found = found
-        self.extra = extra
-
-    def refuse(self, words: list[str], *, has_command: bool) -> NoReturn:
-        """Say so, under the usage of the verb that they were given to, and exit with 2."""
-        first = self.extra[0]
-        wants = self.parser.get_default("takes_command") and not has_command
-        if wants and not first.startswith("-"):
-            import shlex
-
-            cut = words.index(first, words.index(self.found.name) + 1)
-            line = f"{shlex.join(words[:cut])} -- {shlex.join(words[cut:])}"
-            self.parser.error(f"put the command after --: cprctl {line}")
-        self.parser.error(f"unrecognized arguments: {' '.join(self.extra)}")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Knows itself what is too much. Argparse leaves that to the parser above all verbs, whose
-    usage tells nobody anything."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, extra = super().parse_known_args(args, namespace)
-        if extra:
-            raise _Unknown(self, found, extra)
-        return found, extra
-
-
-def _parser(chosen: str) -> argparse.ArgumentParser:
-    from cprd import __version__
-
-    parser: argparse.ArgumentParser = _Parser(
-        prog="cprctl",
-        description="Look at and use what cprd holds.",
-        epilog="Exit status: 0 done, 1 it failed, 2 usage, 3 nothing held under that name, 4 busy.",
-    )
-    parser.add_argument(
-        "--socket", metavar="PATH", help="the daemon's socket (default: $CPRD_SOCKET)"
-    )
-    parser.add_argument(
-        "--user", action="store_true", help="default to $XDG_RUNTIME_DIR/cprd/cprd.sock"
-    )
-    parser.add_argument("--version", action="version", version=f"cprctl {__version__}")
-    verbs = parser.add_subparsers(metavar="COMMAND", dest="verb", required=True)
-    for name, summary in VERBS.items():
-        if name == chosen:
-            _module(name).add_parser(verbs)
-        else:
-            verbs.add_parser(name, help=summary, add_help=False)
-    return parser
-
-
-class _Verb:
-    """The shape of a verb's module."""
-
-    add_parser: Callable[[Verbs], None]
-
-
-def _module(name: str) -> _Verb:
-    return import_module(f"cprd.cli.{name}")  # type: ignore[return-value]
 
 
 def _forget_stdout() -> None:

@@ -41,8 +41,8 @@ def add_parser(verbs: Verbs) -> None:
     start = actions.add_parser(
         "start",
         help="hold -> new QEMU, or a cold boot; becomes that QEMU",
-        usage="cprctl qemu start NAME [--owner USER] [--cold | --force] [--timeout S]"
-        " -- QEMU COMMAND",
+        usage="cprctl qemu start NAME [--owner USER] [--cold | --force] [--other-images]"
+        " [--force-machine] [--set-time PATH] [--timeout S] -- QEMU COMMAND",
     )
     add_name(start)
     how = start.add_mutually_exclusive_group()
@@ -50,20 +50,42 @@ def add_parser(verbs: Verbs) -> None:
     how.add_argument(
         "--force", action="store_true", help="take a state in doubt: nothing may run from it"
     )
+    _add_overrides(start)
+    start.add_argument(
+        "--set-time",
+        default="",
+        metavar="PATH",
+        help="set the guest's clock, by the guest agent behind this socket of COMMAND",
+    )
     start.add_argument("--timeout", type=float, default=60.0, metavar="S", help="to load a state")
     start.set_defaults(run=_as_owner(run_start), takes_command=True)
 
     upgrade = actions.add_parser(
         "upgrade",
         help="old and new QEMU overlap: the shortest pause",
-        usage="cprctl qemu upgrade NAME [--owner USER] --qmp PATH [--timeout S] -- QEMU COMMAND",
+        usage="cprctl qemu upgrade NAME [--owner USER] --qmp PATH [--other-images]"
+        " [--force-machine] [--timeout S] -- QEMU COMMAND",
     )
     add_name(upgrade)
     upgrade.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the old QEMU")
+    _add_overrides(upgrade)
     upgrade.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
     upgrade.set_defaults(run=_as_owner(run_upgrade), takes_command=True)
 
     _add_stop(actions)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--other-images",
+        action="store_true",
+        help="the guest goes on though COMMAND has other disk images, or an image was written",
+    )
+    parser.add_argument(
+        "--force-machine",
+        action="store_true",
+        help="the guest goes on though COMMAND makes another machine",
+    )
 
 
 def _add_stop(actions: Verbs) -> None:
@@ -95,12 +117,13 @@ def _as_owner(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     def checked(args: argparse.Namespace) -> int:
         from cprd.cli import fail
         from cprd.errors import CprdError
-        from cprd.qemu.acting import act_as, owner_of
         from cprd.qemu.errors import OtherOwner
-        from cprd.qemu.monitor import socket_path
-        from cprd.qemu.sockets import mend
 
-        if "qmp" in args:
+        if getattr(args, "qmp", None) is not None:
+            from cprd.qemu.acting import act_as, owner_of
+            from cprd.qemu.monitor import socket_path
+            from cprd.qemu.sockets import mend
+
             act_as(owner_of(args.name))
             mend(socket_path(args.qmp))
         try:
@@ -128,7 +151,7 @@ def _for_owner(args: argparse.Namespace, uid: int) -> list[str]:
 
 def run_check(args: argparse.Namespace) -> int:
     from cprd.qemu import signals
-    from cprd.qemu.examine import about_command_line, examine
+    from cprd.qemu.examine import about_command_line, drift_of, examine
     from cprd.qemu.process import command_line
 
     with signals.watched():
@@ -138,15 +161,18 @@ def run_check(args: argparse.Namespace) -> int:
             pid = monitor.process.pid if monitor.process is not None else 0
             words = command_line(pid) if pid else []
             upgrade, notes = about_command_line(words, pid) if words else ([], [])
+            drifted = drift_of(monitor)
             signals.check()
         finally:
             monitor.close()
-    say(*(f"no: {problem}" for problem in report.problems))
+    say(*(f"no: {problem}" for problem in [*report.problems, *drifted]))
     say(*(f"not by upgrade: {problem}" for problem in upgrade))
     say(*(f"note: {each}" for each in [*report.notes, *notes]))
-    if not report.problems:
+    if drifted and not report.problems:
+        say(f"this VM ({report.status}) can be handed over to a COMMAND that is changed so")
+    elif not report.problems:
         say(f"this VM ({report.status}) can be handed over")
-    return 1 if report.problems else 0
+    return 1 if report.problems or drifted else 0
 
 
 def _monitor(args: argparse.Namespace) -> Monitor:
@@ -179,6 +205,7 @@ def run_save(args: argparse.Namespace) -> int:
         kept = save(daemon, args.name, args.qmp, replace=args.replace, timeout=args.timeout)
     where = f", kept: {kept.kept}" if kept.kept else ""
     say(f"{kept.name} is held ({kept.status}, generation {kept.generation}{where})")
+    say(*(f"note: the next start refuses the COMMAND of this QEMU: {each}" for each in kept.drift))
     return 0
 
 
@@ -194,6 +221,8 @@ def run_start(args: argparse.Namespace) -> int:
         owner=owner_of(args.name),
         cold=args.cold,
         force=args.force,
+        overrides=(args.other_images, args.force_machine),
+        agent=args.set_time,
         timeout=args.timeout,
     )
 
@@ -202,11 +231,15 @@ def run_upgrade(args: argparse.Namespace) -> int:
     from cprd.cli.connection import connect
     from cprd.qemu import signals
     from cprd.qemu.command import Command
+    from cprd.qemu.inventory import Overrides
     from cprd.qemu.upgrade import upgrade
 
     command = Command(args.command or [])
     with connect(args) as daemon, signals.watched():
-        done = upgrade(daemon, args.name, args.qmp, command, timeout=args.timeout)
+        overrides = Overrides(args.other_images, args.force_machine)
+        done = upgrade(
+            daemon, args.name, args.qmp, command, overrides=overrides, timeout=args.timeout
+        )
     say(f"{args.name} runs in pid {done.pid} ({done.status}); it stood still for {done.pause}")
     return 0
 
@@ -228,3 +261,7 @@ def run_stop(args: argparse.Namespace) -> int:
         )
     note(f"{args.name}: {said}")
     return 0
+
+
+start_quickly = _as_owner(run_start)
+"""`cprctl qemu start`, for arguments that were parsed by cprd.cli.quick."""

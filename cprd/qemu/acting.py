@@ -21,6 +21,8 @@ _LATE = (
     "cprd.linux.child",
     "cprd.linux.describe",
     "cprd.linux.nofile",
+    "cprd.qemu.agent",
+    "cprd.qemu.inventory",
     "cprd.qemu.restore",
     "cprd.qemu.save",
     "cprd.qemu.stop",

@@ -34,6 +34,15 @@ _BARE = frozenset(
 _TEXT = ("append", "name")
 """Options whose value is free text, and may look like an option."""
 
+_CAPABILITIES = frozenset(
+    (  # noqa: SIM905
+        "auto-converge background-snapshot colo dirty-bitmaps dirty-limit late-block-activate"
+        " mapped-ram multifd pause-before-switchover postcopy-blocktime postcopy-preempt"
+        " postcopy-ram rdma-pin-all release-ram switchover-ack xbzrle zero-blocks zero-copy-send"
+    ).split()
+)
+"""Migration capabilities that a hand-over does without, and some of which exclude a hand-over."""
+
 _OPTION = re.compile(r"--?[A-Za-z][\w-]*")
 
 _REFUSED = {
@@ -62,13 +71,21 @@ class Command:
             0,
         )
         self.options = list(_options(self.words[self.program + 1 :]))
+        for name, why in () if running else self.refused():
+            raise InvalidInput(f"-{name} in the QEMU command: {why}")
         for name, value in () if running else self.options:
-            if name in _REFUSED:
-                raise InvalidInput(f"-{name} in the QEMU command: {_REFUSED[name]}")
             if name == "drive" and is_on(keyed(value or ""), "snapshot"):
                 raise InvalidInput(
                     f"snapshot=on of -drive in the QEMU command: {_REFUSED['snapshot']}"
                 )
+
+    def refused(self) -> Iterator[tuple[str, str]]:
+        """(option, reason) of each option that a hand-over excludes, but for those that cprctl
+        itself has added to the words of a QEMU that runs."""
+        added = ("S", "incoming") if MONITOR in self.chardevs() else ()
+        for name, _ in self.options:
+            if name in _REFUSED and name not in added:
+                yield name, _REFUSED[name]
 
     @property
     def wrappers(self) -> list[str]:
@@ -143,6 +160,12 @@ class Command:
         monitors = sorted(self.monitors(), key=lambda monitor: monitor[1])
         return monitors[0][0] if monitors else ""
 
+    def ids(self) -> set[str]:
+        """The ids that -device, -object and the like give."""
+        names = ("device", "object", "drive", "blockdev", "chardev", "netdev")
+        found = (keyed(value) for value in self.values(*names))
+        return {options.get("id") or options.get("node-name", "") for options in found} - {""}
+
     def only_pretty(self) -> str:
         """A message when all its QMP monitors are pretty-printed; "" otherwise."""
         monitors = self.monitors()
@@ -163,6 +186,15 @@ class Command:
         for _, value in self.characters():
             if value.startswith("file:"):
                 files.append(value[5:])
+        files += [
+            options["logfile"]
+            for options in self.chardevs().values()
+            if "logfile" in options and not is_on(options, "logappend")
+        ]
+        for value in self.values("object"):
+            options = keyed(value)
+            if options[""] == "filter-dump" and "file" in options:
+                files.append(options["file"])
         return files
 
     def incoming(self, *, monitor: int, main: int, cpr: str) -> list[str]:
@@ -178,7 +210,30 @@ class Command:
         added += ["-mon", f"chardev={MONITOR},mode=control"]
         for kind, addr in channels.items():
             added += ["-incoming", json.dumps({"channel-type": kind, "addr": addr})]
+        for value in self.values("global"):
+            name, _, _ = value.partition("=")
+            if name.startswith("migration.") and name[10:].removeprefix("x-") in _CAPABILITIES:
+                added += ["-global", f"{name}=off"]  # the last one counts
         return self.words + added
+
+
+def missing(old: dict[str, Any], command: Command) -> str:
+    """A message about what COMMAND obviously lacks of a machine (machine.py), by the ids in its
+    words: what was plugged since the start of the old QEMU, and devices; an empty string for
+    nothing."""
+    ids = command.ids()
+    if any(True for _ in command.values("readconfig")):
+        return ""
+    late = {name for name, _ in old.get("plugged", ()) if name}
+    plugged = [option for name, option in old.get("plugged", ()) if name and name not in ids]
+    said = [
+        f"device {name!r} ({kind}): it is missing"
+        for name, kind in sorted(old.get("named", {}).items())
+        if name not in ids and name not in late
+    ]
+    if plugged:
+        said.insert(0, f"what was plugged into the guest's machine: add {' '.join(plugged)}")
+    return f"COMMAND lacks {'; and '.join(said)}" if said else ""
 
 
 def is_qemu(word: str) -> bool:

@@ -4,18 +4,22 @@ nothing that stays changed."""
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from cprd.errors import InvalidInput
+from cprd.qemu import drift, inventory
 from cprd.qemu.command import Command, is_on, keyed
 from cprd.qemu.errors import MonitorRefused, Refused
+from cprd.qemu.files import OpenFiles
 from cprd.qemu.hold import KEPT
-from cprd.qemu.process import deleted_files, tcp_ports
+from cprd.qemu.process import command_line, deleted_files, tcp_ports
 from cprd.qemu.source import MODE, UNDER_WAY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cprd.qemu.inventory import Inventory
     from cprd.qemu.monitor import Monitor
 
 _ENDED = {
@@ -60,7 +64,14 @@ def examine(monitor: Monitor) -> Report:
     before = len(problems)
     _memory(monitor, problems, notes)
     explained = len(problems) > before
-    problems += _temporary(monitor)
+    problems += _tls(monitor)
+    problems += _another_root(monitor)
+    _lost(monitor, notes)
+    removed = _temporary(monitor)
+    problems += removed
+    if not removed and monitor.process is not None:
+        files = OpenFiles(monitor.process.pid)
+        problems += drift.moved(inventory.drives(monitor, monitor.process.pid), files.has)
     problems += [
         f"block job {job.get('device', '?')!r} ({job.get('type', '?')}) is active and would be"
         " lost: wait for it, or block-job-cancel"
@@ -72,6 +83,49 @@ def examine(monitor: Monitor) -> Report:
         if not (explained and "not compatible with CPR" in why)  # the same, without the cure
     ]
     return report
+
+
+def _another_root(monitor: Monitor) -> list[str]:
+    """A QEMU that has left its root (-run-with chroot=): QEMU cannot connect to the sockets of a
+    hand-over, which lie beside its monitor."""
+    if monitor.process is None or not monitor.where.startswith("/"):
+        return []
+    pid, place = monitor.process.pid, os.path.dirname(monitor.where)
+    try:
+        ours = os.stat(place)
+        theirs = os.stat(f"/proc/{pid}/root{place}")
+    except PermissionError:
+        return []
+    except OSError:
+        theirs = None
+    if theirs is not None and os.path.samestat(ours, theirs):
+        return []
+    return [
+        f"this QEMU has another root and does not see {place}, where the sockets of a hand-over"
+        " lie: start the VM without -run-with chroot=, or mount that directory there, too"
+    ]
+
+
+def _lost(monitor: Monitor, notes: list[str]) -> None:
+    """What was set by a monitor, and is not in a state."""
+    notes += [
+        f"the export {row.get('id', '?')!r} ({row.get('type', '?')}) ends with this QEMU: add it"
+        " again in the next (block-export-add)"
+        for row in _ask(monitor, "query-block-exports", [])
+    ]
+    auth = _ask(monitor, "query-vnc", {}) or {}
+    if auth.get("enabled") and auth.get("auth") not in (None, "none"):
+        notes.append("the password of VNC ends with this QEMU: set it again in the next")
+
+
+def _tls(monitor: Monitor) -> list[str]:
+    found = _ask(monitor, "query-migrate-parameters", {}).get("tls-creds")
+    if not found:
+        return []
+    return [
+        f"its migrations are to use TLS (tls-creds={found}), which a hand-over through cprd does"
+        " not speak: migrate-set-parameters tls-creds='' first"
+    ]
 
 
 def _memory(monitor: Monitor, problems: list[str], notes: list[str]) -> None:
@@ -157,6 +211,21 @@ def _ask(monitor: Monitor, command: str, default: Any, **arguments: Any) -> Any:
         return default
 
 
+def drift_of(monitor: Monitor, seen: Inventory | None = None) -> list[str]:
+    """How a running QEMU differs from what its own command line would make now; nothing where the
+    command line cannot be read. Raises MonitorLost."""
+    if monitor.process is None:
+        return []
+    pid = monitor.process.pid
+    try:
+        command = Command(command_line(pid), running=True)
+    except InvalidInput:
+        return []
+    seen = seen or inventory.take(monitor, pid, plugged=True)
+    unfit = [f"-{name} is for the first start: {why}" for name, why in command.refused()]
+    return unfit + drift.differences(seen, command)
+
+
 class Conflict:
     """Something that two QEMUs cannot have at the same time. `port`: of a TCP listener, 0 for any,
     -1 for no listener; `more`: how many ports above the option may try."""
@@ -191,7 +260,10 @@ _LISTENS = "listens in the old QEMU: save and start instead"
 
 def _notes(command: Command) -> Iterator[str]:
     for path in command.truncating():
-        yield f"{path} would be emptied by the next QEMU: use -chardev file,...,append=on"
+        yield (
+            f"{path} would be emptied by the next QEMU: use -chardev file,...,append=on (of a"
+            " logfile=: logappend=on)"
+        )
     if command.only_pretty():
         yield command.only_pretty()
     for _, options in _networks(command):
@@ -200,6 +272,25 @@ def _notes(command: Command) -> Iterator[str]:
             yield f"{name}: its descriptor does not travel; the next QEMU opens it by name"
         if options[""] == "bridge":
             yield f"{name}: the next QEMU gets a tap of its own; the bridge has to learn that"
+
+
+def _servers(command: Command) -> Iterator[Conflict]:
+    """Servers for a single QEMU: each takes one client, and ends with that client."""
+    clients = {
+        name: options.get("path", "")
+        for name, options in command.chardevs().items()
+        if options[""] == "socket" and not is_on(options, "server")
+    }
+    for option in ("tpmdev", "netdev", "device"):
+        for value in command.values(option):
+            options = keyed(value)
+            path = clients.get(options.get("chardev", ""))
+            alone = options[""] in ("emulator", "vhost-user") or "vhost-user" in options[""]
+            if path is not None and alone:
+                yield Conflict(
+                    f"-{option} {options['']} is connected to {path or 'a server'}, which serves a"
+                    " single QEMU: save, start that server anew, and start"
+                )
 
 
 def _networks(command: Command) -> Iterator[tuple[str, dict[str, str]]]:
@@ -231,6 +322,7 @@ def _conflicts(command: Command) -> Iterator[Conflict]:
             said = options.get("addr.port", "")
             yield Conflict(f"-netdev {options['']},addr.port={said} {_LISTENS}", _last_number(said))
     yield from _tcp_listeners(command)
+    yield from _servers(command)
     for value in command.values("device"):
         options = keyed(value)
         if options[""].startswith("vhost-vsock"):

@@ -23,6 +23,7 @@ from cprd.qemu.errors import (
     MonitorRefused,
     one_line,
 )
+from cprd.qemu.files import taken_by_others
 from cprd.qemu.signals import Deadline
 from cprd.qemu.source import describe
 
@@ -198,14 +199,38 @@ class Handover:
         return (DaemonAway if self._unanswered and not left else Failed)(text)
 
     def take_back_source(self) -> str:
-        """Leave the source as it was found; returns the place of its guest, for people."""
+        """Leave the source as it was found; returns the place of its guest, for people.
+
+        A QEMU that gives a whole stream up resumes by itself, also when another process has taken
+        the lock of an image meanwhile, and aborts then (10.0). Such a QEMU completes instead, and
+        its guest goes on by `cont`, which QEMU refuses as long as the lock is taken."""
         try:
+            if self.source.is_whole and taken_by_others(self.source.process.pid):
+                return self._stand()
             return self.source.take_back()
         except CprdError as lost:
             process = self.source.process
             if process.wait(1.0):
                 return f"its QEMU (pid {process.pid}) has ended, and the guest with it"
             return f"its QEMU does not answer any more ({lost}), and was not told to give it up"
+
+    def _stand(self) -> str:
+        """Complete the migration of a guest that is to stay; `cont` then, once cprd has answered
+        that nothing of the guest can be served."""
+        try:
+            self.source.complete()
+        except OSError:
+            return describe(self.monitor.status())
+        if self.source.completed() == "completed":
+            gone = self.is_gone() if self.prepared is not None else not self.undo()
+            if gone:
+                return self.resume_source()
+            return (
+                "another process has taken the lock of its image, and cprd does not answer: the"
+                " guest is stopped, whole, in its QEMU; once cprd runs, repeat `cprctl qemu save`"
+                " or `cprctl qemu start`: they ask that QEMU"
+            )
+        return describe(self.monitor.status())
 
     def undo(self) -> str:
         """The guest goes on in its QEMU: see to it that cprd has nothing of it. Returns the end of

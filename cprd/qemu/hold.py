@@ -3,7 +3,9 @@
 - "cpr": the CPR stream, byte for byte; its dummy bytes stand for the descriptors, in their order;
 - "main": the migration stream, byte for byte (what `upgrade` leaves has it as a descriptor instead,
   under MAIN_KEY: a memfd that was prepared empty, and is whole once sealed);
-- "qemu": a small map, inline, so that `cprctl show` reads the map without a claim.
+- "qemu": a small map, inline, so that `cprctl show` reads the map without a claim;
+- "machine": the machine that the guest sees (machine.py), which the next QEMU is compared with. A
+  hold of an older cprctl has none.
 """
 
 from __future__ import annotations
@@ -35,9 +37,13 @@ class Origin:
 
     `old` and `new` are records of processes (pid and start time). Only an upgrade has `new`, and
     `untouched`: the path of a file that is removed before the new QEMU may run. As long as the file
-    exists, the new QEMU has not run."""
+    exists, the new QEMU has not run. `drives` (disks.py): None in a hold of an older cprctl;
+    `boot`: the id of the kernel's boot."""
 
-    __slots__ = ("machine", "new", "old", "qmp", "status", "uid", "untouched", "version")
+    __slots__ = (
+        *("boot", "drives", "machine", "new", "old", "qmp", "status", "uid", "untouched"),
+        "version",
+    )
 
     def __init__(
         self,
@@ -50,6 +56,8 @@ class Origin:
         new: dict[str, int] | None = None,
         uid: int = -1,
         untouched: str = "",
+        boot: str = "",
+        drives: list[dict[str, Any]] | None = None,
     ) -> None:
         self.version = tuple(version)
         self.qmp = qmp
@@ -59,6 +67,8 @@ class Origin:
         self.new = new
         self.uid = uid
         self.untouched = untouched
+        self.boot = boot
+        self.drives = drives
 
     def section(self) -> dict[str, Any]:
         return {
@@ -71,6 +81,8 @@ class Origin:
             "old": self.old,
             "new": self.new,
             "untouched": self.untouched,
+            "boot": self.boot,
+            "drives": self.drives,
         }
 
     @classmethod
@@ -91,6 +103,8 @@ class Origin:
                 new=value.get("new"),
                 uid=int(value["uid"]),
                 untouched=str(value.get("untouched", "")),
+                boot=str(value.get("boot", "")),
+                drives=value.get("drives"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise Damaged(f'its section "qemu" lacks or garbles {error}') from None
@@ -101,6 +115,7 @@ def pack(
     fds: Sequence[int],
     main: bytes | bytearray | int,
     origin: Origin,
+    machine: dict[str, Any] | None = None,
 ) -> State:
     """A State of one VM. `fds` stay the caller's, and open until the save returns; so does a `main`
     that is a descriptor: a memfd, still to be filled and sealed."""
@@ -113,6 +128,8 @@ def pack(
         state["main"] = main
     state["cpr"] = bytes(cpr_data)
     state["qemu"] = origin.section()
+    if machine is not None:
+        state["machine"] = machine
     return state
 
 
@@ -131,7 +148,7 @@ def is_unfinished(state: State) -> bool:
 class Held:
     """A VM in a State. The State owns the descriptors."""
 
-    __slots__ = ("_section", "cpr", "main", "origin")
+    __slots__ = ("_section", "cpr", "machine", "main", "origin")
 
     def __init__(self, state: State) -> None:
         """Raises Damaged when a part is missing or does not fit the others."""
@@ -140,6 +157,7 @@ class Held:
             if key not in state:
                 raise Damaged(f"there is no section {key!r}: no QEMU was saved under this name")
         self.origin = Origin.read(state["qemu"])
+        self.machine: dict[str, Any] = state.get("machine", {})
         self._section: MemfdSection | None = None  # the map of it, while this lives
         if main_fd < 0:
             self.main: memoryview = state["main"]

@@ -63,6 +63,7 @@ class Monitor:
         self._partial = bytearray()  # of a line
         self._greeting: dict[str, Any] | None = None
         self._number = 0
+        self._capabilities: Request | None = None
         self._answers: dict[int, dict[str, Any]] = {}
         self._waited: set[int] = set()
         self._events: deque[Event] = deque(maxlen=_EVENTS)
@@ -97,20 +98,21 @@ class Monitor:
         """Greet and negotiate over a connected socket. The monitor takes both, also on failure."""
         monitor = cls(sock, where, process)
         try:
-            monitor._negotiate(timeout)
+            monitor.negotiate(timeout)
         except BaseException:
             monitor.close()
             raise
         return monitor
 
-    def _negotiate(self, timeout: float) -> None:
+    def negotiate(self, timeout: float) -> None:
+        """Wait for the greeting. Raises MonitorBusy, MonitorLost."""
         deadline = Deadline(timeout)
         try:
             while self._greeting is None:
                 self._await(deadline)
             qemu = self._greeting["version"]["qemu"]
             self.version = (int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
-            request = self.send("qmp_capabilities")
+            request = self._capabilities or self.send("qmp_capabilities")
             while request.number not in self._answers:
                 self._await(deadline)
             self.answer(request)
@@ -185,6 +187,28 @@ class Monitor:
     def execute(self, command: str, timeout: float = ANSWER, /, **arguments: Any) -> Any:
         """Run one command; returns its value. Raises MonitorRefused, MonitorLost, MonitorGone."""
         return self.answer(self.send(command, **arguments), timeout)
+
+    def send_all(self, questions: list[tuple[str, dict[str, Any]]]) -> list[Request]:
+        """Send several commands at once; before the greeting, too: a QEMU that is about to begin
+        answers them as soon as QEMU can. Raises MonitorLost, MonitorGone."""
+        if self._greeting is None and self._capabilities is None:
+            self._capabilities = self.send("qmp_capabilities")
+        return [self.send(command, **arguments) for command, arguments in questions]
+
+    def answers(self, requests: list[Request]) -> list[Any]:
+        """The answers to several commands; None for each that is refused. Raises MonitorLost."""
+        answers = []
+        for request in requests:
+            try:
+                answers.append(self.answer(request))
+            except MonitorRefused:
+                answers.append(None)
+        return answers
+
+    def ask(self, *questions: tuple[str, dict[str, Any]]) -> list[Any]:
+        """The answers to several commands that are sent at once; None for each that is refused.
+        Raises MonitorLost, MonitorGone."""
+        return self.answers(self.send_all(list(questions)))
 
     def status(self) -> str:
         """The run state: "running", "paused", "postmigrate", ..."""

@@ -13,18 +13,29 @@ from cprd.linux.pause import point
 from cprd.linux.stdio import note
 from cprd.protocol.messages import LEASE
 from cprd.qemu import signals, spawn
+from cprd.qemu.command import missing
 from cprd.qemu.doubt import may_force, settle
-from cprd.qemu.errors import Failed, GuestEnded, Incomplete, InDoubt, one_line
+from cprd.qemu.errors import (
+    Failed,
+    GuestEnded,
+    Incomplete,
+    InDoubt,
+    MonitorLost,
+    Refused,
+    one_line,
+)
 from cprd.qemu.hold import LIVE, Held, Origin, is_unfinished
 from cprd.qemu.private import PrivateDirectory, beside
 from cprd.qemu.process import Process
 from cprd.qemu.signals import Deadline
 from cprd.qemu.sockets import refuse_taken
 from cprd.qemu.spawn import Guard
+from cprd.qemu.stream import capabilities
 from cprd.qemu.target import GONE, KILLED, Target
 
 if TYPE_CHECKING:
     from cprd.qemu.command import Command
+    from cprd.qemu.monitor import Request
 
 CONFIRM = 60.0  # s that cprd may be away once the guest runs
 
@@ -37,6 +48,8 @@ def restore(
     command: Command,
     *,
     force: bool,
+    overrides: tuple[bool, bool],
+    agent: str,
     timeout: float,
 ) -> int:
     """Do all of it, for the process `qemu` that becomes the QEMU. Returns the helper's exit status,
@@ -58,7 +71,7 @@ def restore(
             point("qemu-start:claimed")
             try:
                 refuse_taken(command)
-                _Restore(plumbing, process, claim, command, timeout).run()
+                _Restore(plumbing, process, claim, command, overrides, timeout).run()
             except (InDoubt, GuestEnded) as error:
                 note(f"cprctl: {name}: {error}")
                 return 1
@@ -67,7 +80,19 @@ def restore(
                 if not spawn.say(plumbing.talk, fail=why, code="CprdError"):
                     note(f"cprctl: {why}")
                 return 1
+        if agent:
+            _set_time(name, agent)
     return 0
+
+
+def _set_time(name: str, agent: str) -> None:
+    """The guest runs, and nothing depends on its clock."""
+    from cprd.qemu.agent import set_time
+
+    try:
+        set_time(agent)
+    except Failed as error:
+        note(f"cprctl: {name}: the guest's clock was not set: {error}")
 
 
 def _give_back(claim: cprd.Claim, name: str, why: str, *, forced: bool) -> str:
@@ -164,6 +189,7 @@ class _Restore:
         process: Process,
         claim: cprd.Claim,
         command: Command,
+        overrides: tuple[bool, bool],
         timeout: float,
     ) -> None:
         self.plumbing = plumbing
@@ -171,7 +197,9 @@ class _Restore:
         self.claim = claim
         self.command = command
         self.timeout = timeout
+        self.overrides = overrides
         self.held = Held(claim.state)
+        self._refuse_without_plugged()
 
     def run(self) -> None:
         """All between claim and confirm. After an exception other than InDoubt and GuestEnded the
@@ -185,6 +213,9 @@ class _Restore:
             path = directory.at("cpr")
             spawn.say(self.plumbing.talk, go=True, cpr=path, guard=guard.pid)
             point("qemu-start:go")
+            from cprd.qemu import inventory  # while the new QEMU makes its devices
+
+            self._inventory = inventory
             with signals.allowed():
                 self._replay(target, directory, pieces)
             signals.hold_off()
@@ -212,13 +243,46 @@ class _Restore:
         point("qemu-start:listening")
         target.send_cpr(pieces)
         point("qemu-start:cpr")
-        rest = target.fill_main(self.held.main)
+        # A hold of an older cprctl may want what has to be set before the stream arrives.
+        wanted = capabilities(self.held.main)
+        rest = memoryview(self.held.main) if wanted else target.fill_main(self.held.main)
+        asked = target.ask_early(self._inventory.QUESTIONS)
         target.await_devices()
+        if wanted:
+            target.greet()
+            target.set_capabilities(wanted)
         target.send_main(rest)
         point("qemu-start:main")
-        target.greet()
+        if not wanted:
+            target.greet()
+        self._refuse_another_machine(target, asked)
         target.await_loaded()
         point("qemu-start:loaded")
+
+    def _refuse_without_plugged(self) -> None:
+        """Raises Refused, before anything is started, when COMMAND lacks what was plugged."""
+        lacking = missing(self.held.machine, self.command)
+        if lacking and not self.overrides[1]:
+            raise Refused(lacking)
+
+    def _refuse_another_machine(self, target: Target, asked: list[Request]) -> None:
+        """Raises Refused when the new QEMU has other disks, or makes another machine."""
+        origin = self.held.origin
+        if origin.drives is None or all(self.overrides):
+            return
+        inventory = self._inventory
+        words = self.command.words[self.command.program :]
+        try:
+            new = inventory.read(target.monitor, self.process.pid, words, asked)
+        except MonitorLost:
+            target.await_loaded()  # raises the reason
+            raise
+        old = inventory.Inventory(origin.boot, origin.drives, self.held.machine)
+        overrides = inventory.Overrides(*self.overrides)
+        try:
+            inventory.refuse_another(old, new, overrides, at_once=False)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Damaged(f"what it says of its machine is garbled: {error!r}") from None
 
     def _let_run(self, target: Target, guard: Guard) -> None:
         """begin, cont, confirm. Raises InDoubt when nobody can say whether the guest runs."""

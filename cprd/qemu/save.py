@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cprd.errors import CprdError
 from cprd.linux.pause import point
-from cprd.qemu import signals, stream
+from cprd.qemu import inventory, signals, stream
+from cprd.qemu.disks import without_times
 from cprd.qemu.doubt import make_room
-from cprd.qemu.errors import Failed, InDoubt, Refused
-from cprd.qemu.examine import examine
+from cprd.qemu.errors import Failed, InDoubt, MonitorLost, MonitorRefused, Refused
+from cprd.qemu.examine import drift_of, examine
 from cprd.qemu.handover import Handover, repeated, untouched
 from cprd.qemu.hold import Origin, pack
 from cprd.qemu.monitor import Monitor, socket_path
@@ -33,16 +34,20 @@ from cprd.qemu.source import TIMEOUT, Source
 
 if TYPE_CHECKING:
     from cprd import Daemon
+    from cprd.qemu.disks import Drive
+    from cprd.qemu.inventory import Inventory
 
 
 class SaveResult(NamedTuple):
-    """The full name of the hold, its generation, where cprd keeps it ("" when unknown), and the
-    guest's run state."""
+    """The full name of the hold, its generation, where cprd keeps it ("" when unknown), the guest's
+    run state, and how the machine differs from the command line of its QEMU (the next COMMAND has
+    to differ so, too)."""
 
     name: str
     generation: int
     kept: str
     status: str
+    drift: tuple[str, ...] = ()
 
 
 def save(
@@ -71,17 +76,22 @@ def _save(daemon: Daemon, name: str, path: str, replace: bool, timeout: float) -
                 " in the QEMU's own"
             )
         status = examine(monitor).refuse()
+        seen = inventory.take(monitor, monitor.process.pid, plugged=True)
+        drift = drift_of(monitor, seen)
         with untouched():
             signals.check()
         with PrivateDirectory(path) as directory:
             with Source(monitor, directory, timeout) as source:
                 point("qemu-save:settings")
-                return _hand_over(Handover(daemon, name, source), path, status, replace)
+                saved = _hand_over(Handover(daemon, name, source), path, status, seen, replace)
+                return saved._replace(drift=tuple(drift))
     finally:
         monitor.close()
 
 
-def _hand_over(handover: Handover, path: str, status: str, replace: bool) -> SaveResult:
+def _hand_over(
+    handover: Handover, path: str, status: str, seen: Inventory, replace: bool
+) -> SaveResult:
     name, source = handover.name, handover.source
     try:
         signals.check()
@@ -97,8 +107,11 @@ def _hand_over(handover: Handover, path: str, status: str, replace: bool) -> Sav
             machine=stream.machine(source.main),
             old=source.process.record(),
             uid=source.process.uid,
+            boot=seen.boot,
+            drives=_left(source, seen),
         )
-        state = pack(bytes(source.received.data), source.received.fds, source.main, origin)
+        received = source.received
+        state = pack(bytes(received.data), received.fds, source.main, origin, seen.machine)
         handover.prepare(state, "replace" if replace else "error")
         point("qemu-save:prepared")
         signals.hold_off()
@@ -119,3 +132,11 @@ def _hand_over(handover: Handover, path: str, status: str, replace: bool) -> Sav
             " SIGKILL; nothing is served before it does"
         )
     return SaveResult(name, saved.generation, saved.kept, origin.status)
+
+
+def _left(source: Source, seen: Inventory) -> list[Drive]:
+    """The drives as the guest left them; as they were before, for a QEMU that has ended."""
+    try:
+        return inventory.drives(source.monitor, source.process.pid)
+    except (MonitorLost, MonitorRefused):
+        return without_times(seen.drives)

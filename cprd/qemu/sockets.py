@@ -245,8 +245,11 @@ def refuse_taken(command: Command) -> None:
     A QEMU that binds the path of another QEMU's socket takes the path away without a word. And
     when cprd holds nothing, a QEMU at the path has the guest: another QEMU would run the guest
     twice. (A command without a monitor cannot be asked.) Says nothing on the connection."""
-    for path, _ in command.monitors(people=True):
-        mend(path)
+    monitors = [path for path, _ in command.monitors(people=True)]
+    others = [path for _, path in command.listening() if path not in monitors]
+    for path in (*monitors, *others):
+        if path in monitors:
+            mend(path)
         if is_listening(path):
             raise Refused(
                 f"a QEMU listens at {path} already, and its guest may run: nothing was started."

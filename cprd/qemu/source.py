@@ -43,7 +43,7 @@ _CHUNK = 1 << 18
 MAX_CPR = 4 << 20  # bytes of a CPR stream; a QEMU's has some hundred
 MAX_MAIN = 256 << 20  # bytes of a main stream; without RAM it has some hundred KiB
 _WANTED = {"events": True, "return-path": True}
-_HARMLESS = frozenset(("events", "return-path", "x-ignore-shared", "validate-uuid"))
+_HARMLESS = frozenset(("events", "return-path", "validate-uuid"))
 _AT_ONCE = 0.02  # s in which QEMU connects, unless something is wrong
 _RESUMES = 1.0  # s in which QEMU resumes its guest after a migration that failed; it takes 1 ms
 
@@ -273,6 +273,11 @@ class Source:
             if said:
                 return f": {_explained(str(said))}"
         return ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the main stream has come to its end."""
+        return stream.is_whole(self.main)
 
     def run_state(self, seen: str) -> str:
         """The guest's run state in the main stream: the user may have paused the guest, or a disk

@@ -17,12 +17,9 @@ import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import msgpack
-
 from cprd.errors import CprdError
 from cprd.linux import identity
 from cprd.linux.stdio import note
-from cprd.qemu.process import GUARD, guard_mark
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -74,6 +71,8 @@ class Plumbing:
 
 def say(talk: socket.socket, **words: Any) -> bool:
     """Send a word. False when the other side has ended (or become a QEMU)."""
+    import msgpack
+
     try:
         talk.send(msgpack.packb(words), socket.MSG_NOSIGNAL)
     except OSError:
@@ -83,6 +82,8 @@ def say(talk: socket.socket, **words: Any) -> bool:
 
 def hear(talk: socket.socket) -> dict[str, Any] | None:
     """Wait for the next word; None when the other side has ended."""
+    import msgpack  # (as in `say`: the process that becomes QEMU does so while its helper works)
+
     while True:
         try:
             data = talk.recv(_PIECE)
@@ -121,6 +122,8 @@ def take_rights(command: Command, uid: int) -> None:
 
 def execute(command: Command, plumbing: Plumbing, word: dict[str, Any], uid: int) -> OSError:
     """Become the QEMU that waits for a state of `uid`. Returns only the failure."""
+    from cprd.qemu.process import GUARD, guard_mark
+
     own = os.dup(2)
     try:
         take_rights(command, uid)

@@ -14,17 +14,17 @@ and lets the guest run. The claim is the helper's, and ends with the helper.
 from __future__ import annotations
 
 import os
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cprd.errors import CODES, CprdError
 from cprd.linux import identity
 from cprd.linux.pause import point
 from cprd.linux.stdio import flush, note
 from cprd.qemu import acting
-from cprd.qemu.command import Command
-from cprd.qemu.errors import code, one_line
-from cprd.qemu.sockets import refuse_taken
 from cprd.qemu.spawn import Plumbing, execute, fork_twice, hear, notify, say, take_rights
+
+if TYPE_CHECKING:
+    from cprd.qemu.command import Command
 
 
 def start(
@@ -35,15 +35,17 @@ def start(
     owner: int | None = None,
     cold: bool = False,
     force: bool = False,
+    overrides: tuple[bool, bool] = (False, False),
+    agent: str = "",
     timeout: float = 60.0,
 ) -> NoReturn:
-    """Become the QEMU. `owner`: the uid with that NAME (None: ours). `timeout`: seconds to load a
-    state. Raises CprdError when nothing was started."""
-    command = Command(words)
+    """Become the QEMU. `owner`: the uid with that NAME (None: ours); `overrides`: whether COMMAND
+    may have other images, and make another machine; `agent`: the socket of a guest agent that sets
+    the guest's clock afterwards; `timeout`: seconds to load a state. Raises CprdError when nothing
+    was started."""
     owner = os.geteuid() if owner is None else owner
-    if command.only_pretty():
-        note(f"cprctl: {name}: {command.only_pretty()}")
     if cold:
+        command = _command(name, words)
         note(f"cprctl: {name}: booting cold, as asked; what is held stays held")
         _become_cold(command, owner)
     point("qemu-start:begin")
@@ -51,8 +53,13 @@ def start(
     flush()
     qemu = os.getpid()
     if fork_twice():
-        _be_helper(plumbing, qemu, socket_path, name, command, owner, force, timeout)
+        _be_helper(
+            plumbing, qemu, socket_path, name, words, owner, force, overrides, agent, timeout
+        )
     plumbing.keep_qemus()
+    command = _command(name, words)  # the helper imports meanwhile; each has a core
+    import cprd.qemu.process  # noqa: F401 (for `execute`: nobody waits for that here)
+
     word = hear(plumbing.talk_qemu)
     if word is None:
         raise CprdError(f"{name}: the helper ended; nothing was started")
@@ -65,24 +72,49 @@ def start(
     raise CprdError(f"{command.words[0]}: {failure.strerror}")
 
 
+def _command(name: str, words: list[str]) -> Command:
+    """Raises InvalidInput."""
+    from cprd.qemu.command import Command
+
+    command = Command(words)
+    if command.only_pretty():
+        note(f"cprctl: {name}: {command.only_pretty()}")
+    return command
+
+
 def _be_helper(
     plumbing: Plumbing,
     qemu: int,
     socket_path: str,
     name: str,
-    command: Command,
+    words: list[str],
     owner: int,
     force: bool,
+    overrides: tuple[bool, bool],
+    agent: str,
     timeout: float,
 ) -> NoReturn:
     status = 1
     try:
         plumbing.keep_ours()
+        from cprd.qemu.command import Command
         from cprd.qemu.restore import restore
 
         acting.act_as(owner)
-        status = restore(plumbing, qemu, socket_path, name, command, force=force, timeout=timeout)
+        status = restore(
+            plumbing,
+            qemu,
+            socket_path,
+            name,
+            Command(words),
+            force=force,
+            overrides=overrides,
+            agent=agent,
+            timeout=timeout,
+        )
     except BaseException as error:
+        from cprd.qemu.errors import code, one_line
+
         say(plumbing.talk, fail=f"{name}: {one_line(error)}", code=code(error))
     finally:
         os._exit(status)
@@ -90,6 +122,8 @@ def _be_helper(
 
 def _become_cold(command: Command, owner: int) -> NoReturn:
     """Raises Refused when a QEMU listens at COMMAND's monitor; CprdError without such a program."""
+    from cprd.qemu.sockets import refuse_taken
+
     acting.act_as(owner)
     try:
         refuse_taken(command)

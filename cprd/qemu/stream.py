@@ -48,6 +48,26 @@ def machine(data: bytes | bytearray | memoryview) -> str:
     return head[13 : 13 + size].decode("utf-8", "replace")
 
 
+_CAPABILITIES = b"\x05\x1aconfiguration/capabilities\0\0\0\1"
+
+
+def capabilities(data: bytes | bytearray | memoryview) -> list[str]:
+    """The migration capabilities that the destination must have set before the stream arrives."""
+    head = bytes(data[:4096])
+    at = head.find(_CAPABILITIES)
+    if at < 0 or head[8:9] != b"\x07":
+        return []
+    at += len(_CAPABILITIES)
+    count = int.from_bytes(head[at : at + 4], "big")
+    at += 4
+    names = []
+    for _ in range(min(count, 64)):
+        size = head[at] if at < len(head) else 0
+        names.append(head[at + 1 : at + 1 + size].decode("ascii", "replace"))
+        at += 1 + size
+    return names
+
+
 _GLOBAL = b"\x0bglobalstate"
 _STATE = re.compile(rb"\x0bglobalstate.{4}\x00\x00\x00\x01.{4}([a-z-]{1,31})\x00", re.DOTALL)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cprd.errors import CprdError
 from cprd.linux import rights
@@ -32,6 +32,7 @@ from cprd.qemu.stream import Answers
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from cprd.qemu.monitor import Request
     from cprd.qemu.process import Process
 
     Bytes = bytes | bytearray | memoryview
@@ -113,16 +114,31 @@ class Target:
             raise Failed("the new QEMU took its CPR state, and does not go on")
         self._cpr.close()
 
+    def ask_early(self, questions: list[tuple[str, dict[str, Any]]]) -> list[Request]:
+        """Send commands to a QEMU that has no monitor yet; `greet` comes afterwards."""
+        self._monitor = Monitor(
+            self._monitor_socket, f"the new QEMU (pid {self.process.pid})", None
+        )
+        with suppress(MonitorLost):  # said by `greet`
+            return self._monitor.send_all(questions)
+        return []
+
     def greet(self) -> None:
         """Greet the monitor, which answers only once the devices exist. Raises Failed."""
+        if self._monitor is None:
+            self.ask_early([])
         try:
-            self._monitor = Monitor.over(
-                self._monitor_socket,
-                f"the new QEMU (pid {self.process.pid})",
-                max(0.1, self._deadline.left()),
-            )
+            self.monitor.negotiate(max(0.1, self._deadline.left()))
         except (MonitorBusy, MonitorLost):
             self._gone("before its monitor answered")
+
+    def set_capabilities(self, names: list[str]) -> None:
+        """Turn on what the main stream asks for, before the stream is sent. Raises Failed."""
+        rows = [{"capability": name, "state": True} for name in names]
+        try:
+            self.monitor.execute("migrate-set-capabilities", capabilities=rows)
+        except (MonitorRefused, MonitorLost) as error:
+            raise Failed(f"the new QEMU lacks what its state wants: {error}") from None
 
     def fill_main(self, data: Bytes) -> memoryview:
         """Send as much of the main stream as the socket takes at once; returns the rest."""

@@ -30,12 +30,15 @@ from cprd.errors import CprdError, Fenced, Timeout, Unavailable
 from cprd.linux.memfd import SEALS
 from cprd.linux.pause import point
 from cprd.linux.stdio import flush
-from cprd.qemu import signals, spawn, stream
+from cprd.qemu import inventory, signals, spawn, stream
+from cprd.qemu.command import missing
+from cprd.qemu.disks import without_times
 from cprd.qemu.doubt import make_room
 from cprd.qemu.errors import Failed, InDoubt, MonitorLost, Refused, one_line
 from cprd.qemu.examine import about_command_line, examine
 from cprd.qemu.handover import STANDING, Handover, repeated, untouched
 from cprd.qemu.hold import LIVE, MAIN_KEY, Origin, pack, pieces
+from cprd.qemu.inventory import Inventory, Overrides, refuse_another
 from cprd.qemu.monitor import Monitor, event_is, machine_type, socket_path, stamp
 from cprd.qemu.private import MARK, PrivateDirectory
 from cprd.qemu.process import Process, output_of
@@ -70,10 +73,17 @@ class UpgradeResult:
 
 
 def upgrade(
-    daemon: Daemon, name: str, qmp: str, command: Command, *, timeout: float = TIMEOUT
+    daemon: Daemon,
+    name: str,
+    qmp: str,
+    command: Command,
+    *,
+    overrides: Overrides = Overrides(),  # noqa: B008 (a tuple)
+    timeout: float = TIMEOUT,
 ) -> UpgradeResult:
     """Move the guest of the QEMU at `qmp` into a new one. Blocks until the guest runs there.
-    `timeout`: seconds for each step of a QEMU.
+    `overrides`: whether COMMAND may have other images, and make another machine; `timeout`: seconds
+    for each step of a QEMU.
 
     Raises Refused or Failed (the guest is in the old QEMU as before), InDoubt, Busy."""
     path = os.path.abspath(socket_path(qmp))
@@ -81,7 +91,7 @@ def upgrade(
     conflicts, _ = about_command_line(command.words[command.program :])
     if conflicts:
         raise Refused(f"cannot overlap: {'; '.join(conflicts)}")
-    return repeated(lambda: _upgrade(daemon, name, path, command, timeout))
+    return repeated(lambda: _upgrade(daemon, name, path, command, overrides, timeout))
 
 
 def _upgrade(
@@ -89,6 +99,7 @@ def _upgrade(
     name: str,
     path: str,
     command: Command,
+    overrides: Overrides,
     timeout: float,
 ) -> UpgradeResult:
     with untouched():
@@ -101,15 +112,24 @@ def _upgrade(
             raise Refused(f"the process behind {path} cannot be seen (another pid namespace)")
         status = examine(old).refuse()
         point("qemu-upgrade:connected")
+        seen = inventory.take(old, old.process.pid, plugged=True)
+        _refuse_without_plugged(seen, command, overrides)
         with untouched():
             signals.check()
         with PrivateDirectory(path) as directory:
             with Source(old, directory, timeout) as source:
                 handover = Handover(daemon, name, source)
                 with _Move(handover, path, command, directory, status) as move:
+                    move.seen, move.overrides = seen, overrides
                     return move.run()
     finally:
         old.close()
+
+
+def _refuse_without_plugged(seen: Inventory, command: Command, overrides: Overrides) -> None:
+    lacking = missing(seen.machine, command)
+    if lacking and not overrides.machine:
+        raise Refused(lacking)
 
 
 class _New:
@@ -264,6 +284,8 @@ class _Move:
         self.path = path
         self.directory = directory
         self.status = status
+        self.seen = Inventory("", [], {})
+        self.overrides = Overrides()
         self.new = _New(self.old, command, path)
         self.main_fd = -1  # the memfd in what is prepared that gets the main stream
         self.is_whole = False  # it has all of the stream
@@ -301,11 +323,20 @@ class _Move:
             self.new.load_cpr(self.source.state)
         if (now := self.new.target.monitor.status()) != "inmigrate":
             raise Failed(f"the new QEMU is {now!r} where it should wait for its state")
+        self._refuse_another_machine()
         self.new.shared.new_listens()
         self.directory.create(MARK, json.dumps(self.old.record()))
         self._prepare_hold()
         # New is good, as far as one can know without the guest's state. Nothing has stopped yet.
         point("qemu-upgrade:ready")
+
+    def _refuse_another_machine(self) -> None:
+        """Raises Refused when the new QEMU has other disks, or makes another machine."""
+        monitor = self.source.monitor
+        self.seen = self.seen._replace(drives=inventory.drives(monitor, self.old.pid))
+        words = self.new.command.words[self.new.command.program :]
+        new = inventory.take(self.new.target.monitor, self.new.process.pid, words, plugged=False)
+        refuse_another(self.seen, new, self.overrides, at_once=True)
 
     def _prepare_hold(self) -> None:
         """Prepare all in cprd while the guest runs. The main stream is to go into a memfd that is
@@ -322,9 +353,13 @@ class _Move:
             new=self.new.process.record(),
             uid=self.old.uid,
             untouched=os.path.join(self.directory.path, MARK),
+            boot=self.seen.boot,
+            drives=without_times(self.seen.drives),
         )
         received = self.source.received
-        self.handover.prepare(pack(bytes(received.data), received.fds, self.main_fd, origin))
+        self.handover.prepare(
+            pack(bytes(received.data), received.fds, self.main_fd, origin, self.seen.machine)
+        )
         point("qemu-upgrade:prepared")
         stream.is_whole(b"{}")  # (the first time takes longer)
         stream.run_state(b"")

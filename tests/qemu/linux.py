@@ -18,6 +18,7 @@ from pathlib import Path
 MODULES = [
     *("virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
     *("virtio_blk", "failover", "net_failover", "virtio_net", "virtio_console"),
+    *("crc16", "crc32c_generic", "libcrc32c", "mbcache", "jbd2", "ext4"),
 ]
 
 FIRST_SECTOR = 16
@@ -33,6 +34,13 @@ mount -t devtmpfs devtmpfs /dev
 for pass in 1 2 3; do # which needs which differs between kernels
     for module in /modules/*; do insmod $module 2> /dev/null; done
 done
+mkdir /disk
+[ ! -b /dev/vdb ] || mount -t ext4 /dev/vdb /disk || echo "F MOUNT FAILED"
+agent=$(grep -l org.qemu.guest_agent /sys/class/virtio-ports/*/name 2> /dev/null | head -n 1)
+if [ "$agent" ] && [ -x /bin/qemu-ga ]; then
+    mkdir -p /sbin /run && ln -s /bin/busybox /sbin/hwclock
+    qemu-ga -m virtio-serial -p /dev/$(basename $(dirname $agent)) -t /run &
+fi
 ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up
 mkdir /big
 mount -t tmpfs -o size=32m tmpfs /big
@@ -49,9 +57,11 @@ while true; do
         conv=notrunc,fsync 2> /dev/null && disk=ok
     ping -c 1 -W 5 10.0.2.2 > /dev/null && net=ok
     echo "P $n" > $port && port_=ok
+    [ ! -d /disk/lost+found ] || {{ echo $n > /disk/n$((n % 50)) && sync && echo "F $n"; }}
     [ $((n % 8)) != 0 ] || memory=$(md5sum < /big/random)
     [ $((n % 8)) = 0 ] || memory=$sum
     [ "$memory" = "$sum" ] && memory=ok
+    [ ! "$agent" ] || ! pidof qemu-ga > /dev/null || echo "C $(date +%s)"
     echo "T $n cpus=$(nproc) disk=$disk net=$net port=$port_ memory=$memory"
 done
 """
@@ -95,9 +105,26 @@ def fetch(place: Path) -> Linux:
         for found in tree.glob(f"**/{name}.ko*"):
             data = found.read_bytes()
             files[f"modules/{name}.ko"] = lzma.decompress(data) if found.suffix == ".xz" else data
+    files |= _agent(place)
     initramfs = place / "initramfs"
     initramfs.write_bytes(_newc(files))
     return Linux(kernels[-1], initramfs)
+
+
+def _agent(place: Path) -> dict[str, bytes]:
+    """The guest agent with its libraries; nothing where they cannot be had."""
+    tree = place / "agent"
+    try:
+        (place / "ga").mkdir()
+        _run("apt-get", "download", "qemu-guest-agent", where=place / "ga")
+        _run("dpkg", "-x", str(next((place / "ga").glob("*.deb"))), str(tree), where=place)
+        program = next(tree.glob("**/qemu-ga"))
+        said = _run("ldd", str(program))
+    except (Missing, StopIteration):
+        return {}
+    libraries = [word for line in said.splitlines() for word in line.split() if word[0] == "/"]
+    files = {path.lstrip("/"): Path(path).read_bytes() for path in libraries}
+    return {"bin/qemu-ga": program.read_bytes(), **files}
 
 
 def _depends(package: str) -> str:
@@ -122,6 +149,8 @@ def _newc(files: dict[str, bytes]) -> bytes:
     """A cpio archive as the kernel unpacks it (Documentation/driver-api/early-userspace)."""
     places = ["bin", "modules", "proc", "sys", "dev"]
     rows = [(name, 0o040755, b"") for name in places]
+    deeper = {str(parent) for name in files for parent in Path(name).parents}
+    rows += [(name, 0o040755, b"") for name in sorted(deeper - {".", *places})]
     rows += [(name, 0o100755, data) for name, data in files.items()]
     out = bytearray()
     for number, (name, mode, data) in enumerate([*rows, ("TRAILER!!!", 0, b"")], 1):

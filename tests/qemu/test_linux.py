@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,13 +83,14 @@ class Guest:
 
 @pytest.fixture
 def boot(make_machine: MakeMachine, linux: Linux, tmp_path: Path) -> Callable[..., Guest]:
-    def make(machine: str = "q35", sleep_at: int = 0) -> Guest:
+    def make(machine: str = "q35", sleep_at: int = 0, *more: str) -> Guest:
         port = tmp_path / "port"
         vm = make_machine(
             *linux.arguments(sleep_at),
             *("-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0"),
             *("-device", "virtio-serial-pci", "-chardev", f"file,id=p0,path={port},append=on"),
             *("-device", "virtserialport,chardev=p0,name=t"),
+            *more,
             machine=machine,
             memory="256M",
             smp=2,
@@ -137,3 +141,99 @@ def test_a_guest_that_sleeps_is_held_asleep_and_wakes_in_the_next_qemu(
     vm.execute("system_wakeup")
     guest.goes_on()
     assert vm.status() == "running"
+
+
+def synced(guest: Guest) -> int:
+    """The last round that the guest wrote to its file system, and synced."""
+    found = [line for line in guest.vm.lines() if line.startswith("F ")]
+    return int(found[-1].split()[1]) if found else 0
+
+
+def is_whole(guest: Guest, image: Path, place: Path) -> None:
+    """The file system has all that the guest has synced, and no fault: e2fsck plays the journal
+    back, as the next boot would, and finds nothing more."""
+    done = synced(guest)
+    assert done
+    copy = place / "fs.raw"
+    subprocess.run(["qemu-img", "convert", "-U", "-O", "raw", image, copy], check=True)
+    played = subprocess.run(["e2fsck", "-fy", copy], capture_output=True, text=True, check=False)
+    assert played.returncode in (0, 1), played.stdout
+    assert "INCONSISTENCY" not in played.stdout, played.stdout
+    assert subprocess.run(["e2fsck", "-fn", copy], capture_output=True, check=False).returncode == 0
+    said = subprocess.run(
+        ["debugfs", "-R", f"cat /n{done % 50}", copy], capture_output=True, text=True, check=True
+    )
+    assert int(said.stdout) >= done
+
+
+def test_a_file_system_survives_each_refusal_and_each_hand_over(
+    boot: Callable[..., Guest], tmp_path: Path
+) -> None:
+    """A snapshot moves the disk of a guest at work: the words of before are refused, and the right
+    words take the guest on, on the image that has all the writes."""
+    if shutil.which("mkfs.ext4") is None or shutil.which("debugfs") is None:
+        pytest.skip("wants mkfs.ext4 and debugfs: apt-get install e2fsprogs")
+    old, new = tmp_path / "fs.img", tmp_path / "over.qcow2"
+    old.write_bytes(b"")
+    os.truncate(old, 64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", old], check=True)
+    drive = f"file={old},format=raw,if=none,id=fs"
+    guest = boot("q35", 0, "-drive", drive, "-device", "virtio-blk-pci,drive=fs,id=fsdisk")
+    vm = guest.vm
+    names = {"snapshot-file": str(new), "format": "qcow2"}
+    vm.execute("blockdev-snapshot-sync", device="fs", **names)
+    guest.goes_on(6)
+    refused = vm.upgrade(vm.qmp, vm.command)
+    assert refused.returncode == 1
+    assert str(new) in refused.stderr
+    guest.goes_on(6)
+    assert vm.save().returncode == 0
+    is_whole(guest, new, tmp_path)
+    assert vm.start().wait(30) != 0  # refused again
+    is_whole(guest, new, tmp_path)
+    vm.command = [w.replace(drive, f"file={new},format=qcow2,if=none,id=fs") for w in vm.command]
+    vm.start()
+    before = synced(guest)
+    guest.goes_on()
+    assert synced(guest) > before
+    done = vm.upgrade(vm.qmp, vm.command)
+    assert done.returncode == 0, done.stderr
+    guest.goes_on()
+    assert vm.save().returncode == 0
+    is_whole(guest, new, tmp_path)
+
+
+def test_a_clock_that_stood_still_is_set_by_the_guest_agent(boot: Callable[..., Guest]) -> None:
+    """A real qemu-ga in the guest."""
+    place = tempfile.mkdtemp()
+    agent = f"{place}/agent"
+    guest = boot(
+        "q35",
+        0,
+        *("-chardev", f"socket,id=ga,path={agent},server=on,wait=off"),
+        *("-device", "virtserialport,chardev=ga,name=org.qemu.guest_agent.0"),
+    )
+    vm = guest.vm
+
+    def behind() -> float:
+        """s that the guest's clock is behind ours."""
+        guest.goes_on(2)
+        clocks = [line for line in vm.lines() if line.startswith("C ")]
+        if not clocks:
+            pytest.skip("no qemu-guest-agent could be had")
+        return time.time() - int(clocks[-1].split()[1])
+
+    assert abs(behind()) < 4
+    assert vm.save().returncode == 0
+    time.sleep(12)  # nothing to wait for: time is what this is about
+    vm.start()
+    assert behind() > 9
+    assert vm.save().returncode == 0
+    vm.start("--set-time", agent)
+    vm.until(lambda: vm.cprctl("show", vm.name).returncode == 3, "confirmed")
+    vm.until(lambda: behind() < 4, "a clock that is right")
+    assert "was not set" not in vm.said()
+    assert vm.save().returncode == 0
+    vm.start("--set-time", f"{place}/nobody")
+    guest.goes_on()
+    assert "the guest's clock was not set" in vm.said()

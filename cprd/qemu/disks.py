@@ -1,0 +1,277 @@
+"""The drives of a machine: what QEMU says of each (query-block), and how two machines' drives
+differ. Pure.
+
+A drive is a map: `qdev` (the path of its device, "" for none), `drive` (the id of its -drive, ""
+for a -blockdev), `node`, `removable`, `ro`, `limits` (throttling, by QEMU's names), and `chain`:
+the images from the one that takes the guest's writes down to the last backing file; empty for no
+medium. An image is {"format", "name", "files": one list of file maps (files.py) a file name}.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cprd.qemu.files import File
+
+    Drive = dict[str, Any]
+
+_LIMITS: tuple[str, ...] = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "iops_size")
+_LIMITS += tuple(f"{name}_max" for name in _LIMITS[:6])
+_REMOTE = ("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "lustre", "afs", "glusterfs")
+"""File systems whose times are another machine's."""
+_UNSTABLE = ("cifs", "smb3", "9p", "fuse")
+"""File systems that may give one file another inode number later."""
+
+
+def read(rows: list[dict[str, Any]], find: Callable[[str], list[File]]) -> list[Drive]:
+    """The drives of a query-block answer. `find`: the open files behind a file name."""
+    drives = [_drive(row) for row in rows]
+    images = [image for drive in drives for image in drive["chain"]]
+    pending = []
+    for image in images:
+        image["files"] = [find(name) for name in image["paths"]]
+        if any(len(found) != 1 for found in image["files"]):
+            pending.append(image)
+    for image in pending:  # (every name that explains a file has done so by now)
+        image["files"] = [find(name) for name in image["paths"]]
+    for image in images:
+        del image["paths"]
+    return drives
+
+
+def _drive(row: dict[str, Any]) -> Drive:
+    inserted = row.get("inserted") or {}
+    return {
+        "qdev": row.get("qdev", "").removesuffix("/virtio-backend"),
+        "drive": row.get("device", ""),
+        "node": inserted.get("node-name", ""),
+        "removable": bool(row.get("removable")),
+        "ro": bool(inserted.get("ro")),
+        "limits": {name: inserted[name] for name in _LIMITS if inserted.get(name, 0)},
+        "chain": [
+            {"format": image.get("format", ""), "name": name, "paths": list(paths(name))}
+            for image in _chain(inserted.get("image"))
+            for name in _names(image)
+        ],
+    }
+
+
+def _chain(image: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    while image:
+        yield image
+        image = image.get("backing-image")
+
+
+def _names(image: dict[str, Any]) -> Iterator[str]:
+    """The image's own name, and the name of a data file beside."""
+    yield str(image.get("filename", ""))
+    data = image.get("format-specific", {}).get("data")
+    if isinstance(data, dict) and isinstance(data.get("data-file"), str):
+        yield data["data-file"]
+
+
+def paths(name: str) -> Iterator[str]:
+    """The paths of files in one of QEMU's names for an image; none for another protocol."""
+    if name.startswith("json:"):
+        try:
+            yield from _leaves(json.loads(name[5:]))
+        except ValueError:
+            return
+    elif name.startswith(("blkdebug:", "blkverify:")):
+        yield name.split(":", 2)[-1]
+    elif "://" not in name and (":" not in name or name.startswith(("/", "file:", "."))):
+        yield name
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("filename"), str):
+            yield value["filename"]
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+
+
+# The comparison
+
+
+class Compare:
+    """How the drives of the next QEMU (`new`) differ from those of the QEMU before (`old`).
+
+    `at_once`: both QEMUs have their images open at this moment, so that the device numbers of file
+    systems mean the same; else the images were at rest since the old QEMU ended, and `same_boot`:
+    whether the kernel is still the same."""
+
+    def __init__(self, *, at_once: bool, same_boot: bool = True) -> None:
+        self.at_once = at_once
+        self.same_boot = same_boot
+
+    def differences(self, old: list[Drive], new: list[Drive]) -> list[str]:
+        """A message for each difference; both sides are named."""
+        found: list[str] = []
+        pairs, without, more = pair(old, new)
+        for before, after in pairs:
+            found += self._drive(before, after)
+        found += [
+            f"{label(drive)} ({shown(drive)}) is missing in COMMAND: add its -drive or -blockdev"
+            for drive in without
+            if drive["chain"]
+        ]
+        found += [
+            f"{label(drive)} ({shown(drive)}) is in COMMAND, and was not in the old QEMU: leave its"
+            " -drive or -blockdev out"
+            for drive in more
+            if drive["chain"]
+        ]
+        return found
+
+    def _drive(self, old: Drive, new: Drive) -> Iterator[str]:
+        change = f"change {option(new if new['drive'] else old)}"
+        if not self._same_chain(old["chain"], new["chain"]):
+            yield (
+                f"{label(old)} is {shown(old)} in the old QEMU, {shown(new)} in COMMAND: {change}"
+            )
+            return
+        if old["ro"] != new["ro"]:
+            sides = ["read-only" if side["ro"] else "writable" for side in (old, new)]
+            yield f"{label(old)} is {sides[0]} in the old QEMU, {sides[1]} in COMMAND: {change}"
+        if old["limits"] != new["limits"]:
+            sides = [limits(side) for side in (old, new)]
+            yield (
+                f"{label(old)} is throttled to {sides[0]} in the old QEMU, to {sides[1]} in"
+                f" COMMAND: {change}"
+            )
+        if not self.at_once:
+            for before, after in zip(old["chain"], new["chain"], strict=True):
+                yield from self._written(old, before, after)
+
+    def _same_chain(self, old: list[Any], new: list[Any]) -> bool:
+        return len(old) == len(new) and all(
+            before["format"] == after["format"] and self._same_image(before, after)
+            for before, after in zip(old, new, strict=True)
+        )
+
+    def _same_image(self, old: dict[str, Any], new: dict[str, Any]) -> bool:
+        if not any(old["files"]) or not any(new["files"]):
+            return bool(old["name"] == new["name"])
+        named = old["name"] == new["name"]
+        return len(old["files"]) == len(new["files"]) and all(
+            any(self.is_same_file(one, other, named=named) for one in ours for other in theirs)
+            for ours, theirs in zip(old["files"], new["files"], strict=True)
+        )
+
+    def is_same_file(self, old: File, new: File, *, named: bool) -> bool:
+        """`named`: both have the same name. A remount may give a file system another device number,
+        so that a file with the same inode number, size and time counts as the same."""
+        if "rdev" in old or "rdev" in new:
+            return old.get("rdev") == new.get("rdev") or (named and "rdev" in old and "rdev" in new)
+        if old["ino"] == new["ino"] and old["dev"] == new["dev"]:
+            return True
+        if self.at_once or _differ(old, new, "size"):
+            return False
+        if named and _is_of(old, _UNSTABLE):
+            return True
+        remounted = not self.same_boot or old.get("mnt") != new.get("mnt")
+        same = old["ino"] == new["ino"] and (_is_remote(old) or not _differ(old, new, "mtime"))
+        return bool(remounted and same)
+
+    def _written(self, drive: Drive, old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+        """An image that changed while nobody ran."""
+        for ours, theirs in zip(old["files"], new["files"], strict=True):
+            if len(ours) != 1 or len(theirs) != 1 or "rdev" in ours[0]:
+                continue
+            before, after = ours[0], theirs[0]
+            later = _differ(before, after, "mtime") and not _is_remote(after)
+            if later or _differ(before, after, "size"):
+                sides = [f"{file['size']} bytes, mtime {_time(file)}" for file in (before, after)]
+                yield (
+                    f"{label(drive)}: {old['name']} was written since the guest left its QEMU"
+                    f" ({sides[0]} then, {sides[1]} now): the guest does not know of that. Restore"
+                    " the image as it was, or drop the hold and boot"
+                )
+
+
+def pair(
+    old: list[Drive], new: list[Drive]
+) -> tuple[list[tuple[Drive, Drive]], list[Drive], list[Drive]]:
+    """(pairs, only in `old`, only in `new`): by the path of the device, then by the id of the
+    -drive, then by the node's name."""
+    pairs: list[tuple[Drive, Drive]] = []
+    left, right = list(old), list(new)
+    for key in ("qdev", "drive", "node"):
+        by_key = {drive[key]: drive for drive in right if drive[key]}
+        for drive in list(left):
+            other = by_key.pop(drive[key], None) if drive[key] else None
+            if other is not None:
+                pairs.append((drive, other))
+                left.remove(drive)
+                right.remove(other)
+    return pairs, left, right
+
+
+def label(drive: Drive) -> str:
+    """The drive, for people."""
+    name = drive["drive"]
+    if not name and drive["node"] and not drive["node"].startswith("#"):
+        name = drive["node"]
+    return f"disk {name or drive['qdev']!r}"
+
+
+def option(drive: Drive) -> str:
+    """The option of COMMAND that makes the drive."""
+    if drive["drive"]:
+        return f"-drive id={drive['drive']}"
+    return f"-blockdev node-name={drive['node']}" if drive["node"] else "its -drive"
+
+
+def shown(drive: Drive) -> str:
+    """The images, for people."""
+    if not drive["chain"]:
+        return "without a medium"
+    return " on ".join(f"{image['name']} ({image['format']})" for image in drive["chain"])
+
+
+def limits(drive: Drive) -> str:
+    """The throttling, for people."""
+    found = ", ".join(f"{name}={value}" for name, value in drive["limits"].items())
+    return found or "nothing"
+
+
+def without_times(drives: list[Drive]) -> list[Drive]:
+    """The drives of a guest that still ran: the guest may have written since."""
+    return [
+        {**drive, "chain": [_without_times(image) for image in drive["chain"]]} for drive in drives
+    ]
+
+
+def _without_times(image: dict[str, Any]) -> dict[str, Any]:
+    timed = ("size", "mtime")
+    files = [
+        [{key: value for key, value in file.items() if key not in timed} for file in found]
+        for found in image["files"]
+    ]
+    return {**image, "files": files}
+
+
+def _differ(old: File, new: File, key: str) -> bool:
+    """Whether both say something, and not the same."""
+    return key in old and key in new and bool(old[key] != new[key])
+
+
+def _is_of(file: File, kinds: tuple[str, ...]) -> bool:
+    kind = str(file.get("fs", ""))
+    return kind in kinds or ("fuse" in kinds and kind.startswith("fuse"))
+
+
+def _is_remote(file: File) -> bool:
+    return _is_of(file, (*_REMOTE, "fuse"))
+
+
+def _time(file: File) -> str:
+    return f"{file['mtime'] / 1e9:.3f}"

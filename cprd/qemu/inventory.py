@@ -1,0 +1,280 @@
+"""What a QEMU has: its drives with the files that lie behind, and the machine that its guest sees.
+Asks the monitor and /proc; changes nothing.
+
+The same questions go to the QEMU that is saved and to the QEMU that waits for its state, and the
+answers are compared (disks.py, machine.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cprd.qemu import devices, disks, machine
+from cprd.qemu.command import Command, keyed
+from cprd.qemu.errors import Refused
+from cprd.qemu.files import OpenFiles, boot_id
+from cprd.qemu.process import command_line
+
+if TYPE_CHECKING:
+    from cprd.qemu.disks import Drive
+    from cprd.qemu.machine import Machine
+    from cprd.qemu.monitor import Monitor, Request
+
+_CPU = ("type", "feature-words")
+_QTREE = ("human-monitor-command", {"command-line": "info qtree"})
+_PERIPHERAL = ("/machine/peripheral", "/machine/peripheral-anon")
+
+
+_FIRST_CPU = "/machine/unattached/device[0]"  # as a rule
+
+
+def _questions_about_cpu(path: str) -> list[tuple[str, dict[str, Any]]]:
+    return [("qom-get", {"path": path, "property": name}) for name in _CPU]
+
+
+QUESTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("query-block", {}),
+    _QTREE,
+    ("query-cpus-fast", {}),
+    ("query-uuid", {}),
+    ("query-vm-generation-id", {}),
+    ("query-memory-devices", {}),
+    ("query-memdev", {}),
+    ("qom-get", {"path": "/machine", "property": "type"}),
+    *(("qom-list", {"path": path}) for path in (*_PERIPHERAL, "/objects")),
+    *_questions_about_cpu(_FIRST_CPU),
+]
+"""All that an inventory asks of a monitor, but for another first CPU and what was plugged."""
+
+
+class Overrides(NamedTuple):
+    """The differences that an operator wants: other `images`, another `machine`."""
+
+    images: bool = False
+    machine: bool = False
+
+
+class Inventory(NamedTuple):
+    """What a QEMU has, at one moment. `boot`: the id of the kernel's boot."""
+
+    boot: str
+    drives: list[Drive]
+    machine: Machine
+
+
+def take(monitor: Monitor, pid: int, words: list[str] | None = None, *, plugged: bool) -> Inventory:
+    """Look at the QEMU `pid`. `words`: of its command line, if known; `plugged`: whether to look
+    for what was plugged since its start (a question a device). Raises MonitorLost."""
+    if words is None:
+        words = command_line(pid)
+    return read(monitor, pid, words, monitor.send_all(QUESTIONS), plugged=plugged)
+
+
+def read(
+    monitor: Monitor, pid: int, words: list[str], requests: list[Request], *, plugged: bool = False
+) -> Inventory:
+    """`take`, for QUESTIONS that were sent already. Raises MonitorLost."""
+    answers = monitor.answers(requests)
+    blocks, qtree, cpus, uuid, generation, memory, memdevs, kind, named, unnamed, objects, *cpu = (
+        answers
+    )
+    tree = devices.parse(qtree or "")
+    first = (cpus or [{}])[0].get("qom-path", "")
+    if first != _FIRST_CPU:
+        cpu = monitor.ask(*_questions_about_cpu(first))
+    seen = {
+        "version": list(monitor.version),
+        "devices": devices.visible(tree, _children(unnamed).values()),
+        "set": _set(words),
+        "type": str(kind or "").removesuffix("-machine"),
+        "objects": _children(named),
+        "named": {name: kind for name, kind in _children(named).items() if name in _ids(words)},
+        "backends": {row["id"]: row["size"] for row in memdevs or () if "id" in row},
+        "cpus": sorted(_place(row) for row in cpus or ()),
+        "cpu": _cpu(cpu),
+        "cpu_set": _set_by_words(words),
+        "words": _words(words),
+        "uuid": (uuid or {}).get("UUID", ""),
+        "generation": (generation or {}).get("guid", ""),
+        "memory": sorted(_plugged_memory(row) for row in memory or ()),
+        "plugged": [],
+    }
+    if plugged:
+        seen["plugged"] = _Plugged(monitor, tree, words).find(named, unnamed, objects)
+    return Inventory(boot_id(), disks.read(blocks or [], OpenFiles(pid).find), seen)
+
+
+def drives(monitor: Monitor, pid: int) -> list[Drive]:
+    """Only the drives. Raises MonitorLost, MonitorRefused."""
+    return disks.read(monitor.execute("query-block"), OpenFiles(pid).find)
+
+
+def refuse_another(old: Inventory, new: Inventory, overrides: Overrides, *, at_once: bool) -> None:
+    """Raises Refused with every difference between the QEMU before and the next that no override
+    allows. `at_once`: both look at their images at this moment."""
+    found = []
+    if not overrides.images:
+        compare = disks.Compare(at_once=at_once, same_boot=old.boot == new.boot)
+        found += compare.differences(old.drives, new.drives)
+    images = len(found)
+    if not overrides.machine and old.machine:
+        found += machine.differences(old.machine, new.machine)
+    if found:
+        options = ["--other-images"] * (images > 0) + ["--force-machine"] * (len(found) > images)
+        raise Refused(
+            f"COMMAND makes another machine than the guest's: {'; '.join(found)}"
+            f" ({' and '.join(options)} would start the guest there all the same)"
+        )
+
+
+def _cpu(answers: list[Any]) -> dict[str, Any]:
+    """The model and the features of a CPU. (QEMU for another architecture does not tell
+    features.)"""
+    found: dict[str, Any] = {}
+    for name, value in zip(_CPU, answers, strict=True):
+        if value is None:
+            continue
+        if name != "feature-words":
+            found[name] = value
+            continue
+        for row in value:
+            leaf = f"CPUID {row['cpuid-input-eax']:#x}"
+            if "cpuid-input-ecx" in row:
+                leaf += f".{row['cpuid-input-ecx']}"
+            found[f"{leaf} {row['cpuid-register']}"] = f"{row['features'] & 0xFFFFFFFF:#x}"
+    return found
+
+
+_NO_FEATURES: tuple[str, ...] = (
+    "family",
+    "model",
+    "stepping",
+    "vendor",
+    "model-id",
+    "phys-bits",
+    "level",
+)
+_NO_FEATURES += ("xlevel", "xlevel2", "host-phys-bits", "tsc-frequency", "kvm", "ucode-rev")
+
+
+def _set_by_words(words: list[str]) -> dict[str, Any]:
+    """What -cpu sets beside features. (To ask QEMU for each takes a millisecond or two in all, and
+    the guest waits.)"""
+    options = keyed(_words(words).get("cpu", ""))
+    named = {key.replace("_", "-"): value for key, value in options.items() if key}
+    return {
+        key: value
+        for key, value in named.items()
+        if key in _NO_FEATURES or key.startswith(("hv-", "min-"))
+    }
+
+
+def _place(row: dict[str, Any]) -> list[list[Any]]:
+    return sorted([key, value] for key, value in row.get("props", {}).items() if key != "type")
+
+
+def _plugged_memory(row: dict[str, Any]) -> str:
+    data = row["data"]
+    keys = ("id", "addr", "size", "max-size", "slot", "node", "memaddr")
+    return ",".join([row["type"], *(f"{key}={data[key]}" for key in keys if key in data)])
+
+
+def _children(rows: list[dict[str, str]] | None) -> dict[str, str]:
+    """Name -> type, of the children of an object."""
+    return {
+        row["name"]: row["type"][6:-1] for row in rows or () if row["type"].startswith("child<")
+    }
+
+
+_HOST_OPTIONS = ("", "type", "accel", "memory-backend", "aux-ram-share", "memory-encryption")
+
+
+def _set(words: list[str]) -> dict[str, str]:
+    """What -machine and -global set, by name."""
+    found = {}
+    command = Command(words, running=True) if words else None
+    for value in command.values("machine", "M", "global") if command is not None else ():
+        options = keyed(value)
+        if "driver" in options:
+            found[f"-global {options['driver']}.{options.get('property')}"] = options["value"]
+            continue
+        for key, said in options.items():
+            if key in _HOST_OPTIONS or key.startswith("migration."):
+                continue
+            found[f"-global {key}" if "." in key else f"-machine {key}"] = said
+    return found
+
+
+def _ids(words: list[str]) -> set[str]:
+    return Command(words, running=True).ids() if words else set()
+
+
+def _words(words: list[str]) -> dict[str, str]:
+    options: dict[str, list[str]] = {"cpu": [], "smp": []}
+    for name, value in Command(words, running=True).options if words else ():
+        if name in options and value is not None:
+            options[name].append(value)
+    return {name: values[-1] for name, values in options.items() if values}
+
+
+class _Plugged:
+    """Finds what was plugged into a QEMU since its start."""
+
+    def __init__(self, monitor: Monitor, tree: devices.Devices, words: list[str]) -> None:
+        self.monitor = monitor
+        self.tree = tree
+        self.command = Command(words, running=True) if words else None
+
+    def find(self, named: Any, unnamed: Any, objects: Any) -> list[list[str]]:
+        """(id, option) of each plugged device and object; the id is "" for a device without."""
+        found = [*self._objects(objects)]
+        rows = [(_PERIPHERAL[0], name, kind) for name, kind in _children(named).items()]
+        rows += [(_PERIPHERAL[1], name, kind) for name, kind in _children(unnamed).items()]
+        flags = self.monitor.ask(
+            *(
+                ("qom-get", {"path": f"{path}/{name}", "property": "hotplugged"})
+                for path, name, _ in rows
+            )
+        )
+        late = [row for row, flag in zip(rows, flags, strict=True) if flag]
+        for path, name, kind in late:
+            device = self._described(path, name)
+            key = name if path == _PERIPHERAL[0] else ""
+            found.append([key, devices.words(kind, key, device)])
+        return found
+
+    def _objects(self, rows: Any) -> list[list[str]]:
+        """Objects that the command line does not name."""
+        if self.command is None or any(True for _ in self.command.values("readconfig")):
+            return []
+        known = self.command.ids() | set(self._implicit())
+        return [
+            [name, f"-object {kind},id={name}{self._size(name, kind)}"]
+            for name, kind in _children(rows).items()
+            if name not in known
+        ]
+
+    def _implicit(self) -> list[str]:
+        """The names of the backends that QEMU makes by itself."""
+        machines = self.monitor.ask(("query-machines", {}))[0] or ()
+        return [row["default-ram-id"] for row in machines if "default-ram-id" in row]
+
+    def _size(self, name: str, kind: str) -> str:
+        if not kind.startswith("memory-backend-"):
+            return ""
+        size = self.monitor.ask(("qom-get", {"path": f"/objects/{name}", "property": "size"}))[0]
+        return f",size={size},share=on"
+
+    def _described(self, path: str, name: str) -> dict[str, Any]:
+        """The properties for the words of a device."""
+        if name in self.tree:
+            inner = (self.tree[key] for key in self.tree if key.startswith(f"{name}/virtio-bus/"))
+            return {**next(inner, {}), **self.tree[name]}
+        where = f"{path}/{name}"
+        for row in self.monitor.ask(("query-hotpluggable-cpus", {}))[0] or ():
+            if row.get("qom-path") == where:
+                return {f"{key}": value for key, value in row["props"].items()}
+        for row in self.monitor.ask(("query-memory-devices", {}))[0] or ():
+            if row["data"].get("id") == name:
+                return {"memdev": row["data"]["memdev"].rpartition("/")[2]}
+        return {}
