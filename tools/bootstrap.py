@@ -80,6 +80,8 @@ def environment(extras: list[str]) -> str:
         if not holds_all(where, contents):
             fill(where, wanted)
             settle(where, scripts)
+            # As pip does for what it installs: a guest waits while cprctl is compiled.
+            run(python, "-m", "compileall", "-q", os.path.join(CLONE, "cprd"))
             with open(os.path.join(where, STAMP), "w", encoding="utf-8") as file:
                 file.write("\n".join(contents) + "\n")
     finally:
