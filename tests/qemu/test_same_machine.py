@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -317,3 +318,36 @@ def test_a_global_setting_of_command_does_not_stop_a_start(
     assert check(vm)[0] == 0
     assert vm.save().returncode == 0
     starts(vm, vm.command)
+
+
+# Foreseen, or refused
+
+
+def test_a_qemu_with_another_root_is_refused_before_anything(
+    make_machine: MakeMachine, tmp_path: Path
+) -> None:
+    vm = make_machine("-run-with", f"chroot={tmp_path}")
+    boot(vm)
+    vm.goes_on(3)
+    status, lines = check(vm)
+    assert status == 1
+    assert "another root" in " ".join(lines)
+    assert vm.save().returncode == 1
+    vm.goes_on(3)
+
+
+def test_nobody_boots_beside_a_qemu_that_has_any_socket_of_command(
+    make_machine: MakeMachine,
+) -> None:
+    """An image without locks, and another monitor: only the chardev tells."""
+    vm = make_machine()
+    path = vm.place / "c.sock"
+    chardev = ["-chardev", f"socket,id=c,path={path},server=on,wait=off"]
+    vm.command = [*replaced("format=raw", "format=raw,file.locking=off")(vm.command), *chardev]
+    boot(vm)
+    vm.goes_on(3)
+    other = replaced(vm.qmp, f"{vm.qmp}2")(vm.command)
+    assert vm.start(command=other).wait(20) == 1
+    assert str(path) in vm.said()
+    assert len(vm.alive()) == 1
+    vm.goes_on(3)
