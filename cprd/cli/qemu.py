@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING
 
 from cprd.linux.stdio import note, say
@@ -129,6 +128,8 @@ def _as_owner(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
         try:
             return run(args)
         except OtherOwner as error:
+            import shlex
+
             words = shlex.join(_for_owner(args, error.uid))
             return fail(f"{error}: say whose it is: {words}", 1)
         except CprdError as error:

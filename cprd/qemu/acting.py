@@ -22,10 +22,12 @@ _LATE = (
     "cprd.linux.describe",
     "cprd.linux.nofile",
     "cprd.qemu.agent",
+    "cprd.qemu.doubt",
     "cprd.qemu.inventory",
     "cprd.qemu.restore",
     "cprd.qemu.save",
     "cprd.qemu.stop",
+    "cprd.qemu.target",
     "cprd.qemu.upgrade",
     "cprd.systemd.notify",
 )

@@ -41,7 +41,7 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
     ("query-memory-devices", {}),
     ("query-memdev", {}),
     ("qom-get", {"path": "/machine", "property": "type"}),
-    *(("qom-list", {"path": path}) for path in (*_PERIPHERAL, "/objects")),
+    *(("qom-list", {"path": path}) for path in _PERIPHERAL),
     *_questions_about_cpu(_FIRST_CPU),
 ]
 """All that an inventory asks of a monitor, but for another first CPU and what was plugged."""
@@ -75,9 +75,7 @@ def read(
 ) -> Inventory:
     """`take`, for QUESTIONS that were sent already. Raises MonitorLost."""
     answers = monitor.answers(requests)
-    blocks, qtree, cpus, uuid, generation, memory, memdevs, kind, named, unnamed, objects, *cpu = (
-        answers
-    )
+    blocks, qtree, cpus, uuid, generation, memory, memdevs, kind, named, unnamed, *cpu = answers
     tree = devices.parse(qtree or "")
     first = (cpus or [{}])[0].get("qom-path", "")
     if first != _FIRST_CPU:
@@ -100,7 +98,7 @@ def read(
         "plugged": [],
     }
     if plugged:
-        seen["plugged"] = _Plugged(monitor, tree, words).find(named, unnamed, objects)
+        seen["plugged"] = _Plugged(monitor, tree, words).find(named, unnamed)
     return Inventory(boot_id(), disks.read(blocks or [], OpenFiles(pid).find), seen)
 
 
@@ -225,9 +223,9 @@ class _Plugged:
         self.tree = tree
         self.command = Command(words, running=True) if words else None
 
-    def find(self, named: Any, unnamed: Any, objects: Any) -> list[list[str]]:
+    def find(self, named: Any, unnamed: Any) -> list[list[str]]:
         """(id, option) of each plugged device and object; the id is "" for a device without."""
-        found = [*self._objects(objects)]
+        found = [*self._objects(self.monitor.ask(("qom-list", {"path": "/objects"}))[0])]
         rows = [(_PERIPHERAL[0], name, kind) for name, kind in _children(named).items()]
         rows += [(_PERIPHERAL[1], name, kind) for name, kind in _children(unnamed).items()]
         flags = self.monitor.ask(

@@ -14,7 +14,6 @@ from cprd.linux.stdio import note
 from cprd.protocol.messages import LEASE
 from cprd.qemu import signals, spawn
 from cprd.qemu.command import missing
-from cprd.qemu.doubt import may_force, settle
 from cprd.qemu.errors import (
     Failed,
     GuestEnded,
@@ -31,11 +30,11 @@ from cprd.qemu.signals import Deadline
 from cprd.qemu.sockets import refuse_taken
 from cprd.qemu.spawn import Guard
 from cprd.qemu.stream import capabilities
-from cprd.qemu.target import GONE, KILLED, Target
 
 if TYPE_CHECKING:
     from cprd.qemu.command import Command
     from cprd.qemu.monitor import Request
+    from cprd.qemu.target import Target
 
 CONFIRM = 60.0  # s that cprd may be away once the guest runs
 
@@ -115,7 +114,7 @@ def _claim(daemon: cprd.Daemon, name: str, *, force: bool) -> tuple[cprd.Claim, 
 
     Raises NotHeld (a cold boot is right), Busy."""
     try:
-        if not (force and may_force(daemon, name)):
+        if not (force and _may_force(daemon, name)):
             return _claim_settled(daemon, name), False
     except Incomplete as gone:
         note(f"cprctl: {gone}")
@@ -128,6 +127,12 @@ def _claim(daemon: cprd.Daemon, name: str, *, force: bool) -> tuple[cprd.Claim, 
         claim.close()
         raise
     return claim, True
+
+
+def _may_force(daemon: cprd.Daemon, name: str) -> bool:
+    from cprd.qemu.doubt import may_force  # (most starts have no doubt, and the guest waits)
+
+    return may_force(daemon, name)
 
 
 def _claim_settled(daemon: cprd.Daemon, name: str) -> cprd.Claim:
@@ -150,6 +155,8 @@ def _claim_settled(daemon: cprd.Daemon, name: str) -> cprd.Claim:
 
 
 def _claim_after_settling(daemon: cprd.Daemon, name: str) -> cprd.Claim:
+    from cprd.qemu.doubt import settle
+
     settled = settle(daemon, name)
     if settled.runs is not None:
         raise Busy(
@@ -206,16 +213,18 @@ class _Restore:
         new QEMU has ended, and nothing was acted on."""
         pieces = self.held.pieces()
         directory = PrivateDirectory(beside(self.command))
+        path = directory.at("cpr")
         guard = Guard.fork(self.plumbing.take_stderr(), self.process.pidfd)
+        spawn.say(self.plumbing.talk, go=True, cpr=path, guard=guard.pid)
+        point("qemu-start:go")
+        # While the new QEMU makes its devices.
+        from cprd.qemu import inventory
+        from cprd.qemu.target import Target
+
+        self._inventory = inventory
         target = Target(self.process, self.plumbing.main, self.plumbing.monitor, self.timeout)
         renewing = _Renewing(self.claim)
         try:
-            path = directory.at("cpr")
-            spawn.say(self.plumbing.talk, go=True, cpr=path, guard=guard.pid)
-            point("qemu-start:go")
-            from cprd.qemu import inventory  # while the new QEMU makes its devices
-
-            self._inventory = inventory
             with signals.allowed():
                 self._replay(target, directory, pieces)
             signals.hold_off()
@@ -286,6 +295,8 @@ class _Restore:
 
     def _let_run(self, target: Target, guard: Guard) -> None:
         """begin, cont, confirm. Raises InDoubt when nobody can say whether the guest runs."""
+        from cprd.qemu.target import GONE
+
         status = self.held.origin.status
         self.claim.begin(self.process.pidfd)
         point("qemu-start:begun")
@@ -325,6 +336,8 @@ class _Restore:
     def _end(self, target: Target, renewing: _Renewing, guard: Guard, error: BaseException) -> None:
         """End the new QEMU, so that the state can be given back. Raises InDoubt when nobody knows
         whether that is right; the hold is in doubt then, as far as cprd can be told."""
+        from cprd.qemu.target import KILLED
+
         pid = self.process.pid
         if target.has_run():
             guard.disarm()
