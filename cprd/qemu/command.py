@@ -87,6 +87,16 @@ class Command:
             if name in _REFUSED and name not in added:
                 yield name, _REFUSED[name]
 
+    def own(self) -> list[str]:
+        """The words from the QEMU on, without those that cprctl has added to the words of a QEMU
+        that runs (`incoming`)."""
+        words = self.words[self.program :]
+        for at in range(len(words) - 2):
+            added = words[at : at + 3]
+            if added[:2] == ["-S", "-chardev"] and f",id={MONITOR}," in added[2]:
+                return words[:at]
+        return words
+
     @property
     def wrappers(self) -> list[str]:
         return self.words[: self.program]

@@ -47,6 +47,11 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
 """All that an inventory asks of a monitor, but for another first CPU and what was plugged."""
 
 
+DISKS = QUESTIONS[:1]
+"""All that an inventory asks when the same words, in the same build of QEMU, make the same machine
+(`made_by`)."""
+
+
 class Overrides(NamedTuple):
     """The differences that an operator wants: other `images`, another `machine`."""
 
@@ -84,6 +89,7 @@ def read(
         "version": list(monitor.version),
         "devices": devices.visible(tree, _children(unnamed).values()),
         "set": _set(words),
+        "package": monitor.package,
         "type": str(kind or "").removesuffix("-machine"),
         "objects": _children(named),
         "named": {name: kind for name, kind in _children(named).items() if name in _ids(words)},
@@ -102,6 +108,12 @@ def read(
     return Inventory(boot_id(), disks.read(blocks or [], OpenFiles(pid).find), seen)
 
 
+def read_drives(monitor: Monitor, pid: int, requests: list[Request]) -> Inventory:
+    """The drives alone, for DISKS that were sent already. Raises MonitorLost."""
+    (blocks,) = monitor.answers(requests)
+    return Inventory(boot_id(), disks.read(blocks or [], OpenFiles(pid).find), {})
+
+
 def drives(monitor: Monitor, pid: int) -> list[Drive]:
     """Only the drives. Raises MonitorLost, MonitorRefused."""
     return disks.read(monitor.execute("query-block"), OpenFiles(pid).find)
@@ -115,7 +127,7 @@ def refuse_another(old: Inventory, new: Inventory, overrides: Overrides, *, at_o
         compare = disks.Compare(at_once=at_once, same_boot=old.boot == new.boot)
         found += compare.differences(old.drives, new.drives)
     images = len(found)
-    if not overrides.machine and old.machine:
+    if not overrides.machine and old.machine and new.machine:
         found += machine.differences(old.machine, new.machine)
     if found:
         options = ["--other-images"] * (images > 0) + ["--force-machine"] * (len(found) > images)
@@ -123,6 +135,23 @@ def refuse_another(old: Inventory, new: Inventory, overrides: Overrides, *, at_o
             f"COMMAND makes another machine than the guest's: {'; '.join(found)}"
             f" ({' and '.join(options)} would start the guest there all the same)"
         )
+
+
+def made_by(seen: Machine, drift: list[str], words: list[str]) -> list[str]:
+    """The words that alone make a machine as it was seen, in the same build of QEMU and the same
+    boot of the host; none for a machine that has drifted from its words, and where more than words
+    counts."""
+    command = Command(words, running=True) if words else None
+    if command is None or drift or seen["plugged"] or any(command.values("readconfig")):
+        return []
+    return [] if any("guid=auto" in word for word in command.words) else command.own()
+
+
+def is_made(old: Inventory, words: list[str], monitor: Monitor) -> bool:
+    """Whether these words make the machine of `old` in a QEMU that has greeted."""
+    build = (list(monitor.version), monitor.package, boot_id())
+    noted = (old.machine.get("version"), old.machine.get("package"), old.boot)
+    return bool(words) and old.machine.get("command") == words and build == noted
 
 
 def _cpu(answers: list[Any]) -> dict[str, Any]:

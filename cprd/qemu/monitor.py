@@ -58,6 +58,7 @@ class Monitor:
         self.where = where
         self.process = process
         self.version = (0, 0, 0)
+        self.package = ""  # the build, of a distribution
         self._sock = sock
         self._sock.setblocking(False)
         self._partial = bytearray()  # of a line
@@ -111,6 +112,7 @@ class Monitor:
             while self._greeting is None:
                 self._await(deadline)
             qemu = self._greeting["version"]["qemu"]
+            self.package = str(self._greeting["version"].get("package", ""))
             self.version = (int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
             request = self._capabilities or self.send("qmp_capabilities")
             while request.number not in self._answers:

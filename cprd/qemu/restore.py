@@ -255,7 +255,10 @@ class _Restore:
         # A hold of an older cprctl may want what has to be set before the stream arrives.
         wanted = capabilities(self.held.main)
         rest = memoryview(self.held.main) if wanted else target.fill_main(self.held.main)
-        asked = target.ask_early(self._inventory.QUESTIONS)
+        words = self.command.words[self.command.program :]
+        same = bool(words) and self.held.machine.get("command") == words
+        inventory = self._inventory
+        asked = target.ask_early(inventory.DISKS if same else inventory.QUESTIONS)
         target.await_devices()
         if wanted:
             target.greet()
@@ -281,12 +284,18 @@ class _Restore:
             return
         inventory = self._inventory
         words = self.command.words[self.command.program :]
+        old = inventory.Inventory(origin.boot, origin.drives, self.held.machine)
+        monitor, pid = target.monitor, self.process.pid
         try:
-            new = inventory.read(target.monitor, self.process.pid, words, asked)
+            if len(asked) == len(inventory.QUESTIONS):
+                new = inventory.read(monitor, pid, words, asked)
+            elif inventory.is_made(old, words, monitor):
+                new = inventory.read_drives(monitor, pid, asked)
+            else:
+                new = inventory.take(monitor, pid, words, plugged=False)
         except MonitorLost:
             target.await_loaded()  # raises the reason
             raise
-        old = inventory.Inventory(origin.boot, origin.drives, self.held.machine)
         overrides = inventory.Overrides(*self.overrides)
         try:
             inventory.refuse_another(old, new, overrides, at_once=False)

@@ -30,6 +30,7 @@ from cprd.qemu.handover import Handover, repeated, untouched
 from cprd.qemu.hold import Origin, pack
 from cprd.qemu.monitor import Monitor, socket_path
 from cprd.qemu.private import PrivateDirectory
+from cprd.qemu.process import command_line
 from cprd.qemu.source import TIMEOUT, Source
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def _save(daemon: Daemon, name: str, path: str, replace: bool, timeout: float) -
         status = examine(monitor).refuse()
         seen = inventory.take(monitor, monitor.process.pid, plugged=True)
         drift = drift_of(monitor, seen)
+        words = command_line(monitor.process.pid)
+        seen.machine["command"] = inventory.made_by(seen.machine, drift, words)
         with untouched():
             signals.check()
         with PrivateDirectory(path) as directory:
