@@ -48,7 +48,7 @@ def boot(vm: Machine, edit: Edit = list) -> subprocess.Popen[bytes]:
         )
     vm.processes.append(process)
     vm.until(
-        lambda: process.poll() is None and vm._status() not in ("NoListener", "Refused"),
+        lambda: process.poll() is None and not vm._status().endswith(("Error", "Listener")),
         "a monitor",
     )
     return process

@@ -30,7 +30,6 @@ Q35 = {
     "plain": "",
     "smp": "-smp 2",
     "smp-topology": "-smp 4,sockets=2,cores=2,maxcpus=8",
-    "numa": "-smp 2 -numa node,cpus=0-1",
     "cpu-max": "-cpu max",
     "cpu-flags": "-cpu qemu64,+ssse3,-sse2",
     "cpu-model": "-cpu Nehalem-v1",
