@@ -12,9 +12,10 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from cprd.cli.failing import exit_status, fail
 from cprd.cli.quick import start_arguments
-from cprd.errors import Busy, CprdError, InvalidInput, NotHeld
-from cprd.linux.stdio import flush, note, stand_in
+from cprd.errors import CprdError
+from cprd.linux.stdio import flush, stand_in
 
 if TYPE_CHECKING:
     import argparse
@@ -83,21 +84,6 @@ def _arguments(verb: str, words: list[str], command: list[str] | None) -> Any:
         return parser_of(verb).parse_args(words)
     except Unknown as unknown:
         unknown.refuse(words, has_command=command is not None)
-
-
-def exit_status(error: CprdError) -> int:
-    """The exit status that tells scripts which kind of error it was."""
-    if isinstance(error, NotHeld):
-        return 3
-    if isinstance(error, Busy):
-        return 4
-    return 2 if isinstance(error, InvalidInput) else 1
-
-
-def fail(why: str, status: int) -> int:
-    """Say why on one line of stderr; returns `status`."""
-    note(f"cprctl: {' '.join(why.split())}")
-    return status
 
 
 def _verb(words: list[str]) -> str:

@@ -114,7 +114,7 @@ def _as_owner(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     """As root, act as the uid that the command line names, before anything is done by path."""
 
     def checked(args: argparse.Namespace) -> int:
-        from cprd.cli import fail
+        from cprd.cli.failing import fail
         from cprd.errors import CprdError
         from cprd.qemu.errors import OtherOwner
 
