@@ -34,8 +34,14 @@ PAGE = 32 * 1024  # of rows in one answer to list, about
 NONCE = 16
 MAX_REASON = 1024
 
+# What msgpack may make of a message. (An array or a map that promises much is made at once, empty.)
+MAX_ITEMS = 16  # of an array in a request; of a map twice as many
+MAX_TEXT = 4096  # bytes of a string, or of bytes, in a request
+MAX_ANSWER_ITEMS = 4096  # in answers: rows, uids
+
 # Times, s
 LEASE = 30.0  # unless the client asks for another
+MIN_LEASE = 0.1  # and the smallest ttl: what ends at once is work for nothing
 MAX_LEASE = 24 * 3600.0
 MAX_WAIT = 24 * 3600.0
 MAX_TTL = 10 * 365 * 24 * 3600.0
@@ -87,10 +93,11 @@ def _count(limit: int) -> Callable[[Any], int]:
     return check
 
 
-def _seconds(limit: float) -> Callable[[Any], float]:
+def _seconds(limit: float, least: float = 0.0) -> Callable[[Any], float]:
     def check(value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value <= limit:
-            raise ValueError(f"seconds from 0 to {limit:g}")
+        number = type(value) in (int, float) and math.isfinite(value)
+        if not number or not least <= value <= limit:
+            raise ValueError(f"seconds from {least:g} to {limit:g}")
         return float(value)
 
     return check
@@ -129,7 +136,7 @@ _BUNDLE: dict[str, Callable[[Any], Any]] = {
     "bytes": _U64,
     "parked": _count(253),  # descriptors in the root of the bundle
     "depth": _count(2),  # of the root; 0: nothing below it
-    "ttl": _or_none(_seconds(MAX_TTL)),
+    "ttl": _or_none(_seconds(MAX_TTL, MIN_LEASE)),
     # none; the peer itself; the process whose pidfd is the message's last descriptor
     "after_exit": _one_of("no", "peer", "pidfd"),
 }
@@ -152,11 +159,11 @@ REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "load": {
         "name": _NAME,
         "wait": _seconds(MAX_WAIT),
-        "lease": _seconds(MAX_LEASE),
+        "lease": _seconds(MAX_LEASE, MIN_LEASE),
         "generation": _or_none(_U64),
         **_NONCE,
     },
-    "renew": {**_CLAIM, "lease": _or_none(_seconds(MAX_LEASE))},
+    "renew": {**_CLAIM, "lease": _or_none(_seconds(MAX_LEASE, MIN_LEASE))},
     "begin": {**_CLAIM, **_NONCE, "process": _flag},
     "confirm": {**_CLAIM, **_NONCE},
     "confirm_next": {**_CLAIM, **_BUNDLE, **_NONCE},
@@ -209,14 +216,31 @@ def encode(message: Mapping[str, Any]) -> bytes:
     return data
 
 
-def decode(data: bytes, limit: int) -> Message:
-    """One message. Raises ProtocolError with the reason.
+def _no_extension(code: int, data: bytes) -> None:
+    raise ValueError(f"an extension type, {code}")
 
-    The size of `data` bounds the sizes inside, msgpack's stack of 1,024 the nesting."""
+
+def decode(
+    data: bytes, limit: int, *, items: int = MAX_ANSWER_ITEMS, text: int = MAX_ANSWER
+) -> Message:
+    """One message of at most `limit` bytes, with at most `items` in an array, twice as many in a
+    map, and `text` bytes in a string. Raises ProtocolError with the reason.
+
+    msgpack's stack bounds the nesting (1,024; without compiled code Python's own stack does)."""
     if len(data) > limit:
         raise ProtocolError(f"a message longer than {limit} bytes")
     try:
-        message = msgpack.unpackb(data, raw=False, strict_map_key=True)
+        message = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=items,
+            max_map_len=2 * items,
+            max_str_len=text,
+            max_bin_len=text,
+            max_ext_len=0,
+            ext_hook=_no_extension,
+        )
     except Exception as error:  # msgpack raises several unrelated classes, RecursionError too
         why = str(error) or type(error).__name__
         raise ProtocolError(f"not a msgpack message: {why}"[:300]) from None
@@ -230,9 +254,11 @@ def read_request(data: bytes) -> Message:
     the right type.
 
     Raises ProtocolError that names the verb or the field."""
-    message = {"id": None, **decode(data, MAX_REQUEST)}
+    message = {"id": None, **decode(data, MAX_REQUEST, items=MAX_ITEMS, text=MAX_TEXT)}
     verb = message.get("verb")
-    fields = REQUESTS.get(verb) if isinstance(verb, str) else None
+    if not isinstance(verb, str):  # whose text may be deep
+        raise BadRequest("the field 'verb' wants the name of a verb")
+    fields = REQUESTS.get(verb)
     if fields is None:
         raise BadRequest(f"unknown verb {verb!r:.100}; this cprd speaks version {VERSION}")
     read: Message = {"verb": verb}

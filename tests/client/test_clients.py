@@ -541,13 +541,13 @@ async def test_a_closed_connection_says_so(connect: Connect) -> None:
 async def test_a_lease_that_is_over_fences(connect: Connect) -> None:
     async with connect() as client:
         await client.save("web", State())
-        claim = await client.load("web", lease=0.05)
+        claim = await client.load("web", lease=0.1)
         assert await client.wait("web", 10.0) == claim.generation
         for verb in (claim.confirm, claim.renew, claim.begin):
             with pytest.raises(Fenced, match="lease"):
                 await verb()
         await claim.close()
-        assert "lease of 0.05 s is over" in (await client.list())[0]["last_reject"]
+        assert "lease of 0.1 s is over" in (await client.list())[0]["last_reject"]
 
 
 async def test_waiting_ends_with_the_answer_that_load_would_give(connect: Connect) -> None:

@@ -226,7 +226,7 @@ def test_the_log_says_who_asked(start_daemon: Start) -> None:
         assert mine in daemon.await_log("held uid=12345 name=web", since=seen)
         connection.drop("12345/web")
         assert mine in daemon.await_log("ended how=drop uid=12345 name=web", since=seen)
-        connection.save("short", cprd.State(), ttl=0.01)
+        connection.save("short", cprd.State(), ttl=0.1)
         assert "by_" not in daemon.await_log('ended how="ttl over" uid=0 name=short')
         with pytest.raises(cprd.NotHeld):
             connection.drop("nothing")

@@ -136,7 +136,7 @@ NOISE = {
 UNREADABLE = [
     *("nothing msgpack", "a number", "an array", "truncated", "with a tail", "oversized"),
     *("promises 4 GiB", "deeply nested", "deeply nested maps", "keys that are numbers"),
-    "broken UTF-8",
+    *("broken UTF-8", "a timestamp"),
 ]
 
 

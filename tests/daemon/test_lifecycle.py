@@ -183,7 +183,7 @@ def test_a_part_deep_in_the_tree_that_was_received_is_found_by_who_reads(
 
 def test_a_death_after_begin_leaves_doubt(daemon: DaemonProcess) -> None:
     with daemon.connect() as connection, goods("x") as cargo:
-        connection.save("web", cargo.state(), ttl=0.05)
+        connection.save("web", cargo.state(), ttl=0.1)
         with Child(claims, daemon.path) as claimant:
             claimant.hear()
             claimant.say("begin")
