@@ -16,6 +16,7 @@ from typing import NamedTuple
 import trio
 
 from cprd.daemon.releasing import Releasing
+from cprd.daemon.turns import Turns
 from cprd.errors import LimitExceeded, ProtocolError
 from cprd.linux.rights import receive, scm_fds, send
 from cprd.protocol import messages
@@ -42,12 +43,15 @@ class Request(NamedTuple):
 class Connection:
     """Owns the socket and the peer's pidfd."""
 
-    def __init__(self, sock: socket.socket, peer: Peer, pidfd: int, closer: Releasing) -> None:
+    def __init__(
+        self, sock: socket.socket, peer: Peer, pidfd: int, closer: Releasing, turns: Turns
+    ) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.peer = peer
         self.pidfd = pidfd
         self.closer = closer
+        self.turns = turns
         self.claims: set[tuple[int, bytes]] = set()  # (generation, token)
         self.prepared: set[int] = set()
         self.nonce = b""  # of the last request
@@ -59,6 +63,7 @@ class Connection:
         while True:
             await trio.lowlevel.wait_readable(self.sock)
             await self._room()
+            await self.turns.take(self.peer.uid)
             try:
                 data, fds, flags = receive(self.sock, messages.MAX_REQUEST + 1)
             except BlockingIOError:

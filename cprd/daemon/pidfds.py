@@ -8,6 +8,7 @@ from functools import partial
 
 import trio
 
+from cprd.daemon.turns import PIECE
 from cprd.linux import processes
 
 
@@ -59,7 +60,7 @@ class Pidfds:
         """Report each end at once. Until cancelled."""
         while True:
             await trio.lowlevel.wait_readable(self._watch.epoll.fileno())
-            self._watch.collect()
+            self._watch.collect(PIECE)
 
 
 def close_roles(pidfds: Mapping[str, int]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections import Counter
 from functools import partial
 
 import trio
@@ -23,6 +22,7 @@ from cprd.daemon.releasing import Releasing
 from cprd.daemon.steps import Roles, Steps
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.tending import tend
+from cprd.daemon.turns import Pace, Turns
 from cprd.daemon.waiters import no_descriptor
 from cprd.errors import Busy, CprdError, Denied, LimitExceeded, NotHeld, ProtocolError
 from cprd.linux import nofile, processes
@@ -31,7 +31,6 @@ from cprd.protocol.lifecycle import Hold
 from cprd.protocol.registry import Registry, Step
 
 RESERVED_FOR_ROOT = 8  # connections
-TURNS_FROM = 8  # connections of one uid from which on its requests take turns
 
 HANDLERS = {**handlers.HANDLERS, **operators.HANDLERS}
 assert HANDLERS.keys() == messages.REQUESTS.keys() - {"hello"}
@@ -54,8 +53,7 @@ class Server:
         self.refused_accepts = 0
         self.reloading: trio.Event | None = None  # set once the outcome of SIGHUP is known
         self.stopping = False  # claims outlive this process: no connection's end ends them
-        self._by_uid: Counter[int] = Counter()  # connections
-        self._turns: dict[int, trio.Lock] = {}
+        self.turns = Turns()
         self._overflow_uid = processes.overflow_uid()
         self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         soft = raise_nofile()
@@ -96,6 +94,7 @@ class Server:
             nursery.start_soon(tend, "processes", self.steps.pidfds.watch)
             nursery.start_soon(tend, "deadlines", self.steps.watch_deadlines)
             nursery.start_soon(tend, "orphans", self.steps.end_orphans)
+            nursery.start_soon(tend, "waiters", self.steps.waiters.serve_further)
             for listener in listeners:
                 listener.setblocking(False)
                 nursery.start_soon(tend, "accept", partial(self._accept, listener, nursery))
@@ -106,8 +105,11 @@ class Server:
         while True:
             await trio.lowlevel.wait_readable(listener)
             self._open_reserve()
+            pace = Pace()
             try:
-                sock, _ = listener.accept()
+                while not pace.over:
+                    sock, _ = listener.accept()
+                    self._admit(sock, nursery)
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -116,17 +118,26 @@ class Server:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     self._accept_and_close(listener)
                 await trio.sleep(0.05)  # never exits, never spins
-                continue
-            try:
-                uid, pid = processes.credentials(sock)
-                connection = Connection(
-                    sock, Peer(uid, pid), processes.pidfd_of(sock, pid), self.closer
-                )
-            except OSError as error:
-                log.event("accept-failed", level=log.ERROR, why=error.strerror)
-                sock.close()
-                continue
-            nursery.start_soon(self._serve_one, connection)
+
+    def _admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
+        """Serve a connection in a task; turn it away at once where it is too much."""
+        try:
+            peer = Peer(*processes.credentials(sock))
+            refused = self._why_refused(peer)
+            pidfd = -1 if refused else processes.pidfd_of(sock, peer.pid)
+            connection = Connection(sock, peer, pidfd, self.closer, self.turns)
+        except OSError as error:
+            log.event("accept-failed", level=log.ERROR, why=error.strerror)
+            sock.close()
+            return
+        if refused is not None:
+            log.event("refused", level=log.WARNING, uid=peer.uid, pid=peer.pid, why=refused)
+            connection.answer_now(messages.refusal(refused))
+            connection.close()
+            return
+        self.connections.add(connection)
+        self.turns.add(peer.uid)
+        nursery.start_soon(self._serve_one, connection)
 
     def _accept_and_close(self, listener: socket.socket) -> None:
         """Accept with the reserved descriptor and close: the client sees an end, not silence."""
@@ -155,7 +166,7 @@ class Server:
                 f"uid {peer.uid} is what every unmapped uid of another user namespace looks like:"
                 " connect from a process whose uid is mapped here"
             )
-        mine = self._by_uid[peer.uid]
+        mine = self.turns.connections[peer.uid]
         if mine >= self.config.connections:
             return LimitExceeded(
                 f"uid {peer.uid} has {mine} connections; the quota is {self.config.connections}:"
@@ -186,14 +197,7 @@ class Server:
 
     async def _serve_one(self, connection: Connection) -> None:
         peer = connection.peer
-        refused = self._why_refused(peer)
-        self.connections.add(connection)
-        self._by_uid[peer.uid] += 1
         try:
-            if refused is not None:
-                log.event("refused", level=log.WARNING, uid=peer.uid, pid=peer.pid, why=refused)
-                await connection.answer(messages.refusal(refused))
-                return
             with trio.move_on_after(messages.FIRST_BYTE) as greeting:
                 if not await self._greet(connection):
                     return
@@ -209,13 +213,11 @@ class Server:
         except Exception as error:
             log.event("failed", level=log.ERROR, uid=peer.uid, pid=peer.pid, why=repr(error))
         finally:
-            self.connections.discard(connection)
-            self._by_uid[peer.uid] -= 1
-            if not self._by_uid[peer.uid]:
-                del self._by_uid[peer.uid]
-                self._turns.pop(peer.uid, None)
             if not self.stopping:
-                self.steps.end_claims(connection)
+                with trio.CancelScope(shield=True):
+                    await self.steps.end_claims(connection)
+            self.connections.discard(connection)
+            self.turns.remove(peer.uid)
             connection.close()
 
     async def _greet(self, connection: Connection) -> bool:
@@ -262,7 +264,6 @@ class Server:
             if request is None:
                 return False
         except ProtocolError as error:
-            await self._turn(connection)
             await self._refuse(connection, "?", error)
             return isinstance(error, messages.BadRequest)  # after noise comes noise
         except LimitExceeded as error:
@@ -272,7 +273,6 @@ class Server:
             self.registry.replies.arrived(connection.peer.uid, connection.nonce)
         connection.nonce = request.message.get("nonce", b"")
         try:
-            await self._turn(connection)
             await self._handle(connection, request)
         finally:
             connection.release(request.fds)
@@ -293,13 +293,6 @@ class Server:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
             await self._refuse(connection, verb, no_descriptor(error))
-
-    async def _turn(self, connection: Connection) -> None:
-        """Serve one request of a uid with many connections in each round of the event loop."""
-        uid = connection.peer.uid
-        if self._by_uid[uid] > TURNS_FROM:
-            async with self._turns.setdefault(uid, trio.Lock()):
-                await trio.lowlevel.checkpoint()
 
     async def _refuse(self, connection: Connection, verb: str, error: CprdError) -> None:
         peer = connection.peer

@@ -17,6 +17,7 @@ from cprd.daemon.clock import now
 from cprd.daemon.connection import Connection
 from cprd.daemon.pidfds import Pidfds, close_roles
 from cprd.daemon.storage.shelves import Keeper
+from cprd.daemon.turns import Pace
 from cprd.daemon.waiters import Waiters
 from cprd.errors import CprdError, Damaged
 from cprd.linux.pause import point
@@ -239,21 +240,26 @@ class Steps:
                 connection.claims.discard((hold.generation, hold.token))
                 connection.prepared.discard(hold.generation)
 
-    def end_claims(self, connection: Connection) -> None:
-        """A connection ended: claims and prepared saves of the connection end."""
-        for generation, token in list(connection.claims):
+    async def end_claims(self, connection: Connection) -> None:
+        """A connection ended: claims and prepared saves of the connection end, in pieces. A claim
+        that another connection takes over meanwhile (`own_claim`) goes on."""
+        pace = Pace()
+        while connection.claims:
+            generation, token = connection.claims.pop()
             how = "its connection ended"
             self.observe(self.registry.claimant_gone(now(), generation, token, how))
-        for generation in list(connection.prepared):
-            self.observe(self.registry.saver_gone(generation))
-        connection.claims.clear()
-        connection.prepared.clear()
+            await pace.pause()
+        while connection.prepared:
+            self.observe(self.registry.saver_gone(connection.prepared.pop()))
+            await pace.pause()
 
     async def watch_deadlines(self) -> None:
         """End leases and ttls in time. Until cancelled."""
         while True:
+            pace = Pace()
             while (step := self.registry.expire(now())) is not None:
                 self.observe(step)
+                await pace.pause()
             self.registry.replies.forget_old(now())
             at = self.registry.next_deadline()
             start = now()

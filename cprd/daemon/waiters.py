@@ -1,4 +1,8 @@
-"""Loads and waits, waiting for a name: first come, first served."""
+"""Loads and waits, waiting for a name: first come, first served.
+
+The first waiter is served with the step that makes the hold free, each further waiter in a later
+round of the event loop: one of each uid a round.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Generic, TypeVar
 import trio
 
 from cprd.daemon.connection import Connection
+from cprd.daemon.turns import Pace
 from cprd.errors import Busy, CprdError, Damaged, LimitExceeded, NotHeld, ProtocolError
 from cprd.protocol.names import Key
 
@@ -53,6 +58,8 @@ class Waiter(Generic[T]):
 class Waiters:
     def __init__(self) -> None:
         self._queues: dict[Key, deque[Waiter[object]]] = {}
+        self._further: dict[Key, None] = {}  # names whose next waiter may be served, in order
+        self._wanted = trio.Event()
 
     async def wait(
         self, connection: Connection, key: Key, waiter: Waiter[T], seconds: float
@@ -84,14 +91,33 @@ class Waiters:
         return waiter.result
 
     def serve(self, key: Key) -> None:
-        """Serve the waiters of a name in the order of arrival."""
+        """Serve the first waiter of a name now, and the others soon, in the order of arrival."""
         queue = self._queues.get(key)
-        while queue:
-            waiter = queue.popleft()  # taking can serve this queue again, without this waiter
-            waiter.try_once()
-            if not waiter.done:
-                queue.appendleft(waiter)
-                return
+        if not queue:
+            return
+        waiter = queue.popleft()  # taking can serve this queue again, without this waiter
+        waiter.try_once()
+        if not waiter.done:
+            queue.appendleft(waiter)
+        elif queue:
+            self._further[key] = None
+            self._wanted.set()
+
+    async def serve_further(self) -> None:
+        """Serve the waiters behind the first. Until cancelled."""
+        while True:
+            await self._wanted.wait()
+            self._wanted = trio.Event()
+            pace = Pace()
+            while self._further:
+                first_of: dict[int, Key] = {}  # by owner of the name
+                for key in self._further:
+                    first_of.setdefault(key[0], key)
+                for key in first_of.values():
+                    self._further.pop(key, None)
+                    self.serve(key)
+                    await pace.pause()
+                await trio.lowlevel.checkpoint()
 
 
 def no_descriptor(error: OSError) -> LimitExceeded:

@@ -8,10 +8,12 @@ when it has been opened.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable
 
 SO_PEERPIDFD = 77
@@ -101,9 +103,13 @@ class Watch:
         if self._calls.pop(pidfd, None) is not None:
             self.epoll.unregister(pidfd)
 
-    def collect(self) -> None:
-        """Report those that have ended by now, each once."""
+    def collect(self, seconds: float = math.inf) -> None:
+        """Report those that have ended by now, each once. After `seconds` the rest is left for the
+        next time; the epoll descriptor stays readable."""
+        until = time.monotonic() + seconds
         for fd, _ in self.epoll.poll(0):
+            if time.monotonic() > until:
+                return
             ended = self._calls.get(fd)
             # What one end led to may have closed another's pidfd, and its number be used anew.
             if ended is not None and has_ended(fd):

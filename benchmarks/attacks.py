@@ -1,0 +1,486 @@
+"""What one unprivileged uid can do to everybody else: attacks on a real cprd, as a table.
+
+    .venv/bin/python benchmarks/attacks.py [--seconds S] [ATTACK ...]       (as root)
+
+cprd runs as a user of its own, without capabilities. Two victims, root and uid 2002, save, load and
+confirm ten descriptors again and again, first undisturbed, then while uid 2001 attacks. The table
+shows the victims' p50 and p99, in ms, and the growth of cprd's memory.
+
+Exit status: 0 when in each attack the victims' p99 is at most 50 ms or three times that of the same
+run without the attack, whichever is larger, and cprd's memory grew by at most 30 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import encodings.idna  # noqa: F401  # the attackers may not be able to read it
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import cprd  # noqa: E402
+from cprd.protocol import messages  # noqa: E402
+
+OWN, ATTACKER, VICTIMS = 2000, 2001, (0, 2002)
+BOUND = 0.050  # s
+TIMES = 3.0
+GROWTH = 30 << 20  # bytes
+NOFILE = 20_000
+# Arrays in arrays, each of which promises 16,000 elements: room for them is made at once.
+BOMB = b"\xdc\x3e\x80" * 1000 + b"\xc0" * (messages.MAX_REQUEST - 3000)
+PATHS = f"{ROOT}:{sysconfig.get_path('purelib')}"
+HELLO = messages.encode(
+    {"verb": "hello", "version": messages.VERSION, "limits": {"answer": messages.MAX_ANSWER}}
+)
+
+
+def end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def become(uid: int) -> None:
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+
+
+class Child:
+    """A process that runs `work(path, say)` as `uid`; `say` sends one JSON line here."""
+
+    def __init__(self, uid: int, work: Callable[..., None], path: str) -> None:
+        hear, tell = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(hear)
+            status = 1
+            try:
+                if uid:
+                    become(uid)
+                end_with_parent()
+                work(path, lambda said: os.write(tell, json.dumps(said).encode() + b"\n"))
+                status = 0
+            except BaseException as error:
+                print(f"{work.__name__}: {error!r}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(status)
+        os.close(tell)
+        self._hear = os.fdopen(hear, "rb")
+
+    def hear(self) -> list[float]:
+        line = self._hear.readline()
+        assert line, "a child ended without a word"
+        heard: list[float] = json.loads(line)
+        return heard
+
+    def end(self, number: int) -> None:
+        os.kill(self.pid, number)
+        os.waitpid(self.pid, 0)
+        self._hear.close()
+
+
+# The victims
+
+
+def hands_over(path: str, say: Callable[[object], object]) -> None:
+    """Save, load and confirm ten descriptors until SIGTERM; say how long each round took."""
+    enough: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: enough.append(number))
+    state = cprd.State()
+    for number in range(10):
+        state.save_fd("event", number, os.eventfd(0))
+    name = f"victim.{os.getuid()}"
+    took: list[float] = []
+    with cprd.connect(path) as daemon:
+        say("here")
+        while not enough:
+            begin = time.monotonic()
+            daemon.save(name, state, if_exists="replace")
+            with daemon.load(name):
+                pass
+            took.append(time.monotonic() - begin)
+            time.sleep(0.003)
+    say(took)
+
+
+def undisturbed_for(path: str, seconds: float) -> list[list[float]]:
+    victims = [Child(uid, hands_over, path) for uid in VICTIMS]
+    try:
+        for victim in victims:
+            victim.hear()
+        time.sleep(seconds)  # the measurement itself
+    finally:
+        for victim in victims:
+            os.kill(victim.pid, signal.SIGTERM)
+        waits = [victim.hear() for victim in victims]
+        for victim in victims:
+            victim.end(signal.SIGKILL)
+    return waits
+
+
+def quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+# The attacks. Each says "here" when it is under way, and goes on until it is killed.
+
+
+def link(path: str, *, hello: bool = True) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(30)
+    sock.connect(path)
+    if hello:
+        sock.send(HELLO)
+        sock.recv(messages.MAX_ANSWER)
+    return sock
+
+
+def ask(sock: socket.socket) -> None:
+    sock.send(messages.encode({"verb": "status"}))
+
+
+def links(path: str, count: int, *, hello: bool = True) -> list[socket.socket]:
+    made = []
+    for _ in range(count):
+        with contextlib.suppress(OSError):
+            made.append(link(path, hello=hello))
+    return made
+
+
+def keep_alive(path: str, count: int, mine: list[socket.socket], *, hello: bool) -> None:
+    """Open again what cprd has closed."""
+    for index, sock in enumerate(mine):
+        with contextlib.suppress(BlockingIOError, OSError):
+            if not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                sock.close()
+                mine[index] = link(path, hello=hello)
+    if len(mine) < count:
+        mine += links(path, min(20, count - len(mine)), hello=hello)
+
+
+def mute(path: str, say: Callable[[object], object]) -> None:
+    mine = links(path, 490, hello=False)
+    say("here")
+    while True:
+        keep_alive(path, 490, mine, hello=False)
+        time.sleep(0.1)
+
+
+def dripping(path: str, say: Callable[[object], object]) -> None:
+    mine = links(path, 100)
+    say("here")
+    while True:
+        for sock in mine:
+            with contextlib.suppress(OSError):
+                ask(sock)
+                sock.recv(messages.MAX_ANSWER)
+            time.sleep(0.001)
+
+
+def never_reading(path: str, say: Callable[[object], object]) -> None:
+    mine = links(path, 490)
+    say("here")
+    while True:
+        for index, sock in enumerate(mine):
+            try:
+                sock.setblocking(False)
+                ask(sock)
+            except BlockingIOError:
+                pass
+            except OSError:
+                with contextlib.suppress(OSError):
+                    mine[index] = link(path)
+
+
+def _flood(path: str, say: Callable[[object], object], count: int) -> None:
+    mine = links(path, count)
+    say("here")
+    while True:
+        for sock in mine:
+            with contextlib.suppress(OSError):
+                ask(sock)
+        for sock in mine:
+            with contextlib.suppress(OSError):
+                sock.recv(messages.MAX_ANSWER)
+
+
+def flood_by_1(path: str, say: Callable[[object], object]) -> None:
+    _flood(path, say, 1)
+
+
+def flood_by_8(path: str, say: Callable[[object], object]) -> None:
+    _flood(path, say, 8)
+
+
+def flood_by_50(path: str, say: Callable[[object], object]) -> None:
+    _flood(path, say, 50)
+
+
+def _bombs(path: str, say: Callable[[object], object], count: int) -> None:
+    mine = links(path, count)
+    say("here")
+    while True:
+        for index, sock in enumerate(mine):
+            try:
+                sock.setblocking(False)
+                sock.send(BOMB)
+            except BlockingIOError:
+                pass
+            except OSError:
+                sock.close()
+                with contextlib.suppress(OSError):
+                    mine[index] = link(path)
+
+
+def bombs_by_1(path: str, say: Callable[[object], object]) -> None:
+    _bombs(path, say, 1)
+
+
+def bombs_by_490(path: str, say: Callable[[object], object]) -> None:
+    _bombs(path, say, 490)
+
+
+def bombs_as_hello(path: str, say: Callable[[object], object]) -> None:
+    say("here")
+    while True:
+        with contextlib.suppress(OSError):
+            sock = link(path, hello=False)
+            sock.send(BOMB)
+            sock.close()
+
+
+def connects(path: str, say: Callable[[object], object]) -> None:
+    say("here")
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        with contextlib.suppress(OSError):
+            sock.connect(path)
+        sock.close()
+
+
+def ttls(path: str, say: Callable[[object], object]) -> None:
+    """Holds whose time is over at the same moment, again and again."""
+    said = False
+    with cprd.connect(path) as daemon:
+        state = cprd.State()
+        state.save_fd("event", 0, os.eventfd(0))
+        while True:
+            end = time.monotonic() + 2.0
+            for number in range(1900):
+                with contextlib.suppress(cprd.CprdError):
+                    left = max(0.1, end - time.monotonic())
+                    daemon.save(f"ttl.{number}", state, if_exists="replace", ttl=left)
+            if not said:
+                said = bool(say("here")) or True
+            time.sleep(max(0.0, end + 0.2 - time.monotonic()))
+
+
+def claims(path: str, say: Callable[[object], object]) -> None:
+    """Claims that end together, with the process that has them."""
+    with cprd.connect(path) as daemon:
+        state = cprd.State()
+        state.save_fd("event", 0, os.eventfd(0))
+        for number in range(400):
+            daemon.save(f"claim.{number}", state, if_exists="replace")
+    say("here")
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            end_with_parent()
+            daemon = cprd.connect(path)
+            kept = []
+            for number in range(400):
+                with contextlib.suppress(cprd.CprdError):
+                    kept.append(daemon.load(f"claim.{number}"))
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+
+def waiters(path: str, say: Callable[[object], object]) -> None:
+    """Loads that wait for one name, each with the shortest lease."""
+    mine = links(path, 400)
+    request = {"verb": "load", "name": "w", "wait": 60.0, "lease": 0.001, "generation": None}
+    for sock in mine:
+        with contextlib.suppress(OSError):
+            sock.send(messages.encode({**request, "nonce": os.urandom(16)}))
+    say("here")
+    with cprd.connect(path) as daemon:
+        state = cprd.State()
+        state.save_fd("event", 0, os.eventfd(0))
+        while True:
+            with contextlib.suppress(cprd.CprdError):
+                daemon.save("w", state, if_exists="replace")
+            time.sleep(0.01)
+
+
+def lingering(path: str, say: Callable[[object], object]) -> None:
+    """Connections whose last close would wait, at each end of a hold."""
+    said = False
+    with cprd.connect(path) as daemon, socket.create_server(("127.0.0.1", 0)) as listener:
+        while True:
+            state = cprd.State()
+            pairs = []
+            for number in range(100):
+                ours = socket.create_connection(listener.getsockname())
+                theirs, _ = listener.accept()
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 2))
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+                ours.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        ours.send(b"x" * 65536)
+                state.save_fd("conn", number, ours)
+                pairs.append((ours, theirs))
+            with contextlib.suppress(cprd.CprdError):
+                daemon.save("linger", state, if_exists="replace")
+            for ours, _ in pairs:
+                with contextlib.suppress(OSError):
+                    os.close(os.dup(ours.fileno()))
+                    ours.detach()
+            with contextlib.suppress(cprd.CprdError):
+                daemon.drop("linger", force=True)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (NOFILE, NOFILE))
+            if not said:
+                said = bool(say("here")) or True
+            os.closerange(64, 4096)
+
+
+def churn(path: str, say: Callable[[object], object]) -> None:
+    """Foreign sockets in flight that come and go, beside 1,900 holds."""
+    with cprd.connect(path) as daemon:
+        state = cprd.State()
+        state.save_fd("event", 0, os.eventfd(0))
+        for number in range(1900):
+            daemon.save(f"many.{number}", state, if_exists="replace")
+        say("here")
+        while True:
+            a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            c, d = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for _ in range(100):
+                with contextlib.suppress(OSError):
+                    socket.send_fds(a, [b"x"], [c.fileno(), b.fileno()], socket.MSG_DONTWAIT)
+            for sock in (a, b, c, d):
+                sock.close()
+
+
+ATTACKS = {
+    attack.__name__.replace("_", "-"): attack
+    for attack in (
+        *(mute, dripping, never_reading, flood_by_1, flood_by_8, flood_by_50, bombs_by_1),
+        *(bombs_by_490, bombs_as_hello, connects, ttls, claims, waiters, lingering, churn),
+    )
+}
+
+
+def interpreter() -> str:
+    """A Python that cprd's user may run, with the packages that cprd needs."""
+    for found in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
+        words = ["setpriv", f"--reuid={OWN}", f"--regid={OWN}", "--clear-groups", "env"]
+        words += [f"PYTHONPATH={PATHS}", found, "-c", "import cprd.daemon.command, trio, msgpack"]
+        if subprocess.run(words, capture_output=True, check=False, cwd="/").returncode == 0:
+            return found
+    raise SystemExit(f"uid {OWN} can run no Python {sys.version_info.minor} that has trio")
+
+
+@contextlib.contextmanager
+def own_cprd() -> Iterator[tuple[str, int]]:
+    """A cprd with a user of its own, no capability and a hard limit of descriptors."""
+    with tempfile.TemporaryDirectory(prefix="cprd-attacks.") as place:
+        os.chmod(place, 0o755)
+        run = Path(place, "run")
+        run.mkdir()
+        os.chown(run, OWN, OWN)
+        path = str(run / "cprd.sock")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("CPRD_", "LISTEN_"))}
+        process = subprocess.Popen(
+            [
+                *("setpriv", f"--reuid={OWN}", f"--regid={OWN}", "--clear-groups"),
+                *("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"),
+                *("prlimit", f"--nofile={NOFILE}:{NOFILE}"),
+                *(interpreter(), "-m", "cprd.daemon.command", "--socket", path),
+            ],
+            stderr=subprocess.PIPE,
+            env={**kept, "PYTHONPATH": PATHS},
+        )
+        assert process.stderr is not None
+        reader = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
+        process.stderr.close()
+        try:
+            end = time.monotonic() + 10
+            while not os.path.exists(path):
+                if time.monotonic() > end:
+                    raise SystemExit("cprd did not start")
+                time.sleep(0.01)
+            yield path, process.pid
+        finally:
+            process.terminate()
+            process.wait()
+            reader.wait()
+
+
+def memory(pid: int) -> int:
+    """Resident bytes of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure(attack: Callable[..., None], seconds: float) -> tuple[str, bool]:
+    """One row of the table, and whether the attack failed."""
+    with own_cprd() as (path, pid):
+        undisturbed_for(path, 0.2)  # to warm up
+        calm = undisturbed_for(path, seconds)
+        before = memory(pid)
+        attacker = Child(ATTACKER, attack, path)
+        try:
+            attacker.hear()
+            under = undisturbed_for(path, seconds)
+            grown = memory(pid) - before
+        finally:
+            attacker.end(signal.SIGKILL)
+    cells, good = [], grown <= GROWTH
+    for still, attacked in zip(calm, under, strict=True):
+        base, worst = quantile(still, 0.99), quantile(attacked, 0.99)
+        good = good and worst <= max(BOUND, TIMES * base)
+        figures = (quantile(still, 0.5), base, quantile(attacked, 0.5), worst)
+        cells.append(" ".join(f"{1000 * figure:6.1f}" for figure in figures))
+    row = "   ".join([*cells, f"{grown / (1 << 20):5.1f}", "" if good else "MISSED"])
+    return row.rstrip(), good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("attacks", nargs="*", metavar="ATTACK", help=", ".join(ATTACKS))
+    options = parser.parse_args()
+    if os.geteuid() != 0:
+        raise SystemExit("the attacks want several uids: run them as root")
+    chosen = options.attacks or list(ATTACKS)
+    unknown = [name for name in chosen if name not in ATTACKS]
+    if unknown:
+        raise SystemExit(f"no such attack: {', '.join(unknown)}; there are {', '.join(ATTACKS)}")
+    print(f"{'':16} root: p50, p99, attacked p50, p99   uid 2002: the same          MiB")
+    failed = False
+    for name in chosen:
+        row, good = measure(ATTACKS[name], options.seconds)
+        print(f"{name:16} {row}", flush=True)
+        failed = failed or not good
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
