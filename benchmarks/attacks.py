@@ -41,6 +41,7 @@ BOUND = 0.050  # s
 TIMES = 3.0
 GROWTH = 30 << 20  # bytes
 NOFILE = 20_000
+NICE = -12
 # Arrays in arrays, each of which promises 16,000 elements: room for them is made at once.
 BOMB = b"\xdc\x3e\x80" * 1000 + b"\xc0" * (messages.MAX_REQUEST - 3000)
 PATHS = f"{ROOT}:{sysconfig.get_path('purelib')}"
@@ -97,7 +98,8 @@ class Child:
 
 
 def hands_over(path: str, say: Callable[[object], object]) -> None:
-    """Save, load and confirm ten descriptors until SIGTERM; say how long each round took."""
+    """Save, load and confirm ten descriptors until SIGTERM; say how long each round took. Root
+    connects anew for each."""
     enough: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: enough.append(number))
     state = cprd.State()
@@ -105,15 +107,22 @@ def hands_over(path: str, say: Callable[[object], object]) -> None:
         state.save_fd("event", number, os.eventfd(0))
     name = f"victim.{os.getuid()}"
     took: list[float] = []
-    with cprd.connect(path) as daemon:
-        say("here")
-        while not enough:
-            begin = time.monotonic()
-            daemon.save(name, state, if_exists="replace")
-            with daemon.load(name):
-                pass
-            took.append(time.monotonic() - begin)
-            time.sleep(0.003)
+    daemon = cprd.connect(path)
+    say("here")
+    while not enough:
+        begin = time.monotonic()
+        if not os.getuid():
+            daemon.close()
+            try:
+                daemon = cprd.connect(path)
+            except OSError:  # the signal came while connect() waited
+                break
+        daemon.save(name, state, if_exists="replace")
+        with daemon.load(name):
+            pass
+        took.append(time.monotonic() - begin)
+        time.sleep(0.003)
+    daemon.close()
     say(took)
 
 
@@ -462,6 +471,20 @@ def measure(attack: Callable[..., None], seconds: float) -> tuple[str, bool]:
     return row.rstrip(), good
 
 
+@contextlib.contextmanager
+def others_aside() -> Iterator[None]:
+    """Whoever else uses this machine does not count: the scheduler prefers this session."""
+    group = Path("/proc/self/autogroup")
+    with contextlib.suppress(OSError):
+        group.write_text(str(NICE))
+    os.setpriority(os.PRIO_PROCESS, 0, NICE)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            group.write_text("0")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=4.0)
@@ -473,10 +496,15 @@ def main() -> int:
     unknown = [name for name in chosen if name not in ATTACKS]
     if unknown:
         raise SystemExit(f"no such attack: {', '.join(unknown)}; there are {', '.join(ATTACKS)}")
+    with others_aside():
+        return report(chosen, options.seconds)
+
+
+def report(chosen: list[str], seconds: float) -> int:
     print(f"{'':16} root: p50, p99, attacked p50, p99   uid 2002: the same          MiB")
     failed = False
     for name in chosen:
-        row, good = measure(ATTACKS[name], options.seconds)
+        row, good = measure(ATTACKS[name], seconds)
         print(f"{name:16} {row}", flush=True)
         failed = failed or not good
     return int(failed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 from array import array
 from collections.abc import Callable
@@ -164,3 +165,10 @@ class Connection:
             self.closer.close(self.peer.uid, [fd])
         else:
             os.close(fd)
+
+
+def is_over(sock: socket.socket) -> bool:
+    """Whether the client has gone already."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))

@@ -8,7 +8,7 @@ import stat
 
 from cprd.errors import Unavailable
 
-BACKLOG = 512
+BACKLOG = 128  # a client behind a loop of connect() waits for as many
 
 
 def listen(path: str, *, private: bool) -> socket.socket:

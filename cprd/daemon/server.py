@@ -17,7 +17,7 @@ import trio
 from cprd.daemon import handlers, log, operators
 from cprd.daemon.clock import now
 from cprd.daemon.config import Config
-from cprd.daemon.connection import Blocked, Connection, Peer, Request
+from cprd.daemon.connection import Blocked, Connection, Peer, Request, is_over
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.steps import Roles, Steps
 from cprd.daemon.storage.shelves import Keeper
@@ -31,6 +31,8 @@ from cprd.protocol.lifecycle import Hold
 from cprd.protocol.registry import Registry, Step
 
 RESERVED_FOR_ROOT = 8  # connections
+ACCEPTING = 0.0015  # s in a round of the event loop
+MOST_REFUSED = 1000  # uids
 
 HANDLERS = {**handlers.HANDLERS, **operators.HANDLERS}
 assert HANDLERS.keys() == messages.REQUESTS.keys() - {"hello"}
@@ -54,6 +56,7 @@ class Server:
         self.reloading: trio.Event | None = None  # set once the outcome of SIGHUP is known
         self.stopping = False  # claims outlive this process: no connection's end ends them
         self.turns = Turns()
+        self._refused: dict[int, tuple[float, int]] = {}  # by uid: when said, how many since
         self._overflow_uid = processes.overflow_uid()
         self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         soft = raise_nofile()
@@ -105,7 +108,7 @@ class Server:
         while True:
             await trio.lowlevel.wait_readable(listener)
             self._open_reserve()
-            pace = Pace()
+            pace = Pace(ACCEPTING)
             try:
                 while not pace.over:
                     sock, _ = listener.accept()
@@ -124,20 +127,34 @@ class Server:
         try:
             peer = Peer(*processes.credentials(sock))
             refused = self._why_refused(peer)
-            pidfd = -1 if refused else processes.pidfd_of(sock, peer.pid)
+            gone = refused is not None or is_over(sock)
+            pidfd = -1 if gone else processes.pidfd_of(sock, peer.pid)
             connection = Connection(sock, peer, pidfd, self.closer, self.turns)
         except OSError as error:
             log.event("accept-failed", level=log.ERROR, why=error.strerror)
             sock.close()
             return
         if refused is not None:
-            log.event("refused", level=log.WARNING, uid=peer.uid, pid=peer.pid, why=refused)
+            self._say_refused(peer, refused)
             connection.answer_now(messages.refusal(refused))
+        if gone:
             connection.close()
             return
         self.connections.add(connection)
         self.turns.add(peer.uid)
         nursery.start_soon(self._serve_one, connection)
+
+    def _say_refused(self, peer: Peer, why: CprdError) -> None:
+        """Log a refusal; of many of a uid a single line in each second, with their number."""
+        at, times = self._refused.get(peer.uid, (0.0, 0))
+        if now() < at + 1.0:
+            self._refused[peer.uid] = at, times + 1
+            return
+        if len(self._refused) >= MOST_REFUSED:
+            self._refused.clear()
+        self._refused[peer.uid] = now(), 0
+        more = times or None
+        log.event("refused", level=log.WARNING, uid=peer.uid, pid=peer.pid, why=why, more=more)
 
     def _accept_and_close(self, listener: socket.socket) -> None:
         """Accept with the reserved descriptor and close: the client sees an end, not silence."""

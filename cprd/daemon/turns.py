@@ -41,12 +41,13 @@ class Turns:
 class Pace:
     """Pauses long work."""
 
-    def __init__(self) -> None:
+    def __init__(self, piece: float = PIECE) -> None:
+        self._piece = piece
         self._since = time.perf_counter()
 
     @property
     def over(self) -> bool:
-        return time.perf_counter() - self._since >= PIECE
+        return time.perf_counter() - self._since >= self._piece
 
     async def pause(self) -> None:
         """Let everybody else go first, where a piece is done."""
