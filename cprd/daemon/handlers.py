@@ -302,6 +302,7 @@ async def begin(server: Server, connection: Connection, request: Request) -> Non
         raise InvalidInput("begin: the process that is to act has ended")
     ticket = ticket_of(connection, message)
     step = server.registry.begin(caller_of(connection, message), ticket, acting)
+    server.check_room(step)
     if step.changes:
         roles = {"acting": os.dup(fds[0])} if fds else {}
         server.steps.perform(step, pidfds={ticket.generation: roles})

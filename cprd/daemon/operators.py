@@ -90,8 +90,9 @@ async def status(server: Server, connection: Connection, request: Request) -> No
             blind=server.registry.hidden or None,
             phases=dict(Counter(hold.phase for hold in visible)),
             uids=_usages(server, uid),
-            connections=len(server.connections),
-            refused_accepts=server.refused_accepts,
+            # How much others do is nobody's business but root's.
+            connections=server.turns.connections[uid] if uid else len(server.connections),
+            refused_accepts=0 if uid else server.refused_accepts,
             closing={
                 str(other): count
                 for other, count in server.closer.blocked().items()

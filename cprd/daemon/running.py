@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 from collections.abc import AsyncIterator
 from typing import NoReturn
@@ -38,7 +39,8 @@ class Running:
         self.signals = signals
         self.closer = Releasing()
         self.closer.adopt(given.passed)
-        self.registry = Registry(settings.quota, first_generation=int(now() * 1e9))
+        first = int(now() * 1e9)
+        self.registry = Registry(settings.quota, first, lambda: 1 + secrets.randbelow(1 << 16))
         address = _notify_socket()
         self.keeper = Keeper(self.closer, now, self.registry.replies, managed=bool(address))
         self.daemon = Server(settings, self.keeper, self.closer, self.registry)

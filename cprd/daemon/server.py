@@ -19,6 +19,7 @@ from cprd.daemon.clock import now
 from cprd.daemon.config import Config
 from cprd.daemon.connection import Blocked, Connection, Peer, Request, is_over
 from cprd.daemon.releasing import Releasing
+from cprd.daemon.room import Room
 from cprd.daemon.steps import Roles, Steps
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.tending import tend
@@ -61,6 +62,7 @@ class Server:
         self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         soft = raise_nofile()
         self.max_connections = max(12, min(config.all_connections, soft // 16))
+        self.room = Room(keeper, soft, self.max_connections)
         # A connection has two descriptors, a hold two and up to four pidfds; a message can bring
         # 253 at once.
         self.max_holds = max(4, (soft - 2 * self.max_connections - 253 - 32) // 6)
@@ -81,12 +83,24 @@ class Server:
         self.steps.adopt(left, hidden)
 
     def check_room(self, step: Step) -> None:
-        """Raises LimitExceeded where cprd has no room for the new hold of `step`."""
-        for hold in step.put:
-            self._check_releases(hold.uid)
-        if step.put and len(self.registry) - len(step.ended) >= self.max_holds:
+        """Raises LimitExceeded where cprd has no room for the new record of `step`."""
+        if not step.put:
+            return
+        uid, generation = step.put[0].uid, step.put[0].generation
+        self._check_releases(uid)
+        self.room.check(uid)
+        if generation in self.keeper.slots:
+            return
+        most = self.max_holds - (0 if uid == 0 else max(1, self.max_holds // 20))
+        if len(self.registry) - len(step.ended) >= most:
             raise LimitExceeded(
                 f"cprd holds {len(self.registry)} states, as many as its RLIMIT_NOFILE allows:"
+                " raise LimitNOFILE= of cprd.service, or drop holds"
+            )
+        mine = self.registry.usage(uid).holds
+        if uid and mine - len(step.ended) >= self.max_holds // 2:
+            raise LimitExceeded(
+                f"uid {uid} has {mine} holds, half of what RLIMIT_NOFILE of cprd allows in all:"
                 " raise LimitNOFILE= of cprd.service, or drop holds"
             )
 
@@ -179,14 +193,16 @@ class Server:
 
     def _why_refused(self, peer: Peer) -> CprdError | None:
         if peer.uid == self._overflow_uid and peer.uid != os.geteuid():
-            return Denied(
-                f"uid {peer.uid} is what every unmapped uid of another user namespace looks like:"
-                " connect from a process whose uid is mapped here"
-            )
+            ours = processes.in_our_user_namespace(peer.pid)
+            if not ours:
+                return Denied(_foreign(peer.uid, known=ours is not None))
         mine = self.turns.connections[peer.uid]
-        if mine >= self.config.connections:
+        most = self.config.connections
+        if peer.uid:
+            most = min(most, self.max_connections // 2)
+        if mine >= most:
             return LimitExceeded(
-                f"uid {peer.uid} has {mine} connections; the quota is {self.config.connections}:"
+                f"uid {peer.uid} has {mine} connections; the quota is {most}:"
                 " close some, or raise limits.connections in cprd's configuration"
             )
         reserved = 0 if peer.uid == 0 else RESERVED_FOR_ROOT
@@ -324,6 +340,19 @@ class Server:
             why=str(error),
         )
         await connection.answer(messages.refusal(error))
+
+
+def _foreign(uid: int, *, known: bool) -> str:
+    if known:
+        return (
+            f"uid {uid} stands for a uid of another user namespace that has no mapping in cprd's:"
+            " connect from a process whose uid is mapped there"
+        )
+    return (
+        f"cprd cannot tell whether uid {uid} is the user of that number, or a uid of another user"
+        " namespace without a mapping in cprd's (/proc of the process is hidden: ProtectProc= of"
+        " cprd.service): connect as another user"
+    )
 
 
 def _check_hello(request: Request) -> None:

@@ -78,6 +78,16 @@ def has_ended(pidfd: int) -> bool:
     return bool(poll.poll(0))
 
 
+def in_our_user_namespace(pid: int) -> bool | None:
+    """Whether the uids of a process mean what they mean here; None: nobody can tell, /proc of the
+    process is hidden, or the process lives in another pid namespace (pid 0)."""
+    try:
+        with open(f"/proc/{pid}/uid_map") as theirs, open("/proc/self/uid_map") as ours:
+            return pid > 0 and theirs.read() == ours.read()
+    except OSError:
+        return None
+
+
 def overflow_uid() -> int:
     """The uid that stands for all uids which have no mapping in this user namespace."""
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from cprd.errors import Busy, LimitExceeded, NotHeld
@@ -31,7 +31,15 @@ class Usage:
 class Holds:
     """The records. Reading changes nothing; `put` and `remove` keep all indexes in step."""
 
-    def __init__(self, quota: Quota | None = None, first_generation: int = 1) -> None:
+    def __init__(
+        self,
+        quota: Quota | None = None,
+        first_generation: int = 1,
+        step: Callable[[], int] = lambda: 1,
+    ) -> None:
+        """`step`: how far the next generation is from the last; at random, generations tell nobody
+        how much others save."""
+        self._step = step
         self.quota = quota or Quota()
         self.next_generation = first_generation
         self.hidden = ""  # why a record may exist whose name cprd cannot read; "": no such record
@@ -127,13 +135,18 @@ class Holds:
         usage = self._usage.setdefault(hold.uid, Usage())
         usage.holds += 1
         usage.fds += hold.fds
-        self.next_generation = max(self.next_generation, hold.generation + 1)
+        self.pass_generation(hold.generation)
         if hold.ends_at is not None:
             heapq.heappush(self._deadlines, (hold.ends_at, hold.generation))
             if len(self._deadlines) > 64 + 4 * len(self._by_generation):
                 ends = ((record.ends_at, record.generation) for record in self)
                 self._deadlines = [(at, number) for at, number in ends if at is not None]
                 heapq.heapify(self._deadlines)
+
+    def pass_generation(self, last: int) -> None:
+        """No new hold has generation `last` or an older one."""
+        if last >= self.next_generation:
+            self.next_generation = last + self._step()
 
     def remove(self, generation: int) -> None:
         old = self._by_generation.pop(generation, None)

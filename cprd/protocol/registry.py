@@ -107,8 +107,13 @@ def _once(verb: Verb[About, P]) -> Verb[About, P]:
 class Registry(Holds):
     """All holds, and the verbs. Only `apply` and `adopt` change anything."""
 
-    def __init__(self, quota: Quota | None = None, first_generation: int = 1) -> None:
-        super().__init__(quota, first_generation)
+    def __init__(
+        self,
+        quota: Quota | None = None,
+        first_generation: int = 1,
+        step: Callable[[], int] = lambda: 1,
+    ) -> None:
+        super().__init__(quota, first_generation, step)
         self.replies = Replies()
 
     # Saving
@@ -438,7 +443,7 @@ class Registry(Holds):
 
     def adopt(self, holds: Iterable[Hold]) -> list[Hold]:
         outdated = super().adopt(holds)
-        self.next_generation = max(self.next_generation, newest(self.replies) + 1)
+        self.pass_generation(newest(self.replies))
         return outdated
 
     def recall(self, caller: Caller, key: Key) -> Reply | None:

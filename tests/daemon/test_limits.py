@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import socket
@@ -19,8 +20,10 @@ import cprd.trio
 from cprd import LimitExceeded, ProtocolError, State, Unavailable
 from cprd.linux.rights import close_all
 from cprd.protocol import messages
+from tests.support.child import Child, Line, become
 from tests.support.daemon import DaemonProcess
 from tests.support.eventfds import full_table, of, opened, values
+from tests.support.goods import state_of
 from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -484,3 +487,63 @@ def test_descriptors_that_come_where_none_belong_are_closed(
             close_all(fds)
         daemon.await_fds(before)
         assert client.list() == []
+
+
+# Room for everybody
+
+
+def saves_many(line: Line, path: str, uid: int, count: int) -> None:
+    """Save as another uid until refused; say how many were held, and why there were no more."""
+    become(uid)
+    with cprd.connect(path) as daemon:
+        for number in range(count):
+            try:
+                daemon.save(f"{number}", state_of("", [], []))
+            except cprd.LimitExceeded as error:
+                line.say(f"{number} {error}")
+                break
+        else:
+            line.say(f"{count} all")
+        line.hear()
+        for number in range(count):
+            try:
+                daemon.load(f"{number}").confirm()
+            except cprd.NotHeld:
+                line.say(number)
+                break
+
+
+@needs_root
+def test_no_uid_has_more_than_half_and_all_that_is_held_can_be_loaded(
+    start_daemon: Callable[..., DaemonProcess],
+) -> None:
+    daemon = start_daemon(nofile=(600, 600))
+    with daemon.connect() as root, ExitStack() as stack:
+        most = root.status()["limits"]["all_holds"]
+        held = []
+        for uid in (2001, 2002, 2003):
+            saver = stack.enter_context(Child(saves_many, daemon.path, uid, 600))
+            held.append(saver)
+        counts = [int(saver.hear().split()[0]) for saver in held]
+        assert max(counts) <= most // 2
+        assert sum(counts) < most
+        root.save("mine", state_of("", [], []))
+        for saver, count in zip(held, counts, strict=True):
+            saver.say()
+            if count:
+                assert saver.hear() == str(count)
+        root.load("mine").confirm()
+
+
+@needs_root
+def test_a_real_nobody_is_served(daemon: DaemonProcess) -> None:
+    with Child(saves_many, daemon.path, 65534, 2) as nobody:
+        assert nobody.hear() == "2 all"
+
+
+def test_generations_tell_nobody_how_much_others_save(daemon: DaemonProcess) -> None:
+    with daemon.connect() as connection:
+        numbers = [connection.save(f"{n}", state_of("", [], [])).generation for n in range(20)]
+    steps = [after - before for before, after in itertools.pairwise(numbers)]
+    assert all(1 <= step <= 1 << 16 for step in steps)
+    assert len(set(steps)) > 10

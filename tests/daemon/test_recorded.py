@@ -233,8 +233,8 @@ def test_a_shelf_of_version_1_is_adopted_with_all_that_lies_on_it(held: int) -> 
 
 
 def test_a_held_hold_of_version_1_is_read() -> None:
-    assert slot.decode(HELD_RECORD) == (HELD_HOLD, (), [SAVED])
-    assert slot.decode(EARLY_RECORD) == (replace(HELD_HOLD, parked=0), (), [SAVED])
+    assert slot.decode(HELD_RECORD) == (HELD_HOLD, (), [SAVED], ())
+    assert slot.decode(EARLY_RECORD) == (replace(HELD_HOLD, parked=0), (), [SAVED], ())
     assert not slot.is_last(HELD_RECORD)
     assert slot.is_last(LAST_RECORD)
 
@@ -244,14 +244,14 @@ def test_of_a_claim_of_version_1_the_load_is_known_too() -> None:
     data = HELD_RECORD.replace(b"\xa4held", b"\xa7claimed").replace(
         b"\xa5token\xc4\x00\xa5lease", b"\xa5token\xc4\x10" + b"t" * 16 + b"\xa5lease"
     )
-    hold, _, replies = slot.decode(data)
+    hold, _, replies, _ = slot.decode(data)
     assert (hold.phase, hold.token) == (CLAIMED, b"t" * 16)
     assert replies == [SAVED, replace(LOADED, at=0.0)]
     assert [reply.name for reply in replies] == ["w\u00e9b"] * 2
 
 
 def test_a_record_of_version_2_is_read() -> None:
-    assert slot.decode(CLAIMED_RECORD_2) == (CLAIMED_HOLD, ("claimant",), DIGESTED)
+    assert slot.decode(CLAIMED_RECORD_2) == (CLAIMED_HOLD, ("claimant",), DIGESTED, ())
     assert slot.is_last(LAST_RECORD_2)
 
 

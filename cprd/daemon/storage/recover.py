@@ -124,6 +124,7 @@ def recover(pairs: Pairs, durable: Collection[int], once: Collection[int], creat
         one.was_durable = one.durable or number in once
         read, one.messages = shelf.read(outlet)
         one.counts = read.complete
+        one.in_flight = 2 * len(read.slots)
         reads.append((one, read))
         if read.complete:
             replaced.update(read.replaces)

@@ -51,7 +51,16 @@ class Shelf:
     `durable`: systemd's store was lately seen to have both ends; `was_durable`: the store had both
     once, and the slots here were called stored; `counts`: the shelf is complete."""
 
-    __slots__ = ("counts", "durable", "messages", "number", "outlet", "tx", "was_durable")
+    __slots__ = (
+        "counts",
+        "durable",
+        "in_flight",
+        "messages",
+        "number",
+        "outlet",
+        "tx",
+        "was_durable",
+    )
 
     def __init__(self, number: int, tx: socket.socket, outlet: socket.socket) -> None:
         self.number = number
@@ -59,6 +68,7 @@ class Shelf:
         self.outlet = outlet
         self.durable = self.was_durable = self.counts = False
         self.messages = 0
+        self.in_flight = 0  # descriptors parked here
         for end in (tx, outlet):
             end.setblocking(False)
 
@@ -117,6 +127,7 @@ class Shelf:
                 raise ShelfFull from None
             raise LimitExceeded(f"cprd cannot write to its shelf: {error.strerror}") from None
         self.messages += 1
+        self.in_flight += len(fds)
 
     def close(self) -> None:
         self.tx.close()

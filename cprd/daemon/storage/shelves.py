@@ -15,6 +15,7 @@ no longer than the process (which may re-execute).
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -30,7 +31,9 @@ from cprd.protocol.lifecycle import Hold
 from cprd.protocol.registry import Step
 from cprd.protocol.replies import Replies, Reply
 
-MAX_RECORDS = 30  # in one slot, before the slot is written anew; each parks up to three pidfds
+MAX_RECORDS = 30  # in one slot, before the slot is written anew
+ON_A_SHELF = 2  # descriptors of a slot
+MAX_PARKED = 8  # descriptors in one slot, before the slot is written anew
 FULL = "cprd's shelf is full: raise net.core.wmem_max, or drop holds"
 NOT_STORED = (
     'require="store": this cprd keeps holds in memory only; run it as a systemd service with'
@@ -101,6 +104,9 @@ class Keeper:
         except BaseException:
             for hold in made:
                 self._unmake(hold)
+            for hold in step.put:
+                if hold.generation in self.slots:
+                    self.slots[hold.generation].known.clear()
             raise
         try:
             self._end([ended.hold for ended in step.ended], [] if step.put else replies)
@@ -118,6 +124,15 @@ class Keeper:
         except LimitExceeded:
             pass  # draining says so as well
         self._drain(made, hold.uid)
+
+    def in_flight(self) -> tuple[int, Counter[int]]:
+        """What is parked in slots and on shelves: in all, and by owner."""
+        of: Counter[int] = Counter()
+        parked = sum(one.in_flight for one in self.shelves())
+        for held in self.slots.values():
+            of[held.uid] += held.in_flight + 2 * ON_A_SHELF  # now, and while the shelf is rewritten
+            parked += held.in_flight
+        return parked, of
 
     def _end(self, holds: Iterable[Hold], replies: Sequence[Reply]) -> None:
         """End holds: the slots say so, with the replies, and the end is true. The shelf gets the
@@ -165,7 +180,8 @@ class Keeper:
     def _rewrite(self, old: Slot, hold: Hold, roles: Pidfds, replies: Sequence[Reply]) -> None:
         """Append a record to the slot; a full slot is replaced by a fresh slot."""
         try:
-            if old.records >= MAX_RECORDS and self._may_replace:
+            full = old.records >= MAX_RECORDS or old.in_flight >= MAX_PARKED
+            if full and self._may_replace:
                 raise SlotFull
             old.append(hold, roles, replies)
         except SlotFull:

@@ -1,7 +1,8 @@
 """One hold's place: a socket pair whose queue has the daemon's records of the hold.
 
 The first record carries the bundle; each later record is the whole record anew, so that the last
-counts. All carry the pidfds that matter then, and the replies to the last requests about the hold.
+counts, with the replies to the last requests about the hold. A pidfd is parked once: a later record
+names the roles whose pidfds lie in earlier records.
 The queue stays as long as anything holds the pair, whatever becomes of the daemon. To end a hold
 the daemon writes a last record, then drains the slot from the front: that lets go of the bundle.
 
@@ -31,6 +32,7 @@ from cprd.protocol.replies import IN_A_RECORD, Reply, restored
 
 MAGIC = b"CPRS"
 VERSION = 2
+LEANING = 3  # a record that needs pidfds of earlier records
 OLDEST = 1  # that is read: records without digests
 PREFIX = struct.Struct("<4sHIQB")  # magic, version, uid, generation, bytes of the name that follows
 MAX_RECORD = 8192
@@ -53,11 +55,20 @@ class Unreadable(Exception):
         self.name = name
 
 
-def encode(hold: Hold, roles: tuple[str, ...], replies: Iterable[Reply] = ()) -> bytes:
+def encode(
+    hold: Hold,
+    roles: tuple[str, ...],
+    replies: Iterable[Reply] = (),
+    before: tuple[str, ...] = (),
+) -> bytes:
+    """A record with the pidfds of `roles`; those of the roles `before` lie in earlier records."""
     name = hold.name.encode()
     body = {field: getattr(hold, field) for field in _BODY}
-    prefix = PREFIX.pack(MAGIC, VERSION, hold.uid, hold.generation, len(name))
+    version = LEANING if before else VERSION
+    prefix = PREFIX.pack(MAGIC, version, hold.uid, hold.generation, len(name))
     content = {"roles": roles, "answers": [reply.stored() for reply in replies], "hold": body}
+    if before:
+        content["before"] = before
     packed: bytes = msgpack.packb(content, use_bin_type=True)
     return prefix + name + packed
 
@@ -80,8 +91,9 @@ def owner(data: bytes, otherwise: int) -> int:
     return uid
 
 
-def decode(data: bytes) -> tuple[Hold, tuple[str, ...], list[Reply]]:
-    """The record, the roles of the pidfds that came with the record, and the replies.
+def decode(data: bytes) -> tuple[Hold, tuple[str, ...], list[Reply], tuple[str, ...]]:
+    """The record, the roles of the pidfds that came with the record, the replies, and the roles
+    whose pidfds came with earlier records.
 
     Raises Unreadable; ValueError for noise."""
     if len(data) < PREFIX.size:
@@ -90,7 +102,7 @@ def decode(data: bytes) -> tuple[Hold, tuple[str, ...], list[Reply]]:
     if magic != MAGIC:
         raise ValueError("not a record of cprd")
     name = data[PREFIX.size : PREFIX.size + length].decode()
-    if version not in (OLDEST, VERSION):
+    if version not in (OLDEST, VERSION, LEANING):
         raise Unreadable(f"a record of version {version}", uid, generation, name)
     try:
         content: dict[str, Any] = msgpack.unpackb(data[PREFIX.size + length :], raw=False)
@@ -101,7 +113,7 @@ def decode(data: bytes) -> tuple[Hold, tuple[str, ...], list[Reply]]:
             answer = {"generation": generation, "token": hold.token}
             at = hold.deadline - hold.lease
             replies.append(Reply(uid, last, answer, at, name=name))
-        return hold, tuple(content["roles"]), replies
+        return hold, tuple(content["roles"]), replies, tuple(content.get("before", ()))
     except Exception as error:  # kept like a record of a newer version
         raise Unreadable(f"a record that cannot be read ({error})", uid, generation, name) from None
 
@@ -120,13 +132,15 @@ class _Cut(Exception):
 class Slot:
     """Owns both ends of the pair."""
 
-    __slots__ = ("foreign", "outlet", "records", "replies", "tx", "uid")
+    __slots__ = ("foreign", "in_flight", "known", "outlet", "records", "replies", "tx", "uid")
 
     def __init__(self, tx: socket.socket, outlet: socket.socket) -> None:
         self.tx = tx
         self.outlet = outlet
         self.records = 0
         self.foreign: list[int] = []  # read from an ended slot; owned
+        self.in_flight = 0  # descriptors parked here
+        self.known: dict[str, int] = {}  # pidfds by role, as parked last
         self.uid = 0  # of the owner, once a record was written or read
         self.replies: deque[Reply] = deque(maxlen=IN_A_RECORD)  # in the last record
         for end in (tx, outlet):
@@ -161,16 +175,22 @@ class Slot:
         self, hold: Hold, pidfds: Mapping[str, int], replies: Sequence[Reply], bundle: int
     ) -> None:
         every = deque((*self.replies, *replies), maxlen=IN_A_RECORD)
-        roles = tuple(role for role in ROLES if pidfds.get(role, -1) >= 0)
-        fds = [pidfds[role] for role in roles]
+        wanted = {role: pidfds[role] for role in ROLES if pidfds.get(role, -1) >= 0}
+        before = tuple(role for role, fd in wanted.items() if self.known.get(role, -1) == fd)
+        roles = tuple(role for role in wanted if role not in before)
+        fds = [wanted[role] for role in roles]
         if bundle >= 0:
             fds.insert(0, bundle)
+        # Should this fail, a pidfd may be closed all the same, and the number be used anew.
+        self.known = {}
         try:
-            send(self.tx, encode(hold, roles, every), fds)
+            send(self.tx, encode(hold, roles, every, before), fds)
         except OSError as error:
             if error.errno == errno.EAGAIN:
                 raise SlotFull from None
             raise LimitExceeded(f"cprd cannot write its record: {error.strerror}") from None
+        self.known = wanted
+        self.in_flight += len(fds)
         self.records += 1
         self.uid = hold.uid
         self.replies = every
@@ -210,10 +230,11 @@ class Slot:
         unreadable: Unreadable | ValueError | None = None
         pidfds: dict[str, int] = {}
         ended = False
-        self.records = 0
+        self.records = self.in_flight = 0
         try:
             for data, fds in records(self.outlet, MAX_RECORD):
                 self.records += 1
+                self.in_flight += len(fds)
                 self.uid = owner(data, self.uid)
                 try:
                     if is_last(data):
@@ -222,9 +243,7 @@ class Slot:
                     elif self.records == 1 and not fds:
                         ended = True  # the first record is gone: the slot was being drained
                     else:
-                        hold, found = self._read_record(data, fds)
-                        close_all(pidfds.values())
-                        pidfds = found
+                        hold = self._read_record(data, fds, pidfds)
                 except _Cut:
                     ended = True
                 except (Unreadable, ValueError) as error:
@@ -245,17 +264,22 @@ class Slot:
         self._close_foreign()
         return hold, pidfds
 
-    def _read_record(self, data: bytes, fds: list[int]) -> tuple[Hold, dict[str, int]]:
-        """One record; the pidfds are taken out of `fds`. Raises _Cut, Unreadable, ValueError."""
-        hold, roles, replies = decode(data)
+    def _read_record(self, data: bytes, fds: list[int], pidfds: dict[str, int]) -> Hold:
+        """One record; the pidfds are taken out of `fds` into `pidfds`, which has those of earlier
+        records. Raises _Cut, Unreadable, ValueError."""
+        hold, roles, replies, before = decode(data)
         if self.records == 1:
             if len(fds) != 1 + len(roles):
                 raise _Cut
             self.foreign.append(fds.pop(0))
+        if len(roles) != len(fds) or not pidfds.keys() >= set(before):
+            raise ValueError("not the descriptors that the record describes")
         self.replies = deque(replies, maxlen=IN_A_RECORD)
-        pidfds = dict(zip(roles, fds, strict=True))
+        over = [role for role in pidfds if role not in before]
+        close_all([pidfds.pop(role) for role in over])
+        pidfds.update(zip(roles, fds, strict=True))
         fds.clear()
-        return hold, pidfds
+        return hold
 
     def _read_last(self, data: bytes) -> None:
         try:
