@@ -10,4 +10,5 @@ class Passed(NamedTuple):
 
     releasers: list[tuple[int, int, int]]  # uid, messages without an acknowledgement, socket
     closing: list[tuple[int, int]]  # uid, descriptor
-    draining: list[tuple[int, int]]
+    draining: list[tuple[int, int]]  # the same, not sent yet
+    sent: list[tuple[int, int]]  # the same, with the releaser

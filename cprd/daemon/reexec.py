@@ -30,6 +30,7 @@ LOCAL = "local."  # before the names of shelves that no store has
 ONCE = "once."  # of those that a store had once, and may have still
 CLOSING = "c."  # and a uid: a file that is still to be closed, and can block then
 DRAINING = "d."  # and a uid: a slot that is still to be drained
+SENT = "s."  # the same, and the releaser has it
 RELEASER = "r."  # and a uid, and the number of messages without an acknowledgement
 MOST_PASSED = 5000  # names of more than that do not fit one variable
 CHECK = 60.0  # s that --check of a new version may take
@@ -44,7 +45,7 @@ class Given:
         self.shelves: dict[int, dict[str, socket.socket]] = {}  # "out" and "in" by number
         self.durable: set[int] = set()  # numbers of shelves that the store has
         self.once: set[int] = set()  # numbers of shelves that the store had, as far as is known
-        self.passed = Passed([], [], [])  # what is still to be let go of
+        self.passed = Passed([], [], [], [])  # what is still to be let go of
 
     @property
     def has_own_listener(self) -> bool:
@@ -105,6 +106,8 @@ def _add_passed(passed: Passed, name: str, fd: int) -> bool:
         passed.closing.append((uid, fd))
     elif kind == DRAINING and len(numbers) == 1:
         passed.draining.append((uid, fd))
+    elif kind == SENT and len(numbers) == 1:
+        passed.sent.append((uid, fd))
     elif kind == RELEASER and len(numbers) == 2:
         passed.releasers.append((uid, int(numbers[1]), fd))
     else:
@@ -177,6 +180,7 @@ def become_new(keeper: Keeper, given: Given) -> NoReturn:
     passed = [(f"{RELEASER}{uid}.{sent}", fd) for uid, sent, fd in given.passed.releasers]
     passed += [(f"{CLOSING}{uid}", fd) for uid, fd in given.passed.closing]
     passed += [(f"{DRAINING}{uid}", fd) for uid, fd in given.passed.draining]
+    passed += [(f"{SENT}{uid}", fd) for uid, fd in given.passed.sent]
     named += passed[:MOST_PASSED]
     log.event("re-executing", pid=os.getpid())
     listen_fds.pass_on(named, os.environ)

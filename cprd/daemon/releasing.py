@@ -135,7 +135,10 @@ class Releasing:
         """Go on with the work of before an exec."""
         for uid, sent, fd in passed.releasers:
             releaser = self._releasers.setdefault(uid, Releaser())
-            releaser.sent = deque([Work(CLOSE, ())] * sent)
+            # The order does not matter: a slot may be kept for longer than necessary.
+            slots = [Work(DRAIN, (fd,)) for owner, fd in passed.sent if owner == uid]
+            self._draining.update(os.fstat(work.fds[0]).st_ino for work in slots)
+            releaser.sent = deque([Work(CLOSE, ())] * (sent - len(slots)) + slots)
             self._use(uid, releaser, socket.socket(fileno=fd))
         for uid, fd in passed.closing:
             self.close(uid, [fd])
@@ -276,17 +279,18 @@ class Releasing:
         """Send whatever can be sent, and give away the rest, before an exec: exec closes
         descriptors, and a last close could block. Nothing here is to be used afterwards."""
         self._hear()
-        passed = Passed([], [], [])
+        passed = Passed([], [], [], [])
         for uid, releaser in self._releasers.items():
-            every = [*releaser.sent, *releaser.queue]
-            passed.draining.extend((uid, work.fds[0]) for work in every if work.kind == DRAIN)
-            # Slots are left out: the next version finds and sends the same slots again.
+            # Slots wait for their turn: exec closes none of them for good.
+            slots = [work for work in releaser.queue if work.kind == DRAIN]
             releaser.queue = deque(work for work in releaser.queue if work.kind == CLOSE)
             self._advance(uid, releaser, at_once=1 << 30)
-            left = [work for work in releaser.queue if work.kind == CLOSE]
-            passed.closing.extend((uid, fd) for work in left for fd in work.fds)
+            for work in (*slots, *releaser.queue):
+                kept = passed.draining if work.kind == DRAIN else passed.closing
+                kept.extend((uid, fd) for fd in work.fds)
             if releaser.sock is not None and releaser.sent:
                 passed.releasers.append((uid, len(releaser.sent), releaser.sock.fileno()))
+                passed.sent.extend((uid, fd) for work in releaser.sent for fd in work.fds)
         self._forker.pass_on()
         return passed
 
