@@ -285,6 +285,8 @@ class Releasing:
             slots = [work for work in releaser.queue if work.kind == DRAIN]
             releaser.queue = deque(work for work in releaser.queue if work.kind == CLOSE)
             self._advance(uid, releaser, at_once=1 << 30)
+            if releaser.owed:  # no room for the word: the end of the socket says so as well
+                self._lose(releaser)
             for work in (*slots, *releaser.queue):
                 kept = passed.draining if work.kind == DRAIN else passed.closing
                 kept.extend((uid, fd) for fd in work.fds)
