@@ -11,6 +11,7 @@ lost, whoever is killed. A uid with blocking files holds up nobody but itself.
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import socket
@@ -127,6 +128,9 @@ class Releasing:
         self._draining: set[int] = set()  # inodes
         self._after: dict[int, list[int]] = {}  # by uid; owned
         self._epoll = select.epoll()
+        # Wakes `tend`; closed with this object.
+        self._stuck = io.FileIO(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "r+")
+        self._epoll.register(self._stuck, select.EPOLLIN)
         self._watched: socket.socket | None = None
         self._spare = self._forker.made()  # warm: has started by the time of the first need
         self._watch_forker()
@@ -182,6 +186,8 @@ class Releasing:
             releaser.moved = time.monotonic()
         releaser.queue.append(work)
         self._advance(uid, releaser)
+        if not releaser.sent:
+            os.eventfd_write(self._stuck.fileno(), 1)
 
     def _advance(self, uid: int, releaser: Releaser, at_once: int = AT_ONCE) -> None:
         if not releaser.queue:
@@ -264,8 +270,10 @@ class Releasing:
 
     def _hear(self) -> None:
         for fd, _ in self._epoll.poll(0):
+            if fd == self._stuck.fileno():
+                os.eventfd_read(fd)
             if fd not in self._by_socket:
-                continue  # the forker, which has ended
+                continue  # or the forker has ended
             releaser = self._releasers[self._by_socket[fd]]
             done, alive = releaser.heard()
             for work in done:
