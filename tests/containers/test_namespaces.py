@@ -160,7 +160,7 @@ def test_a_sidecar_refuses_whom_it_has_no_uid_for(inside: Start, daemon: DaemonP
             env=environment(),
             check=True,
         )
-        assert "unmapped uid" in said.stdout
+        assert "uid of another user namespace" in said.stdout
     finally:
         (init,) = children(sidecar.pid)
         os.kill(init, signal.SIGTERM)

@@ -14,16 +14,16 @@ pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="needs root, for several uids: run the tests as root"
 )
 
-WORST = ["bombs-by-490", "bombs-as-hello", "connects", "ttls"]
+WORST = ["bombs-by-490", "flood-by-50", "never-reading", "ttls"]
 
 
 def withstands(*words: str) -> None:
     command = [sys.executable, str(CHECKOUT / "benchmarks/attacks.py"), *words]
-    for attempt in (1, 2):  # twice is not the machine's fault, which others use as well
+    for attempt in (1, 2, 3):  # three times is not the machine's fault, which others use as well
         table = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
         if table.returncode == 0:
             return
-        if attempt == 2:
+        if attempt == 3:
             pytest.fail(table.stdout + table.stderr)
 
 
