@@ -70,6 +70,7 @@ def environment(extras: list[str]) -> str:
     where = place()
     python = os.path.join(where, "bin", "python")
     contents = [f"{sys.version_info[0]}.{sys.version_info[1]} {CLONE}", *sorted(wanted)]
+    contents += [f"{name} = {entry}" for name, entry in scripts.items()]  # they may move
     if holds_all(where, contents):
         return python
     os.makedirs(os.path.dirname(where), exist_ok=True)
