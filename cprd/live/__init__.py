@@ -1,0 +1,1 @@
+"""A state that is kept at every change: its queues, who writes them, who reads them afterwards."""
