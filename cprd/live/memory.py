@@ -28,14 +28,16 @@ def make_memfd(name: str, size: int) -> int:
         fd = os.memfd_create(f"cprd.{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:
+        return fd
+    except BaseException as error:
         if fd >= 0:
             os.close(fd)
+        if not isinstance(error, OSError):
+            raise
         raise LimitExceeded(
             f"cannot make memory {name!r} of {size} bytes: {error.strerror}; raise RLIMIT_NOFILE"
             f" {ADVICE} (EMFILE) or the memory that this cgroup may use (ENOMEM, ENOSPC)"
         ) from None
-    return fd
 
 
 class Memory:

@@ -99,14 +99,8 @@ class Owner:
 
         Raises InvalidInput for a value that msgpack cannot say."""
         found = make.section_key(key)
-        put, made = make.put_section(found, self._birth(found, True), value)
-        if made < 0:
-            self._act(self._save, put)
-            return
-        try:
-            self._act(self._save, put)
-        finally:
-            close_all([made])
+        made = make.Made()
+        self._act(self._save, make.put_section(found, self._birth(found, True), value, made))
 
     def save_section_fd(self, key: str, memfd: int | HasFileno) -> None:
         """Keep a section that already is a sealed memfd, which is borrowed and not copied."""
@@ -227,13 +221,16 @@ class Owner:
                 del self._inherited[name]
                 os.close(fd)
             return memory
-        fd = make_memfd(name, size)
+        made = make.Made()
+        made.fd = make_memfd(name, size)
+        memory = Memory(name, made.fd)
+        # Before the change: an interrupt after the commit would leave a key without its memory.
+        self._memories[name] = memory
         try:
-            memory = Memory(name, fd)
-            self._change([make.put_memory(key, next(self._births), fd)], ())
-            self._memories[name] = memory
-        finally:
-            os.close(fd)
+            self._change([make.put_memory(key, next(self._births), made.fd)], ())
+        except Exception:
+            del self._memories[name]
+            raise
         return memory
 
     def _save(self, put: Put) -> None:
@@ -308,7 +305,7 @@ class Batch:
         self._owner = owner
         self.puts: dict[Key, Put] = {}
         self.gone: dict[Key, None] = {}
-        self._made: list[int] = []
+        self._made: list[make.Made] = []
         self._alive: list[object] = []
 
     def save_fd(self, name: str, id: int, fd: int | HasFileno, *, replace: bool = False) -> None:
@@ -328,10 +325,9 @@ class Batch:
 
     def save_section(self, key: str, value: Any) -> None:
         found = make.section_key(key)
-        put, made = make.put_section(found, self._section_birth(found), value)
-        if made >= 0:
-            self._made.append(made)
-        self._put(put)
+        made = make.Made()
+        self._made.append(made)
+        self._put(make.put_section(found, self._section_birth(found), value, made))
 
     def save_section_fd(self, key: str, memfd: int | HasFileno) -> None:
         found = make.section_key(key)
@@ -349,8 +345,8 @@ class Batch:
 
     def close(self) -> None:
         """Close what was made for the batch. Safe to repeat."""
-        made, self._made = self._made, []
-        close_all(made)
+        while self._made:
+            self._made.pop().close()
 
     def _section_birth(self, key: Key) -> int:
         owner = self._owner

@@ -29,6 +29,25 @@ if TYPE_CHECKING:
     from collections.abc import Container
     from typing import Any
 
+
+class Made:
+    """A descriptor that was made for a change, closed when nobody has this object any more: by an
+    interrupt, too."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self) -> None:
+        self.fd = -1
+
+    def close(self) -> None:
+        """Safe to repeat."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
+
+
 INLINE = 4096  # bytes of a section's value; a larger one gets a memfd
 
 
@@ -95,16 +114,16 @@ def _lingers(fd: int) -> bool:
         sock.detach()
 
 
-def put_section(key: Key, birth: int, value: Any) -> tuple[Put, int]:
-    """Keep a value; with the memfd that was made for a large one, which the caller closes once the
-    change is done (-1: none). Raises InvalidInput, LimitExceeded."""
+def put_section(key: Key, birth: int, value: Any, made: Made) -> Put:
+    """Keep a value. `made` gets the memfd of a large one, and has to live until the change is done.
+    Raises InvalidInput, LimitExceeded."""
     section = encode(key[1].decode(), value)
     if len(section.data) <= INLINE:
         op = PACKED if section.packed else RAW
-        return (op, key, birth, -1, bytes(section.data), False, False), -1
-    fd = sealed_memfd(f"section.{key[1].decode()}", [section.data])
+        return (op, key, birth, -1, bytes(section.data), False, False)
+    made.fd = sealed_memfd(f"section.{key[1].decode()}", [section.data])
     op = PACKED_MEMFD if section.packed else RAW_MEMFD
-    return (op, key, birth, fd, b"", False, True), fd
+    return (op, key, birth, made.fd, b"", False, True)
 
 
 def put_section_fd(key: Key, birth: int, memfd: int) -> Put:

@@ -80,7 +80,7 @@ def _no_pair(error: OSError) -> LimitExceeded:
 class Queue:
     """`tx` is None where nothing can be appended (the queue of a predecessor)."""
 
-    __slots__ = ("busy", "first_valid", "next", "records", "rx", "spent", "tx")
+    __slots__ = ("_inodes", "busy", "first_valid", "next", "records", "rx", "spent", "tx")
 
     def __init__(self, tx: socket.SocketType | None, rx: socket.SocketType) -> None:
         self.tx = tx
@@ -90,6 +90,7 @@ class Queue:
         self.first_valid = 0  # ordinal; what is older is void, and to be drained
         self.spent = 0  # of the send buffer
         self.busy = False  # another thread drains it
+        self._inodes: list[int] = []
 
     def send(self, data: bytes, fds: Sequence[int]) -> None:
         """Append one record. Does not block. Raises Fenced, LimitExceeded, OSError (of `fds`)."""
@@ -222,7 +223,14 @@ class Queue:
 
     def inodes(self) -> list[int]:
         """The inodes of both ends."""
-        return [os.fstat(end.fileno()).st_ino for end in (self.tx, self.rx) if end is not None]
+        if not self._inodes:
+            ends = [end for end in (self.tx, self.rx) if end is not None]
+            self._inodes = [os.fstat(end.fileno()).st_ino for end in ends]
+        return self._inodes
+
+    @property
+    def closed(self) -> bool:
+        return self.rx.fileno() < 0
 
     def close(self) -> None:
         """Close both ends. Safe to repeat."""

@@ -115,7 +115,7 @@ def shut(fd: int) -> None:
     """Let nobody append to a queue from now on. `fd`: the receiving end, borrowed. Never blocks.
 
     Raises Damaged for what is no SEQPACKET socket of AF_UNIX."""
-    sock = _as_queue(fd)
+    sock = as_queue(fd)
     try:
         sock.shutdown(socket.SHUT_RD)
     except OSError as error:
@@ -125,7 +125,7 @@ def shut(fd: int) -> None:
         sock.detach()
 
 
-def _as_queue(fd: int) -> socket.SocketType:
+def as_queue(fd: int) -> socket.SocketType:
     """An object for a descriptor that it must not close: detach it. Raises Damaged."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
     try:
@@ -283,7 +283,7 @@ class _Reading:
 
     def _peek(self, fd: int, what: str) -> list[Peeked]:
         """All records of a queue, with their descriptors, which are written down as installed."""
-        sock = _as_queue(fd)
+        sock = as_queue(fd)
         try:
             for attempt in range(RETRIES):
                 if attempt:

@@ -119,13 +119,15 @@ class Steps:
     def close_dropped(self) -> None:
         """Let go of all that lies in segments that no root names any more."""
         for segment in [*self.dropped]:
-            if not segment.busy:
-                if segment.records:  # a forked child may have an end, and keep what lies in there
-                    segment.resync()
-                    segment.receive(len(segment.records))
-                self.ledger.inodes.difference_update(segment.inodes())
-                segment.close()
-                self.dropped.remove(segment)
+            if segment.busy:
+                continue
+            if segment.records and not segment.closed:  # a forked child may have an end
+                segment.resync()
+                segment.receive(len(segment.records))
+            self.unfinished.pop(segment, None)
+            self.ledger.inodes.difference_update(segment.inodes())
+            segment.close()
+            self.dropped.remove(segment)
 
     def finish(self) -> None:
         """Finish what an interrupt left."""
@@ -135,7 +137,7 @@ class Steps:
             if queue.resync(sent):
                 apply()
             self.pending = None
+        self.close_dropped()
         for unfinished in [*self.unfinished]:
             unfinished.resync()
             self.drain(unfinished)
-        self.close_dropped()
