@@ -17,9 +17,9 @@ class Ledger:
     """`where`: the segment of each kept key. `dirty`: segments that hold what a record elsewhere
     made void. `pool`: the attached segments. `inodes`: of sockets that must never be kept."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, spread: int) -> None:
         self.where: dict[Key, Segment] = {}
-        self.pool = Pool(limit)
+        self.pool = Pool(limit, spread)
         self.tombs = Tombs()
         self.dirty: dict[Segment, None] = {}
         self.inodes: set[int] = set()

@@ -23,7 +23,7 @@ from cprd.live.records import Key
 from cprd.live.root import Root
 from cprd.live.segment import Put
 from cprd.live.steps import Defer
-from cprd.live.writer import KEYS, RECORDS, Writer
+from cprd.live.writer import KEYS, RECORDS, SPREAD, Writer
 from cprd.state.descriptors import number_of
 
 TYPE_CHECKING = False
@@ -54,6 +54,7 @@ class Owner:
         *,
         keys: int = KEYS,
         records: int = RECORDS,
+        spread: int = SPREAD,
         root_records: int | None = None,
         defer: Defer | None = None,
         begin: bool = True,
@@ -62,7 +63,9 @@ class Owner:
         `begin`: the hold is empty, which is written down now."""
         self._lock = threading.RLock()
         root = Root(tx, rx, hold) if root_records is None else Root(tx, rx, hold, root_records)
-        self._writer = Writer(root, self._lock, keys=keys, records=records, defer=defer)
+        self._writer = Writer(
+            root, self._lock, keys=keys, records=records, spread=spread, defer=defer
+        )
         self._ledger = self._writer.ledger
         self._ask_linger = defer is not None
         self._births = count(1)
@@ -234,14 +237,15 @@ class Owner:
         return memory
 
     def _save(self, put: Put) -> None:
-        writer = self._writer
-        if not writer.append(put):
-            writer.change([put], ())
+        if not self._writer.quick.append(put):
+            self._writer.change([put], ())
 
     def _delete(self, key: Key) -> None:
         writer = self._writer
-        if not writer.remove(key):
+        if not writer.quick.remove(key):
             writer.change([], [key])
+        elif writer.ledger.pool.is_loose:
+            writer.shrink()
 
     def _change(self, puts: list[Put], gone: Iterable[Key]) -> None:
         self._act(self._writer.change, puts, gone)
@@ -315,8 +319,7 @@ class Batch:
         owner = self._owner
         if key in self.puts and not replace:
             raise InvalidInput(f"key ({name!r}, {id}) is used already: delete_fd() it first")
-        again = key in self.gone  # as new, behind all others
-        birth = next(owner._births) if again else owner._birth(key, replace)
+        birth = self._birth(key, replace)
         self._alive.append(fd)
         self._put(make.put_fd(key, birth, number, owner._ledger.inodes, owner._ask_linger))
 
@@ -327,12 +330,12 @@ class Batch:
         found = make.section_key(key)
         made = make.Made()
         self._made.append(made)
-        self._put(make.put_section(found, self._section_birth(found), value, made))
+        self._put(make.put_section(found, self._birth(found, True), value, made))
 
     def save_section_fd(self, key: str, memfd: int | HasFileno) -> None:
         found = make.section_key(key)
         self._alive.append(memfd)
-        birth = self._section_birth(found)
+        birth = self._birth(found, True)
         self._put(make.put_section_fd(found, birth, number_of(memfd)))
 
     def delete_section(self, key: str) -> None:
@@ -348,11 +351,12 @@ class Batch:
         while self._made:
             self._made.pop().close()
 
-    def _section_birth(self, key: Key) -> int:
-        owner = self._owner
+    def _birth(self, key: Key, replace: bool) -> int:
+        """The place of a key: what is replaced keeps the place, what was deleted comes last."""
         if key in self.puts:
             return self.puts[key][2]
-        return next(owner._births) if key in self.gone else owner._birth(key, True)
+        owner = self._owner
+        return next(owner._births) if key in self.gone else owner._birth(key, replace)
 
     def _put(self, put: Put) -> None:
         self.puts[put[1]] = put

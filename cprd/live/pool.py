@@ -11,8 +11,11 @@ MAX_OWN = 512
 class Pool:
     """The attached segments of one hold. `file` after each change to a segment's keys."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, spread: int) -> None:
         self.limit = limit  # keys of a shared segment
+        # As long as there are so few shared segments, each takes one key only: letting go of the
+        # key is cheaper than where copies have to be made of others.
+        self.spread = spread
         self.segments: dict[int, Segment] = {}
         self._shared: list[dict[Segment, None]] = [{} for _ in range(limit + 1)]
         self._sections: list[dict[Segment, None]] = [{} for _ in range(4)]  # by quarters of room
@@ -28,7 +31,9 @@ class Pool:
         """Put a segment where its keys put it. May be said twice."""
         self.segments[segment.id] = segment
         place = self._place(segment)
-        shared = len(segment.keys) if segment.kind == SHARED and segment.tx is not None else 0
+        shared = 0
+        if segment.kind == SHARED and segment.tx is not None:
+            shared = len(segment.keys)
         if shared != segment.counted:
             self._kept += shared - segment.counted
             self._filled += (shared > 0) - (segment.counted > 0)
@@ -74,6 +79,8 @@ class Pool:
     def for_shared(self, puts: list[Put], size: int, avoid: Segment | None) -> Segment | None:
         """An attached segment that takes all of `puts`; None: make one."""
         current = self.current
+        if self.spreads:
+            return self._empty(avoid)
         if (
             current is not None
             and current is not avoid
@@ -117,10 +124,21 @@ class Pool:
                 return segment
         return None
 
+    @property
+    def spreads(self) -> bool:
+        """Whether the next key gets a segment that has none."""
+        return self._filled < self.spread
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether segments with descriptors may be worth merging, or some are of no use."""
+        few = self._filled > self.spread and self._kept * 16 < self._filled * self.limit * 7
+        return few or self._idle > 2 * SPARE + self.spread
+
     def sparse(self) -> Segment | None:
         """A segment whose keys should move to others, when there are many more segments than the
         keys need."""
-        if self._filled > 2 and self._kept * 16 < self._filled * self.limit * 7:
+        if self._filled > self.spread and self._kept * 16 < self._filled * self.limit * 7:
             return _first_idle(self._shared[1 : self.limit // 2 + 1])
         few = len(self._sections[0])
         if few > 2 and few > sum(map(len, self._sections[1:])):
@@ -129,10 +147,15 @@ class Pool:
 
     def useless(self) -> list[Segment]:
         """The segments to take out of the root, when there are many; else none."""
-        if len(self.empty) + len(self.dead) <= 2 * SPARE + len(self.segments) // 8:
+        if self._idle <= 2 * SPARE + self.spread:
             return []
         empty = [segment for segment in self.empty if not segment.busy and not segment.stale]
-        return [*self.dead, *empty[SPARE:]]
+        return [*self.dead, *empty[max(SPARE, self.spread - self._filled) :]]
+
+    @property
+    def _idle(self) -> int:
+        """Segments of no use, beyond what is usual among so many."""
+        return len(self.empty) + len(self.dead) - len(self.segments) // 8
 
 
 def _first_idle(places: list[dict[Segment, None]]) -> Segment | None:

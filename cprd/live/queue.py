@@ -14,6 +14,7 @@ from __future__ import annotations
 import _socket as socket  # as in linux.rights; closes its descriptor when nobody has it any more
 import errno
 import os
+import struct
 from array import array
 from collections import deque
 from itertools import repeat, starmap
@@ -33,11 +34,14 @@ if TYPE_CHECKING:
 
 MOST_RECORDS = 278  # of the default send buffer, whatever their size
 _SOL = socket.SOL_SOCKET
-_SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
+SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
 _DONTWAIT = socket.MSG_DONTWAIT
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
-_PEEK_FDS = _PEEK | socket.MSG_CMSG_CLOEXEC
-_CTRUNC = socket.MSG_CTRUNC
+PEEK_FDS = _PEEK | socket.MSG_CMSG_CLOEXEC
+CTRUNC = socket.MSG_CTRUNC
+_RIGHTS = socket.SCM_RIGHTS
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_INT = struct.Struct("i")
 _GONE = (errno.EPIPE, errno.EPERM, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
 Sent = tuple[int, int, tuple[Key, ...]]
@@ -104,6 +108,14 @@ class Queue:
                 raise
             self._send_with_more_room(data, fds)
 
+    def send_one(self, data: bytes, fd: int) -> None:
+        """As send, of one descriptor, in less time."""
+        assert self.tx is not None
+        try:
+            self.tx.sendmsg((data,), ((_SOL, _RIGHTS, _INT.pack(fd)),), _FLAGS)
+        except OSError:
+            self.send(data, (fd,))  # which may raise limits, and explains
+
     def _send_with_more_room(self, data: bytes, fds: Sequence[int]) -> None:
         """A machine may have a small net.core.wmem_default, and a larger maximum."""
         assert self.tx is not None
@@ -130,10 +142,10 @@ class Queue:
         Raises Fenced on any disorder, LimitExceeded when not all fit in this process."""
         count = len(self.records)
         found = self._peek_once(copies, count)
-        if any(item[2] & _CTRUNC for item in found):
+        if any(item[2] & CTRUNC for item in found):
             with hard_limit():  # what came is closed with the rest
                 found = self._peek_once(copies, count)
-            if any(item[2] & _CTRUNC for item in found):
+            if any(item[2] & CTRUNC for item in found):
                 raise LimitExceeded(
                     "no room for copies of the descriptors in one queue of the live hold: raise"
                     f" RLIMIT_NOFILE {ADVICE}"
@@ -152,11 +164,12 @@ class Queue:
 
     def _peek_once(self, copies: Copies, count: int) -> list[Peeked]:
         largest = max(record[1] for record in self.records) if count else 0
+        copies.known = None
         point("live:peek")
         try:
             self.rx.setsockopt(_SOL, SO_PEEK_OFF, 0)
             copies.found.extend(
-                map(self.rx.recvmsg, repeat(largest, count), repeat(_SPACE), repeat(_PEEK_FDS))
+                map(self.rx.recvmsg, repeat(largest, count), repeat(SPACE), repeat(PEEK_FDS))
             )
         except OSError as error:
             raise fenced(f"its queue cannot be read: {error.strerror}") from None
@@ -193,7 +206,7 @@ class Queue:
 
     def forget(self, count: int) -> None:
         self.records = left = self.records[count:]
-        self.spent = sum([cost(size) for _, size, _ in left])
+        self.spent = cost(left[0][1]) if len(left) == 1 else sum([cost(r[1]) for r in left])
 
     def resync(self, pending: Sent | None = None) -> bool:
         """Learn from the queue which records are in it, after an interrupt. `pending`: a record
@@ -248,9 +261,10 @@ class Copies:
     and `_runs` what is being closed: first number and the one behind the last, taken out and closed
     in one step."""
 
-    __slots__ = ("_runs", "found")
+    __slots__ = ("_runs", "found", "known")
 
     def __init__(self) -> None:
+        self.known: array[int] | None = None  # all descriptors of `found`, where somebody knows
         self.found: list[Peeked] = []
         self._runs: list[tuple[int, int]] = []
 
@@ -260,13 +274,16 @@ class Copies:
     def close(self) -> None:
         """Close all copies."""
         if self.found:
-            fds = array("i")
-            for _, ancillary, _, _ in self.found:
-                for _, _, raw in ancillary:
-                    fds.frombytes(raw)
+            fds = self.known
+            if fds is None:
+                fds = array("i")
+                for _, ancillary, _, _ in self.found:
+                    for _, _, raw in ancillary:
+                        fds.frombytes(raw)
             # In this order: as long as `found` has anything, nothing of `_runs` is closed yet.
             self._runs = _runs(sorted(fds))
             self.found.clear()
+            self.known = None
         if self._runs:
             point("live:close")
             runs = self._runs

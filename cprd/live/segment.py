@@ -5,7 +5,7 @@ from __future__ import annotations
 import _socket as socket  # as in queue
 
 from cprd.live.queue import Queue, cost
-from cprd.live.records import CARRIES, HEADER, Key, entry_size
+from cprd.live.records import CARRIES, HEADER, SAVE, Key, entry_size
 
 # What a segment is for.
 SHARED, SECTIONS, OWN = "shared", "sections", "own"
@@ -26,7 +26,10 @@ class Segment(Queue):
     """`keys` are those that a reader would find here. `stale` are keys that lie in the queue and
     are void by a record elsewhere: the segment is to be rewritten."""
 
-    __slots__ = ("counted", "filed", "id", "keys", "kind", "may_block", "size", "stale")
+    __slots__ = (
+        *("changes", "counted", "filed", "id", "keys", "kind", "may_block", "size", "stale"),
+        "values",
+    )
 
     def __init__(self, id: int, tx: socket.SocketType | None, rx: socket.SocketType) -> None:
         super().__init__(tx, rx)
@@ -38,6 +41,8 @@ class Segment(Queue):
         self.may_block = False  # letting go of what is void may
         self.filed: dict[Segment, None] | None = None  # where the pool has it
         self.counted = 0  # keys that the pool counts
+        self.changes = False  # whether a key was ever lost: more will be
+        self.values = False  # whether any key was ever another than that of a descriptor
 
     @property
     def inherited(self) -> bool:
@@ -45,9 +50,19 @@ class Segment(Queue):
         return self.tx is None
 
     @property
+    def plain(self) -> bool:
+        """Whether all keys are those of descriptors, and nothing is void by records elsewhere."""
+        return not self.values and not self.stale
+
+    @property
     def blocks(self) -> bool:
         """Whether letting go of what is void here may block."""
         return self.may_block or self.kind == OWN
+
+    def use(self, kind: str) -> None:
+        """An empty segment becomes one for keys of this kind."""
+        self.kind = kind
+        self.values = self.changes = False
 
     def takes(self, puts: list[Put], size: int, limit: int) -> bool:
         """Whether so many more keys of so many bytes have room."""
@@ -57,6 +72,11 @@ class Segment(Queue):
             and len(self.keys) + len(puts) <= limit
             and self.size + size <= ROOM
         )
+
+    def fills(self, count: int, limit: int) -> bool:
+        """Whether so many more keys make the segment full for long: one record for all takes the
+        least memory then. Where keys come and go the time counts more."""
+        return bool(self.records) and not self.changes and len(self.keys) + count >= limit
 
     def is_due(self, size: int, records: int) -> bool:
         """Whether a record of so many bytes should void the others, of which there are enough."""
@@ -68,6 +88,8 @@ class Segment(Queue):
     def keep(self, put: Put) -> None:
         """Write down that a key lies here. May be said twice."""
         op, key, birth, _, value, may_block, _ = put
+        if op != SAVE:
+            self.values = True
         old = self.keys.get(key)
         if old is not None:
             self.size -= entry_size(key, old[2])
@@ -81,6 +103,7 @@ class Segment(Queue):
         if old is not None:
             self.may_block = self.may_block or old[3]
             self.size -= entry_size(key, old[2])
+            self.changes = True
             self.keys.pop(key, None)
 
     def carries(self) -> bool:

@@ -18,6 +18,10 @@ from cprd.live.records import OWN as FLAG_OWN
 from cprd.live.records import Entry, Key, encode
 from cprd.live.segment import OWN, Segment
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 Defer = Callable[[Callable[[], None]], object]
 """Runs a function, which may block, in another thread."""
 
@@ -39,7 +43,7 @@ class Steps:
         self.copies = Copies()
         self.unfinished: dict[Queue, None] = {}
         self.dropped: list[Segment] = []
-        self.pending: tuple[Queue, Sent, Callable[[], None]] | None = None
+        self.pending: tuple[Queue, Sent, Callable[..., None], tuple[Any, ...]] | None = None
         self._lock = lock
         self._defer = defer
 
@@ -55,13 +59,14 @@ class Steps:
         entries: Sequence[Entry],
         keys: tuple[Key, ...],
         fds: Sequence[int],
-        apply: Callable[[], None],
+        apply: Callable[..., None],
+        arguments: tuple[Any, ...] = (),
     ) -> None:
         """Append a record to a segment; `apply` writes down what the record changed."""
         self.seq += 1
         flags = FLAG_OWN if queue.kind == OWN else 0
         data = encode(kind, self.hold, self.seq, queue.next, entries, len(fds), flags=flags)
-        self.send_data(queue, data, keys, fds, apply)
+        self.send_data(queue, data, keys, fds, apply, arguments)
 
     def send_data(
         self,
@@ -69,12 +74,13 @@ class Steps:
         data: bytes,
         keys: tuple[Key, ...],
         fds: Sequence[int],
-        apply: Callable[[], None],
+        apply: Callable[..., None],
+        arguments: tuple[Any, ...] = (),
     ) -> None:
         """Append a record that is made already. Raises Fenced, LimitExceeded, OSError: then the
         record is not there."""
         sent = (queue.next, len(data), keys)
-        self.pending = (queue, sent, apply)
+        self.pending = (queue, sent, apply, arguments)
         point("live:send")
         try:
             queue.send(data, fds)
@@ -83,7 +89,7 @@ class Steps:
             raise
         point("live:sent")
         queue.landed(*sent)
-        apply()
+        apply(*arguments)
         self.pending = None
 
     def drain(self, queue: Queue) -> None:
@@ -133,9 +139,9 @@ class Steps:
         """Finish what an interrupt left."""
         self.copies.close()
         if self.pending is not None:
-            queue, sent, apply = self.pending
+            queue, sent, apply, arguments = self.pending
             if queue.resync(sent):
-                apply()
+                apply(*arguments)
             self.pending = None
         self.close_dropped()
         for unfinished in [*self.unfinished]:

@@ -17,7 +17,7 @@ from cprd.live.records import CARRIES, entry_size
 from cprd.live.root import Root
 from cprd.live.segment import OWN, SECTIONS, SHARED, Segment
 from cprd.live.steps import Defer
-from cprd.live.writer import KEYS, RECORDS
+from cprd.live.writer import KEYS, RECORDS, SPREAD
 
 
 def take_over(
@@ -28,6 +28,7 @@ def take_over(
     hold: int = 0,
     keys: int = KEYS,
     records: int = RECORDS,
+    spread: int = SPREAD,
     root_records: int | None = None,
     defer: Defer | None = None,
 ) -> Owner:
@@ -43,6 +44,7 @@ def take_over(
         found.hold or hold,
         keys=keys,
         records=records,
+        spread=spread,
         root_records=root_records,
         defer=defer,
         begin=False,

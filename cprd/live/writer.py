@@ -14,18 +14,14 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from cprd.errors import LimitExceeded
-from cprd.linux.pause import point
 from cprd.live.ballast import Ballast
 from cprd.live.branches import Branches
 from cprd.live.ledger import Ledger
+from cprd.live.quick import Quick
 from cprd.live.records import (
     CARRIES,
     CHANGE,
-    LENGTH,
-    MAGIC,
-    SINGLE,
     SNAPSHOT,
-    VERSION,
     Entry,
     Key,
     deletion,
@@ -36,17 +32,16 @@ from cprd.live.segment import (
     OWN,
     ROOM,
     SECTION_KEYS,
-    SECTION_RECORDS,
     SECTIONS,
     SHARED,
-    SPEND,
     Put,
     Segment,
     kind_of,
 )
 from cprd.live.steps import Defer, Steps
 
-KEYS, RECORDS = 16, 8  # of a shared segment
+KEYS, RECORDS = 16, 9  # of a shared segment: half of the keys come one by one after one record
+SPREAD = 16  # shared segments, before any gets a second key
 MANY = 64  # deletions that go into one record of a segment
 
 
@@ -60,13 +55,15 @@ class Writer:
         *,
         keys: int = KEYS,
         records: int = RECORDS,
+        spread: int = SPREAD,
         defer: Defer | None = None,
     ) -> None:
         self.limit = keys
         self.records = records
-        self.ledger = Ledger(keys)
+        self.ledger = Ledger(keys, spread)
         self.steps = Steps(self.ledger, root.hold, lock, defer)
         self.branches = Branches(root, self.ledger, self.steps, keys)
+        self.quick = Quick(self.ledger, self.steps, keys, records)
         self.ballast = Ballast()
         self.ledger.inodes.update(root.inodes(), self.ballast.queue.inodes())
 
@@ -74,90 +71,6 @@ class Writer:
     def unfinished(self) -> bool:
         """Whether the next change has something to finish for an earlier one."""
         return bool(self.ledger.dirty) or not self.steps.idle
-
-    # The usual changes, in the least time
-
-    def append(self, put: Put) -> bool:
-        """Keep one key by one more record of its segment: the usual change, in the least time.
-
-        Returns False where the change is not so simple, and nothing was done."""
-        op, key, birth, fd, value, _, own = put
-        old = self.ledger.where.get(key)
-        if fd >= 0:
-            segment, kind = self.ledger.pool.current, SHARED
-            limit, records = self.limit - 1, self.records
-            simple = old is None
-        else:
-            segment, kind = old or self.ledger.pool.current_sections, SECTIONS
-            limit, records = SECTION_KEYS, SECTION_RECORDS
-            simple = True
-        if (
-            not simple
-            or own
-            or segment is None
-            or segment.kind != kind
-            or self.steps.pending is not None
-            or self.ledger.dirty
-            or self.steps.unfinished
-            or len(segment.keys) >= limit
-            or not 0 < len(segment.records) < records
-            or segment.busy
-            or segment.tx is None
-            or segment.size + len(value) > ROOM - 512
-            or segment.spent > SPEND - 9216
-        ):
-            return False
-        name = key[1]
-        if fd < 0:
-            name = LENGTH.pack(len(value)) + value + name
-        self.steps.seq = seq = self.steps.seq + 1
-        size = SINGLE.size + len(name)
-        ordinal, carried = segment.next, int(fd >= 0)
-        data = SINGLE.pack(
-            *(MAGIC, VERSION, CHANGE, 0, self.steps.hold, seq, ordinal, 1, carried, size),
-            *(op, birth, key[2]),
-        )
-        sent = (ordinal, size, (key,) if carried else NO_KEYS)
-        self.steps.pending = (segment, sent, partial(self._applied, segment, [put], [], -1))
-        point("live:send")
-        try:
-            segment.send(data + name, (fd,) if carried else ())
-        except Exception:
-            self.steps.pending = None
-            raise
-        point("live:sent")
-        segment.landed(*sent)
-        segment.keep(put)
-        self.ledger.where[key] = segment
-        if self.ledger.tombs:
-            self.ledger.tombs.hold(key, segment)
-        self.ledger.pool.file(segment)
-        self.steps.pending = None
-        return True
-
-    def remove(self, key: Key) -> bool:
-        """End one key by rewriting its segment. As append."""
-        segment = self.ledger.where.get(key)
-        if segment is None:
-            return self.steps.pending is None
-        if (
-            self.steps.pending is not None
-            or self.ledger.dirty
-            or self.steps.unfinished
-            or segment.busy
-            or segment.tx is None
-            or segment.kind == SECTIONS
-        ):
-            return False
-        try:
-            self._into(segment, [], [key])
-        except LimitExceeded:
-            self.steps.copies.close()
-            return False
-        if self.steps.copies:
-            self.steps.copies.close()
-        self._shrink()
-        return True
 
     # All changes
 
@@ -182,7 +95,7 @@ class Writer:
             return
         problem = self._tidy()
         if gone and not self.ledger.dirty:
-            self._shrink()
+            self.shrink()
         if problem is not None:
             raise LimitExceeded(
                 f"the change counts, for every successor, but the kernel still holds what it ended"
@@ -292,7 +205,7 @@ class Writer:
     ) -> None:
         """Commit by one record of `target`."""
         if not target.keys:
-            target.kind = kind_of(puts)
+            target.use(kind_of(puts))
         snapshot = rewrite or self._voids(target, puts, gone)
         new = [(put[0], put[2], put[1], put[4]) for put in puts]
         carried = [put[1] for put in puts if put[3] >= 0]
@@ -305,9 +218,9 @@ class Writer:
             entries += self.ledger.deletions(target, puts, gone)
         else:
             entries = new + [deletion(key) for key in gone]
-        apply = partial(self._applied, target, puts, gone, target.next if snapshot else -1)
+        apply = (self._applied, (target, puts, gone, target.next if snapshot else -1))
         kind = SNAPSHOT if snapshot else CHANGE
-        self.steps.send(target, kind, entries, tuple(carried), fds, apply)
+        self.steps.send(target, kind, entries, tuple(carried), fds, *apply)
         if snapshot:
             self.steps.copies.close()
             self.steps.drain(target)
@@ -324,7 +237,7 @@ class Writer:
                 return True
         if not target.records:
             return False
-        if target.kind == SHARED and len(keys) + len(puts) >= self.limit:
+        if target.kind == SHARED and target.fills(len(puts), self.limit):
             return True
         return target.is_due(sum([entry_size(put[1], put[4]) for put in puts]), self.records)
 
@@ -385,8 +298,7 @@ class Writer:
             if segment.is_due(sum(entry_size(key) for key in segment.stale), self.records):
                 self._into(segment, [], [], rewrite=True)
             else:
-                apply = partial(self.ledger.clean, segment)
-                self.steps.send(segment, CHANGE, ended, NO_KEYS, [], apply)
+                self.steps.send(segment, CHANGE, ended, NO_KEYS, [], self.ledger.clean, (segment,))
         else:
             self._into(segment, [], [], rewrite=True)
 
@@ -407,7 +319,7 @@ class Writer:
             self.branches.attach([], gone)
         self.steps.copies.close()
 
-    def _shrink(self) -> None:
+    def shrink(self) -> None:
         """Merge sparse segments, and take useless ones out of the root: as much in flight as the
         keys need. Limits are no error here."""
         try:

@@ -31,8 +31,8 @@ Op = tuple[Any, ...]
 ("clear",)."""
 
 Limits = dict[str, Any]
-SMALL: Limits = {"keys": 2, "records": 2, "root_records": 3}
-MIDDLE: Limits = {"keys": 4, "records": 3, "root_records": 5}
+SMALL: Limits = {"keys": 2, "records": 2, "root_records": 3, "spread": 2}
+MIDDLE: Limits = {"keys": 4, "records": 3, "root_records": 5, "spread": 0}
 REAL: Limits = {}
 MEMORY = 4096
 HOLD = 0x1122334455667788

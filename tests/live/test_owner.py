@@ -174,10 +174,10 @@ def test_sections_leave_what_they_need() -> None:
         most = owner.segments
         for number in range(2990):
             owner.delete_section(f"s{number}")
-        assert owner.segments <= 12 < most
+        assert owner.segments <= 30 < most
         for number in range(20_000):
             owner.save_section("hot", number)
-        assert owner.segments <= 12
+        assert owner.segments <= 30
         owner.close()
         found = read(root.kept)
         assert found.state["hot"] == 19_999
@@ -468,11 +468,11 @@ def test_a_hold_that_ends_deep_lets_go_of_everything() -> None:
             mine.close()
         os.kill(pid, signal.SIGSTOP)
         segments = fence.fence(root.kept)
-        assert fence.segments(root.kept) == len(segments) == 2
+        assert fence.segments(root.kept) == len(segments) == 16
         # The owner itself has the connections open; its queues do not.
         fence.let_go(segments)
         fence.let_go([root.kept])
-        assert [scm_fds(fd) for fd in (*segments, root.kept)] == [0, 0, 0]
+        assert not any(scm_fds(fd) for fd in (*segments, root.kept))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         for _, peer in made:
@@ -640,7 +640,7 @@ def test_memory_is_the_same_for_the_successor() -> None:
         with pytest.raises(InvalidInput, match="1048576 bytes"):
             take.memory("journal", 1 << 10)
         again = take.memory("journal", 1 << 20)
-        assert again[10:14] == b"live"
+        assert bytes(again[10:14]) == b"live"
         again[0] = 1
         assert memory[0] == 1
         take.delete_memory("journal")
