@@ -7,7 +7,6 @@ from functools import partial
 
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
-from cprd.linux.rights import SCM_MAX_FD
 from cprd.live.ledger import Ledger
 from cprd.live.pool import MAX_OWN
 from cprd.live.queue import make_pair
@@ -44,7 +43,7 @@ class Branches:
         size = sum(entry_size(key) for key in gone)
         made = list(zip(fresh, groups, strict=True))
         apply = partial(self._attached, made, gone)
-        if len(fresh) <= SCM_MAX_FD and size <= PART_DELETIONS:
+        if len(fresh) <= self.root.part and size <= PART_DELETIONS:
             if self.root.is_due():
                 self._make_room()
             self._steps.seq += 1

@@ -10,6 +10,7 @@ from cprd.live.pool import Pool
 from cprd.live.queue import Queue
 from cprd.live.records import Entry, Key, deletion
 from cprd.live.segment import Put, Segment
+from cprd.live.shape import Shape
 from cprd.live.tombs import Tombs
 
 
@@ -17,9 +18,9 @@ class Ledger:
     """`where`: the segment of each kept key. `dirty`: segments that hold what a record elsewhere
     made void. `pool`: the attached segments. `inodes`: of sockets that must never be kept."""
 
-    def __init__(self, limit: int, spread: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.where: dict[Key, Segment] = {}
-        self.pool = Pool(limit, spread)
+        self.pool = Pool(shape.keys, shape.spread)
         self.tombs = Tombs()
         self.dirty: dict[Segment, None] = {}
         self.inodes: set[int] = set()

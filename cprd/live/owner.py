@@ -22,8 +22,9 @@ from cprd.live.memory import Memory, check_size, make_memfd
 from cprd.live.records import Key
 from cprd.live.root import Root
 from cprd.live.segment import Put
+from cprd.live.shape import SHAPE, Shape
 from cprd.live.steps import Defer
-from cprd.live.writer import KEYS, RECORDS, SPREAD, Writer
+from cprd.live.writer import Writer
 from cprd.state.descriptors import number_of
 
 TYPE_CHECKING = False
@@ -52,20 +53,15 @@ class Owner:
         rx: socket.SocketType,
         hold: int,
         *,
-        keys: int = KEYS,
-        records: int = RECORDS,
-        spread: int = SPREAD,
-        root_records: int | None = None,
+        shape: Shape = SHAPE,
         defer: Defer | None = None,
         begin: bool = True,
     ) -> None:
         """`tx`, `rx`: both ends of the root, owned from now on. `hold`: the nonce, 1 to 2^64 - 1.
         `begin`: the hold is empty, which is written down now."""
         self._lock = threading.RLock()
-        root = Root(tx, rx, hold) if root_records is None else Root(tx, rx, hold, root_records)
-        self._writer = Writer(
-            root, self._lock, keys=keys, records=records, spread=spread, defer=defer
-        )
+        root = Root(tx, rx, hold, shape)
+        self._writer = Writer(root, self._lock, shape, defer)
         self._ledger = self._writer.ledger
         self._ask_linger = defer is not None
         self._births = count(1)
@@ -164,6 +160,12 @@ class Owner:
         self._memories.clear()
         close_all(self._inherited.values())
         self._inherited.clear()
+
+    def settle(self) -> None:
+        """Finish what an earlier change, or a predecessor that was killed, did not come to: let go
+        of what is not kept. For a successor, as soon as cprd has confirmed. The next change does
+        the same. May block as delete_fd may."""
+        self._act(self._writer.recover)
 
     def close(self) -> None:
         """Stop owning, keep everything: the next owner finds it. Safe to repeat."""

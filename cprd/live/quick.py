@@ -40,6 +40,7 @@ from cprd.live.segment import (
     Put,
     Segment,
 )
+from cprd.live.shape import Shape
 from cprd.live.steps import Steps
 
 _SOL = socket.SOL_SOCKET
@@ -58,15 +59,15 @@ def _columns(count: int) -> struct.Struct:
 class Quick:
     """Works on the writer's queues and ledger, under the owner's lock."""
 
-    def __init__(self, ledger: Ledger, steps: Steps, limit: int, records: int) -> None:
+    def __init__(self, ledger: Ledger, steps: Steps, shape: Shape) -> None:
         self._ledger = ledger
         self._pool = ledger.pool
         self._where = ledger.where
         self._dirty = ledger.dirty
         self._steps = steps
         self._unfinished = steps.unfinished
-        self._limit = limit
-        self._records = records
+        self._limit = shape.keys
+        self._records = shape.records
 
     def append(self, put: Put) -> bool:
         """Keep one key by one more record of its segment.

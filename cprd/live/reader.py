@@ -127,7 +127,10 @@ def shut(fd: int) -> None:
 
 def as_queue(fd: int) -> socket.SocketType:
     """An object for a descriptor that it must not close: detach it. Raises Damaged."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
+    except OSError as error:
+        raise Damaged(f"a part of the live hold is no queue: {error.strerror}") from None
     try:
         family = sock.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN)
         kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)

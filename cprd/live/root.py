@@ -6,26 +6,31 @@ import _socket as socket  # as in queue
 from collections.abc import Sequence
 
 from cprd.errors import LimitExceeded
-from cprd.linux.rights import SCM_MAX_FD
 from cprd.live.queue import Queue, cost
 from cprd.live.records import ATTACH, ROOT, Entry, Key, encode, entry_size
 from cprd.live.segment import Segment
+from cprd.live.shape import SHAPE, Shape
 
-RECORDS = 100  # in the root before these become as few as possible; 278 fit
+FULL = 200  # records in the root; 278 fit
 PART_DELETIONS = 24 * 1024  # bytes of deletions in one part
 
 
 class Root(Queue):
     """Records are made here and sent by the writer, which learns what an interrupt left."""
 
-    __slots__ = ("capacity", "hold", "limit")
+    __slots__ = ("capacity", "hold", "limit", "part")
 
     def __init__(
-        self, tx: socket.SocketType, rx: socket.SocketType, hold: int, limit: int = RECORDS
+        self,
+        tx: socket.SocketType,
+        rx: socket.SocketType,
+        hold: int,
+        shape: Shape = SHAPE,
     ) -> None:
         super().__init__(tx, rx)
         self.hold = hold
-        self.limit = limit
+        self.limit = shape.root_records
+        self.part = shape.part
         tx.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self.capacity = tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
@@ -35,7 +40,7 @@ class Root(Queue):
 
     def is_full(self) -> bool:
         """Whether nothing more should be appended as it is."""
-        return len(self.records) >= 2 * RECORDS or self.spent > self.capacity * 3 // 4
+        return len(self.records) >= FULL or self.spent > self.capacity * 3 // 4
 
     def attach(self, seq: int, fresh: Sequence[Segment], deletions: Sequence[Entry]) -> bytes:
         """The record that attaches segments and ends keys. At most 253 segments."""
@@ -47,9 +52,8 @@ class Root(Queue):
     ) -> list[tuple[bytes, list[Segment]]]:
         """The records that make `segments` all there are: bytes and segments of each part. They
         take `seq` and the numbers above. Raises LimitExceeded."""
-        chunks = [
-            list(segments[at : at + SCM_MAX_FD]) for at in range(0, len(segments), SCM_MAX_FD)
-        ]
+        step = self.part
+        chunks = [list(segments[at : at + step]) for at in range(0, len(segments), step)]
         ends = _by_size(deletions)
         count = max(1, len(chunks), len(ends))
         parts = []

@@ -16,8 +16,8 @@ from cprd.live.reader import Found, FoundSegment
 from cprd.live.records import CARRIES, entry_size
 from cprd.live.root import Root
 from cprd.live.segment import OWN, SECTIONS, SHARED, Segment
+from cprd.live.shape import SHAPE, Shape
 from cprd.live.steps import Defer
-from cprd.live.writer import KEYS, RECORDS, SPREAD
 
 
 def take_over(
@@ -26,10 +26,7 @@ def take_over(
     rx: socket.SocketType,
     *,
     hold: int = 0,
-    keys: int = KEYS,
-    records: int = RECORDS,
-    spread: int = SPREAD,
-    root_records: int | None = None,
+    shape: Shape = SHAPE,
     defer: Defer | None = None,
 ) -> Owner:
     """Make the owner of what was found, with a new root that names all segments.
@@ -42,10 +39,7 @@ def take_over(
         tx,
         rx,
         found.hold or hold,
-        keys=keys,
-        records=records,
-        spread=spread,
-        root_records=root_records,
+        shape=shape,
         defer=defer,
         begin=False,
     )
@@ -94,4 +88,9 @@ def _file(ledger: Ledger, root: Root, segments: list[Segment]) -> None:
     for segment in segments:
         for key in segment.stale:
             ledger.tombs.add(key, segment, ledger.where.get(key, root))
+            ledger.dirty[segment] = None
+        # What a record of the same queue made void is let go of, too: the predecessor did not
+        # come to that.
+        parked = sum(len(keys) for _, _, keys in segment.records)
+        if parked > sum(kept[0] in CARRIES for kept in segment.keys.values()):
             ledger.dirty[segment] = None

@@ -38,10 +38,9 @@ from cprd.live.segment import (
     Segment,
     kind_of,
 )
+from cprd.live.shape import Shape
 from cprd.live.steps import Defer, Steps
 
-KEYS, RECORDS = 16, 9  # of a shared segment: half of the keys come one by one after one record
-SPREAD = 16  # shared segments, before any gets a second key
 MANY = 64  # deletions that go into one record of a segment
 
 
@@ -52,18 +51,15 @@ class Writer:
         self,
         root: Root,
         lock: AbstractContextManager[object],
-        *,
-        keys: int = KEYS,
-        records: int = RECORDS,
-        spread: int = SPREAD,
-        defer: Defer | None = None,
+        shape: Shape,
+        defer: Defer | None,
     ) -> None:
-        self.limit = keys
-        self.records = records
-        self.ledger = Ledger(keys, spread)
+        self.limit = shape.keys
+        self.records = shape.records
+        self.ledger = Ledger(shape)
         self.steps = Steps(self.ledger, root.hold, lock, defer)
-        self.branches = Branches(root, self.ledger, self.steps, keys)
-        self.quick = Quick(self.ledger, self.steps, keys, records)
+        self.branches = Branches(root, self.ledger, self.steps, shape.keys)
+        self.quick = Quick(self.ledger, self.steps, shape)
         self.ballast = Ballast()
         self.ledger.inodes.update(root.inodes(), self.ballast.queue.inodes())
 

@@ -22,6 +22,7 @@ from cprd.linux.rights import close_all
 from cprd.live.owner import Batch, Owner
 from cprd.live.queue import make_pair
 from cprd.live.reader import Found, read
+from cprd.live.shape import Shape
 from cprd.live.takeover import take_over
 from tests.support.patience import PATIENCE
 
@@ -30,10 +31,8 @@ Op = tuple[Any, ...]
 ("drop", key); ("memory", name); ("write", name, byte); ("forget", name); ("batch", op, ...);
 ("clear",)."""
 
-Limits = dict[str, Any]
-SMALL: Limits = {"keys": 2, "records": 2, "root_records": 3, "spread": 2}
-MIDDLE: Limits = {"keys": 4, "records": 3, "root_records": 5, "spread": 0}
-REAL: Limits = {}
+SMALL = Shape(keys=2, records=2, spread=2, root_records=3, part=2)
+MIDDLE = Shape(keys=4, records=3, spread=0, root_records=5, part=3)
 MEMORY = 4096
 HOLD = 0x1122334455667788
 
@@ -182,7 +181,7 @@ class Child:
         self,
         root: Root,
         things: Things,
-        limits: Limits,
+        shape: Shape,
         script: list[Op],
         before: Root | None = None,
         kill_at: int = 0,
@@ -201,7 +200,7 @@ class Child:
                 where = f"#{kill_at}" if kill_at else ""
                 if at_op < 0:
                     pause.arm(where, log)
-                self._run(root, things, limits, script, before, (told, done), (at_op, where))
+                self._run(root, things, shape, script, before, (told, done), (at_op, where))
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -213,7 +212,7 @@ class Child:
         self,
         root: Root,
         things: Things,
-        limits: Limits,
+        shape: Shape,
         script: list[Op],
         before: Root | None,
         ends: tuple[int, int],
@@ -222,13 +221,13 @@ class Child:
         tx, rx = root.tx, root.rx
         os.close(root.kept)
         if before is None:
-            owner = Owner(tx, rx, HOLD, **limits)
+            owner = Owner(tx, rx, HOLD, shape=shape)
         else:
             found = read(before.kept)
             os.close(before.kept)
             before.tx.close()
             before.rx.close()
-            owner = take_over(found, tx, rx, hold=HOLD, **limits)
+            owner = take_over(found, tx, rx, hold=HOLD, shape=shape)
             found.state.close()
         self._say(0, 1)
         for number, op in enumerate(script):

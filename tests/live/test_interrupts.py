@@ -12,7 +12,8 @@ import pytest
 
 from cprd.live.owner import Owner
 from cprd.live.reader import read
-from tests.live.owning import HOLD, MIDDLE, SMALL, Limits, Model, Op, Root, Things, act, seen_in
+from cprd.live.shape import Shape
+from tests.live.owning import HOLD, MIDDLE, SMALL, Model, Op, Root, Things, act, seen_in
 from tests.live.test_sweep import BATCH, BIG, LARGE, saves
 from tests.support.descriptors import open_fds
 
@@ -68,14 +69,14 @@ def things() -> Iterator[Things]:
 
 
 @pytest.mark.usefixtures("nothing_leaks")
-@pytest.mark.parametrize("limits", [SMALL, MIDDLE], ids=["small", "middle"])
+@pytest.mark.parametrize("shape", [SMALL, MIDDLE], ids=["small", "middle"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_interrupted_at_any_line_the_next_change_goes_on(
-    things: Things, name: str, limits: Limits
+    things: Things, name: str, shape: Shape
 ) -> None:
-    step = (7 if "batch" in name else 2) if limits is SMALL else 11
+    step = (7 if "batch" in name else 2) if shape is SMALL else 11
     at = 1
-    while interrupt(things, CHANGES[name], limits, at, opcodes=False):
+    while interrupt(things, CHANGES[name], shape, at, opcodes=False):
         at += step
     assert at > 20
 
@@ -90,10 +91,10 @@ def test_interrupted_at_any_opcode_the_next_change_goes_on(things: Things, name:
     assert at > 100
 
 
-def interrupt(things: Things, op: Op, limits: Limits, at: int, opcodes: bool) -> bool:
+def interrupt(things: Things, op: Op, shape: Shape, at: int, opcodes: bool) -> bool:
     """One round; whether the interrupt came."""
     root = Root()
-    owner = Owner(*root.ends(), HOLD, **limits)
+    owner = Owner(*root.ends(), HOLD, shape=shape)
     model = Model(things)
     for before in BEFORE:
         act(owner, things, before)

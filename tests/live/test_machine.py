@@ -15,7 +15,8 @@ from hypothesis.stateful import (
 )
 
 from cprd.live.reader import read
-from tests.live.owning import MIDDLE, REAL, SMALL, Child, Model, Op, Root, Things, seen_in
+from cprd.live.shape import SHAPE, Shape
+from tests.live.owning import MIDDLE, SMALL, Child, Model, Op, Root, Things, seen_in
 from tests.live.test_sweep import BIG
 from tests.support.descriptors import nothing_leaks_inside
 
@@ -50,10 +51,10 @@ class Machine(RuleBasedStateMachine):
         self.root = Root()
         self.child: Child | None = None
 
-    @initialize(limits=st.sampled_from([SMALL, MIDDLE, REAL]))
-    def begin(self, limits: dict[str, Any]) -> None:
-        self.limits = limits
-        self.child = Child(self.root, self.things, limits, [])
+    @initialize(shape=st.sampled_from([SMALL, MIDDLE, SHAPE]))
+    def begin(self, shape: Shape) -> None:
+        self.shape = shape
+        self.child = Child(self.root, self.things, shape, [])
 
     @rule(op=OPS)
     def change(self, op: Op) -> None:
@@ -79,7 +80,7 @@ class Machine(RuleBasedStateMachine):
             self.model = before
         old, self.root = self.root, Root()
         try:
-            self.child = Child(self.root, self.things, self.limits, [], before=old)
+            self.child = Child(self.root, self.things, self.shape, [], before=old)
             self.child.tell(("drop", "absent"))  # the old root is read by now
         finally:
             old.close()

@@ -26,10 +26,11 @@ from cprd.live import fence
 from cprd.live.owner import Owner
 from cprd.live.pool import MAX_OWN
 from cprd.live.reader import read
+from cprd.live.shape import Shape
 from cprd.live.takeover import take_over
 from tests.live.owning import HOLD, SMALL, Root
 from tests.support.descriptors import open_fds
-from tests.support.patience import patience
+from tests.support.patience import patience, rest
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -121,6 +122,36 @@ def test_a_peer_is_told_after_a_successor_let_go() -> None:
             assert not is_told(peer, 0)
             successor.delete_fd("conn", number)
             assert is_told(peer, patience(0.1))
+        successor.close()
+        new.close()
+
+
+def test_a_successor_lets_go_of_what_its_predecessor_did_not_come_to() -> None:
+    """The owner is killed between the commit of a deletion and the end of the deletion."""
+    with connections(3) as made:
+        root, new = Root(), Root()
+        pid = os.fork()
+        if pid == 0:
+            owner = Owner(root.tx, root.rx, HOLD, shape=Shape(spread=0))
+            for number, (mine, _) in enumerate(made):
+                owner.save_fd("conn", number, mine)
+            pause.arm("live:sent")
+            owner.delete_fd("conn", 1)
+            os._exit(1)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for mine, _ in made:
+            mine.close()
+        found = read(root.kept)
+        assert [id for _, id, _ in found.state.fds()] == [0, 2]
+        found.state.close()
+        successor = take_over(found, *new.ends())
+        root.close()
+        assert not is_told(made[1][1], 0)
+        successor.settle()
+        assert is_told(made[1][1], patience(0.1))
+        assert not is_told(made[0][1], 0)
         successor.close()
         new.close()
 
@@ -357,8 +388,35 @@ def test_a_fork_while_changes_go_on_keeps_no_copy() -> None:
                 os.waitpid(pid, 0)
 
 
+def test_a_fork_waits_until_no_copy_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with owning(shape=Shape(spread=0)) as (owner, _), eventfds(3) as fds:
+        for number, fd in enumerate(fds):
+            owner.save_fd("c", number, fd)
+        mine = owner.segments * 2 + 4  # root and ballast
+        counts: list[int] = []
+
+        def fork() -> None:
+            pid = os.fork()
+            if pid == 0:
+                os._exit(open_fds() != before - mine)
+            counts.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+        thread = threading.Thread(target=fork)
+
+        def point(name: str) -> None:
+            if name == "live:send" and not thread.ident:
+                thread.start()
+                rest(0.1)  # in which the child must not come
+
+        before = open_fds()
+        monkeypatch.setattr("cprd.live.quick.point", point)
+        owner.delete_fd("c", 1)
+        thread.join(patience(10))
+        assert counts == [0]
+
+
 def test_threads_take_turns() -> None:
-    with owning(**SMALL) as (owner, root):
+    with owning(shape=SMALL) as (owner, root):
         fds = [os.eventfd(0) for _ in range(4)]
 
         def work(number: int) -> None:
@@ -398,7 +456,7 @@ def test_nothing_is_acknowledged_after_a_fence(at: int) -> None:
         status = 1
         try:
             os.close(root.kept)
-            owner = Owner(root.tx, root.rx, HOLD, **SMALL)
+            owner = Owner(root.tx, root.rx, HOLD, shape=SMALL)
             for number, fd in enumerate(fds):
                 owner.save_fd("c", number, fd)
             os.write(tell, b"r")

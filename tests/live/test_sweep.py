@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from cprd.linux.rights import close_all, scm_fds
+from cprd.live import fence
 from cprd.live.owner import Owner
 from cprd.live.reader import read
+from cprd.live.shape import SHAPE, Shape
 from cprd.live.takeover import take_over
 from tests.live.owning import (
     MIDDLE,
-    REAL,
     SMALL,
     Child,
-    Limits,
     Model,
     Op,
     Root,
@@ -113,11 +114,11 @@ def is_one_of(seen: object, expected: list[Model], done: int) -> Model:
     )
 
 
-def go_on(root: Root, things: Things, limits: Limits, model: Model) -> None:
+def go_on(root: Root, things: Things, shape: Shape, model: Model) -> None:
     """A successor takes over, in this process, and makes changes; its successor finds them."""
     new = Root()
     found = read(root.kept)
-    owner = take_over(found, *new.ends(), hold=5, **limits)
+    owner = take_over(found, *new.ends(), hold=5, shape=shape)
     found.state.close()
     root.close()
     try:
@@ -125,32 +126,45 @@ def go_on(root: Root, things: Things, limits: Limits, model: Model) -> None:
             act(owner, things, op)
             model.apply(op)
         assert not owner.unfinished
+        # Nothing else than what is kept is in flight.
+        assert parked(new) == len(model.fds) + len(model.memories) + sum(
+            value in (BIG, BIG[1:]) for value in model.sections.values()
+        )
     finally:
         owner.close()
     assert seen_in(read(new.kept)) == model.seen()
     new.close()
 
 
+def parked(root: Root) -> int:
+    """How many descriptors lie in the segments of a root."""
+    segments = fence.fence(root.kept)
+    try:
+        return sum(scm_fds(fd) for fd in segments)
+    finally:
+        close_all(segments)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize(
-    "limits",
-    [SMALL, REAL, pytest.param(MIDDLE, marks=pytest.mark.full)],
+    "shape",
+    [SMALL, SHAPE, pytest.param(MIDDLE, marks=pytest.mark.full)],
     ids=["small", "real", "middle"],
 )
-def test_killed_anywhere_nothing_is_lost(things: Things, name: str, limits: Limits) -> None:
+def test_killed_anywhere_nothing_is_lost(things: Things, name: str, shape: Shape) -> None:
     script = SCRIPTS[name]
     expected = states(things, script)
     kills = 0
     for kill_at in itertools.count(1):
         root = Root()
-        child = Child(root, things, limits, script, kill_at=kill_at)
+        child = Child(root, things, shape, script, kill_at=kill_at)
         child.end()
         stopped = child.stopped_or_ended()
         child.kill() if stopped else child.close()
         found = read(root.kept)
         model = is_one_of(seen_in(found), expected, child.done)
         assert stopped or child.done == len(script)
-        go_on(root, things, limits, model.copy())
+        go_on(root, things, shape, model.copy())
         if not stopped:
             break
         kills += 1
@@ -172,10 +186,10 @@ KEPT: list[Op] = [
 
 
 @pytest.mark.parametrize("name", TAKE_OVER)
-@pytest.mark.parametrize("limits", [SMALL, REAL], ids=["small", "real"])
+@pytest.mark.parametrize("shape", [SMALL, SHAPE], ids=["small", "real"])
 @pytest.mark.parametrize("unclean", [False, True], ids=["clean", "unclean"])
 def test_killed_anywhere_at_a_take_over(
-    things: Things, name: str, limits: Limits, unclean: bool
+    things: Things, name: str, shape: Shape, unclean: bool
 ) -> None:
     """Until cprd has confirmed the new root the old one is whole, from then on the new one.
 
@@ -185,16 +199,16 @@ def test_killed_anywhere_at_a_take_over(
     for kill_at in itertools.count(1):
         old, new = Root(), Root()
         if unclean:
-            child = Child(old, things, limits, [*KEPT, BATCH], kill_at=2, at_op=len(KEPT))
+            child = Child(old, things, shape, [*KEPT, BATCH], kill_at=2, at_op=len(KEPT))
             child.end()
             assert child.stopped_or_ended()
             child.kill()
             start = is_one_of(seen_in(read(old.kept)), states(things, [*KEPT, BATCH]), child.done)
         else:
-            Child(old, things, limits, KEPT).finish()
+            Child(old, things, shape, KEPT).finish()
             start = states(things, KEPT)[-1]
         expected = states(things, script, start)
-        child = Child(new, things, limits, script, before=old, kill_at=kill_at)
+        child = Child(new, things, shape, script, before=old, kill_at=kill_at)
         child.end()
         stopped = child.stopped_or_ended()
         child.kill() if stopped else child.close()
@@ -202,7 +216,7 @@ def test_killed_anywhere_at_a_take_over(
             old.close()
             seen = seen_in(read(new.kept))
             model = is_one_of(seen, expected, child.done)
-            go_on(new, things, limits, model.copy())
+            go_on(new, things, shape, model.copy())
         else:
             new.close()
             assert seen_in(read(old.kept)) == start.seen()
