@@ -242,7 +242,7 @@ def takeovers(rounds: int) -> list[bool]:
     words = f"of {rounds}: read, and a new root written; best {min(took):.1f} ms"
     return [
         verdict("take-over of 9,000 keys", statistics.median(took), 100, " ms", words),
-        verdict("in flight at its peak", peak, 1.2, " a key", "old root and new root together"),
+        verdict("in flight at its peak", peak, 1.15, " a key", "old root and new root together"),
     ]
 
 
