@@ -1,1 +1,1 @@
-"""A state that is kept at every change: its queues, who writes them, who reads them afterwards."""
+"""Live holds: a state kept at every change, in queues of the owner, read after the owner's end."""

@@ -148,7 +148,7 @@ class Branches:
             if segment not in self._steps.dropped:
                 self._steps.dropped.append(segment)
         for _, _, key, _ in ended:
-            self._ledger.tombs.hold(key, self.root)
+            self._ledger.tombstones.hold(key, self.root)
         if then is not None:
             then()
 

@@ -1,4 +1,4 @@
-"""Take a live hold from an owner that lives, and let go of what it kept: the part of cprd.
+"""Take a live hold from a living owner, and let go of its content: the part of cprd.
 
 `shut` never blocks and reads nothing. Everything else here reads queues that others fill, whose
 lock somebody may hold for long, and may drop the last reference of a foreign file, which may block

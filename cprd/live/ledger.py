@@ -1,4 +1,4 @@
-"""What lies where: the bookkeeping of a hold's writer. No queue is touched here.
+"""The bookkeeping of a hold's writer: keys and their segments. No queue is touched here.
 
 Everything that is written down may be written down twice: an interrupt may come in the middle, and
 the next change writes all of it again.
@@ -11,7 +11,7 @@ from cprd.live.queue import Queue
 from cprd.live.records import Entry, Key, deletion
 from cprd.live.segment import Put, Segment
 from cprd.live.shape import Shape
-from cprd.live.tombs import Tombs
+from cprd.live.tombstones import Tombstones
 
 
 class Ledger:
@@ -21,7 +21,7 @@ class Ledger:
     def __init__(self, shape: Shape) -> None:
         self.where: dict[Key, Segment] = {}
         self.pool = Pool(shape.keys, shape.spread)
-        self.tombs = Tombs()
+        self.tombstones = Tombstones()
         self.dirty: dict[Segment, None] = {}
         self.inodes: set[int] = set()
 
@@ -35,10 +35,10 @@ class Ledger:
                 self._left(key, old, target)
             target.keep(put)
             where[key] = target
-            self.tombs.hold(key, target)
+            self.tombstones.hold(key, target)
             if key in target.stale:
                 target.stale.discard(key)
-                self.tombs.gone(key, target)
+                self.tombstones.gone(key, target)
 
     def write_gone(self, holder: Queue, gone: list[Key]) -> None:
         """A record in `holder` ends `gone`."""
@@ -48,7 +48,7 @@ class Ledger:
                 continue
             if old is holder:
                 old.lose(key)
-                self.tombs.hold(key, holder)
+                self.tombstones.hold(key, holder)
             else:
                 self._left(key, old, holder)
             self.where.pop(key, None)
@@ -57,20 +57,20 @@ class Ledger:
         """`key` still lies in `old`, void by a record in `holder`."""
         old.lose(key)
         old.stale.add(key)
-        self.tombs.add(key, old, holder)
+        self.tombstones.add(key, old, holder)
         self.dirty[old] = None
         self.pool.file(old)
 
     def clean(self, segment: Segment) -> None:
         """Nothing in a segment is void by records elsewhere. May be said twice."""
         for key in segment.stale:
-            self.tombs.gone(key, segment)
+            self.tombstones.gone(key, segment)
         segment.stale.clear()
         self.dirty.pop(segment, None)
 
     def deletions(self, target: Segment, puts: list[Put], gone: list[Key]) -> list[Entry]:
         """The deletions in a record that voids the others of `target`."""
-        ended = [deletion(k) for k in gone if k not in target.keys or k in self.tombs]
+        ended = [deletion(k) for k in gone if k not in target.keys or k in self.tombstones]
         again = self.again(target)
         if again:
             new = {put[1] for put in puts}
@@ -81,8 +81,8 @@ class Ledger:
         """Nothing is kept any more."""
         self.where.clear()
         self.dirty.clear()
-        self.tombs = Tombs()
+        self.tombstones = Tombstones()
 
     def again(self, holder: Queue) -> list[Entry]:
         """The deletions that `holder` has to say again when it is rewritten."""
-        return self.tombs.deletions(holder, self.where)
+        return self.tombstones.deletions(holder, self.where)

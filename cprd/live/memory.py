@@ -1,4 +1,4 @@
-"""Memory that outlives its process: a memfd whose only trace here is the mapping.
+"""Memory beyond the life of a process: a memfd whose only trace here is the mapping.
 
 No descriptor stays open, and a forked child has no mapping (MADV_DONTFORK): nobody but the owner
 can write. `mmap.mmap` keeps a copy of the descriptor before Python 3.13, so libc maps here.

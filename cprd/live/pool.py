@@ -1,4 +1,4 @@
-"""Which segment takes the next key, which ones are worth merging, and which ones are of no use."""
+"""Choice of segments: for the next key, for a merge, for removal."""
 
 from __future__ import annotations
 

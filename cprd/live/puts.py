@@ -1,4 +1,4 @@
-"""What a program gives, as what the writer keeps: keys and values are looked at here."""
+"""Keys and values of a program, checked, as the writer keeps them."""
 
 from __future__ import annotations
 

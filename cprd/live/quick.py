@@ -153,8 +153,8 @@ class Quick:
         key = put[1]
         segment.keep(put)
         self._where[key] = segment
-        if self._ledger.tombs:
-            self._ledger.tombs.hold(key, segment)
+        if self._ledger.tombstones:
+            self._ledger.tombstones.hold(key, segment)
         self._pool.file(segment)
 
     def remove(self, key: Key) -> bool:
@@ -228,8 +228,8 @@ class Quick:
             self._appended(segment, put)
         if gone is not None:
             segment.lose(gone)
-            if self._ledger.tombs:
-                self._ledger.tombs.hold(gone, segment)
+            if self._ledger.tombstones:
+                self._ledger.tombstones.hold(gone, segment)
             self._where.pop(gone, None)
             self._pool.file(segment)
 

@@ -1,4 +1,4 @@
-"""Read what the owner of a live hold left, after the owner has ended.
+"""Read a live hold after the end of its owner.
 
 First every queue is shut for its writers, then the first segment is read: nothing can be appended
 in between. Reading consumes nothing. A process that was stopped and goes on may still drain void

@@ -1,4 +1,4 @@
-"""A successor becomes the owner of what was found: nothing is parked anew.
+"""A successor becomes the owner: nothing is parked anew.
 
 A new root refers to the segments of the predecessor. These are shut: no record can be appended.
 The first change to a key in one of them moves what is left of that segment to a segment of the
@@ -87,7 +87,7 @@ def _file(ledger: Ledger, root: Root, segments: list[Segment]) -> None:
             ledger.where[key] = segment
     for segment in segments:
         for key in segment.stale:
-            ledger.tombs.add(key, segment, ledger.where.get(key, root))
+            ledger.tombstones.add(key, segment, ledger.where.get(key, root))
             ledger.dirty[segment] = None
         # What a record of the same queue made void is let go of, too: the predecessor did not
         # come to that.

@@ -1,4 +1,4 @@
-"""Keys that still lie in a segment although a record elsewhere voids them.
+"""Keys that a segment still holds although a record elsewhere voids them.
 
 As long as they lie there, the record that voids them has to stay: who rewrites the queue with that
 record (the holder) has to say the deletion again. As a rule the segment is rewritten before the
@@ -13,7 +13,7 @@ from cprd.live.queue import Queue
 from cprd.live.records import Entry, Key, deletion
 
 
-class Tombs:
+class Tombstones:
     __slots__ = ("_holders", "_places")
 
     def __init__(self) -> None:
