@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import os
 import pickle
+import select
 import signal
 import struct
 import traceback
@@ -260,17 +261,16 @@ class Child:
         if not kill_at:
             assert os.read(self._done, 1) == b"d", "the owner died of a change"
             return True
-        import select
-
-        while True:
-            if select.select([self._done], [], [], 0.002)[0]:
-                assert os.read(self._done, 1) == b"d", "the owner died of a change"
-                self.kill()
-                return True
-            found = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT | os.WNOHANG)
-            if found is not None:
-                self.kill()
-                return False
+        poll = select.poll()
+        poll.register(self._done, select.POLLIN)
+        try:
+            while not poll.poll(2):
+                if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT | os.WNOHANG):
+                    return False
+            assert os.read(self._done, 1) == b"d", "the owner died of a change"
+            return True
+        finally:
+            self.kill()
 
     def stopped_or_ended(self) -> bool:
         """Wait; True: it stands at its pause point. False: it has ended well."""
