@@ -11,7 +11,6 @@ Exit status: 0 when the difference is within its bound, 1 when not.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import statistics
@@ -23,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from benchmarks.stage import private_cprd, verdict
+from benchmarks.stage import private_cprd, qemu_options, verdict
 from cprd.errors import CprdError
 from cprd.qemu.monitor import Monitor, event_is, stamp
 from tests.qemu.machine import Machine
@@ -45,13 +44,7 @@ class _Machine(Machine):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--machine", default="q35")
-    parser.add_argument("--memory", default="128M")
-    args = parser.parse_args()
+    args = qemu_options(__doc__, pairs=9)
     ours: list[list[float]] = []
     plain: list[float] = []
     with private_cprd() as (socket, _), tempfile.TemporaryDirectory(prefix="cprd-vm.") as place:

@@ -10,7 +10,6 @@ Exit status: 0 when every figure is within its bound, 1 when not.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from benchmarks.stage import private_cprd, verdict
+from benchmarks.stage import private_cprd, qemu_options, verdict
 from tests.qemu.machine import Machine
 
 EXEC = 10.0  # ms above cold
@@ -30,13 +29,7 @@ POLL = 0.0002  # s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--machine", default="q35")
-    parser.add_argument("--memory", default="128M")
-    args = parser.parse_args()
+    args = qemu_options(__doc__, pairs=9)
     cold: list[float] = []
     execs: list[float] = []
     wholes: list[float] = []

@@ -10,7 +10,6 @@ Exit status: 0 when the ratio is within its bound, 1 when not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from benchmarks.stage import private_cprd, verdict
+from benchmarks.stage import private_cprd, qemu_options, verdict
 from cprd.qemu.monitor import Monitor, event_is, migration_is, stamp
 from cprd.qemu.source import Settings
 from tests.qemu.machine import Machine
@@ -34,13 +33,7 @@ RATIO = 1.4
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pairs", type=int, default=25)
-    parser.add_argument("--machine", default="q35")
-    parser.add_argument("--memory", default="128M")
-    args = parser.parse_args()
+    args = qemu_options(__doc__, pairs=25)
     ours: list[float] = []
     plain: list[float] = []
     with private_cprd() as (path, _), tempfile.TemporaryDirectory(prefix="cprd-vm.") as place:

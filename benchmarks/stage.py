@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import os
@@ -67,3 +68,14 @@ def verdict(what: str, value: float, bound: float, unit: str, detail: str) -> bo
     print(f"{what}: {value:.2f}{unit} ({limit}){'' if good else '  MISSED'}")
     print(f"    {detail}", flush=True)
     return good
+
+
+def qemu_options(description: str | None, pairs: int) -> argparse.Namespace:
+    """The options that every figure about a QEMU has; `pairs` is the default of --pairs."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=pairs)
+    parser.add_argument("--machine", default="q35")
+    parser.add_argument("--memory", default="128M")
+    return parser.parse_args()

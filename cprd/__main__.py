@@ -21,8 +21,7 @@ def main() -> int:
     if not __package__:  # run as a directory, which Python then puts first: cprd/trio.py hides trio
         sys.path[0] = os.path.dirname(PACKAGE)
     prepared = os.environ.pop(PREPARED, None)
-    wanted = ["msgpack", "trio", "rich", *(["qemu"] if "qemu" in sys.argv[1:] else [])]
-    lacking = any(find_spec(name) is None for name in wanted)
+    lacking = any(find_spec(name) is None for name in ("msgpack", "trio", "rich"))
     if prepared is None and lacking and os.path.exists(BOOTSTRAP):
         command = [sys.executable, "-I", BOOTSTRAP, "all"]
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

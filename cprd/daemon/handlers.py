@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from cprd.bundle import inspect
 from cprd.daemon.clock import now
 from cprd.daemon.connection import Connection, Request
-from cprd.daemon.pidfds import close_roles
 from cprd.daemon.storage.shelves import NOT_STORED
 from cprd.daemon.waiters import Waiter
 from cprd.errors import (
@@ -96,7 +95,7 @@ class Offered:
         """Perform the step that holds the bundle, unless the step answers a repetition."""
         roles, self.roles = self.roles, {}
         if not step.changes:
-            close_roles(roles)
+            close_all(roles.values())
             return
         server.steps.perform(
             step,
@@ -109,7 +108,7 @@ class Offered:
         del self.fds[:]
 
     def close(self) -> None:
-        close_roles(self.roles)
+        close_all(self.roles.values())
 
 
 def _pid_of(fd: int, field: str) -> int:

@@ -61,8 +61,3 @@ class Pidfds:
         while True:
             await trio.lowlevel.wait_readable(self._watch.epoll.fileno())
             self._watch.collect(PIECE)
-
-
-def close_roles(pidfds: Mapping[str, int]) -> None:
-    for fd in pidfds.values():
-        os.close(fd)

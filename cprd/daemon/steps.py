@@ -15,12 +15,13 @@ from cprd.bundle import inspect
 from cprd.daemon import log
 from cprd.daemon.clock import now
 from cprd.daemon.connection import Connection
-from cprd.daemon.pidfds import Pidfds, close_roles
+from cprd.daemon.pidfds import Pidfds
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.turns import Pace
 from cprd.daemon.waiters import Waiters
 from cprd.errors import CprdError, Damaged
 from cprd.linux.pause import point
+from cprd.linux.rights import close_all
 from cprd.protocol.lifecycle import HELD, Hold
 from cprd.protocol.names import Key
 from cprd.protocol.registry import Ended, Registry, Step
@@ -55,7 +56,7 @@ class Steps:
             self.keeper.forget(old)
         for hold, pidfds in left:
             if self.registry.get(hold.generation) is None:
-                close_roles(pidfds)
+                close_all(pidfds.values())
                 continue
             self.pidfds.keep(hold.generation, pidfds, hold.roles)
             if hold.phase != HELD:
@@ -113,7 +114,7 @@ class Steps:
             self.keeper.write(step, bundle_fd, wanted, require_store=require_store)
         except BaseException:
             for roles in added.values():
-                close_roles(roles)
+                close_all(roles.values())
             raise
         self._apply(step, known)
 

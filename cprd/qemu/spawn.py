@@ -329,6 +329,21 @@ def _close_others(kept: Iterable[int]) -> None:
 
 def notify(message: str) -> None:
     """Send a notification, if a manager asked for some. A manager that is away is no failure."""
+    _tell(message.encode(), taken_in=False)
+
+
+def notify_main_pid(pid: int, status: str) -> None:
+    """Say that `pid` is the service from now on, and wait until the manager has taken that in: the
+    old main process may end only then. A manager that is away is no failure."""
+    if "NOTIFY_SOCKET" not in os.environ:
+        return
+    from cprd.systemd.notify import mainpid
+    from cprd.systemd.notify import status as status_line
+
+    _tell(mainpid(pid) + b"\n" + status_line(status), taken_in=True)
+
+
+def _tell(message: bytes, *, taken_in: bool) -> None:
     if "NOTIFY_SOCKET" not in os.environ:
         return
     from cprd.systemd.notify import Manager, drive
@@ -338,25 +353,8 @@ def notify(message: str) -> None:
         if manager is None:
             return
         with manager:
-            drive(manager.tell(message.encode()), timeout=10.0)
-    except (CprdError, OSError) as error:
-        note(f"cprctl: the service manager was not told: {error}")
-
-
-def notify_main_pid(pid: int, status: str) -> None:
-    """Say that `pid` is the service from now on, and wait until the manager has taken that in: the
-    old main process may end only then. A manager that is away is no failure."""
-    if "NOTIFY_SOCKET" not in os.environ:
-        return
-    from cprd.systemd.notify import Manager, drive, mainpid
-    from cprd.systemd.notify import status as status_line
-
-    try:
-        manager = Manager.from_environment(os.environ)
-        if manager is None:
-            return
-        with manager:
-            drive(manager.tell(mainpid(pid) + b"\n" + status_line(status)), timeout=10.0)
-            drive(manager.barrier(), timeout=10.0)
+            drive(manager.tell(message), timeout=10.0)
+            if taken_in:
+                drive(manager.barrier(), timeout=10.0)
     except (CprdError, OSError) as error:
         note(f"cprctl: the service manager was not told: {error}")

@@ -156,10 +156,6 @@ class _New:
         assert self._target is not None, "start() comes first"
         return self._target
 
-    @property
-    def is_started(self) -> bool:
-        return self._process is not None
-
     def start(self, timeout: float) -> None:
         """Start the new QEMU, which waits, and connect to it. Raises Failed, Refused."""
         self._fork()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from cprd.daemon.storage import shelf
 from cprd.daemon.storage.shelf import Shelf
 from cprd.daemon.storage.slot import Slot, Unreadable
+from cprd.linux.rights import close_all
 from cprd.protocol.lifecycle import UNREADABLE, Hold
 from cprd.protocol.replies import Reply
 
@@ -70,7 +71,7 @@ class Found:
             return
         earlier = self.slots.get(hold.generation)
         if earlier is not None:
-            close_roles(self.holds[hold.generation][1])
+            close_all(self.holds[hold.generation][1].values())
             self.outdated.append(earlier)
         self.slots[hold.generation] = slot
         self.holds[hold.generation] = hold, pidfds
@@ -88,7 +89,7 @@ class Found:
         except (Unreadable, ValueError):
             slot.close()
             return
-        close_roles(pidfds)
+        close_all(pidfds.values())
         if hold is None:
             self.ended.append(slot)
         else:
@@ -146,15 +147,6 @@ def recover(pairs: Pairs, durable: Collection[int], once: Collection[int], creat
     for fds in not_counting:
         found.add_replaced_slot(fds)
     return found
-
-
-def close_roles(pidfds: Mapping[str, int]) -> None:
-    _close(pidfds.values())
-
-
-def _close(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 def _inode(fd: int) -> int:
