@@ -69,8 +69,9 @@ class _Connection(Connection):
             if step.kind == "connect":  # waits only while the backlog is full
                 return await trio.to_thread.run_sync(open_socket, self.path, left)
             if step.kind == "ask":
-                await self._send(step)
-            if step.kind in ("ask", "receive"):
+                await self._send(step.what[0])
+                return await self._receive(room=step.what[1])
+            if step.kind == "receive":
                 return await self._receive()
             if step.kind == "work":
                 return await trio.to_thread.run_sync(step.what)
@@ -79,19 +80,19 @@ class _Connection(Connection):
             raise TimeoutError
         return None
 
-    async def _send(self, step: Step) -> None:
+    async def _send(self, data: bytes) -> None:
         assert self.sock is not None
         while True:
             try:
-                return send_now(self.sock, *step.what)
+                return send_now(self.sock, data)
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self.sock.fileno())
 
-    async def _receive(self) -> Answer:
+    async def _receive(self, *, room: bool = False) -> Answer:
         assert self.sock is not None
         while True:
             await trio.lowlevel.wait_readable(self.sock.fileno())
             try:
-                return receive_now(self.sock)
+                return receive_now(self.sock, room)
             except BlockingIOError:
                 continue

@@ -7,8 +7,6 @@ another thread closes all.
 
 from __future__ import annotations
 
-import _socket as socket  # as in rights
-import errno
 import os
 import threading
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import msgpack
 
 from cprd.bundle.layout import HEADER
-from cprd.bundle.unpack import as_socket, unpack
+from cprd.bundle.unpack import unpack
 from cprd.errors import Busy, Damaged
 from cprd.linux.describe import describe
 from cprd.linux.rights import queued, scm_fds
@@ -27,41 +25,17 @@ LONGEST = 1024  # entries of a container in such a value
 DEEPEST = 16  # containers in each other
 
 
-def check(fd: int, parked: int, *, seal: bool) -> None:
+def check(fd: int, parked: int) -> None:
     """Look at the outside of a bundle; the saver says that the root holds `parked` descriptors.
 
-    cprd does no more for each save: O(1) whatever lies below the root. `fd` is borrowed. With
-    `seal`, nothing can be appended afterwards. Raises Damaged for anything but a whole bundle,
+    cprd does no more for each save: O(1) whatever lies below the root. `fd` is borrowed: the
+    receiving end of a queue that cprd has made. Raises Damaged for anything but a whole bundle,
     OSError (EMFILE) when there is no descriptor left to look with. Does not block.
 
     The header is not read. A read takes the socket's lock, and another owner of the socket can
-    sleep with the lock in hand (in recv(), in a page of a file system); so can the owner of a TCP
-    socket in send(), and getsockname() waits for the lock. No call here takes either lock."""
-    if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
-        raise Damaged("not a bundle: not a socket")
-    found = scm_fds(fd)
-    if found < 0:
-        raise Damaged("not a bundle: not an AF_UNIX socket")
-    sock = as_socket(fd)
-    try:
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_SEQPACKET:
-            raise Damaged("not a bundle: not a SOCK_SEQPACKET socket")
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise Damaged("not a bundle: a listening socket")
-        _check_counts(sock, found, parked)
-        if seal:  # not before: what is no bundle stays as it was
-            try:
-                sock.shutdown(socket.SHUT_RD)
-            except OSError as error:
-                if error.errno != errno.ENOTCONN:
-                    raise
-            _check_counts(sock, scm_fds(fd), parked)
-    finally:
-        sock.close()
-
-
-def _check_counts(sock: socket.SocketType, found: int, parked: int) -> None:
-    waiting = queued(sock)
+    sleep with the lock in hand (in recv(), in a page of a file system). No call here takes the
+    lock."""
+    waiting, found = queued(fd), scm_fds(fd)
     if not waiting:
         raise Damaged("not a whole bundle: nothing is queued in it")
     if waiting != HEADER.size:

@@ -1,4 +1,7 @@
-"""Pack a whole state into ONE descriptor."""
+"""Pack a whole state for the queue of ONE descriptor.
+
+`pack` makes everything but the root; `Packed.park` puts the root into a queue, through the queue's
+sending end. The receiving end of that queue is the bundle then."""
 
 from __future__ import annotations
 
@@ -28,37 +31,69 @@ from cprd.linux.rights import SCM_MAX_FD, close_all, send
 from cprd.state import MemfdSection, State
 
 Columns = tuple[bytes, "array[int]", "array[int]"]
+Root = tuple[bytes, Sequence[int], int]  # header, descriptors borrowed, depth
 FEW = 1024  # descriptors, of which each is looked at before packing
 _UNIX, _SEQPACKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
 
 class Packed:
-    """A packed state. The object owns `fd`, the bundle, until close()."""
+    """A packed state apart from the queue of the root. Owns what packing made, until close()."""
 
-    __slots__ = ("_made", "depth", "fd", "fds", "parked", "size")
+    __slots__ = (
+        *("_columns", "_forbidden", "_made", "_root", "_state"),
+        *("depth", "fds", "parked", "size"),
+    )
 
     def __init__(
-        self, fd: int, parked: int, depth: int, fds: int, size: int, made: list[int]
+        self,
+        state: State,
+        columns: Columns,
+        root: Root,
+        size: int,
+        made: list[int],
+        forbidden: Sequence[int],
     ) -> None:
-        self.fd = fd
-        self.parked = parked  # descriptors in the root's message
-        self.depth = depth  # of the root; 0: it is a leaf
-        self.fds = fds  # descriptors under keys
+        self.parked = len(root[1])  # descriptors in the root's message
+        self.depth = root[2]  # of the root; 0: it is a leaf
+        self.fds = len(columns[2])  # descriptors under keys
         self.size = size  # bytes of all sections
-        self._made = made  # what else was made, of no use any more
+        self._state = state
+        self._columns = columns
+        self._root = root
+        self._made = made
+        self._forbidden = forbidden
+
+    def park(self, inlet: socket.SocketType) -> None:
+        """Send the root into the queue whose sending end is `inlet` (borrowed). Can be repeated,
+        with other queues, until close(). Does not block.
+
+        Raises InvalidInput (naming the key), LimitExceeded (naming the limit), BrokenPipeError
+        when nobody has the receiving end."""
+        header, fds, _ = self._root
+        # What was made here cannot have the number of a descriptor that is to be saved, unless that
+        # one was closed since: a file of our own would travel in its place. All are still open.
+        ours = {*self._made, *self._forbidden, inlet.fileno()}
+        if self._state.has_any(ours):
+            _refuse_cycles(self._columns, self._forbidden)
+            raise _closed_before(ours, self._columns)
+        try:
+            send(inlet, header, fds)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise BrokenPipeError(error.errno, error.strerror) from None
+        except OSError as error:
+            raise _explain(error, self._columns) from None
+        point("pack:parked")
 
     def close(self) -> None:
-        """Close everything that packing made. Call after handing the bundle over: each close makes
-        the kernel look for garbage among sockets."""
+        """Close everything that packing made. Call after the hand-over: each close makes the
+        kernel look for garbage among sockets."""
         made, self._made = self._made, []
-        if self.fd >= 0:
-            made.append(self.fd)
-            self.fd = -1
         close_all(made)
 
 
 def pack(state: State, forbidden: Sequence[int] = ()) -> Packed:
-    """Park everything in `state` in a new bundle; the caller owns the result, `state` is untouched.
+    """Pack everything in `state`; the caller owns the result, `state` is untouched and has to
+    stay as it is until close().
 
     `forbidden`: sockets (fds) that may not be in the state, because the bundle would come to lie in
     their own queues. Does not block. Raises InvalidInput (naming key or section) and LimitExceeded
@@ -87,26 +122,17 @@ def _pack_explained(state: State, columns: Columns, forbidden: Sequence[int]) ->
 def _pack(state: State, columns: Columns, forbidden: Sequence[int]) -> Packed:
     names, ids, fds = columns
     made: list[int] = []
-    parking = _Parking(made)
     try:
         described, memfds, size = _sections(state, made)
         manifest = sealed_memfd("cprd-manifest", encode_manifest(names, ids, described))
         made.append(manifest)
         carried = array("i", (manifest, *memfds)) + fds
         point("pack:manifest")
-        root = parking.tree(carried, size)
-        made.append(root)
-        # What was made here cannot have the number of a descriptor that is to be saved, unless that
-        # one was closed since: a file of our own would travel in its place. All are still open.
-        if state.has_any({*made, *forbidden}):
-            _refuse_cycles(columns, forbidden)
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        point("pack:parked")
+        root = _Parking(made).tree(carried, size)
     except BaseException:
         close_all(made)
         raise
-    made.pop()
-    return Packed(root, parking.parked, parking.depth, len(fds), size, made)
+    return Packed(state, columns, root, size, made, forbidden)
 
 
 def _sections(state: State, made: list[int]) -> tuple[list[Section], list[int], int]:
@@ -136,50 +162,48 @@ class _Parking:
 
     def __init__(self, made: list[int]) -> None:
         self.made = made
-        self.parked = self.depth = 0  # of the socket that was made last: the root, in the end
 
-    def tree(self, carried: Sequence[int], size: int) -> int:
-        """One socket (not in `made`) that carries all of `carried`, borrowed."""
+    def tree(self, carried: Sequence[int], size: int) -> Root:
+        """The root of a tree that carries all of `carried` (borrowed)."""
         count = len(carried)
         if count <= SCM_MAX_FD:
-            return self.socket_with(LEAF, 0, carried, count, size, 0)
+            return _header(LEAF, 0, count, count, size, 0), carried, 0
         # Whole leaves first, then nodes above them until one is enough.
         level: list[int] = []
         totals: list[int] = []
         for index, start in enumerate(range(0, count, SCM_MAX_FD)):
             part = carried[start : start + SCM_MAX_FD]
-            level.append(self.socket_with(LEAF, 0, part, len(part), 0, index))
-            self.made.append(level[-1])
+            header = _header(LEAF, 0, len(part), len(part), 0, index)
+            level.append(self.socket_with(header, part))
             totals.append(len(part))
         for depth in range(1, MAX_DEPTH):
             if len(level) <= SCM_MAX_FD:
-                return self.socket_with(NODE, depth, level, sum(totals), size, 0)
+                return _header(NODE, depth, len(level), sum(totals), size, 0), level, depth
             above: list[int] = []
             above_totals: list[int] = []
             for index, start in enumerate(range(0, len(level), SCM_MAX_FD)):
                 part = level[start : start + SCM_MAX_FD]
                 above_totals.append(sum(totals[start : start + SCM_MAX_FD]))
-                above.append(self.socket_with(NODE, depth, part, above_totals[-1], 0, index))
-                self.made.append(above[-1])
+                header = _header(NODE, depth, len(part), above_totals[-1], 0, index)
+                above.append(self.socket_with(header, part))
             level, totals = above, above_totals
         raise LimitExceeded(f"{count} descriptors do not fit in one bundle")
 
-    def socket_with(
-        self, kind: int, depth: int, fds: Sequence[int], total: int, size: int, index: int
-    ) -> int:
-        """A socket (not in `made`) with one message of `fds`, borrowed, in the queue."""
+    def socket_with(self, header: bytes, fds: Sequence[int]) -> int:
+        """A socket with one message of `fds`, borrowed, in the queue."""
         inlet, outlet = socket.socketpair(_UNIX, _SEQPACKET)
         self.made += (inlet.fileno(), outlet.fileno())
         try:
-            header = HEADER.pack(MAGIC, VERSION, kind, depth, len(fds), total, size, index)
             send(inlet, header, fds)
-            self.parked, self.depth = len(fds), depth
             point("pack:sent")
         finally:
             inlet.detach()
             outlet_fd = outlet.detach()
-        self.made.pop()
         return outlet_fd
+
+
+def _header(kind: int, depth: int, here: int, total: int, size: int, index: int) -> bytes:
+    return HEADER.pack(MAGIC, VERSION, kind, depth, here, total, size, index)
 
 
 def _refuse_cycles(columns: Columns, forbidden: Sequence[int]) -> None:
@@ -233,10 +257,7 @@ def _explain(error: OSError, columns: Columns) -> Exception:
             try:
                 fcntl.fcntl(fd, fcntl.F_GETFD)
             except (OSError, ValueError):
-                return InvalidInput(
-                    f"fd {fd} of {_key(columns, number)} is not an open descriptor, or was closed"
-                    " before save"
-                )
+                return _not_open(fd, columns, number)
     if error.errno == errno.EINVAL:
         for number, fd in enumerate(columns[2]):
             try:
@@ -247,6 +268,18 @@ def _explain(error: OSError, columns: Columns) -> Exception:
                     " kernel refuses some kinds, io_uring for one)"
                 )
     return LimitExceeded(f"cannot park the descriptors: {error.strerror}")
+
+
+def _not_open(fd: int, columns: Columns, number: int) -> InvalidInput:
+    return InvalidInput(
+        f"fd {fd} of {_key(columns, number)} is not an open descriptor, or was closed before save"
+    )
+
+
+def _closed_before(ours: set[int], columns: Columns) -> InvalidInput:
+    """The error for the first descriptor that has a number of `ours`."""
+    number, fd = next((number, fd) for number, fd in enumerate(columns[2]) if fd in ours)
+    return _not_open(fd, columns, number)
 
 
 def _try_one(fd: int) -> None:

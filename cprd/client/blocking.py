@@ -87,10 +87,11 @@ class Connection(Line):
 
     def _do(self, step: Step) -> Any:
         if step.kind == "ask":
-            self._send(step)
-            return self._receive(step)
+            data, room = step.what
+            self._send(data, step.until)
+            return self._receive(step.until, room=room)
         if step.kind == "receive":
-            return self._receive(step)
+            return self._receive(step.until)
         if step.kind == "work":
             return step.what()
         left = max(0.0, step.until - time.monotonic())
@@ -102,22 +103,22 @@ class Connection(Line):
             return open_socket(self.path, left)
         return time.sleep(left)
 
-    def _receive(self, step: Step) -> exchange.Answer:
+    def _receive(self, until: float, *, room: bool = False) -> exchange.Answer:
         assert self.sock is not None
         while True:
-            _wait(self.sock, POLLIN, step.until)  # an interrupt of the wait loses no descriptor
+            _wait(self.sock, POLLIN, until)  # an interrupt of the wait loses no descriptor
             try:
-                return receive_now(self.sock)
+                return receive_now(self.sock, room)
             except BlockingIOError:
                 continue
 
-    def _send(self, step: Step) -> None:
+    def _send(self, data: bytes, until: float) -> None:
         assert self.sock is not None
         while True:
             try:
-                return send_now(self.sock, *step.what)
+                return send_now(self.sock, data)
             except BlockingIOError:  # earlier requests, which cprd has not read yet
-                _wait(self.sock, POLLOUT, step.until)
+                _wait(self.sock, POLLOUT, until)
 
 
 def _wait(sock: socket, event: int, until: float) -> None:
@@ -196,8 +197,9 @@ class Daemon:
 
         Raises AlreadyHeld, Busy, Denied, LimitExceeded, Damaged, InvalidInput, Unavailable,
         Timeout. After a Timeout or an interrupt the state may be held already, or be held once
-        cprd reads the request, whose descriptors lie in cprd's socket until then. Requests of one
-        Daemon are done in order, so the answer of list() tells; close() takes nothing back."""
+        cprd reads the request. Requests of one Daemon are done in order, so the answer of list()
+        tells; close() takes nothing back. Of a state that is not held, no descriptor stays with
+        cprd."""
         line = self._free()
         options = (if_exists, ttl, after_exit, require, timeout)
         return line.run(verbs.save(line, name, state, *options))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
-from cprd.bundle.pack import Packed, pack
+from cprd.bundle.pack import pack
 from cprd.client.exchange import BRIEF, Call, Line, Work
 from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded
 from cprd.linux.pause import point
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from cprd.state import HasFileno
 
     AfterExit = bool | int | HasFileno | None
+
+NOBODY = {"pid": 0, "inode": 0}
 
 
 class Saved:
@@ -49,13 +50,11 @@ class Ticket:
         self.over = False
         self._calls: dict[tuple[Any, ...], Call] = {}
 
-    def call(
-        self, verb: str, fds: Sequence[int] = (), /, *, timeout: float | None = None, **fields: Any
-    ) -> Call:
+    def call(self, verb: str, /, *, timeout: float | None = None, **fields: Any) -> Call:
         """A request with a nonce of its own, whose outcome an interrupt waits for."""
         message = {"verb": verb, "name": self.name, "generation": self.generation}
         message |= {"token": self.token, "nonce": messages.nonce(), **fields}
-        return Call(message, fds, timeout=timeout, until_known=True)
+        return Call(message, timeout=timeout, until_known=True)
 
     def last(self, verb: str, timeout: float | None, **fields: Any) -> Call:
         """As `call`, for what ends the ticket: after a Timeout, the same words once more are the
@@ -67,24 +66,64 @@ class Ticket:
         return call
 
 
-def offer(
-    packed: Packed, ttl: float | None, after_exit: AfterExit
-) -> tuple[dict[str, Any], list[int]]:
-    """The fields and descriptors (borrowed) of a request that brings a bundle."""
-    fds = [packed.fd]
-    how = "no"
-    if after_exit is True:
-        how = "peer"
-    elif after_exit is not False and after_exit is not None:
-        how = "pidfd"
-        fds.append(open_descriptor("after_exit", after_exit))
-    if ttl is not None:
-        check_seconds("ttl", ttl, messages.MAX_TTL)
-    fields = {
-        **{"fds": packed.fds, "bytes": packed.size, "parked": packed.parked},
-        **{"depth": packed.depth, "ttl": ttl, "after_exit": how},
-    }
-    return fields, fds
+class Process:
+    """A process that a request names: pid and inode of the pidfd, which is borrowed."""
+
+    def __init__(self, line: Line, field: str, pidfd: int | HasFileno) -> None:
+        """Raises InvalidInput, LimitExceeded."""
+        from cprd.linux import processes  # takes 5 ms to import
+
+        self._pidfd = fd = open_descriptor(field, pidfd)
+        try:
+            self.pid, self.inode = processes.identity(fd)
+        except (ValueError, OSError):
+            raise InvalidInput(f"{field}: descriptor {fd} is not a pidfd") from None
+        self.has_ended = self.pid < 0
+        if self.pid == 0 or line.greeting.get("pid") not in (None, os.getpid()):
+            raise LimitExceeded(
+                f"{field}: cprd lives in another pid namespace, and cannot tell which process that"
+                " is: let that process connect by itself"
+            )
+
+    def fields(self) -> dict[str, int]:
+        return {"pid": self.pid, "inode": self.inode}
+
+    def seen_ended(self, name: str, generation: int) -> Verb[None]:
+        """After the answer: without an inode (before Linux 6.9) cprd may watch another process,
+        that got the pid in between."""
+        from cprd.linux import processes
+
+        if not self.inode and processes.has_ended(self._pidfd):
+            message = {"verb": "ended", "name": name, "generation": generation}
+            yield Call({**message, "pid": self.pid})
+
+
+class Bundle:
+    """What a request that saves says and parks. Owns what packing made, until close()."""
+
+    def __init__(self, line: Line, state: State, ttl: float | None, after_exit: AfterExit) -> None:
+        self._process: Process | None = None
+        how = "no"
+        if after_exit is True:
+            how = "peer"
+        elif after_exit is not False and after_exit is not None:
+            process = Process(line, "after_exit", after_exit)
+            if not process.has_ended:
+                how, self._process = "process", process
+        if ttl is not None:
+            check_seconds("ttl", ttl, messages.MAX_TTL)
+        self._packed = packed = pack(state, line.common.forbidden())
+        self.park = packed.park
+        self.close = packed.close
+        self.fields: dict[str, Any] = {
+            **{"fds": packed.fds, "bytes": packed.size, "parked": packed.parked},
+            **{"depth": packed.depth, "ttl": ttl, "after_exit": how},
+            **(self._process.fields() if self._process else NOBODY),
+        }
+
+    def answered(self, name: str, generation: int) -> Verb[None]:
+        if self._process is not None:
+            yield from self._process.seen_ended(name, generation)
 
 
 def rejection(ticket: Ticket, why: str, *, damaged: bool = False) -> Call:
@@ -166,9 +205,11 @@ class Claim:
 
     def begin(self, process: int | HasFileno | None, timeout: float | None) -> Verb[None]:
         check_timeout(timeout)
-        fds = [] if process is None else [open_descriptor("process", process)]
+        actor = None if process is None else Process(self.line, "process", process)
+        if actor is not None and actor.has_ended:
+            raise InvalidInput("begin: the process that is to act has ended")
         point("begin:before")
-        call = self.ticket.call("begin", fds, timeout=timeout, process=bool(fds))
+        call = self.ticket.call("begin", timeout=timeout, **(actor.fields() if actor else NOBODY))
         before, self.begun = self.begun, True
         try:
             yield call
@@ -181,6 +222,8 @@ class Claim:
             else:
                 self._stuck = True  # whether it has begun, only the daemon knows
             raise
+        if actor is not None:
+            yield from actor.seen_ended(self.ticket.name, self.ticket.generation)
         point("begin:answered")
 
     def confirm(
@@ -208,15 +251,18 @@ class Claim:
         self, next: State, after_exit: AfterExit, ttl: float | None, timeout: float | None
     ) -> Verb[Saved]:
         check_state(next)
-        packed = pack(next, self.line.common.forbidden())
+        bundle = Bundle(self.line, next, ttl, after_exit)
         try:
-            fields, fds = offer(packed, ttl, after_exit)
             point("confirm:before")
-            answer = yield self.ticket.call("confirm_next", fds, timeout=timeout, **fields)
+            call = self.ticket.call("confirm_next", timeout=timeout, **bundle.fields)
+            call.park = bundle.park
+            answer = yield call
             self.ticket.over = True
-            return Saved(answer.fields)
+            saved = Saved(answer.fields)
+            yield from bundle.answered(self.ticket.name, saved.generation)
+            return saved
         finally:
-            packed.close()
+            bundle.close()
 
     def reject(self, why: str, timeout: float | None) -> Verb[None]:
         check_timeout(timeout)

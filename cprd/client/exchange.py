@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from _weakref import ref
 from array import array
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from itertools import count
 from time import monotonic
 
@@ -50,7 +50,8 @@ class Lost(Exception):
 
 
 class Call:
-    """One request. `fds` are borrowed until the verb goes on.
+    """One request. `park` puts the bundle of a save into the queue with this sending end
+    (borrowed), each time that the request is sent.
 
     `timeout`: seconds until Timeout (None: the default of the connection), besides `wait`, the
     seconds for which the daemon may let the request wait.
@@ -61,15 +62,15 @@ class Call:
     `number`: of the last attempt; None: never sent, or undone."""
 
     __slots__ = (
-        *("ends_with_connection", "fds", "message", "number", "shielded", "timeout", "undo"),
+        *("ends_with_connection", "message", "number", "park", "shielded", "timeout", "undo"),
         *("until_known", "wait"),
     )
 
     def __init__(
         self,
         message: dict[str, Any],
-        fds: Sequence[int] = (),
         *,
+        park: Callable[[socket], None] | None = None,
         timeout: float | None = None,
         wait: float = 0.0,
         until_known: bool = False,
@@ -78,7 +79,7 @@ class Call:
         shielded: bool = False,
     ) -> None:
         self.message = message
-        self.fds = fds
+        self.park = park
         self.timeout = timeout
         self.wait = wait
         self.until_known = until_known
@@ -146,21 +147,29 @@ class Answer:
         process had no descriptor left to receive with, ProtocolError."""
         if self.cut:
             raise LimitExceeded(
-                "no descriptor left to receive the bundle with (MSG_CTRUNC): raise RLIMIT_NOFILE"
-                " (ulimit -n, LimitNOFILE=); what is held stays held"
+                "no descriptor left to receive a queue of cprd with (MSG_CTRUNC): raise"
+                " RLIMIT_NOFILE (ulimit -n, LimitNOFILE=), or a security module refused it; what is"
+                " held stays held"
             )
         if len(self.fds) != 1:
             raise ProtocolError(f"an answer with {len(self.fds)} descriptors instead of one")
         return self.fds.pop()
+
+    def inlet(self) -> socket:
+        """As `bundle`: the sending end of a queue."""
+        import _socket
+
+        fd = self.bundle()
+        return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
 
 
 class Step:
     """What a driver does next, by `kind`, before `until` (of time.monotonic) or TimeoutError:
 
     "turn": wait until no other request is on the line; "connect": return a new socket; "ask": send
-    `what`, (data, descriptors borrowed), and return the next Answer; "receive": return the next
-    Answer; "sleep": until then; "work": call `what`, where blocking harms nobody. `shielded`: also
-    in a cancelled task."""
+    `what`, (bytes, room), and return the next Answer, received with the soft RLIMIT_NOFILE at the
+    hard one where `room` is true; "receive": return the next Answer; "sleep": until then; "work":
+    call `what`, where blocking harms nobody. `shielded`: also in a cancelled task."""
 
     __slots__ = ("kind", "shielded", "until", "what")
 
@@ -191,7 +200,8 @@ class Common:
     def forbidden(self) -> tuple[int, ...]:
         """The descriptors that must not lie in a bundle of ours."""
         lines = [line for line in [alive() for alive in tuple(self.lines)] if line is not None]
-        return tuple(fd for fd in [line.fileno() for line in lines] if fd >= 0)
+        socks = [sock for line in lines for sock in (line.sock, line.queue) if sock is not None]
+        return tuple(fd for fd in [sock.fileno() for sock in socks] if fd >= 0)
 
     def claimed(self, ticket: Any) -> None:
         self._claims[messages.split_name(ticket.name, self.uid)] = ticket
@@ -236,6 +246,8 @@ class Line:
         self.stuck = False  # the daemon must learn of an ended claim by the end of the connection
         self.greeting: Greeting | dict[str, Any] = {}
         self.sock: socket | None = None
+        self.queue: socket | None = None  # the sending end for the next save of this connection
+        self.saved = False  # on this connection
         self.late: dict[int, Undo] = {}  # by number: requests that passed the deadline
         self.undos: list[Call] = []  # those that were answered since
         common.lines.add(ref(self, common.lines.discard))
@@ -267,7 +279,7 @@ class Line:
         if self.take_turn_now():
             try:
                 if not (self.tickets or self.running or self.late or self.undos):
-                    line.sock, self.sock = self.sock, None
+                    self._move(line)
                     line.greeting = self.greeting
             finally:
                 self.end_turn()
@@ -279,10 +291,15 @@ class Line:
         if self.users and idle and self.take_turn_now():
             try:
                 if self.sock is None:
-                    line.sock, self.sock = None, line.sock
+                    line._move(self)
             finally:
                 self.end_turn()
         line.leave(user)
+
+    def _move(self, line: Line) -> None:
+        """Give the connection to another line."""
+        line.sock, line.queue, line.saved = self.sock, self.queue, self.saved
+        self.sock, self.queue, self.saved = None, None, False
 
     def hold(self, ticket: object) -> None:
         """A claim or prepared save depends on the connection from now on."""
@@ -329,9 +346,12 @@ class Line:
 
     def drop(self) -> None:
         sock, self.sock = self.sock, None
+        queue, self.queue = self.queue, None
         self.late.clear()
         self.undos.clear()
-        self.stuck = False
+        self.stuck = self.saved = False
+        if queue is not None:
+            queue.close()
         if sock is not None:
             self.close_socket(sock)
 
@@ -452,7 +472,10 @@ def request(
                     yield from _greet(line, until, shielded)
                 if line.late or line.undos:
                     yield from _undo_late(line, until, shielded)
-                answer = yield from _ask(line, call, until, shielded, tried - began)
+                if call.park is not None:
+                    answer = yield from _save(line, call, call.park, until, shielded)
+                else:
+                    answer = yield from _ask(line, call, until, shielded, tried - began)
                 break
             except (Lost, Unavailable) as error:
                 was_open, away = line.sock is not None, isinstance(error, Unavailable)
@@ -485,14 +508,72 @@ def request(
     return answer.checked()
 
 
+def _save(
+    line: Line, call: Call, park: Callable[[socket], None], until: float, shielded: bool
+) -> Steps[Answer]:
+    """Park the bundle in a queue of the daemon, then send the request that speaks of the bundle.
+
+    Whatever comes of it, the sending end is closed at the end: that tells the daemon to let go of
+    what was parked and not saved."""
+    inlet, line.queue = line.queue, None
+    if inlet is not None:
+        try:
+            park(inlet)
+        except BrokenPipeError:  # the daemon has let go of it
+            inlet.close()
+            inlet = None
+        except BaseException:
+            inlet.close()
+            raise
+    try:
+        if inlet is None:
+            inlet = yield from _queue(line, until, shielded)
+            try:
+                park(inlet)
+            except BrokenPipeError:
+                raise Lost from None
+        # One connection rarely saves twice: the second save asks for the queue of the next.
+        call.message["queue"] = line.saved
+        answer = yield from _ask(line, call, until, shielded)
+        line.saved = True
+        if answer.fds:
+            line.queue = answer.inlet()
+        return answer
+    finally:
+        if inlet is not None:
+            inlet.close()
+
+
+def _queue(line: Line, until: float, shielded: bool) -> Steps[socket]:
+    """Ask for the sending end of a queue. Raises LimitExceeded."""
+    room = False
+    for again in (True, True, False):
+        answer = yield from _ask(line, Call({"verb": "queue"}), until, shielded, room=room)
+        if again and isinstance(answer.error, LimitExceeded):
+            continue  # a queue of a request that was given up was unread, until now
+        answer.checked()
+        if again and answer.cut:
+            room = True
+            answer.close()
+            continue
+        return answer.inlet()
+    raise AssertionError
+
+
 def _ask(
-    line: Line, call: Call, until: float, shielded: bool, elapsed: float = 0.0
+    line: Line,
+    call: Call,
+    until: float,
+    shielded: bool,
+    elapsed: float = 0.0,
+    *,
+    room: bool = False,
 ) -> Steps[Answer]:
     """Send a request on the open connection and receive the answer; throw late ones away."""
     number = line.common.number()
     data = call.encode(number, elapsed)
     call.number = number  # before sending: an interrupt may come at any point
-    answer: Answer = yield Step("ask", until, shielded, (data, call.fds))
+    answer: Answer = yield Step("ask", until, shielded, (data, room))
     while answer.number != number and answer.number is not None:
         answer.close()
         answer = yield Step("receive", until, shielded)

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
 
 from cprd.client.exchange import Answer, Lost
 from cprd.errors import CprdError, Denied, LimitExceeded, Unavailable
@@ -66,11 +65,10 @@ def _new_socket() -> socket.socket:
         ) from None
 
 
-def send_now(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
-    """Send a message; `fds` are borrowed. Raises Lost, LimitExceeded (too many in flight),
-    BlockingIOError; the refusal of a daemon that has hung up."""
+def send_now(sock: socket.socket, data: bytes) -> None:
+    """Send a message. Raises Lost, BlockingIOError; the refusal of a daemon that has hung up."""
     try:
-        send(sock, data, fds)
+        send(sock, data)
     except _LOST:
         try:
             answer = receive_now(sock)
@@ -80,8 +78,13 @@ def send_now(sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
         raise Lost from None
 
 
-def receive_now(sock: socket.socket) -> Answer:
-    """An answer. Raises Lost, Garbled (what follows is lost, too), BlockingIOError."""
+def receive_now(sock: socket.socket, room: bool = False) -> Answer:
+    """An answer. Raises Lost, Garbled (what follows is lost, too), BlockingIOError.
+
+    `room`: with the soft RLIMIT_NOFILE at the hard one meanwhile."""
+    if room:
+        with hard_limit():
+            return receive_now(sock)
     try:
         try:
             data, fds, seen = receive(sock, messages.MAX_ANSWER + 1, _DONTWAIT)

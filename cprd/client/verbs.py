@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from cprd.bundle.pack import pack
 from cprd.bundle.unpack import unpack
 from cprd.client import claim as claims
 from cprd.client.claim import Saved, Ticket, check_seconds, check_state, check_timeout, rejection
@@ -61,10 +60,9 @@ def _save(
         raise InvalidInput(f'if_exists wants "error" or "replace", not {if_exists!r}')
     if require not in (None, "memory", "store"):
         raise InvalidInput(f'require wants None or "store", not {require!r}')
-    packed = pack(state, line.common.forbidden())
+    bundle = claims.Bundle(line, state, ttl, after_exit)
     try:
-        fields, fds = claims.offer(packed, ttl, after_exit)
-        message = {"verb": verb, "name": name, **fields, "if_exists": if_exists}
+        message = {"verb": verb, "name": name, **bundle.fields, "if_exists": if_exists}
         message["require"] = "store" if require == "store" else None
         message["nonce"] = messages.nonce()
         point("save:packed")
@@ -73,11 +71,12 @@ def _save(
             return Ticket(name, fields).call("abort")
 
         undo = abort if verb == "prepare" else None
-        answer = yield Call(message, fds, timeout=timeout, undo=undo)
+        answer = yield Call(message, park=bundle.park, timeout=timeout, undo=undo)
         given: dict[str, Any] = answer.fields
+        yield from bundle.answered(name, given["generation"])
         return given
     finally:
-        packed.close()  # after the answer: the daemon's copy is never the last one
+        bundle.close()  # after the answer: the daemon's copy is never the last one
 
 
 def load(

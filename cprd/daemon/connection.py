@@ -1,16 +1,15 @@
 """One client's connection in the daemon: messages in, messages out, each bounded in time.
 
-The daemon has to close descriptors that come in, and closing a foreign file can block: the closer
-gets all that is not handed on, and the socket too (a close drops the queue).
+No descriptor comes in. What a client parks for a save goes into a queue that the daemon makes, and
+whose sending end the daemon hands out. What is parked can be a last reference, whose close blocks:
+so `closer` gets each queue that was not saved, and the socket of a client that sent descriptors.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
-from array import array
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,10 +18,11 @@ import trio
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.turns import Turns
 from cprd.errors import LimitExceeded, ProtocolError
-from cprd.linux.rights import receive, scm_fds, send
+from cprd.linux.processes import Watch, is_ready
+from cprd.linux.rights import scm_fds, send, take_no_rights, unread
 from cprd.protocol import messages
 
-MAX_UNCLOSED = 64  # messages' worth of one uid's descriptors that may wait to be closed
+LINGER = 1.0  # s between two looks whether a queue that was handed out has been read
 
 
 class Peer(NamedTuple):
@@ -32,22 +32,28 @@ class Peer(NamedTuple):
     pid: int
 
 
-class Blocked(LimitExceeded):
-    """Files of the uid cannot be closed: the connection ends."""
+class Intruding(ProtocolError):
+    """Descriptors came with a message, which stays unread: the connection ends."""
 
 
 class Request(NamedTuple):
     message: messages.Message
-    fds: array[int]  # owned by whoever handles the request
 
 
 class Connection:
-    """Owns the socket and the peer's pidfd."""
+    """Owns the socket, the peer's pidfd, and the receiving end of a queue that was handed out."""
 
     def __init__(
-        self, sock: socket.socket, peer: Peer, pidfd: int, closer: Releasing, turns: Turns
+        self,
+        sock: socket.socket,
+        peer: Peer,
+        pidfd: int,
+        closer: Releasing,
+        turns: Turns,
+        watch: Watch,
     ) -> None:
         sock.setblocking(False)
+        take_no_rights(sock)
         self.sock = sock
         self.peer = peer
         self.pidfd = pidfd
@@ -57,50 +63,140 @@ class Connection:
         self.prepared: set[int] = set()
         self.nonce = b""  # of the last request
         self.id: int | None = None  # of the last request, repeated by the answer
+        self.peer_ended = False
+        self._queue = -1  # the receiving end
+        self._handed_out = False  # a sending end, which may be unread
+        self._idle: trio.CancelScope | None = None  # of a wait for the next message
+        self._news = False  # beside messages: the peer has ended, or the queue is abandoned
+        self._watch = watch
+        if pidfd >= 0:
+            watch.add(pidfd, self._ends)
 
     async def receive(self, parse: Callable[[bytes], messages.Message]) -> Request | None:
         """The next request; None at the end of the connection. Raises ProtocolError."""
         self.id = None
         while True:
-            await trio.lowlevel.wait_readable(self.sock)
-            await self._room()
+            await self._readable()
             await self.turns.take(self.peer.uid)
             try:
-                data, fds, flags = receive(self.sock, messages.MAX_REQUEST + 1)
+                # First without taking: a real receive would drop descriptors, perhaps the last.
+                data, _, flags, _ = self.sock.recvmsg(
+                    messages.MAX_REQUEST + 1, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT
+                )
+                if flags & socket.MSG_CTRUNC:
+                    raise Intruding(
+                        "descriptors came with a message: cprd takes none. Ask for a queue, and"
+                        " park the bundle there (docs/protocol.md)"
+                    )
+                self.sock.recv(1, socket.MSG_DONTWAIT)
+                break
             except BlockingIOError:
-                continue
+                if self._nothing_came():
+                    return None
             except OSError:
                 return None
-            break
+        if not data:
+            return None
+        message = parse(data)
+        self.id = message.pop("id")
+        return Request(message)
+
+    async def _readable(self) -> None:
+        """Wait for a message, or other news."""
+        if self._news:
+            await trio.lowlevel.checkpoint()
+        else:
+            with trio.CancelScope() as self._idle:
+                await trio.lowlevel.wait_readable(self.sock)
+            self._idle = None
+
+    def _tell(self) -> None:
+        self._news = True
+        if self._idle is not None:
+            self._idle.cancel()
+
+    def _ends(self) -> None:
+        """The process of the peer has ended. What it sent is served, nothing else: a connection
+        that lies in a queue shows no end by itself."""
+        self.peer_ended = True
+        self._tell()
+
+    def _nothing_came(self) -> bool:
+        """No message is there. Returns whether none will come; lets go of an abandoned queue: a
+        client that gave up has closed the sending end."""
+        self._news = False
+        if self._queue >= 0 and is_ready(self._queue):
+            self.drop_queue()
+        return self.peer_ended
+
+    # The queue of the next save
+
+    def queue(self) -> socket.socket:
+        """A new queue: the sending end, to be handed out and closed. The queue before, which was
+        not saved, is let go of. Raises LimitExceeded."""
+        if self._handed_out and unread(self.sock):
+            raise LimitExceeded(
+                "queue: the one before is unread: read all answers first. A connection has one"
+                " queue at most on its way"
+            )
+        self.drop_queue()
+        if self.closer.refuses(self.peer.uid):
+            raise LimitExceeded(
+                f"files of uid {self.peer.uid} block when they are closed: end that first"
+            )
+        inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._queue = outlet.detach()
+        self._watch.add(self._queue, self._tell, 0)
+        self._handed_out = True
+        return inlet
+
+    def next_queue(self) -> socket.socket | None:
+        """As `queue`; None where there is none to be had now."""
         try:
-            message = parse(data) if data else {"id": None}
-            self.id = message.pop("id")
-            if flags & socket.MSG_CTRUNC:
-                raise LimitExceeded(
-                    "cprd had no descriptor left to receive with: raise LimitNOFILE= of"
-                    " cprd.service, or drop holds"
-                )
-            if not data:
-                if fds:
-                    raise ProtocolError("an empty message with descriptors")
-                return None
-            return Request(message, fds)
-        except BaseException:
-            self.release(fds)
-            raise
+            return self.queue()
+        except (LimitExceeded, OSError):
+            return None
 
-    async def _room(self) -> None:
-        """Wait while many descriptors of the uid wait to be closed. Raises Blocked in the end."""
-        end = trio.current_time() + messages.SLOW
-        while self.closer.pending(self.peer.uid) >= MAX_UNCLOSED:
-            if trio.current_time() >= end:
-                raise Blocked(f"files of uid {self.peer.uid} block when they are closed")
-            await trio.sleep(0.02)
+    def take_queue(self) -> int:
+        """The receiving end of the queue, sealed: nothing can be added. Owned by the caller. Raises
+        ProtocolError without a queue."""
+        fd, self._queue = self._queue, -1
+        if fd < 0:
+            raise ProtocolError("no queue to save from: ask for a queue, and park the bundle there")
+        self._watch.remove(fd)
+        seal(fd)
+        return fd
 
-    def release(self, fds: array[int]) -> None:
-        """Close descriptors of the client, in the closer."""
-        if fds:
-            self.closer.close(self.peer.uid, fds)
+    def drop_queue(self) -> None:
+        """Let go of a queue that was not saved."""
+        if self._queue >= 0:
+            self.let_go(self.take_queue())
+
+    def let_go(self, fd: int) -> None:
+        """Let go of a sealed queue or of a socket, owned from now on."""
+        try:
+            foreign = scm_fds(fd) != 0
+        except OSError:
+            foreign = True
+        if foreign:
+            self.closer.close(self.peer.uid, [fd])
+        else:
+            os.close(fd)
+
+    def _owes(self) -> bool:
+        """Whether a sending end has not been read yet."""
+        self._handed_out = self._handed_out and unread(self.sock) > 0
+        return self._handed_out
+
+    async def linger(self) -> None:
+        """After the last answer: hang up, and wait until no sending end is unread. Unread, it is
+        charged to cprd, whatever becomes of the connection."""
+        self.drop_queue()
+        if not self._owes():
+            return
+        self.sock.shutdown(socket.SHUT_WR)
+        while self._owes():
+            await trio.sleep(LINGER)
 
     async def answer(self, message: messages.Message, fds: tuple[int, ...] = ()) -> None:
         """Send an answer; `fds` stay the caller's. Raises BrokenPipeError when the client has gone,
@@ -138,37 +234,40 @@ class Connection:
 
     async def hung_up(self) -> str:
         """Wait for the end of the connection ("gone"), or for a message ("early")."""
-        await trio.lowlevel.wait_readable(self.sock)
-        try:
-            return "early" if self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) else "gone"
-        except BlockingIOError:
-            return "early"
-        except OSError:
-            return "gone"
+        while True:
+            await self._readable()
+            try:
+                came = self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if not self._nothing_came():
+                    continue
+                came = b""
+            except OSError:
+                came = b""
+            return "early" if came else "gone"
 
     def close(self) -> None:
-        """Shut down now; close in the closer where foreign files may be queued."""
+        """Shut down now; let somebody else close where foreign files may be queued."""
         trio.lowlevel.notify_closing(self.sock)
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
+        self.drop_queue()
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd >= 0:
+            self._watch.remove(pidfd)
             os.close(pidfd)
-        fd = self.sock.detach()
-        try:
-            foreign = scm_fds(fd) != 0  # unread, and nothing can be added after shutdown()
-        except OSError:
-            foreign = True
-        if foreign:
-            self.closer.close(self.peer.uid, [fd])
-        else:
-            os.close(fd)
+        self.let_go(self.sock.detach())  # nothing can be added after shutdown()
 
 
-def is_over(sock: socket.socket) -> bool:
-    """Whether the client has gone already."""
-    poll = select.poll()
-    poll.register(sock, 0)
-    return bool(poll.poll(0))
+def seal(fd: int) -> None:
+    """Let nothing be added to the queue of a socket (borrowed)."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+    try:
+        sock.shutdown(socket.SHUT_RD)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+    finally:
+        sock.detach()

@@ -20,7 +20,6 @@ from cprd.errors import (
     InvalidInput,
     LimitExceeded,
     NotHeld,
-    ProtocolError,
 )
 from cprd.linux import processes
 from cprd.linux.pause import point
@@ -56,26 +55,29 @@ def caller_of(connection: Connection, message: messages.Message, *identity: int)
 
 
 class Offered:
-    """A bundle and perhaps a pidfd that came with a request. Owns `roles`."""
+    """The bundle that a request speaks of, and perhaps a pidfd. Owns `bundle` and `roles`."""
 
-    def __init__(self, connection: Connection, request: Request) -> None:
-        """Check and seal the bundle. Raises ProtocolError, Damaged, InvalidInput, LimitExceeded."""
-        message, self.fds = request
-        wanted = 2 if message["after_exit"] == "pidfd" else 1
-        if len(self.fds) != wanted:
-            raise ProtocolError(
-                f"{message['verb']}: wants {wanted} descriptors with it, has {len(self.fds)}"
-            )
-        if message["fds"] >= message["parked"] * SCM_MAX_FD ** message["depth"]:
-            raise Damaged("not the bundle that the request describes: counts differ")
-        inspect.check(self.fds[0], message["parked"], seal=True)
-        self.caller = caller_of(connection, message, os.fstat(self.fds[0]).st_ino)
+    def __init__(self, connection: Connection, message: messages.Message) -> None:
+        """Take, seal and check the bundle. Raises ProtocolError, Damaged, InvalidInput,
+        LimitExceeded."""
+        self.connection = connection
         self.roles: dict[str, int] = {}
-        pid = self._predecessor(connection, message["after_exit"])
+        self.bundle = connection.take_queue()
+        try:
+            if message["fds"] >= message["parked"] * SCM_MAX_FD ** message["depth"]:
+                raise Damaged("not the bundle that the request describes: counts differ")
+            inspect.check(self.bundle, message["parked"])
+            # The same request comes from the same process, in a queue of its own.
+            self.caller = caller_of(connection, message, connection.peer.pid)
+            pid = self._predecessor(message)
+        except BaseException:
+            self.close()
+            raise
         self.offer = Offer(message["fds"], message["bytes"], message["parked"], message["ttl"], pid)
 
-    def _predecessor(self, connection: Connection, how: str) -> int:
+    def _predecessor(self, message: messages.Message) -> int:
         """The pid that must end before a load, with a pidfd in `roles`; -1: none."""
+        how, connection = message["after_exit"], self.connection
         if how == "no":
             return -1
         if how == "peer":
@@ -84,39 +86,66 @@ class Offered:
                     "after_exit: cprd cannot see when this process ends (it is in another pid"
                     " namespace, and the kernel has no SO_PEERPIDFD before Linux 6.5)"
                 )
-            pid, fd = connection.peer.pid, connection.pidfd
-        else:
-            pid, fd = _pid_of(self.fds[1], "after_exit"), self.fds[1]
-        if pid >= 0:
-            self.roles["after_exit"] = os.dup(fd)
+            self.roles["after_exit"] = os.dup(connection.pidfd)
+            return connection.peer.pid
+        fd = _open_process(connection, message, "after_exit")
+        if fd < 0:
+            return -1
+        self.roles["after_exit"] = fd
+        pid: int = message["pid"]
         return pid
 
     def perform(self, server: Server, step: Step, *, require_store: bool = False) -> None:
         """Perform the step that holds the bundle, unless the step answers a repetition."""
-        roles, self.roles = self.roles, {}
         if not step.changes:
-            close_all(roles.values())
             return
+        roles, self.roles = self.roles, {}
         server.steps.perform(
             step,
-            bundle_fd=self.fds[0],
+            bundle_fd=self.bundle,
             pidfds={step.put[0].generation: roles},
             require_store=require_store,
         )
-        # The slot has the bundle now, and the rest are pidfds: no last copy that could block.
-        close_all(self.fds)
-        del self.fds[:]
+        os.close(self.bundle)  # the slot has another: not the last one
+        self.bundle = -1
 
     def close(self) -> None:
         close_all(self.roles.values())
+        if self.bundle >= 0:
+            self.connection.let_go(self.bundle)
 
 
-def _pid_of(fd: int, field: str) -> int:
-    try:
-        return processes.pid_of(fd)
-    except ValueError:
-        why = f"{field}: the descriptor that came with it is not a pidfd"
-        raise InvalidInput(why) from None
+def _open_process(connection: Connection, message: messages.Message, field: str) -> int:
+    """A pidfd of the process that a request names, owned by the caller; -1 when it has ended.
+    Raises InvalidInput, LimitExceeded."""
+    pid = message["pid"]
+    if not pid:
+        raise InvalidInput(f"{field}: a process is named by pid and inode of its pidfd")
+    if not connection.peer.pid:
+        raise LimitExceeded(
+            f"{field}: cprd lives in another pid namespace than this process, and cannot tell what"
+            f" pid {pid} means: let that process connect by itself"
+        )
+    return processes.open_identity(pid, message["inode"])
+
+
+async def queue(server: Server, connection: Connection, request: Request) -> None:
+    """Hand out the sending end of a new queue, for the next save."""
+    del server, request
+    with connection.queue() as inlet:
+        await connection.answer(messages.ok(), (inlet.fileno(),))
+
+
+async def _answer_saved(
+    connection: Connection, message: messages.Message, answer: messages.Message
+) -> None:
+    """Answer, with the queue for the next save where that was asked for."""
+    inlet = connection.next_queue() if message["queue"] else None
+    if inlet is None:
+        await connection.answer(answer)
+        return
+    with inlet:
+        await connection.answer(answer, (inlet.fileno(),))
 
 
 async def save(server: Server, connection: Connection, request: Request) -> None:
@@ -128,7 +157,7 @@ async def save(server: Server, connection: Connection, request: Request) -> None
     if needs_store and server.keeper.kept != "store":
         raise LimitExceeded(NOT_STORED)
     server.steps.refresh(key)
-    offered = Offered(connection, request)
+    offered = Offered(connection, message)
     try:
         if prepare and connection.pidfd >= 0:
             offered.roles["saver"] = os.dup(connection.pidfd)
@@ -146,7 +175,8 @@ async def save(server: Server, connection: Connection, request: Request) -> None
     if prepare:
         connection.prepared.add(step.answer["generation"])
     point("daemon:saved")
-    await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
+    answer = messages.ok(**step.answer, kept=server.keeper.kept)
+    await _answer_saved(connection, message, answer)
 
 
 async def commit(server: Server, connection: Connection, request: Request) -> None:
@@ -293,20 +323,35 @@ async def renew(server: Server, connection: Connection, request: Request) -> Non
 
 
 async def begin(server: Server, connection: Connection, request: Request) -> None:
-    message, fds = request
-    if len(fds) != int(message["process"]):
-        raise ProtocolError("begin: wants a pidfd with process=true, and none without")
-    acting = _pid_of(fds[0], "process") if fds else 0
-    if acting < 0:
-        raise InvalidInput("begin: the process that is to act has ended")
+    message = request.message
+    acting = message["pid"]
+    roles: dict[str, int] = {}
+    if acting:
+        roles["acting"] = _open_process(connection, message, "begin")
+        if roles["acting"] < 0:
+            raise InvalidInput("begin: the process that is to act has ended")
     ticket = ticket_of(connection, message)
-    step = server.registry.begin(caller_of(connection, message), ticket, acting)
-    server.check_room(step)
-    if step.changes:
-        roles = {"acting": os.dup(fds[0])} if fds else {}
-        server.steps.perform(step, pidfds={ticket.generation: roles})
+    try:
+        step = server.registry.begin(caller_of(connection, message), ticket, acting)
+        server.check_room(step)
+        if step.changes:
+            added, roles = roles, {}
+            server.steps.perform(step, pidfds={ticket.generation: added})
+    finally:
+        close_all(roles.values())
     _adopt_claim(server, connection, message)
     await connection.answer(messages.ok(kept=server.keeper.kept))
+
+
+async def ended(server: Server, connection: Connection, request: Request) -> None:
+    """A client whose kernel has no inodes for processes saw the process of its after_exit or begin
+    end, and cprd may watch another, of the same pid."""
+    message = request.message
+    key = key_of(connection, message)
+    hold = server.registry.get(message["generation"])
+    if hold is not None and hold.key == key:
+        server.steps.process_ended(hold, message["pid"])
+    await connection.answer(messages.ok())
 
 
 async def confirm(server: Server, connection: Connection, request: Request) -> None:
@@ -315,24 +360,26 @@ async def confirm(server: Server, connection: Connection, request: Request) -> N
     step = server.registry.confirm(caller_of(connection, message), ticket)
     if step.changes:
         server.steps.perform(step)
-    await _confirmed(server, connection, ticket, step)
+    _confirmed(connection, ticket)
+    await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
 
 
 async def confirm_next(server: Server, connection: Connection, request: Request) -> None:
     ticket = ticket_of(connection, request.message)
-    offered = Offered(connection, request)
+    offered = Offered(connection, request.message)
     try:
         step = server.registry.confirm_next(offered.caller, ticket, offered.offer)
         offered.perform(server, step)
     finally:
         offered.close()
-    await _confirmed(server, connection, ticket, step)
+    _confirmed(connection, ticket)
+    answer = messages.ok(**step.answer, kept=server.keeper.kept)
+    await _answer_saved(connection, request.message, answer)
 
 
-async def _confirmed(server: Server, connection: Connection, ticket: Ticket, step: Step) -> None:
+def _confirmed(connection: Connection, ticket: Ticket) -> None:
     connection.claims.discard((ticket.generation, ticket.token))
     point("daemon:confirmed")
-    await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
 
 
 async def reject(server: Server, connection: Connection, request: Request) -> None:
@@ -347,6 +394,7 @@ async def reject(server: Server, connection: Connection, request: Request) -> No
 
 
 HANDLERS: dict[str, Handler] = {
+    "queue": queue,
     "save": save,
     "prepare": save,
     "commit": commit,
@@ -358,4 +406,5 @@ HANDLERS: dict[str, Handler] = {
     "confirm": confirm,
     "confirm_next": confirm_next,
     "reject": reject,
+    "ended": ended,
 }

@@ -17,7 +17,7 @@ class Pidfds:
 
     def __init__(self, ended: Callable[[int, str], None]) -> None:
         self._ended = ended
-        self._watch = processes.Watch()
+        self.watched = processes.Watch()  # of connections, too
         self._by_hold: dict[int, dict[str, int]] = {}
 
     def of(self, generation: int) -> dict[str, int]:
@@ -32,12 +32,12 @@ class Pidfds:
         for role in {*fds, *old}:
             fd, former = fds.get(role, -1), old.get(role, -1)
             if former >= 0 and (role not in roles or former != fd):
-                self._watch.remove(former)
+                self.watched.remove(former)
                 os.close(former)
             if role in roles and fd >= 0:
                 kept[role] = fd
                 if former != fd:
-                    self._watch.add(fd, partial(self._ended, generation, role))
+                    self.watched.add(fd, partial(self._ended, generation, role))
             elif fd >= 0 and fd != former:
                 os.close(fd)
         if kept:
@@ -49,15 +49,15 @@ class Pidfds:
             # An end reported for one role can close the pidfd of another, whose number is reused.
             mine = self._by_hold.get(generation, {}).get(role) == fd
             if mine and processes.has_ended(fd):
-                self._watch.remove(fd)
+                self.watched.remove(fd)
                 self._ended(generation, role)
 
     def collect(self) -> None:
         """Report all ended processes."""
-        self._watch.collect()
+        self.watched.collect()
 
     async def watch(self) -> None:
         """Report each end at once. Until cancelled."""
         while True:
-            await trio.lowlevel.wait_readable(self._watch.epoll.fileno())
-            self._watch.collect(PIECE)
+            await trio.lowlevel.wait_readable(self.watched.epoll.fileno())
+            self.watched.collect(PIECE)

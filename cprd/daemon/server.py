@@ -17,7 +17,7 @@ import trio
 from cprd.daemon import handlers, log, operators
 from cprd.daemon.clock import now
 from cprd.daemon.config import Config
-from cprd.daemon.connection import Blocked, Connection, Peer, Request, is_over
+from cprd.daemon.connection import Connection, Peer, Request
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.room import Room
 from cprd.daemon.steps import Roles, Steps
@@ -27,6 +27,7 @@ from cprd.daemon.turns import Pace, Turns
 from cprd.daemon.waiters import no_descriptor
 from cprd.errors import Busy, CprdError, Denied, LimitExceeded, NotHeld, ProtocolError
 from cprd.linux import nofile, processes
+from cprd.linux.rights import take_no_rights
 from cprd.protocol import messages
 from cprd.protocol.lifecycle import Hold
 from cprd.protocol.registry import Registry, Step
@@ -114,6 +115,7 @@ class Server:
             nursery.start_soon(tend, "waiters", self.steps.waiters.serve_further)
             for listener in listeners:
                 listener.setblocking(False)
+                take_no_rights(listener)  # for what is sent before cprd has accepted
                 nursery.start_soon(tend, "accept", partial(self._accept, listener, nursery))
 
     # Admission
@@ -141,9 +143,10 @@ class Server:
         try:
             peer = Peer(*processes.credentials(sock))
             refused = self._why_refused(peer)
-            gone = refused is not None or is_over(sock)
+            gone = refused is not None or processes.is_ready(sock.fileno())
             pidfd = -1 if gone else processes.pidfd_of(sock, peer.pid)
-            connection = Connection(sock, peer, pidfd, self.closer, self.turns)
+            watch = self.steps.pidfds.watched
+            connection = Connection(sock, peer, pidfd, self.closer, self.turns, watch)
         except OSError as error:
             log.event("accept-failed", level=log.ERROR, why=error.strerror)
             sock.close()
@@ -229,6 +232,24 @@ class Server:
     # One connection
 
     async def _serve_one(self, connection: Connection) -> None:
+        """Count and serve a connection to the end."""
+        peer = connection.peer
+        try:
+            await self._converse(connection)
+            await self._end_claims(connection)
+            await connection.linger()
+        finally:
+            await self._end_claims(connection)
+            self.connections.discard(connection)
+            self.turns.remove(peer.uid)
+            connection.close()
+
+    async def _end_claims(self, connection: Connection) -> None:
+        if not self.stopping:
+            with trio.CancelScope(shield=True):
+                await self.steps.end_claims(connection)
+
+    async def _converse(self, connection: Connection) -> None:
         peer = connection.peer
         try:
             with trio.move_on_after(messages.FIRST_BYTE) as greeting:
@@ -245,20 +266,12 @@ class Server:
             raise
         except Exception as error:
             log.event("failed", level=log.ERROR, uid=peer.uid, pid=peer.pid, why=repr(error))
-        finally:
-            if not self.stopping:
-                with trio.CancelScope(shield=True):
-                    await self.steps.end_claims(connection)
-            self.connections.discard(connection)
-            self.turns.remove(peer.uid)
-            connection.close()
 
     async def _greet(self, connection: Connection) -> bool:
         try:
-            request = await connection.receive(messages.read_request)
+            request = await connection.receive(messages.read_first)
             if request is None:
                 return False
-            connection.release(request.fds)
             _check_hello(request)
         except CprdError as error:
             await self._refuse(connection, "hello", error)
@@ -299,16 +312,10 @@ class Server:
         except ProtocolError as error:
             await self._refuse(connection, "?", error)
             return isinstance(error, messages.BadRequest)  # after noise comes noise
-        except LimitExceeded as error:
-            await self._refuse(connection, "?", error)
-            return not isinstance(error, Blocked)
         if connection.nonce:  # whoever asks again has read the answer before
             self.registry.replies.arrived(connection.peer.uid, connection.nonce)
         connection.nonce = request.message.get("nonce", b"")
-        try:
-            await self._handle(connection, request)
-        finally:
-            connection.release(request.fds)
+        await self._handle(connection, request)
         return True
 
     async def _handle(self, connection: Connection, request: Request) -> None:
@@ -316,9 +323,6 @@ class Server:
         try:
             if verb not in HANDLERS:
                 raise ProtocolError("hello was said already")
-            if request.fds and verb not in messages.WITH_DESCRIPTORS:
-                # a load that waits would keep them open
-                raise ProtocolError(f"{verb}: wants no descriptors with it, has {len(request.fds)}")
             await HANDLERS[verb](self, connection, request)
         except CprdError as error:
             await self._refuse(connection, verb, error)
@@ -357,16 +361,8 @@ def _foreign(uid: int, *, known: bool) -> str:
 
 def _check_hello(request: Request) -> None:
     """Raises ProtocolError."""
-    message, fds = request
-    if fds:
-        raise ProtocolError(f"hello: wants no descriptors, has {len(fds)}")
-    if message["verb"] != "hello":
+    if request.message["verb"] != "hello":
         raise ProtocolError("the first message is hello")
-    if message["version"] != messages.VERSION:
-        raise ProtocolError(
-            f"this cprd speaks version {messages.VERSION} of the protocol, the client version"
-            f" {message['version']}: upgrade the older one"
-        )
 
 
 def raise_nofile() -> int:

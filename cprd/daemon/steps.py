@@ -194,7 +194,7 @@ class Steps:
         try:
             fd = self.keeper.bundle(hold.generation)
             try:
-                inspect.check(fd, hold.parked, seal=False)
+                inspect.check(fd, hold.parked)
             finally:
                 os.close(fd)  # the slot has another: never the last one
         except Damaged as error:
@@ -226,6 +226,12 @@ class Steps:
             "acting": self.registry.acting_gone,
         }
         self.observe(gone[role](generation))
+
+    def process_ended(self, hold: Hold, pid: int) -> None:
+        """The owner of a hold says that the process of a role has ended."""
+        for role, watched in (("after_exit", hold.after_exit), ("acting", hold.acting)):
+            if pid == watched > 0:
+                self._process_ended(hold.generation, role)
 
     def own_claim(self, connection: Connection, generation: int, token: bytes) -> None:
         """The end of this connection, and of no other, ends the claim from now on."""

@@ -71,10 +71,43 @@ def pid_of(pidfd: int) -> int:
     return 0
 
 
+def identity(pidfd: int) -> tuple[int, int]:
+    """(pid, inode) of a pidfd: together the name of a process. The pid is as in `pid_of`; the
+    inode 0 before Linux 6.9, whose pidfds all have one inode. Raises ValueError."""
+    pid, of_process = pid_of(pidfd), os.fstat(pidfd)
+    other = os.eventfd(0)
+    try:
+        # Without pidfs both are of the file system of anonymous inodes.
+        numbered = os.fstat(other).st_dev != of_process.st_dev
+    finally:
+        os.close(other)
+    return pid, of_process.st_ino if numbered else 0
+
+
+def open_identity(pid: int, inode: int) -> int:
+    """A pidfd of the process, which the caller owns; -1 when it has ended and was reaped. Raises
+    OSError where there is no descriptor left."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL):  # EINVAL: the pid is a thread's by now
+            return -1
+        raise
+    if inode and os.fstat(fd).st_ino != inode:
+        os.close(fd)
+        return -1
+    return fd
+
+
 def has_ended(pidfd: int) -> bool:
     """Whether the process has ended (a zombie has)."""
+    return is_ready(pidfd, select.POLLIN)
+
+
+def is_ready(fd: int, events: int = 0) -> bool:
+    """Whether one of `events` is there, or the other end of a socket has hung up."""
     poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
+    poll.register(fd, events)
     return bool(poll.poll(0))
 
 
@@ -98,20 +131,21 @@ def overflow_uid() -> int:
 
 
 class Watch:
-    """Waits for any of many processes to end: one epoll descriptor, watched by one task."""
+    """Waits for the end of many processes, and of other ends of sockets: one epoll descriptor,
+    watched by one task."""
 
     def __init__(self) -> None:
         self.epoll = select.epoll()
-        self._calls: dict[int, Callable[[], None]] = {}
+        self._calls: dict[int, tuple[int, Callable[[], None]]] = {}
 
-    def add(self, pidfd: int, ended: Callable[[], None]) -> None:
-        """`pidfd` is borrowed until `remove`."""
-        self._calls[pidfd] = ended
-        self.epoll.register(pidfd, select.EPOLLIN)
+    def add(self, fd: int, ended: Callable[[], None], events: int = select.EPOLLIN) -> None:
+        """A pidfd; or with `events` 0 a socket, whose peer hangs up. Borrowed until `remove`."""
+        self._calls[fd] = events, ended
+        self.epoll.register(fd, events)
 
-    def remove(self, pidfd: int) -> None:
-        if self._calls.pop(pidfd, None) is not None:
-            self.epoll.unregister(pidfd)
+    def remove(self, fd: int) -> None:
+        if self._calls.pop(fd, None) is not None:
+            self.epoll.unregister(fd)
 
     def collect(self, seconds: float = math.inf) -> None:
         """Report those that have ended by now, each once. After `seconds` the rest is left for the
@@ -120,9 +154,9 @@ class Watch:
         for fd, _ in self.epoll.poll(0):
             if time.monotonic() > until:
                 return
-            ended = self._calls.get(fd)
-            # What one end led to may have closed another's pidfd, and its number be used anew.
-            if ended is not None and has_ended(fd):
+            events, ended = self._calls.get(fd, (0, None))
+            # What one end led to may have closed another's descriptor, and its number be used anew.
+            if ended is not None and is_ready(fd, events):
                 self.remove(fd)
                 ended()
 

@@ -22,6 +22,8 @@ SO_PEEK_OFF = 42  # asm-generic/socket.h; the socket module does not name it
 _SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
 _NOSIGNAL, _CLOEXEC, _DONTWAIT = socket.MSG_NOSIGNAL, socket.MSG_CMSG_CLOEXEC, socket.MSG_DONTWAIT
 _RIGHTS = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+_SO_PASSCRED, _SO_PASSSEC, _SO_PASSPIDFD, _SO_PASSRIGHTS = 16, 34, 76, 83  # asm-generic/socket.h
+_OLD_KERNEL = bool(os.environ.get("CPRD_NO_PASSRIGHTS"))  # for tests: as before Linux 6.16
 
 
 def send(
@@ -74,9 +76,32 @@ def receive(sock: socket.SocketType, size: int, flags: int = 0) -> tuple[bytes, 
     return data, fds, seen
 
 
-def queued(sock: socket.SocketType) -> int:
+def queued(sock: socket.SocketType | int) -> int:
     """Bytes in the queue of a socket, of all messages (SIOCINQ), without reading them."""
-    return int.from_bytes(fcntl.ioctl(sock.fileno(), 0x541B, b"\0" * 4), sys.byteorder)
+    return int.from_bytes(fcntl.ioctl(sock, 0x541B, b"\0" * 4), sys.byteorder)
+
+
+def unread(sock: socket.SocketType) -> int:
+    """Memory of the messages that the peer of a socket has not read yet (SIOCOUTQ)."""
+    return int.from_bytes(fcntl.ioctl(sock, 0x5411, b"\0" * 4), sys.byteorder)
+
+
+def take_no_rights(sock: socket.SocketType) -> bool:
+    """Let no descriptor into the queue of a socket: sending one fails with EPERM from now on.
+    Returns False where the kernel cannot do so (before Linux 6.16). Nothing else that a message may
+    carry (credentials, labels, pidfds) is received, either."""
+    for option in (_SO_PASSCRED, _SO_PASSSEC, _SO_PASSPIDFD):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, option, 0)
+        except OSError:
+            pass  # unknown to this kernel
+    if _OLD_KERNEL:
+        return False
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError:
+        return False
+    return True
 
 
 def scm_fds(fd: int) -> int:

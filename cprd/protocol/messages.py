@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     Message: TypeAlias = dict[str, Any]
 
 
-RELEASE = "0.1.0"  # of this software
-VERSION = 1  # of the wire
+RELEASE = "0.2.0"  # of this software
+VERSION = 2  # of the wire
+RELEASES = {1: "0.1", 2: "0.2"}  # version of the wire -> releases that speak the version
 
 # Sizes, bytes
 MAX_REQUEST = 16 * 1024
@@ -60,6 +61,10 @@ LONGEST_LEASE = 3600.0  # s
 
 class BadRequest(ProtocolError):
     """A readable message that makes no sense; the connection goes on."""
+
+
+class OtherVersion(ProtocolError):
+    """A hello in another version of the wire. The answer has the version that is spoken here."""
 
 
 # Checks of fields: each returns the value to use, or raises ValueError with the wanted form. A bool
@@ -131,14 +136,16 @@ def _or_none(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 _U64 = _count((1 << 64) - 1)
 _NAME = _text(300)  # UID/NAME; names.split_name looks closer
 _CLAIM = {"name": _NAME, "generation": _U64, "token": _bytes(NONCE)}
+_PROCESS = {"pid": _count((1 << 31) - 1), "inode": _U64}  # of a pidfd; inode 0: not known
 _BUNDLE: dict[str, Callable[[Any], Any]] = {
     "fds": _count(1 << 32),
     "bytes": _U64,
     "parked": _count(253),  # descriptors in the root of the bundle
     "depth": _count(2),  # of the root; 0: nothing below it
     "ttl": _or_none(_seconds(MAX_TTL, MIN_LEASE)),
-    # none; the peer itself; the process whose pidfd is the message's last descriptor
-    "after_exit": _one_of("no", "peer", "pidfd"),
+    "after_exit": _one_of("no", "peer", "process"),
+    **_PROCESS,  # of after_exit "process"; else 0
+    "queue": _flag,  # whether the answer is to bring the queue for the next save
 }
 _SAVE = {
     "name": _NAME,
@@ -152,6 +159,7 @@ _ID = ("id", _or_none(_U64))
 
 REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "hello": {"version": _count(1 << 16), "limits": _map},
+    "queue": {},
     "save": {**_SAVE, **_NONCE},
     "prepare": {**_SAVE, **_NONCE},
     "commit": {**_CLAIM, **_NONCE},
@@ -164,12 +172,13 @@ REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         **_NONCE,
     },
     "renew": {**_CLAIM, "lease": _or_none(_seconds(MAX_LEASE, MIN_LEASE))},
-    "begin": {**_CLAIM, **_NONCE, "process": _flag},
+    "begin": {**_CLAIM, **_NONCE, **_PROCESS},  # pid 0: no process is named
     "confirm": {**_CLAIM, **_NONCE},
     "confirm_next": {**_CLAIM, **_BUNDLE, **_NONCE},
     "reject": {**_CLAIM, **_NONCE, "why": _text(MAX_REASON), "damaged": _flag},
     "release": {"name": _NAME, "force": _flag, **_NONCE},
     "drop": {"name": _NAME, "force": _flag, **_NONCE},
+    "ended": {"name": _NAME, "generation": _U64, "pid": _PROCESS["pid"]},
     "wait": {"name": _NAME, "timeout": _seconds(MAX_WAIT)},
     "list": {"after": _or_none(_U64)},
     "show": {"name": _NAME},
@@ -182,6 +191,7 @@ _SAVED = ("generation", "token", "kept")
 _CHANGED = ("generation", "kept")
 ANSWERS: dict[str, tuple[str, ...]] = {
     "hello": ("version", "server", "uid", "pid", "lease_by", "kept", "limits"),
+    "queue": (),
     "save": _SAVED,
     "prepare": _SAVED,
     "commit": _CHANGED,
@@ -197,6 +207,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "reject": _KEPT,
     "release": _CHANGED,
     "drop": _CHANGED,
+    "ended": (),
     "wait": ("generation",),
     "list": ("holds", "more"),
     "show": ("hold",),
@@ -206,9 +217,6 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Verb -> fields of the "ok" map."""
-
-WITH_DESCRIPTORS = frozenset(("save", "prepare", "confirm_next", "begin"))
-"""Verbs that descriptors may come with."""
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
@@ -247,6 +255,25 @@ def decode(
     if not isinstance(message, dict):
         raise ProtocolError("a message is a map")
     return message
+
+
+def read_first(data: bytes) -> Message:
+    """A hello of this version, or another request. Raises OtherVersion, ProtocolError.
+
+    Frozen for all versions: hello has `verb` and `version`, and a refusal `error`, `why` and
+    `version`."""
+    message = decode(data, MAX_REQUEST)
+    version = message.get("version")
+    if message.get("verb") != "hello" or type(version) is not int or version == VERSION:
+        return read_request(data)
+    other = RELEASES.get(version)
+    release = f"cprd {other}" if other else f"the cprd of version {version}"
+    older = "client" if version < VERSION else "daemon"
+    raise OtherVersion(
+        f"this is cprd {RELEASE}, which speaks version {VERSION} of the protocol; the client speaks"
+        f" version {version} and needs {release}: upgrade the {older}"
+        + (f" to cprd {RELEASES[VERSION]}, or connect to {release}" if older == "client" else "")
+    )
 
 
 def read_request(data: bytes) -> Message:
@@ -323,6 +350,8 @@ def refusal(error: CprdError) -> Message:
     for cls in type(error).__mro__:
         if cls.__name__ in CODES:
             fields: Message = {"error": cls.__name__, "why": str(error)[:4000]}
+            if isinstance(error, OtherVersion):
+                fields["version"] = VERSION
             if isinstance(error, Busy):
                 fields |= {"pid": error.pid, "phase": error.phase, "until": error.until}
             return fields

@@ -21,12 +21,13 @@ MOST = 4096  # of one uid, that may not have arrived
 MOST_ARRIVED = 256  # of one uid
 IN_A_RECORD = 4  # stored with a hold: the replies to the last requests that changed the hold
 
-_UNTOLD = ("wait", "timeout")  # a repetition waits for what is left only
+# A repetition waits for what is left only, and asks for a queue as that connection needs.
+_UNTOLD = ("wait", "timeout", "queue")
 
 
 def digest(request: Mapping[str, Any], *identity: int) -> bytes:
     """16 bytes that tell one request from another: verb, fields, and `identity`, which cprd sees
-    for itself (the inode of a bundle, the pid of a claimant)."""
+    for itself (the pid of a claimant)."""
     fields = sorted((key, value) for key, value in request.items() if key not in _UNTOLD)
     return hashlib.blake2b(encode({"of": fields, "seen": identity}), digest_size=16).digest()
 

@@ -62,7 +62,7 @@ class Usage(TypedDict):
 class Status(TypedDict):
     """The daemon. Root sees everything; others see the part of the own uid."""
 
-    server: str  # "cprd 0.1.0"
+    server: str  # "cprd 0.2.0"
     pid: int
     uptime: float  # s
     kept: Kept

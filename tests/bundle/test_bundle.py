@@ -12,7 +12,6 @@ import select
 import signal
 import socket
 import struct
-import tempfile
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -28,12 +27,13 @@ import cprd
 from cprd import Busy, Damaged, InvalidInput, LimitExceeded, State
 from cprd.bundle.inspect import check
 from cprd.bundle.layout import HEADER, LEAF, MAGIC, NODE, VERSION
-from cprd.bundle.pack import pack
 from cprd.bundle.unpack import unpack
 from cprd.client.verbs import row_and_bundle
 from cprd.linux.memfd import sealed_memfd
-from cprd.linux.rights import close_all, receive, scm_fds
+from cprd.linux.rights import close_all, receive, scm_fds, send
 from cprd.protocol import messages
+from tests.support import wire
+from tests.support.bundles import pack
 from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
 from tests.support.eventfds import full_table, of, opened, values
@@ -59,7 +59,7 @@ def packed(state: State) -> Iterator[int]:
 def test_every_number_of_descriptors_comes_back_in_order(count: int) -> None:
     with opened(count) as fds, packed(of(fds)) as fd:
         assert HEADER.unpack(_first(fd))[5] == count + 1
-        check(fd, count + 1 if count < 253 else -(-(count + 1) // 253), seal=False)
+        check(fd, count + 1 if count < 253 else -(-(count + 1) // 253))
         state = unpack(fd)
         assert [(name, id) for name, id, _ in state.fds()] == [("fd", n) for n in range(count)]
         assert values(state) == list(range(1, count + 1))
@@ -354,7 +354,7 @@ def test_a_spoilt_bundle_is_never_served_in_part_by_cprd(
     parked = scm_fds(fd)
     depth = 0 if fds < parked else 1
     with daemon.connect() as client:
-        say(client, "save", save_message("web", fds, 0, parked=parked, depth=depth), [fd])
+        say(client, "save", save_message("web", fds, 0, parked=parked, depth=depth), fd)
         with pytest.raises(Damaged, match="will not be served again"):
             client.load("web")
         with pytest.raises(Damaged):
@@ -375,7 +375,7 @@ def test_a_bundle_of_a_version_to_come_is_refused_and_stays_whole(
     with daemon.connect() as client:
         depth = 0 if where == "root" else 1
         root = fd if where == "root" else hand.node([fd], 1)
-        say(client, "save", save_message("web", 0, 0, depth=depth), [root])
+        say(client, "save", save_message("web", 0, 0, depth=depth), root)
         for _ in range(2):
             with pytest.raises(Busy, match="of version 2; this cprd reads version 1"):
                 client.load("web")
@@ -401,86 +401,20 @@ def _first(fd: int) -> bytes:
 def save_message(
     name: str, fds: int, size: int, *, parked: int | None = None, depth: int = 0
 ) -> dict[str, Any]:
-    return {
-        "name": name,
-        "fds": fds,
-        "bytes": size,
-        "parked": fds + 1 if parked is None else parked,
-        "depth": depth,
-        "ttl": None,
-        "after_exit": "no",
-        "if_exists": "error",
-        "require": None,
-        "nonce": messages.nonce(),
-    }
+    return wire.save(name, fds, size, fds + 1 if parked is None else parked, depth)
 
 
-def say(client: cprd.Daemon, verb: str, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-    """A request that no client library would make. Raises what cprd answers."""
+def say(client: cprd.Daemon, verb: str, message: dict[str, Any], bundle: int) -> dict[str, Any]:
+    """A request that no client library would make, with a copy of a bundle in the queue. Raises
+    what cprd answers."""
     with socket.socket(fileno=os.dup(client.fileno())) as sock:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         sock.settimeout(PATIENCE)
-        sock.sendmsg([messages.encode({"verb": verb, **message})], rights)
-        return messages.read_answer(sock.recv(messages.MAX_ANSWER))
-
-
-def _stream(hand: Hand) -> int:
-    one, two = socket.socketpair()
-    hand.stack.callback(one.close)
-    hand.stack.callback(two.close)
-    one.sendmsg([header(1, 1)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [0]))])
-    return two.fileno()
-
-
-def _listening(hand: Hand) -> int:
-    place = hand.stack.enter_context(tempfile.TemporaryDirectory())
-    sock = hand.stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-    sock.bind(f"{place}/sock")
-    sock.listen()
-    return sock.fileno()
-
-
-def _tcp(hand: Hand) -> int:
-    listener = hand.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-    return hand.stack.enter_context(socket.create_connection(listener.getsockname())).fileno()
-
-
-def _pipe(hand: Hand) -> int:
-    for fd in (pair := os.pipe()):
-        hand.stack.callback(os.close, fd)
-    return pair[0]
-
-
-def _file(hand: Hand) -> int:
-    return hand.stack.enter_context(tempfile.TemporaryFile()).fileno()
-
-
-def _pidfd(hand: Hand) -> int:
-    fd = os.pidfd_open(os.getpid())
-    hand.stack.callback(os.close, fd)
-    return fd
-
-
-def _o_path(hand: Hand) -> int:
-    fd = os.open("/", os.O_PATH)
-    hand.stack.callback(os.close, fd)
-    return fd
-
-
-def _unconnected(hand: Hand) -> int:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return hand.stack.enter_context(sock).fileno()
+        with wire.park(sock, bundle):
+            sock.send(messages.encode({"verb": verb, **message}))
+            return messages.read_answer(sock.recv(messages.MAX_ANSWER))
 
 
 NO_BUNDLES: dict[str, Spoil] = {
-    "a STREAM socket": _stream,
-    "a listening socket": _listening,
-    "a TCP connection": _tcp,
-    "a socket that is not connected": _unconnected,
-    "a file": _file,
-    "a pipe": _pipe,
-    "a pidfd": _pidfd,
-    "a path": _o_path,
     "an empty queue": lambda hand: hand.queue(),
     "a short message": lambda hand: hand.queue((b"CPRB", [0])),
     "a descriptor too many": lambda hand: hand.queue((header(1, 1), [0, 0])),
@@ -498,18 +432,9 @@ def test_what_is_no_bundle_is_refused_with_a_reason_and_the_connection_goes_on(
     with daemon.connect() as client:
         before = daemon.fds()
         with pytest.raises(Damaged, match="bundle"):
-            say(client, verb, save_message("web", 0, 0), [fd])
+            say(client, verb, save_message("web", 0, 0), fd)
         assert client.list() == []
         daemon.await_fds(before)
-
-
-def test_the_daemons_own_connection_is_no_bundle(daemon: DaemonProcess) -> None:
-    with daemon.connect() as client, daemon.connect() as other:
-        for fd in (client.fileno(), other.fileno()):
-            with pytest.raises(Damaged, match="nothing is queued"):
-                say(client, "save", save_message("web", 0, 0), [fd])
-        assert other.list() == []
-        assert client.status()["connections"] == 2
 
 
 @pytest.mark.parametrize("lie", [{"fds": 2}, {"parked": 3}, {"parked": 1, "fds": 0}, {"fds": 99}])
@@ -518,7 +443,7 @@ def test_counts_that_differ_from_the_bundle_are_refused(
 ) -> None:
     with packed(of([0])) as fd, daemon.connect() as client:
         with pytest.raises(Damaged, match=r"counts differ|should hold"):
-            say(client, "save", {**save_message("web", 1, 0), **lie}, [fd])
+            say(client, "save", {**save_message("web", 1, 0), **lie}, fd)
         assert client.list() == []
 
 
@@ -526,7 +451,7 @@ def test_counts_that_only_a_reader_can_check_are_found_by_the_first_one(
     daemon: DaemonProcess,
 ) -> None:
     with packed(of([0])) as fd, daemon.connect() as client:
-        say(client, "save", save_message("web", 0, 0, parked=2), [fd])
+        say(client, "save", save_message("web", 0, 0, parked=2), fd)
         with pytest.raises(Damaged, match="its saver said 0 descriptors; there are 1"):
             client.load("web")
 
@@ -563,60 +488,65 @@ def opened_fd(fd: int) -> Iterator[None]:
         os.close(fd)
 
 
-def test_a_saver_that_sleeps_with_its_sockets_lock_in_hand_delays_nobody(
-    hand: Hand, daemon: DaemonProcess
+def test_a_claimant_that_sleeps_with_the_lock_of_its_bundle_in_hand_delays_nobody(
+    daemon: DaemonProcess,
 ) -> None:
     """Whoever has a socket can hold its lock for as long as a page takes to come."""
     libc = ctypes.CDLL(None)
-    root = hand.leaf([hand.manifest()])
-    tcp = _tcp(hand)
-
-    def peek(page: int) -> None:
-        libc.recv(root, ctypes.c_void_p(page), 32, int(socket.MSG_PEEK))
-
-    def send(page: int) -> None:
-        libc.send(tcp, ctypes.c_void_p(page), 4096, 0)
-
     with daemon.connect() as client:
+        client.save("web", State())
+        claim = client.load("web")
+        bundle = os.dup(claim._claim.bundle)
+
+        def peek(page: int) -> None:
+            libc.recv(bundle, ctypes.c_void_p(page), 32, int(socket.MSG_PEEK))
+
         with asleep_in_a_page(peek):
-            say(client, "save", save_message("web", 0, 0), [root])
-            assert client.list()[0]["fds"] == 0
-        with asleep_in_a_page(send):
-            with pytest.raises(Damaged, match="not an AF_UNIX socket"):
-                say(client, "save", save_message("tcp", 0, 0), [tcp])
-        with client.load("web") as claim:
-            assert claim.state.fd_count == 0
+            claim.reject("another may try")  # cprd looks for damage
+            assert client.list()[0]["phase"] == "held"
+        with client.load("web") as second:
+            assert second.attempts == 2
+        claim.close()
+        os.close(bundle)
 
 
 def test_a_bundle_cannot_grow_after_it_was_saved(hand: Hand, daemon: DaemonProcess) -> None:
-    fd = hand.queue((header(1, 1), [hand.manifest()]), keep=True)
+    manifest = hand.manifest()
     with daemon.connect() as client:
-        say(client, "save", save_message("web", 0, 0), [fd])
-        with pytest.raises(BrokenPipeError):
-            hand.inlet.send(header(1, 1))
+        with socket.socket(fileno=os.dup(client.fileno())) as sock:
+            sock.settimeout(PATIENCE)
+            with wire.queue(sock) as inlet:
+                send(inlet, header(1, 1), [manifest])
+                sock.send(wire.request("save", **save_message("web", 0, 0)))
+                messages.read_answer(sock.recv(messages.MAX_ANSWER))
+                for fds in ([], [manifest]):
+                    with pytest.raises(BrokenPipeError):
+                        send(inlet, header(1, 1), fds)
         with client.load("web") as claim:
             assert claim.state.fd_count == 0
 
 
 def test_a_bundle_that_holds_itself_harms_nobody(hand: Hand, daemon: DaemonProcess) -> None:
-    """No client library makes one; the daemon takes nothing out of a bundle, and cannot see it."""
-    inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with inlet, outlet:
-        fds = [hand.manifest(**keys(1)), outlet.fileno()]
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
-        inlet.sendmsg([header(2, 2)], rights)
+    """No client library makes one; the daemon takes nothing out of a bundle, and cannot see it. By
+    a leaf that lies in itself, and by the sending end of the queue."""
     before = daemon.fds()
     with daemon.connect() as client:
+        inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with inlet, outlet:
+            fds = [hand.manifest(**keys(1)), outlet.fileno()]
+            send(inlet, header(2, 2), fds)
+            say(client, "save", save_message("round", 1, 0), outlet.fileno())
+        with socket.socket(fileno=os.dup(client.fileno())) as sock:
+            sock.settimeout(PATIENCE)
+            with wire.queue(sock) as inlet:
+                send(inlet, header(2, 2), [fds[0], inlet.fileno()])
+                sock.send(wire.request("save", **save_message("end", 1, 0)))
+                messages.read_answer(sock.recv(messages.MAX_ANSWER))
         with packed(of([0])) as good:
-            inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with inlet, outlet:
-                fds[1] = outlet.fileno()
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
-                inlet.sendmsg([header(2, 2)], rights)
-                say(client, "save", save_message("round", 1, 0), [outlet.fileno()])
-            say(client, "save", save_message("good", 1, 0), [good])
-        client.show("round")
-        client.drop("round")
+            say(client, "save", save_message("good", 1, 0), good)
+        for name in ("round", "end"):
+            client.show(name)
+            client.drop(name)
         with client.load("good") as claim:
             assert claim.state.fd_count == 1
     daemon.await_fds(before)

@@ -18,9 +18,9 @@ from cprd import Damaged, LimitExceeded, State
 from cprd.bundle import layout
 from cprd.bundle.inspect import describe_bundle
 from cprd.bundle.layout import HEADER, LEAF, MAGIC, VERSION, decode_manifest, encode_manifest
-from cprd.bundle.pack import pack
 from cprd.bundle.unpack import unpack
 from cprd.linux.memfd import sealed_memfd
+from tests.support.bundles import pack
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 

@@ -123,7 +123,7 @@ async def test_a_whole_hand_over(connect: Connect, daemon: DaemonProcess) -> Non
 
 async def test_every_verb_answers(connect: Connect, daemon: DaemonProcess) -> None:
     async with connect() as client:
-        assert client.greeting["version"] == 1
+        assert client.greeting["version"] == messages.VERSION
         assert client.greeting["lease_by"] == ["connection", "process", "time"]
         with pytest.raises(NotHeld):
             await client.load("web")
@@ -587,10 +587,14 @@ async def test_a_save_that_fails_in_its_midst_leaves_nothing_open_anywhere(
         pass
 
     def interrupt(name: str) -> None:
-        if name == "pack:sent":
+        if name == at:
             raise Interrupt
 
-    errors = {"closed": InvalidInput, "interrupted": Interrupt, "refused": AlreadyHeld}
+    errors = {
+        **{"closed": InvalidInput, "pack:sent": Interrupt, "pack:parked": Interrupt},
+        "refused": AlreadyHeld,
+    }
+    at = ""
     async with connect() as client:
         with opened(2) as fds:
             prepared = await client.prepare("web", of(fds))
@@ -601,7 +605,8 @@ async def test_a_save_that_fails_in_its_midst_leaves_nothing_open_anywhere(
                     state = of([*many, near.fileno()])
                     if how == "closed":
                         os.close(many.pop())
-                    elif how == "interrupted":
+                    elif how.startswith("pack:"):
+                        at = how
                         patch.setattr("cprd.bundle.pack.point", interrupt)
                     with near, pytest.raises(error):
                         await client.save("web", state)

@@ -29,6 +29,13 @@ __all__ = ["connect"]  # the fixture
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
+async def with_a_queue(client: Any) -> None:
+    """Have a queue at hand for the next save: a connection that saves again has."""
+    for _ in range(2):
+        await client.save("before", State())
+        await client.drop("before")
+
+
 # Deadlines
 
 
@@ -38,6 +45,7 @@ async def test_a_request_ends_at_a_deadline_of_its_own(
 ) -> None:
     async with connect() as client:
         await client.save("web", State())
+        await with_a_queue(client)
         requests = {
             "save": lambda: client.save("new", State(), timeout=0.2),
             "list": lambda: client.list(timeout=0.2),
@@ -83,6 +91,7 @@ async def test_a_prepare_past_the_deadline_is_aborted_by_the_next_request_and_en
     with opened(2) as fds:
         async with connect() as client:
             await client.save("web", of(fds))
+            await with_a_queue(client)
             claim = await client.load("web")
             with asleep(daemon):
                 with pytest.raises(Timeout):
@@ -102,6 +111,7 @@ async def test_a_prepare_past_the_deadline_is_in_doubt_after_its_connection(
 ) -> None:
     with opened(2) as fds:
         async with connect() as client:
+            await with_a_queue(client)
             with asleep(daemon):
                 with pytest.raises(Timeout):
                     await client.prepare("new", of(fds), timeout=0.1)
@@ -326,7 +336,7 @@ def test_a_late_answer_is_passed_over() -> None:
 
 def test_a_lost_connection_is_opened_again_and_the_request_sent_again() -> None:
     steps = exchange.run(line(), verb(Call({"verb": "status"})))
-    greeting = answer(2, version=1, uid=0)
+    greeting = answer(2, version=messages.VERSION, uid=0)
     seen, value = kinds(steps, None, Lost(), Sock(), greeting, answer(3, pid=1))
     assert seen == ["turn", "ask", "connect", "ask", "ask"]
     assert value == {"pid": 1}

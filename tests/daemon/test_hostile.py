@@ -219,68 +219,7 @@ def nulls(count: int) -> list[int]:
     return [os.open(os.devnull, os.O_RDONLY) for _ in range(count)]
 
 
-SAVE = {
-    "verb": "save",
-    "name": "x",
-    "fds": 0,
-    "bytes": 0,
-    "parked": 1,
-    "depth": 0,
-    "ttl": None,
-    "after_exit": "no",
-    "if_exists": "error",
-    "require": None,
-    "nonce": NONCE,
-}
-
-
-@pytest.mark.parametrize(
-    ("message", "count"),
-    [
-        ({"verb": "status"}, 253),
-        ({**LOAD, "wait": 60.0}, 253),
-        ({"verb": "wait", "name": "x", "timeout": 60.0}, 1),
-        (SAVE, 0),
-        (SAVE, 2),
-        ({**SAVE, "verb": "prepare", "after_exit": "pidfd"}, 1),
-        (SAVE, 253),
-    ],
-)
-def test_the_wrong_number_of_descriptors_is_refused_and_they_are_closed(
-    daemon: DaemonProcess, message: dict[str, Any], count: int
-) -> None:
-    with raw(daemon.path) as sock, nobody_else_waits(daemon):
-        before = daemon.fds()
-        for _ in range(20):
-            fds = nulls(count)
-            send(sock, msgpack.packb(message), fds, 0)
-            close_all(fds)
-            got = answer(sock)
-            assert got is not None
-            assert got["error"] == "ProtocolError"
-            assert "descriptors" in got["why"]
-        until(lambda: daemon.fds() <= before + 3, lambda: f"{daemon.fds()} descriptors")
-
-
-def test_what_is_no_bundle_is_refused(daemon: DaemonProcess) -> None:
-    one, other = socket.socketpair()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind("")
-    listener.listen()
-    empty, inlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    full, filler = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    filler.send(b"something else altogether, of more than a header's length")
-    null = nulls(1)[0]
-    with one, other, listener, empty, inlet, full, filler, raw(daemon.path) as sock:
-        for fd in (one, listener, empty, full, null, sock):
-            send(sock, msgpack.packb(SAVE), [fd if isinstance(fd, int) else fd.fileno()], 0)
-            got = answer(sock)
-            assert got is not None
-            assert got["error"] == "Damaged", got
-            assert "bundle" in got["why"]
-        sock.send(packed(verb="status"))
-        assert answer(sock)
-    os.close(null)
+SAVE = {"verb": "save", **wire.save("x", 0, 0, 1), "nonce": NONCE}
 
 
 # Files that block when they are closed
@@ -298,27 +237,19 @@ def lingering() -> tuple[socket.socket, socket.socket]:
 
 
 def test_files_that_block_on_close_block_nobody(daemon: DaemonProcess) -> None:
-    """Sent with a request, parked in what is dropped, and left unread in a socket: all three."""
+    """In a hold that is dropped, and in a queue that is not saved."""
     with contextlib.ExitStack() as peers, nobody_else_waits(daemon):
         with daemon.connect() as connection, raw(daemon.path) as sock:
             before = connection.status()["closing"]
-            for number in range(3):
-                ours, theirs = lingering()
-                peers.enter_context(theirs)
-                if number == 1:
-                    connection.save("x", state_of("", [], [ours.fileno()]))
-                    os.close(ours.detach())
-                    continue
-                # It stands still until ours is closed: so the last copy, which waits, is its own.
-                os.kill(daemon.pid, signal.SIGSTOP)
-                if number == 0:
-                    send(sock, packed(verb="status"), [ours.fileno()], 0)
-                else:  # the first message ends the connection, with the second one in its queue
-                    left = peers.enter_context(silent(daemon.path))
-                    send(left, b"noise", [])
-                    send(left, b"noise", [ours.fileno()], 0)
+            ours, theirs = lingering()
+            peers.enter_context(theirs)
+            connection.save("x", state_of("", [], [ours.fileno()]))
+            os.close(ours.detach())
+            ours, theirs = lingering()
+            peers.enter_context(theirs)
+            with wire.queue(sock) as inlet:
+                send(inlet, b"not saved", [ours.fileno()])
                 os.close(ours.detach())
-                os.kill(daemon.pid, signal.SIGCONT)
             connection.drop("x")
             assert before == {}
             until(lambda: connection.status()["closing"], lambda: "nothing blocks")
@@ -390,32 +321,30 @@ def test_a_hold_that_ends_while_its_answer_is_not_read_blocks_nobody(
         until(lambda: not connection.status()["closing"], lambda: "blocked still")
 
 
-def test_a_uid_whose_files_block_is_not_served_further(daemon: DaemonProcess) -> None:
-    """Otherwise what it sends would pile up in cprd, until nothing is left for others."""
+def test_a_uid_whose_files_block_gets_no_queue_in_the_end(daemon: DaemonProcess) -> None:
+    """Otherwise what it parks would pile up in cprd, until nothing is left for others."""
     ours, theirs = lingering()
+    fds = nulls(10)
     with theirs, raw(daemon.path) as sock:
-        os.kill(daemon.pid, signal.SIGSTOP)
-        send(sock, packed(verb="status"), [ours.fileno()], 0)
-        os.close(ours.detach())
-        os.kill(daemon.pid, signal.SIGCONT)
-        answer(sock)
+        with wire.queue(sock) as inlet:
+            send(inlet, b"not saved", [ours.fileno()])
+            os.close(ours.detach())
         before = daemon.fds()
-        fds = nulls(253)
-        refused = 0
-        sock.settimeout(
-            1.0
-        )  # no bound: after so much silence it is left alone, before cprd ends it
-        for _ in range(200):
+        for _ in range(250):
+            with wire.queue(sock) as inlet:
+                send(inlet, b"not saved", fds)
+
+        def refused() -> bool:
             try:
-                send(sock, packed(verb="status"), fds, 0)
-                got = answer(sock)
-            except TimeoutError:
-                break  # it takes nothing more
-            assert got is not None
-            refused += 1
-        close_all(fds)
-        assert refused < 100
-        assert daemon.fds() < before + 100 * 253
+                wire.queue(sock).close()
+            except cprd.LimitExceeded:
+                return True
+            return False
+
+        until(refused, lambda: "it gets one queue after the other")
+        daemon.await_log("block when they are closed")
+        assert daemon.fds() < before + 300
+    close_all(fds)
 
 
 # Many at once
@@ -472,9 +401,8 @@ def test_one_nonce_for_everything_confuses_only_its_user(daemon: DaemonProcess) 
         for message in (drop, drop, {**drop, "verb": "release"}, {**drop, "name": "y"}):
             sock.send(msgpack.packb(message))
             assert answer(sock)
-        bundle, inlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with bundle, inlet:
-            send(sock, msgpack.packb({**SAVE, "verb": "prepare"}), [bundle.fileno()], 0)
+        with wire.queue(sock):
+            send(sock, msgpack.packb({**SAVE, "verb": "prepare"}))
             answer(sock)
         assert connection.list() == []
 
@@ -488,15 +416,12 @@ def test_files_that_block_do_not_keep_it_from_becoming_a_new_version(
     with contextlib.ExitStack() as peers, nobody_else_waits(daemon):
         with daemon.connect() as connection, raw(daemon.path) as sock:
             connection.save("web", state_of("", [], []))
-            os.kill(daemon.pid, signal.SIGSTOP)
             for _ in range(5):
                 ours, theirs = lingering()
                 peers.enter_context(theirs)
-                send(sock, packed(verb="status"), [ours.fileno()], 0)
-                os.close(ours.detach())
-            os.kill(daemon.pid, signal.SIGCONT)
-            for _ in range(5):
-                assert answer(sock)
+                with wire.queue(sock) as inlet:
+                    send(inlet, b"not saved", [ours.fileno()])
+                    os.close(ours.detach())
             seen = len(daemon.log())
             os.kill(daemon.pid, signal.SIGHUP)
             daemon.await_log("ready ", since=seen)

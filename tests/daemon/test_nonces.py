@@ -16,9 +16,10 @@ import msgpack
 import pytest
 
 import cprd
-from cprd.bundle.pack import pack
-from cprd.linux.rights import close_all, receive, send
+from cprd.linux.rights import close_all, receive
 from cprd.protocol import messages
+from tests.support import wire
+from tests.support.bundles import pack
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 
@@ -43,20 +44,17 @@ class Raw:
         self.sock.connect(path)
         self.ask("hello", version=messages.VERSION, limits={})
 
-    def ask(self, verb: str, *fds: int, **fields: Any) -> dict[str, Any]:
+    def ask(self, verb: str, **fields: Any) -> dict[str, Any]:
         """The "ok" of an answer. Raises what cprd raised."""
-        send(self.sock, msgpack.packb({"verb": verb, **fields}), fds, 0)
+        self.sock.send(msgpack.packb({"verb": verb, **fields}))
         data, got, _ = receive(self.sock, messages.MAX_ANSWER)
         close_all(got)
         return messages.read_answer(data)
 
     def save(self, name: str, packed: Any, verb: str = "save", **more: Any) -> dict[str, Any]:
-        fields = {
-            **{"name": name, "fds": packed.fds, "bytes": packed.size, "parked": packed.parked},
-            **{"depth": packed.depth, "ttl": None, "after_exit": "no", "if_exists": "error"},
-            **{"require": None, "nonce": NONCE},
-        }
-        return self.ask(verb, packed.fd, **{**fields, **more})
+        fields = wire.save(name, packed.fds, packed.size, packed.parked, packed.depth, nonce=NONCE)
+        with wire.park(self.sock, packed.fd):
+            return self.ask(verb, **{**fields, **more})
 
     def load(self, name: str, **more: Any) -> dict[str, Any]:
         fields = {"wait": 0, "lease": 60, "generation": None, "nonce": NONCE, **more}
@@ -108,12 +106,22 @@ def phases(daemon: DaemonProcess) -> dict[str, str]:
 def test_a_second_save_with_a_used_nonce_is_refused_and_not_called_held(
     daemon: DaemonProcess, between: Between
 ) -> None:
+    def saves(line: Line) -> None:
+        with raw(daemon) as other, bundle("b") as b:
+            try:
+                other.save("A", b)
+            except cprd.CprdError as error:
+                line.say(type(error).__name__)
+
     with bundle("a") as a, bundle("b") as b:
         with raw(daemon) as first:
             saved = first.save("A", a)
         between(daemon)
         with raw(daemon) as second:
-            for name, packed in (("B", b), ("A", b), ("B", a)):
+            with Child(saves) as other:
+                assert other.hear() == "ProtocolError"
+                assert other.wait() == 0
+            for name, packed in (("B", b), ("B", a)):
                 with pytest.raises(cprd.ProtocolError, match="Nothing was changed"):
                     second.save(name, packed)
             with pytest.raises(cprd.ProtocolError):
@@ -155,9 +163,9 @@ def test_a_begin_with_a_used_nonce_is_refused_and_nothing_is_in_doubt(
         between(daemon)
         with raw(daemon) as claimant:
             with pytest.raises(cprd.ProtocolError):
-                claimant.say("begin", claim, process=False)
+                claimant.say("begin", claim, pid=0, inode=0)
             assert phases(daemon) == {"A": "claimed"}
-            claimant.say("begin", claim, process=False, nonce=b"o" * 16)
+            claimant.say("begin", claim, pid=0, inode=0, nonce=b"o" * 16)
             assert phases(daemon) == {"A": "in-doubt"}
 
 

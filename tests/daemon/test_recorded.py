@@ -18,7 +18,6 @@ import pytest
 
 import cprd
 from cprd.bundle import inspect, layout
-from cprd.bundle.pack import pack
 from cprd.bundle.unpack import unpack
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage import shelf, slot
@@ -26,6 +25,7 @@ from cprd.daemon.storage.shelves import Keeper
 from cprd.linux.memfd import SEALS
 from cprd.protocol.lifecycle import CLAIMED, HELD, IN_DOUBT, Hold
 from cprd.protocol.replies import Replies, Reply
+from tests.support.bundles import pack
 from tests.support.patience import PATIENCE
 
 BUNDLE = bytes.fromhex("435052420100010002000000020000000d000000000000000000000000000000")
@@ -176,7 +176,7 @@ def held() -> Iterator[int]:
 
 def check(fd: int) -> None:
     """That it is the state which was saved."""
-    inspect.check(fd, 2, seal=True)
+    inspect.check(fd, 2)
     state = unpack(fd)
     assert dict(state) == {"words": {"tally": 42}, "raw": b"bytes"}
     assert os.eventfd_read(state.find_fd("event", 3)) == 7

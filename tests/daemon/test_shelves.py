@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import pytest
 
 import cprd
-from cprd.bundle.pack import Packed, pack
 from cprd.bundle.unpack import unpack
 from cprd.daemon.releaser import empty
 from cprd.daemon.releasing import Releasing
@@ -28,6 +27,7 @@ from cprd.errors import LimitExceeded
 from cprd.protocol.lifecycle import HELD, UNREADABLE, Hold
 from cprd.protocol.registry import Caller, Offer, Registry, Step, Ticket
 from cprd.protocol.replies import KEPT_FOR, Replies
+from tests.support.bundles import Bundle, pack
 
 NOW = 1000.0
 EMPTY = Offer(0, 0)
@@ -90,7 +90,7 @@ class Desk:
             self.keeper.let_go([ended.hold for ended in step.ended])
         return step.answer
 
-    def pack(self, number: int) -> Packed:
+    def pack(self, number: int) -> Bundle:
         state = cprd.State()
         state["number"] = number
         if number in self.pipes:

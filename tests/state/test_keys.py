@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprd import InvalidInput, LimitExceeded, State
-from cprd.bundle.pack import pack
 from cprd.bundle.unpack import unpack
 from cprd.linux.rights import close_all
+from tests.support.bundles import pack
 from tests.support.descriptors import open_fds
 from tests.support.eventfds import full_table, opened
 

@@ -17,9 +17,9 @@ import msgpack
 import pytest
 
 from cprd import InvalidInput, LimitExceeded, MissingKey, State
-from cprd.bundle.pack import pack
 from cprd.bundle.unpack import unpack
 from cprd.linux.memfd import SEALS
+from tests.support.bundles import pack
 from tests.support.descriptors import open_fds
 from tests.support.eventfds import full_table, of, opened
 
