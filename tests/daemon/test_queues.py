@@ -34,7 +34,10 @@ def ask(sock: socket.socket, verb: str, **fields: Any) -> dict[str, Any]:
 
 
 def heard(sock: socket.socket) -> dict[str, Any]:
-    data, fds, _ = receive(sock, messages.MAX_ANSWER)
+    try:
+        data, fds, _ = receive(sock, messages.MAX_ANSWER)
+    except ConnectionResetError:  # said once where cprd has left something unread
+        data, fds, _ = receive(sock, messages.MAX_ANSWER)
     close_all(fds)
     return messages.read_answer(data)
 
