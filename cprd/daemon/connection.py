@@ -22,7 +22,7 @@ from cprd.linux.processes import Watch, is_ready
 from cprd.linux.rights import scm_fds, send, take_no_rights, unread
 from cprd.protocol import messages
 
-LINGER = 1.0  # s between two looks whether a queue that was handed out has been read
+LINGER = 1.0  # s at most between two looks whether a queue that was handed out has been read
 
 
 class Peer(NamedTuple):
@@ -195,8 +195,10 @@ class Connection:
         if not self._owes():
             return
         self.sock.shutdown(socket.SHUT_WR)
+        pause = 0.005  # the kernel tells of a peer's end a moment before emptying the queue there
         while self._owes():
-            await trio.sleep(LINGER)
+            await trio.sleep(pause)
+            pause = min(2 * pause, LINGER)
 
     async def answer(self, message: messages.Message, fds: tuple[int, ...] = ()) -> None:
         """Send an answer; `fds` stay the caller's. Raises BrokenPipeError when the client has gone,

@@ -217,6 +217,38 @@ def test_who_leaves_a_queue_unread_is_counted_until_it_is_read(daemon: DaemonPro
         until(lambda: other.status()["connections"] == 1, lambda: "counted still")
 
 
+@pytest.mark.parametrize("how", ["closed", "killed"])
+def test_an_unread_queue_of_a_client_that_has_gone_holds_up_nothing(
+    daemon: DaemonProcess, how: str
+) -> None:
+    def asks(line: Line) -> None:
+        for _ in range(20):
+            with silent(daemon.path) as sock:
+                sock.send(wire.HELLO)
+                sock.send(wire.request("queue"))
+        socks = [silent(daemon.path) for _ in range(20)]
+        for sock in socks:
+            sock.send(wire.HELLO)
+            sock.send(wire.request("queue"))
+        line.say("asked")
+        line.hear()
+        for sock in socks:
+            sock.close()
+        line.hear()
+
+    with daemon.connect() as connection:
+        before = daemon.fds()
+        with Child(asks) as child:
+            child.hear()
+            until(lambda: connection.status()["connections"] == 21, lambda: "not 20 of them")
+            if how == "killed":
+                child.kill()
+            else:
+                child.say()
+            until(lambda: connection.status()["connections"] == 1, lambda: "kept", 2.0)
+            daemon.await_fds(before)
+
+
 def test_a_save_wants_a_queue_and_the_next_may_come_with_the_answer(
     daemon: DaemonProcess,
 ) -> None:
