@@ -35,7 +35,7 @@ def test_every_verb_is_documented_with_its_fields() -> None:
     page = (CHECKOUT / "docs/protocol.md").read_text()
     asked: dict[str, set[str]] = {}
     answered: dict[str, set[str]] = {}
-    row = r"^\| (`[^|]+`) \| ([^|]*)\|[^|]*\| ([^|]*)\|$"
+    row = r"^\| (`[^|]+`) \| ([^|]*)\| ([^|]*)\|$"
     for verbs, fields, answer in re.findall(row, page, re.M):
         for verb in re.findall(r"`(\w+)`", verbs):
             asked[verb] = {field for field in re.split(r",\s*", fields.strip()) if field}
