@@ -36,3 +36,11 @@ def point(name: str) -> None:
 
         # To this thread, which takes not one step more: kill() may choose another one first.
         signal.pthread_kill(_thread.get_ident(), signal.SIGSTOP)
+
+
+def arm(where: str = "", log: str = "") -> None:
+    """Set both variables anew for this process, and count hits from now on: for a child that a test
+    forked."""
+    global _where, _log
+    _where, _log = where, log
+    _hits.clear()

@@ -1,0 +1,166 @@
+"""Choice of segments: for the next key, for a merge, for removal."""
+
+from __future__ import annotations
+
+from cprd.live.segment import OWN, ROOM, SECTION_KEYS, SECTIONS, SHARED, Put, Segment
+
+SPARE = 4  # empty segments that stay for the next keys
+MAX_OWN = 512
+
+
+class Pool:
+    """The attached segments of one hold. `file` after each change to a segment's keys."""
+
+    def __init__(self, limit: int, spread: int) -> None:
+        self.limit = limit  # keys of a shared segment
+        # As long as there are so few shared segments, each takes one key only: letting go of the
+        # key is cheaper than where copies have to be made of others.
+        self.spread = spread
+        self.segments: dict[int, Segment] = {}
+        self._shared: list[dict[Segment, None]] = [{} for _ in range(limit + 1)]
+        self._sections: list[dict[Segment, None]] = [{} for _ in range(4)]  # by quarters of room
+        self._own: dict[Segment, None] = {}
+        self._inherited: dict[Segment, None] = {}
+        self.empty: dict[Segment, None] = {}
+        self.dead: dict[Segment, None] = {}
+        self._filled = self._kept = 0  # shared segments with keys, and these keys
+        self.current: Segment | None = None
+        self.current_sections: Segment | None = None
+
+    def file(self, segment: Segment) -> None:
+        """Put a segment where its keys put it. May be said twice."""
+        self.segments[segment.id] = segment
+        place = self._place(segment)
+        shared = 0
+        if segment.kind == SHARED and segment.tx is not None:
+            shared = len(segment.keys)
+        if shared != segment.counted:
+            self._kept += shared - segment.counted
+            self._filled += (shared > 0) - (segment.counted > 0)
+            segment.counted = shared
+        if segment.filed is not place:
+            if segment.filed is not None:
+                segment.filed.pop(segment, None)
+            place[segment] = None
+            segment.filed = place
+
+    def _place(self, segment: Segment) -> dict[Segment, None]:
+        if segment.tx is None:
+            if not segment.keys and not segment.stale:
+                return self.dead
+            return self._own if segment.kind == OWN else self._inherited
+        if not segment.keys:
+            return self.empty
+        if segment.kind == SHARED:
+            return self._shared[min(len(segment.keys), self.limit)]
+        if segment.kind == OWN:
+            return self._own
+        return self._sections[min(segment.size * 4 // ROOM, 3)]
+
+    def forget(self, segment: Segment) -> None:
+        """The segment is not attached any more. May be said twice."""
+        self.segments.pop(segment.id, None)
+        if segment.filed is not None:
+            segment.filed.pop(segment, None)
+        if self.current is segment:
+            self.current = None
+        if self.current_sections is segment:
+            self.current_sections = None
+
+    @property
+    def own(self) -> int:
+        """How many segments with one key there are, those of a predecessor included."""
+        return len(self._own)
+
+    def for_own(self) -> Segment | None:
+        """An attached segment for one key; None: make one."""
+        return self._empty(None)
+
+    def for_shared(self, puts: list[Put], size: int, avoid: Segment | None) -> Segment | None:
+        """An attached segment that takes all of `puts`; None: make one."""
+        current = self.current
+        if self.spreads:
+            return self._empty(avoid)
+        if (
+            current is not None
+            and current is not avoid
+            and current.kind == SHARED
+            and current.takes(puts, size, self.limit)
+        ):
+            return current
+        for count in range(self.limit // 2, 0, -1):
+            for segment in self._shared[count]:
+                if segment is not avoid and segment.takes(puts, size, self.limit):
+                    self.current = segment
+                    return segment
+        found = self._empty(avoid)
+        if found is not None:
+            self.current = found
+        return found
+
+    def for_sections(self, puts: list[Put], size: int, avoid: Segment | None) -> Segment | None:
+        """As for_shared, for values."""
+        current = self.current_sections
+        if (
+            current is not None
+            and current is not avoid
+            and current.kind == SECTIONS
+            and current.takes(puts, size, SECTION_KEYS)
+        ):
+            return current
+        for quarter in (1, 0):
+            for segment in self._sections[quarter]:
+                if segment is not avoid and segment.takes(puts, size, SECTION_KEYS):
+                    self.current_sections = segment
+                    return segment
+        found = self._empty(avoid)
+        if found is not None:
+            self.current_sections = found
+        return found
+
+    def _empty(self, avoid: Segment | None) -> Segment | None:
+        for segment in self.empty:
+            if not segment.busy and not segment.stale and segment is not avoid:
+                return segment
+        return None
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the next key gets a segment that has none."""
+        return self._filled < self.spread
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether segments with descriptors may be worth merging, or some are of no use."""
+        few = self._filled > self.spread and self._kept * 16 < self._filled * self.limit * 7
+        return few or self._idle > 2 * SPARE + self.spread
+
+    def sparse(self) -> Segment | None:
+        """A segment whose keys should move to others, when there are many more segments than the
+        keys need."""
+        if self._filled > self.spread and self._kept * 16 < self._filled * self.limit * 7:
+            return _first_idle(self._shared[1 : self.limit // 2 + 1])
+        few = len(self._sections[0])
+        if few > 2 and few > sum(map(len, self._sections[1:])):
+            return _first_idle(self._sections[:1])
+        return None
+
+    def useless(self) -> list[Segment]:
+        """The segments to take out of the root, when there are many; else none."""
+        if self._idle <= 2 * SPARE + self.spread:
+            return []
+        empty = [segment for segment in self.empty if not segment.busy and not segment.stale]
+        return [*self.dead, *empty[max(SPARE, self.spread - self._filled) :]]
+
+    @property
+    def _idle(self) -> int:
+        """Segments of no use, beyond what is usual among so many."""
+        return len(self.empty) + len(self.dead) - len(self.segments) // 8
+
+
+def _first_idle(places: list[dict[Segment, None]]) -> Segment | None:
+    for found in places:
+        for segment in found:
+            if not segment.busy and not segment.stale:
+                return segment
+    return None

@@ -1,0 +1,136 @@
+"""Keys and values of a program, checked, as the writer keeps them."""
+
+from __future__ import annotations
+
+import _socket as socket  # as in queue
+import os
+import stat
+import struct
+
+from cprd.errors import InvalidInput
+from cprd.linux.memfd import check_seals, sealed_memfd
+from cprd.live.records import (
+    FD,
+    MAPPED,
+    MEMORY,
+    PACKED,
+    PACKED_MEMFD,
+    RAW,
+    RAW_MEMFD,
+    SAVE,
+    SECTION,
+    Key,
+)
+from cprd.live.segment import Put
+from cprd.state.sections import check_section_key, encode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Container
+    from typing import Any
+
+
+class Made:
+    """A descriptor that was made for a change, closed when nobody has this object any more: by an
+    interrupt, too."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self) -> None:
+        self.fd = -1
+
+    def close(self) -> None:
+        """Safe to repeat."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
+
+
+INLINE = 4096  # bytes of a section's value; a larger one gets a memfd
+
+
+def fd_key(name: str, id: int) -> Key:
+    """The key of a descriptor. Raises InvalidInput."""
+    try:
+        encoded = name.encode("utf-8", "surrogateescape")
+    except (AttributeError, UnicodeEncodeError):
+        raise InvalidInput(f"key with the name {name!r:.300}: wants a str") from None
+    if not 0 < len(encoded) < 256 or b"\0" in encoded:
+        raise InvalidInput(f"name {name!r}: wants 1 to 255 bytes without NUL")
+    if type(id) is not int or not -0x80000000 <= id <= 0x7FFFFFFF:
+        raise InvalidInput(f"id {id!r} of {name!r}: wants a signed 32 bit integer")
+    return (FD, encoded, id)
+
+
+def section_key(key: str) -> Key:
+    check_section_key(key)
+    return (SECTION, key.encode(), 0)
+
+
+def memory_key(name: str) -> Key:
+    try:
+        check_section_key(name)
+    except InvalidInput as error:
+        raise InvalidInput(str(error).replace("section", "memory", 1)) from None
+    return (MEMORY, name.encode(), 0)
+
+
+def put_fd(key: Key, birth: int, fd: int, refused: Container[int], ask_linger: bool) -> Put:
+    """Keep a descriptor, which is borrowed. `refused`: inodes of sockets that must not be kept.
+    Raises InvalidInput."""
+    try:
+        found = os.fstat(fd)
+    except (OSError, OverflowError):
+        raise InvalidInput(
+            f"fd {fd} of ({key[1].decode('utf-8', 'replace')!r}, {key[2]}) is not an open"
+            " descriptor"
+        ) from None
+    kind = stat.S_IFMT(found.st_mode)
+    may_block = False
+    if kind == stat.S_IFSOCK:
+        if found.st_ino in refused:
+            raise InvalidInput(
+                f"fd {fd} of ({key[1].decode('utf-8', 'replace')!r}, {key[2]}) is a socket of the"
+                " live hold itself, which may not come to hold itself"
+            )
+        may_block = ask_linger and _lingers(fd)
+    # A copy of any other kind (0: anonymous inodes) is never closed in this process: with a
+    # regular file that would end the POSIX locks of the process.
+    own = kind not in (stat.S_IFSOCK, stat.S_IFIFO, 0)
+    return (SAVE, key, birth, fd, b"", may_block, own)
+
+
+def _lingers(fd: int) -> bool:
+    """Whether the last close of a socket may wait for the peer."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
+    try:
+        on, seconds = struct.unpack("ii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
+        return bool(on and seconds)
+    except (OSError, struct.error):
+        return False
+    finally:
+        sock.detach()
+
+
+def put_section(key: Key, birth: int, value: Any, made: Made) -> Put:
+    """Keep a value. `made` gets the memfd of a large one, and has to live until the change is done.
+    Raises InvalidInput, LimitExceeded."""
+    section = encode(key[1].decode(), value)
+    if len(section.data) <= INLINE:
+        op = PACKED if section.packed else RAW
+        return (op, key, birth, -1, bytes(section.data), False, False)
+    made.fd = sealed_memfd(f"section.{key[1].decode()}", [section.data])
+    op = PACKED_MEMFD if section.packed else RAW_MEMFD
+    return (op, key, birth, made.fd, b"", False, True)
+
+
+def put_section_fd(key: Key, birth: int, memfd: int) -> Put:
+    """Keep a section that already is a sealed memfd, which is borrowed. Raises InvalidInput."""
+    check_seals(key[1].decode(), memfd)
+    return (RAW_MEMFD, key, birth, memfd, b"", False, True)
+
+
+def put_memory(key: Key, birth: int, memfd: int) -> Put:
+    return (MAPPED, key, birth, memfd, b"", False, True)

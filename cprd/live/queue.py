@@ -1,0 +1,310 @@
+"""One queue of the owner: a SOCK_SEQPACKET pair with both ends in hand.
+
+A queue is rewritten in place: a record that voids all others goes to its end, then the older
+records are received from its front, without a control buffer, so that the kernel lets go of their
+descriptors.
+
+An interrupt (KeyboardInterrupt) may come between any two steps of Python, never within one call
+into C. So what installs descriptors, or closes them, is one call into C each; and what such a call
+did is learned from the queue itself afterwards (`resync`).
+"""
+
+from __future__ import annotations
+
+import _socket as socket  # as in linux.rights; closes its descriptor when nobody has it any more
+import errno
+import os
+import struct
+from array import array
+from collections import deque
+from itertools import repeat, starmap
+
+from cprd.errors import Fenced, LimitExceeded
+from cprd.linux.nofile import ADVICE, hard_limit
+from cprd.linux.pause import point
+from cprd.linux.rights import SCM_MAX_FD, SO_PEEK_OFF, queued, send
+from cprd.live.records import Key, ordinal_of
+
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    Peeked = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
+
+MOST_RECORDS = 278  # of the default send buffer, whatever their size
+_SOL = socket.SOL_SOCKET
+SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
+_DONTWAIT = socket.MSG_DONTWAIT
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+PEEK_FDS = _PEEK | socket.MSG_CMSG_CLOEXEC
+CTRUNC = socket.MSG_CTRUNC
+_RIGHTS = socket.SCM_RIGHTS
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_INT = struct.Struct("i")
+_GONE = (errno.EPIPE, errno.EPERM, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
+
+Sent = tuple[int, int, tuple[Key, ...]]
+"""A record in a queue: ordinal, bytes, the keys whose descriptors it carries."""
+
+
+def fenced(why: str) -> Fenced:
+    return Fenced(
+        f"this live hold is not this process's any more ({why}): it was dropped by force"
+        " (cprctl drop --force), and no change counts from now on"
+    )
+
+
+def cost(size: int) -> int:
+    """How much of a send buffer a record of so many bytes takes, at most."""
+    return 320 + max(512, 1 << (size + 319).bit_length())
+
+
+def make_pair() -> tuple[socket.SocketType, socket.SocketType]:
+    """The sending and the receiving end of a new queue. Raises LimitExceeded."""
+    try:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise _no_pair(error) from None
+    with hard_limit():
+        try:
+            return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise _no_pair(error) from None
+
+
+def _no_pair(error: OSError) -> LimitExceeded:
+    return LimitExceeded(
+        f"no descriptor left for a queue of the live hold ({error.strerror}): raise RLIMIT_NOFILE"
+        f" {ADVICE}; nothing was changed"
+    )
+
+
+class Queue:
+    """`tx` is None where nothing can be appended (the queue of a predecessor)."""
+
+    __slots__ = ("_inodes", "busy", "first_valid", "next", "records", "rx", "spent", "tx")
+
+    def __init__(self, tx: socket.SocketType | None, rx: socket.SocketType) -> None:
+        self.tx = tx
+        self.rx = rx
+        self.records: list[Sent] = []  # what lies in the queue, oldest first
+        self.next = 0  # ordinal of the next record
+        self.first_valid = 0  # ordinal; what is older is void, and to be drained
+        self.spent = 0  # of the send buffer
+        self.busy = False  # another thread drains it
+        self._inodes: list[int] = []
+
+    def send(self, data: bytes, fds: Sequence[int]) -> None:
+        """Append one record. Does not block. Raises Fenced, LimitExceeded, OSError (of `fds`)."""
+        assert self.tx is not None
+        try:
+            send(self.tx, data, fds)
+        except OSError as error:
+            if error.errno in _GONE:
+                raise fenced(str(error.strerror)) from None
+            if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
+                raise
+            self._send_with_more_room(data, fds)
+
+    def send_one(self, data: bytes, fd: int) -> None:
+        """As send, of one descriptor, in less time."""
+        assert self.tx is not None
+        try:
+            self.tx.sendmsg((data,), ((_SOL, _RIGHTS, _INT.pack(fd)),), _FLAGS)
+        except OSError:
+            self.send(data, (fd,))  # which may raise limits, and explains
+
+    def _send_with_more_room(self, data: bytes, fds: Sequence[int]) -> None:
+        """A machine may have a small net.core.wmem_default, and a larger maximum."""
+        assert self.tx is not None
+        self.tx.setsockopt(_SOL, socket.SO_SNDBUF, 1 << 20)
+        try:
+            send(self.tx, data, fds)
+        except BlockingIOError:
+            raise LimitExceeded(
+                "the queue of a live hold is full: raise net.core.wmem_max (sysctl); nothing was"
+                " changed"
+            ) from None
+
+    def landed(self, ordinal: int, size: int, keys: tuple[Key, ...]) -> None:
+        """Write down that a record lies in the queue. May be said twice."""
+        if ordinal >= self.next:
+            self.records.append((ordinal, size, keys))
+            self.spent += 832 if size < 193 else cost(size)
+            self.next = ordinal + 1
+
+    def peek(self, copies: Copies) -> dict[Key, int]:
+        """Copies of all descriptors in the queue, by key: of a key's records the last one counts.
+        `copies` owns them.
+
+        Raises Fenced on any disorder, LimitExceeded when not all fit in this process."""
+        count = len(self.records)
+        found = self._peek_once(copies, count)
+        if any(item[2] & CTRUNC for item in found):
+            with hard_limit():  # what came is closed with the rest
+                found = self._peek_once(copies, count)
+            if any(item[2] & CTRUNC for item in found):
+                raise LimitExceeded(
+                    "no room for copies of the descriptors in one queue of the live hold: raise"
+                    f" RLIMIT_NOFILE {ADVICE}"
+                )
+        fds = array("i")
+        keys: list[Key] = []
+        for (ordinal, size, carried), (data, ancillary, _, _) in zip(
+            self.records, found, strict=True
+        ):
+            if ancillary:
+                fds.frombytes(ancillary[0][2])
+                keys += carried
+            if len(data) != size or ordinal_of(data) != ordinal or len(fds) != len(keys):
+                raise fenced("its queue was changed")
+        return dict(zip(keys, fds, strict=True))
+
+    def _peek_once(self, copies: Copies, count: int) -> list[Peeked]:
+        largest = max(record[1] for record in self.records) if count else 0
+        copies.known = None
+        point("live:peek")
+        try:
+            self.rx.setsockopt(_SOL, SO_PEEK_OFF, 0)
+            copies.found.extend(
+                map(self.rx.recvmsg, repeat(largest, count), repeat(SPACE), repeat(PEEK_FDS))
+            )
+        except OSError as error:
+            raise fenced(f"its queue cannot be read: {error.strerror}") from None
+        point("live:peeked")
+        return copies.found[len(copies.found) - count :]
+
+    def void(self) -> int:
+        """How many records are void."""
+        records, first = self.records, self.first_valid
+        if not records or records[0][0] >= first:
+            return 0
+        if records[-1][0] < first:
+            return len(records)
+        return sum(record[0] < first for record in records)
+
+    def drain(self) -> None:
+        """Let go of what is void. May block where a descriptor of the record was the last of its
+        file (SO_LINGER, network file systems). Raises Fenced."""
+        count = self.void()
+        if count:
+            self.receive(count)
+            self.forget(count)
+
+    def receive(self, count: int) -> None:
+        """Receive so many records; `forget` comes after."""
+        point("live:drain")
+        try:
+            got = [*map(self.rx.recv, repeat(1, count), repeat(_DONTWAIT))]
+        except OSError as error:
+            raise fenced(f"its queue cannot be drained: {error.strerror}") from None
+        if b"" in got:
+            raise fenced("its queue is at its end")
+        point("live:drained")
+
+    def forget(self, count: int) -> None:
+        self.records = left = self.records[count:]
+        self.spent = cost(left[0][1]) if len(left) == 1 else sum([cost(r[1]) for r in left])
+
+    def resync(self, pending: Sent | None = None) -> bool:
+        """Learn from the queue which records are in it, after an interrupt. `pending`: a record
+        that may have been sent; returns whether it was. Installs no descriptor. Raises Fenced."""
+        known = {record[0]: record for record in self.records}
+        if pending is not None:
+            known[pending[0]] = pending
+        largest = max([size for _, size, _ in known.values()], default=1)
+        found: list[Sent] = []
+        try:
+            self.rx.setsockopt(_SOL, SO_PEEK_OFF, 0)
+            left = queued(self.rx)
+            while left > 0 and len(found) < 4 * MOST_RECORDS:
+                data = self.rx.recv(largest, _PEEK)
+                record = known.get(ordinal_of(data))
+                if record is None or len(data) != record[1]:
+                    raise fenced("its queue was changed")
+                found.append(record)
+                left -= len(data)
+        except OSError as error:
+            raise fenced(f"its queue cannot be read: {error.strerror}") from None
+        self.records = found
+        self.spent = sum(cost(size) for _, size, _ in found)
+        if found:
+            self.next = found[-1][0] + 1
+        return pending is not None and pending in found
+
+    def inodes(self) -> list[int]:
+        """The inodes of both ends."""
+        if not self._inodes:
+            ends = [end for end in (self.tx, self.rx) if end is not None]
+            self._inodes = [os.fstat(end.fileno()).st_ino for end in ends]
+        return self._inodes
+
+    @property
+    def closed(self) -> bool:
+        return self.rx.fileno() < 0
+
+    def close(self) -> None:
+        """Close both ends. Safe to repeat."""
+        point("live:close")
+        if self.tx is not None:
+            self.tx.close()
+        self.rx.close()
+        point("live:closed")
+
+
+class Copies:
+    """Descriptors that peeking installed in this process, for a moment.
+
+    An interrupt leaves them here, for the next change to close: `found` is what the kernel gave,
+    and `_runs` what is being closed: first number and the one behind the last, taken out and closed
+    in one step."""
+
+    __slots__ = ("_runs", "found", "known")
+
+    def __init__(self) -> None:
+        self.known: array[int] | None = None  # all descriptors of `found`, where somebody knows
+        self.found: list[Peeked] = []
+        self._runs: list[tuple[int, int]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.found or self._runs)
+
+    def close(self) -> None:
+        """Close all copies."""
+        if self.found:
+            fds = self.known
+            if fds is None:
+                fds = array("i")
+                for _, ancillary, _, _ in self.found:
+                    for _, _, raw in ancillary:
+                        fds.frombytes(raw)
+            # In this order: as long as `found` has anything, nothing of `_runs` is closed yet.
+            self._runs = _runs(sorted(fds))
+            self.found.clear()
+            self.known = None
+        if self._runs:
+            point("live:close")
+            runs = self._runs
+            _consume(starmap(os.closerange, map(runs.pop, repeat(-1, len(runs)))))
+            point("live:closed")
+
+
+def _runs(fds: list[int]) -> list[tuple[int, int]]:
+    """Sorted numbers as runs."""
+    if not fds:
+        return []
+    if fds[-1] - fds[0] == len(fds) - 1:
+        return [(fds[0], fds[-1] + 1)]
+    runs = []
+    first = last = fds[0]
+    for fd in fds[1:]:
+        if fd != last + 1:
+            runs.append((first, last + 1))
+            first = fd
+        last = fd
+    return [*runs, (first, last + 1)]
+
+
+_consume = deque[None](maxlen=0).extend

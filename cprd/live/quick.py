@@ -1,0 +1,266 @@
+"""The usual changes in the least time: one key more in a segment, one key less.
+
+What is done here is what the writer does, in fewer calls: half of the time of such a change would
+be spent on calls. Whatever is not so simple is left to the writer.
+"""
+
+from __future__ import annotations
+
+import _socket as socket  # as in queue
+import functools
+import struct
+from array import array
+from itertools import chain, repeat
+
+from cprd.errors import LimitExceeded
+from cprd.linux.pause import point
+from cprd.linux.rights import SO_PEEK_OFF
+from cprd.live.ledger import Ledger
+from cprd.live.queue import CTRUNC, PEEK_FDS, SPACE, cost, fenced
+from cprd.live.records import (
+    CHANGE,
+    HEADER,
+    LENGTH,
+    MAGIC,
+    SAVE,
+    SINGLE,
+    SNAPSHOT,
+    VERSION,
+    Key,
+    entry_size,
+)
+from cprd.live.root import NO_KEYS
+from cprd.live.segment import (
+    ROOM,
+    SECTION_KEYS,
+    SECTION_RECORDS,
+    SECTIONS,
+    SHARED,
+    SPEND,
+    Put,
+    Segment,
+)
+from cprd.live.shape import Shape
+from cprd.live.steps import Steps
+
+_SOL = socket.SOL_SOCKET
+_ORDINAL = struct.Struct("<24xQ8x")
+assert _ORDINAL.size == HEADER.size
+
+
+_SAVES = bytes([SAVE]) * 256
+
+
+@functools.cache
+def _columns(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}s{count}Q{count}i")
+
+
+class Quick:
+    """Works on the writer's queues and ledger, under the owner's lock."""
+
+    def __init__(self, ledger: Ledger, steps: Steps, shape: Shape) -> None:
+        self._ledger = ledger
+        self._pool = ledger.pool
+        self._where = ledger.where
+        self._dirty = ledger.dirty
+        self._steps = steps
+        self._unfinished = steps.unfinished
+        self._limit = shape.keys
+        self._records = shape.records
+
+    def append(self, put: Put) -> bool:
+        """Keep one key by one more record of its segment.
+
+        Returns False where the change is not so simple, and nothing was done."""
+        if self._steps.pending is not None or self._dirty or self._unfinished or put[6]:
+            return False
+        if put[3] >= 0:
+            segment = self._for_fd(put)
+            if segment is None:
+                return False
+            if len(segment.records) >= self._records or segment.fills(1, self._limit):
+                return segment.plain and self._rewrite(segment, None, put)
+        else:
+            old = self._where.get(put[1])
+            segment = old or self._pool.current_sections
+            if (
+                segment is None
+                or segment.kind is not SECTIONS
+                or not segment.keys
+                or (old is None and len(segment.keys) >= SECTION_KEYS)
+                or len(segment.records) >= SECTION_RECORDS
+                or segment.busy
+                or segment.tx is None
+                or segment.size + len(put[4]) > ROOM - 512
+                or segment.spent > SPEND - 9216
+            ):
+                return False
+        self._append(segment, put)
+        return True
+
+    def _for_fd(self, put: Put) -> Segment | None:
+        """The segment that takes a new descriptor, without any change to the root."""
+        if put[1] in self._where:
+            return None
+        pool = self._pool
+        segment = pool.current
+        if (
+            segment is None
+            or pool.spreads
+            or segment.kind is not SHARED
+            or not 0 < len(segment.keys) < self._limit
+            or segment.busy
+            or segment.tx is None
+            or segment.size > ROOM - 512
+        ):
+            segment = pool.for_shared([put], entry_size(put[1]), None)
+            if segment is not None and not segment.keys:
+                segment.use(SHARED)
+        return segment
+
+    def _append(self, segment: Segment, put: Put) -> None:
+        op, key, birth, fd, value, _, _ = put
+        steps = self._steps
+        steps.seq = seq = steps.seq + 1
+        ordinal = segment.next
+        name = key[1]
+        if fd < 0:
+            name = LENGTH.pack(len(value)) + value + name
+        size = SINGLE.size + len(name)
+        head = (MAGIC, VERSION, CHANGE, 0, steps.hold, seq, ordinal, 1, int(fd >= 0), size)
+        data = SINGLE.pack(*head, op, birth, key[2]) + name
+        carried = (key,) if fd >= 0 else NO_KEYS
+        steps.pending = (segment, (ordinal, size, carried), self._appended, (segment, put))
+        point("live:send")
+        try:
+            if fd >= 0:
+                segment.send_one(data, fd)
+            else:
+                segment.send(data, ())
+        except Exception:
+            steps.pending = None
+            raise
+        point("live:sent")
+        segment.records.append((ordinal, size, carried))
+        segment.spent += 832 if size < 193 else cost(size)
+        segment.next = ordinal + 1
+        self._appended(segment, put)
+        steps.pending = None
+
+    def _appended(self, segment: Segment, put: Put) -> None:
+        """May be said twice."""
+        key = put[1]
+        segment.keep(put)
+        self._where[key] = segment
+        if self._ledger.tombstones:
+            self._ledger.tombstones.hold(key, segment)
+        self._pool.file(segment)
+
+    def remove(self, key: Key) -> bool:
+        """End one key of a segment with descriptors only, by rewriting the segment. As append."""
+        segment = self._where.get(key)
+        if (
+            segment is None
+            or segment.kind is not SHARED
+            or segment.tx is None
+            or segment.busy
+            or not segment.plain
+            or segment.may_block
+            or segment.keys[key][3]
+            or self._steps.pending is not None
+            or self._dirty
+            or self._unfinished
+        ):
+            return False
+        return self._rewrite(segment, key, None)
+
+    def _rewrite(self, segment: Segment, gone: Key | None, put: Put | None) -> bool:
+        """One record for all that a segment keeps, one key less or more."""
+        steps, kept = self._steps, segment.keys
+        try:
+            copies = self._peek(segment, put is not None)
+            left = [key for key in kept if key != gone]
+            fds = [copies[key] for key in left]
+        except LimitExceeded:
+            steps.copies.close()
+            return False
+        births = [kept[key][1] for key in left]
+        if put is not None:
+            left.append(put[1])
+            fds.append(put[3])
+            births.append(put[2])
+        steps.seq = seq = steps.seq + 1
+        ordinal, count = segment.next, len(left)
+        names = b"\0".join([key[1] for key in left])
+        size = HEADER.size + 13 * count + len(names)
+        head = (MAGIC, VERSION, SNAPSHOT, 0, steps.hold, seq, ordinal, count, count, size)
+        columns = _columns(count).pack(_SAVES[:count], *births, *[key[2] for key in left])
+        sent = (ordinal, size, tuple(left))
+        steps.pending = (segment, sent, self._rewritten, (segment, gone, put, ordinal))
+        point("live:send")
+        try:
+            segment.send(HEADER.pack(*head) + columns + names, fds)
+        except LimitExceeded:
+            steps.pending = None
+            steps.copies.close()
+            return False
+        except Exception:
+            steps.pending = None
+            steps.copies.close()
+            raise
+        point("live:sent")
+        segment.landed(*sent)
+        self._rewritten(segment, gone, put, ordinal)
+        steps.pending = None
+        steps.copies.close()
+        segment.receive(len(segment.records) - 1)
+        segment.records = [sent]
+        segment.spent = 832 if size < 193 else cost(size)
+        self._unfinished.pop(segment, None)
+        return True
+
+    def _rewritten(self, segment: Segment, gone: Key | None, put: Put | None, first: int) -> None:
+        """May be said twice."""
+        segment.first_valid = first
+        self._unfinished[segment] = None
+        if put is not None:
+            self._appended(segment, put)
+        if gone is not None:
+            segment.lose(gone)
+            if self._ledger.tombstones:
+                self._ledger.tombstones.hold(gone, segment)
+            self._where.pop(gone, None)
+            self._pool.file(segment)
+
+    def _peek(self, segment: Segment, grows: bool) -> dict[Key, int]:
+        """As Queue.peek, which is called where anything is not as usual."""
+        if len(segment.keys) == 1 and not grows:
+            return {}  # nothing is left
+        records, copies = segment.records, self._steps.copies
+        count = len(records)
+        if copies or not count:
+            return segment.peek(copies)
+        largest = max([record[1] for record in records])
+        found = copies.found
+        point("live:peek")
+        try:
+            segment.rx.setsockopt(_SOL, SO_PEEK_OFF, 0)
+            found.extend(
+                map(segment.rx.recvmsg, repeat(largest, count), repeat(SPACE), repeat(PEEK_FDS))
+            )
+        except OSError as error:
+            raise fenced(f"its queue cannot be read: {error.strerror}") from None
+        point("live:peeked")
+        fds = array("i")
+        for record, (data, ancillary, flags, _) in zip(records, found, strict=True):
+            if flags & CTRUNC or len(data) != record[1] or len(data) < HEADER.size:
+                return segment.peek(copies)
+            if record[2]:
+                if not ancillary:
+                    return segment.peek(copies)
+                fds.frombytes(ancillary[0][2])
+            if _ORDINAL.unpack_from(data) != record[:1]:
+                raise fenced("its queue was changed")
+        copies.known = fds
+        return dict(zip(chain.from_iterable([record[2] for record in records]), fds, strict=True))

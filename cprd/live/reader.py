@@ -1,0 +1,372 @@
+"""Read a live hold after the end of its owner.
+
+First every queue is shut for its writers, then the first segment is read: nothing can be appended
+in between. Reading consumes nothing. A process that was stopped and goes on may still drain void
+records: a queue that changes while it is read is read again.
+
+Whoever wrote the queues may be hostile. Lengths are looked at before contents, loops are bounded,
+and no more is installed than there is room for.
+"""
+
+from __future__ import annotations
+
+import _socket as socket  # as in queue
+import errno
+import fcntl
+import os
+import time
+from array import array
+
+from cprd.errors import Damaged, LimitExceeded
+from cprd.linux.memfd import missing_seals
+from cprd.linux.nofile import ADVICE, limits
+from cprd.linux.pause import point
+from cprd.linux.rights import SO_PEEK_OFF, close_all, queued, receive, scm_fds
+from cprd.live.records import (
+    ATTACH,
+    CARRIES,
+    DELETE,
+    FD,
+    MOST,
+    OWN,
+    PACKED,
+    PACKED_MEMFD,
+    RAW_MEMFD,
+    ROOT,
+    SECTION,
+    SNAPSHOT,
+    Key,
+    Record,
+    decode,
+)
+from cprd.state import InlineSection, MemfdSection, State
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MOST_TURNS = 1024  # records of one queue
+RETRIES, PAUSE = 200, 0.0005  # s
+SPARE = 64  # descriptors that must be free beside what is installed
+MOST_SEGMENTS = 1 << 17
+MEMORY_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+_SO_DOMAIN = 39
+
+Peeked = tuple[Record, int, "array[int]"]
+"""A record, its bytes, its descriptors."""
+
+
+class FoundSegment:
+    """One queue with keys. `fd` is its receiving end. `keys`: what counts of it, as op, birth,
+    value. `stale`: keys in it that are void by a record elsewhere."""
+
+    __slots__ = ("fd", "id", "keys", "own", "records", "stale")
+
+    def __init__(self, id: int, fd: int) -> None:
+        self.id = id
+        self.fd = fd
+        self.records: list[tuple[int, int, tuple[Key, ...]]] = []
+        self.keys: dict[Key, tuple[int, int, bytes]] = {}
+        self.stale: set[Key] = set()
+        self.own = False  # what lies in it is never to be copied by its owner
+
+
+class Found:
+    """What a live hold keeps. The state owns its descriptors, this object owns `memories` (by
+    name) and the segments; `close` closes both, but not the state.
+
+    hold: the nonce, 0 where nothing was ever written. seq, birth, next_id: the highest in use."""
+
+    def __init__(self) -> None:
+        self.hold = 0
+        self.seq = 0
+        self.birth = 0
+        self.next_id = 0
+        self.segments: list[FoundSegment] = []
+        self.memories: dict[str, int] = {}
+        self.ended: list[Key] = []  # keys that lie in some segment and are not kept
+        self.state = State()
+
+    def close(self) -> None:
+        """Close segments and memories that nobody took. Safe to repeat."""
+        fds = [segment.fd for segment in self.segments if segment.fd >= 0]
+        fds += self.memories.values()
+        self.memories = {}
+        for segment in self.segments:
+            segment.fd = -1
+        close_all(fds)
+
+
+def read(root: int) -> Found:
+    """Read a live hold whose owner has ended. `root`: the receiving end, borrowed.
+
+    Nothing is consumed; nobody can append from now on. Raises Damaged, Busy (a later version), and
+    LimitExceeded before anything is installed. Blocks for milliseconds only."""
+    reading = _Reading()
+    try:
+        return reading.read(root)
+    except BaseException:
+        close_all(reading.installed)
+        raise
+
+
+def shut(fd: int) -> None:
+    """Let nobody append to a queue from now on. `fd`: the receiving end, borrowed. Never blocks.
+
+    Raises Damaged for what is no SEQPACKET socket of AF_UNIX."""
+    sock = as_queue(fd)
+    try:
+        sock.shutdown(socket.SHUT_RD)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise Damaged(f"a queue of the live hold cannot be shut: {error.strerror}") from None
+    finally:
+        sock.detach()
+
+
+def as_queue(fd: int) -> socket.SocketType:
+    """An object for a descriptor that it must not close: detach it. Raises Damaged."""
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
+    except OSError as error:
+        raise Damaged(f"a part of the live hold is no queue: {error.strerror}") from None
+    try:
+        family = sock.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN)
+        kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    except OSError as error:
+        sock.detach()
+        raise Damaged(f"a part of the live hold is no queue: {error.strerror}") from None
+    if family != socket.AF_UNIX or kind != socket.SOCK_SEQPACKET:
+        sock.detach()
+        raise Damaged("a part of the live hold is no SEQPACKET socket of AF_UNIX")
+    return sock
+
+
+_Offer = tuple[int, int, int, bytes, FoundSegment | None, int]
+"""Of a key: seq, op, birth, value, segment, descriptor."""
+
+
+class _Reading:
+    def __init__(self) -> None:
+        self.installed: set[int] = set()
+        self.hold: int | None = None
+        self.best: dict[Key, _Offer] = {}
+
+    def read(self, root: int) -> Found:
+        found = Found()
+        shut(root)
+        self._room_for(scm_fds(root))
+        segments = self._read_root(found, root)
+        for segment in segments:
+            shut(segment.fd)
+        self._room_for(len(segments) + sum(scm_fds(segment.fd) for segment in segments))
+        for segment in segments:
+            self._read_segment(found, segment)
+        found.hold = self.hold or 0
+        found.segments = segments
+        self._settle(found)
+        return found
+
+    def _room_for(self, count: int) -> None:
+        soft, hard = limits()
+        wanted = count + len(self.installed) + SPARE
+        if wanted > soft:
+            raise LimitExceeded(
+                f"{wanted} descriptors do not fit in this process: its soft RLIMIT_NOFILE is {soft}"
+                f" (hard {hard}); raise it before loading {ADVICE}; what is held stays held"
+            )
+
+    def _read_root(self, found: Found, root: int) -> list[FoundSegment]:
+        """The attached segments; deletions of the root's records are noted."""
+        chosen: list[Peeked] = []
+        parts: list[Peeked] = []
+        for peeked in self._peek(root, "the root"):
+            record = peeked[0]
+            if record.kind not in (ATTACH, ROOT):
+                raise Damaged("the root of a live hold with a record of a segment")
+            found.seq = max(found.seq, record.seq)
+            if record.kind == ATTACH:
+                chosen.append(peeked)
+                continue
+            if record.part == 1:
+                parts = []
+            elif not parts or record.part != len(parts) + 1:
+                parts = []
+                continue
+            parts.append(peeked)
+            if record.parts == len(parts):
+                chosen, parts = parts, []
+        by_id: dict[int, int] = {}
+        for record, _, fds in chosen:
+            by_id.update(zip(record.ids, fds, strict=False))
+            for op, _, key, _ in record.entries:
+                if op < DELETE:
+                    raise Damaged("the root of a live hold with a record that keeps a key")
+                self._offer(key, (record.seq, op, 0, b"", None, -1))
+        if len(by_id) > MOST_SEGMENTS:
+            raise Damaged(f"a live hold of {len(by_id)} segments; the limit is {MOST_SEGMENTS}")
+        self._close_all_but(by_id.values())
+        found.next_id = max(by_id, default=0)
+        return [FoundSegment(id, fd) for id, fd in by_id.items()]
+
+    def _read_segment(self, found: Found, segment: FoundSegment) -> None:
+        point("live:read")
+        last: dict[Key, _Offer] = {}
+        for record, size, fds in self._peek(segment.fd, f"segment {segment.id}"):
+            if record.kind == SNAPSHOT:
+                last = {key: value for key, value in last.items() if value[1] >= DELETE}
+            elif record.kind in (ATTACH, ROOT):
+                raise Damaged("a segment of a live hold with a record of a root")
+            found.seq = max(found.seq, record.seq)
+            segment.own = record.flags == OWN
+            left = iter(fds)
+            carried = []
+            for op, birth, key, value in record.entries:
+                fd = -1
+                if op in CARRIES:
+                    fd = next(left)
+                    carried.append(key)
+                last[key] = (record.seq, op, birth, value, segment, fd)
+            segment.records.append((record.ordinal, size, tuple(carried)))
+        for key, offer in last.items():
+            self._offer(key, offer)
+            if offer[1] < DELETE:
+                segment.keys[key] = offer[1:4]
+                found.birth = max(found.birth, offer[2])
+
+    def _offer(self, key: Key, value: _Offer) -> None:
+        best = self.best.get(key)
+        if best is None or best[0] < value[0]:
+            self.best[key] = value
+
+    def _settle(self, found: Found) -> None:
+        """Make the state, and close what does not count."""
+        kept = [
+            (value[2], value[0], key, value)
+            for key, value in self.best.items()
+            if value[1] < DELETE
+        ]
+        kept.sort(key=lambda item: item[:2])
+        names: list[bytes] = []
+        ids, fds = array("i"), array("i")
+        sections: dict[str, InlineSection | MemfdSection] = {}
+        for _, _, key, (_, op, _, value, _, fd) in kept:
+            space, name, id = key
+            if space == FD:
+                names.append(name)
+                ids.append(id)
+                fds.append(fd)
+            elif space == SECTION:
+                sections[name.decode()] = _section(name.decode(), op, value, fd)
+            else:
+                _check_memory(name.decode(), fd)
+                found.memories[name.decode()] = fd
+        for segment in found.segments:
+            for key in [*segment.keys]:
+                if self.best[key][4] is not segment:
+                    del segment.keys[key]
+                    segment.stale.add(key)
+        found.ended = [
+            key
+            for key in {key for segment in found.segments for key in segment.stale}
+            if self.best[key][1] >= DELETE
+        ]
+        ends = [segment.fd for segment in found.segments]
+        self._close_all_but([*ends, *(value[5] for _, _, _, value in kept if value[5] >= 0)])
+        found.state = State.owning(b"\0".join(names), ids, fds, sections)
+
+    # Queues
+
+    def _close_all_but(self, fds: Iterable[int]) -> None:
+        keep = set(fds)
+        gone = self.installed - keep
+        self.installed = keep
+        close_all(gone)
+
+    def _peek(self, fd: int, what: str) -> list[Peeked]:
+        """All records of a queue, with their descriptors, which are written down as installed."""
+        sock = as_queue(fd)
+        try:
+            for attempt in range(RETRIES):
+                if attempt:
+                    time.sleep(PAUSE)
+                fds: list[array[int]] = []
+                try:
+                    return self._peek_once(sock, fds, what)
+                except (Damaged, ConnectionResetError, BlockingIOError) as error:
+                    problem = error
+                finally:
+                    for some in fds:
+                        self.installed.difference_update(some)
+                        close_all(some)
+            if isinstance(problem, Damaged):
+                raise problem
+            raise Damaged(f"{what} of a live hold cannot be read: {problem.strerror}")
+        finally:
+            sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+            sock.detach()
+
+    def _peek_once(self, sock: socket.SocketType, fds: list[array[int]], what: str) -> list[Peeked]:
+        """One pass. `fds` gets what was installed, and is empty when all is well."""
+        found: list[Peeked] = []
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+        waiting = queued(sock)
+        total = 0
+        while total < waiting:
+            data, some, flags = receive(sock, MOST + 1, _PEEK)
+            fds.append(some)
+            self.installed.update(some)
+            if flags & socket.MSG_CTRUNC:
+                raise _cut_short()
+            if flags & socket.MSG_TRUNC or not data or len(found) >= MOST_TURNS:
+                raise Damaged(f"{what} of a live hold is not in order")
+            record = decode(data)
+            if record.descriptors != len(some):
+                raise Damaged(f"{what} of a live hold has a record without all its descriptors")
+            self._check_order(record, found, what)
+            found.append((record, len(data), some))
+            total += len(data)
+        if queued(sock) != waiting or total != waiting:
+            raise Damaged(f"{what} of a live hold changes while it is read")
+        if self.hold is None and found:
+            self.hold = found[0][0].hold
+        fds.clear()
+        return found
+
+    def _check_order(self, record: Record, found: list[Peeked], what: str) -> None:
+        hold = self.hold
+        if found:
+            before = found[-1][0]
+            hold = before.hold
+            if record.ordinal != before.ordinal + 1 or record.seq <= before.seq:
+                raise Damaged(f"{what} of a live hold lacks a record")
+        if hold is not None and record.hold != hold:
+            raise Damaged(f"{what} of a live hold has a record of another hold")
+
+
+def _cut_short() -> LimitExceeded:
+    soft, hard = limits()
+    return LimitExceeded(
+        "not all descriptors of the live hold could be installed (MSG_CTRUNC): open descriptors"
+        f" reached RLIMIT_NOFILE, soft {soft} (hard {hard}), or a security module refused one;"
+        f" raise the limit before loading {ADVICE}; what is held stays held"
+    )
+
+
+def _section(key: str, op: int, value: bytes, fd: int) -> InlineSection | MemfdSection:
+    if op in (RAW_MEMFD, PACKED_MEMFD):
+        if missing_seals(fd) != []:
+            raise Damaged(f"section {key!r} of the live hold is not a sealed memfd")
+        return MemfdSection(fd, packed=op == PACKED_MEMFD, owned=True)
+    return InlineSection(value, packed=op == PACKED)
+
+
+def _check_memory(name: str, fd: int) -> None:
+    """A file that can shrink would kill by SIGBUS whoever maps it."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    if seals & MEMORY_SEALS != MEMORY_SEALS or not os.fstat(fd).st_size:
+        raise Damaged(f"memory {name!r} of the live hold is not a memfd of a fixed size")
