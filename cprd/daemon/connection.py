@@ -61,6 +61,7 @@ class Connection:
         self.turns = turns
         self.claims: set[tuple[int, bytes]] = set()  # (generation, token)
         self.prepared: set[int] = set()
+        self.owned: set[int] = set()  # generations of live holds
         self.nonce = b""  # of the last request
         self.id: int | None = None  # of the last request, repeated by the answer
         self.peer_ended = False
@@ -128,6 +129,11 @@ class Connection:
         if self._queue >= 0 and is_ready(self._queue):
             self.drop_queue()
         return self.peer_ended
+
+    @property
+    def has_hung_up(self) -> bool:
+        """Whether the client has closed the connection, or ended."""
+        return self.peer_ended or is_ready(self.sock.fileno())
 
     # The queue of the next save
 

@@ -62,18 +62,34 @@ class Offered:
         LimitExceeded."""
         self.connection = connection
         self.roles: dict[str, int] = {}
+        live = message.get("live", False)
+        if live and connection.pidfd < 0:
+            raise LimitExceeded(
+                "a live hold: cprd cannot see when this process ends (it is in another pid"
+                " namespace, and the kernel has no SO_PEERPIDFD before Linux 6.5)"
+            )
         self.bundle = connection.take_queue()
         try:
-            if message["fds"] >= message["parked"] * SCM_MAX_FD ** message["depth"]:
+            most = message["parked"] * SCM_MAX_FD ** message["depth"]
+            if message["fds"] >= most or (live and message["parked"] != 1):
                 raise Damaged("not the bundle that the request describes: counts differ")
             inspect.check(self.bundle, message["parked"])
             # The same request comes from the same process, in a queue of its own.
             self.caller = caller_of(connection, message, connection.peer.pid)
             pid = self._predecessor(message)
+            if live:
+                self.roles["owner"] = os.dup(connection.pidfd)
         except BaseException:
             self.close()
             raise
-        self.offer = Offer(message["fds"], message["bytes"], message["parked"], message["ttl"], pid)
+        self.offer = Offer(
+            fds=message["fds"],
+            size=message["bytes"],
+            parked=message["parked"],
+            ttl=message["ttl"],
+            after_exit=-1 if live else pid,
+            live=live,
+        )
 
     def _predecessor(self, message: messages.Message) -> int:
         """The pid that must end before a load, with a pidfd in `roles`; -1: none."""
@@ -136,7 +152,7 @@ async def queue(server: Server, connection: Connection, request: Request) -> Non
         await connection.answer(messages.ok(), (inlet.fileno(),))
 
 
-async def _answer_saved(
+async def answer_saved(
     connection: Connection, message: messages.Message, answer: messages.Message
 ) -> None:
     """Answer, with the queue for the next save where that was asked for."""
@@ -176,7 +192,7 @@ async def save(server: Server, connection: Connection, request: Request) -> None
         connection.prepared.add(step.answer["generation"])
     point("daemon:saved")
     answer = messages.ok(**step.answer, kept=server.keeper.kept)
-    await _answer_saved(connection, message, answer)
+    await answer_saved(connection, message, answer)
 
 
 async def commit(server: Server, connection: Connection, request: Request) -> None:
@@ -202,6 +218,11 @@ def _claim(server: Server, connection: Connection, message: messages.Message, ke
         lease=min(message["lease"], server.config.lease),
         generation=message["generation"],
     )
+    return claim(server, connection, caller, key, step)
+
+
+def claim(server: Server, connection: Connection, caller: Caller, key: Key, step: Step) -> Step:
+    """Perform the step of a claim, once the bundle was found whole."""
     if step.changes:
         hold = step.put[0]
         if hold.attempts > 1:
@@ -212,27 +233,42 @@ def _claim(server: Server, connection: Connection, message: messages.Message, ke
         roles = {"claimant": os.dup(connection.pidfd)} if connection.pidfd >= 0 else {}
         server.steps.perform(step, pidfds={hold.generation: roles})
     server.steps.own_claim(connection, step.answer["generation"], step.answer["token"])
+    claimed = server.registry.get(step.answer["generation"])
+    if claimed is not None and claimed.live:
+        step.answer["last_end"] = server.steps.last_end(claimed)
     return step
 
 
 async def load(server: Server, connection: Connection, request: Request) -> None:
     message = request.message
     key = key_of(connection, message)
-    server.steps.refresh(key)
-    claim = partial(_claim, server, connection, message, key)
+    await wait_for_turn(
+        server, connection, message, partial(_claim, server, connection, message, key)
+    )
+
+
+async def wait_for_turn(
+    server: Server, connection: Connection, message: messages.Message, take: Callable[[], Step]
+) -> None:
+    """Claim by `take`, now or when it is this request's turn, and answer with the bundle."""
+    key = key_of(connection, message)
+    server.steps.refresh(key, connection)
     try:
-        step = claim()
+        step = take()
     except (NotHeld, Busy) as error:
         if not message["wait"] or isinstance(error, Damaged):
             raise
-        waiter = Waiter(claim, partial(_tell_claim, server, connection))
+        waiter = Waiter(take, partial(_tell_claim, server, connection))
         found = await server.steps.waiters.wait(connection, key, waiter, message["wait"])
         if waiter.told:
             return
         if found is None:  # the answer is the answer that a load gets now
-            server.steps.refresh(key)
-            found = claim()
+            server.steps.refresh(key, connection)
+            found = take()
         step = found
+    if not step.answer.get("found", True):
+        await connection.answer(_claimed(server, step))
+        return
     generation, token = step.answer["generation"], step.answer["token"]
     point("daemon:claimed")
     hold = server.registry.get(generation)
@@ -252,6 +288,8 @@ async def load(server: Server, connection: Connection, request: Request) -> None
 
 def _tell_claim(server: Server, connection: Connection, step: Step) -> bool:
     """Answer a claim that was waited for, at once. False: the task of the load has to answer."""
+    if not step.answer.get("found", True):
+        return connection.answer_now(_claimed(server, step))
     point("daemon:claimed")
     fd = server.keeper.bundle(step.answer["generation"])
     try:
@@ -368,13 +406,16 @@ async def confirm_next(server: Server, connection: Connection, request: Request)
     ticket = ticket_of(connection, request.message)
     offered = Offered(connection, request.message)
     try:
-        step = server.registry.confirm_next(offered.caller, ticket, offered.offer)
+        token = messages.nonce() if offered.offer.live else b""
+        step = server.registry.confirm_next(offered.caller, ticket, offered.offer, token=token)
         offered.perform(server, step)
     finally:
         offered.close()
+    if step.answer["token"]:
+        server.steps.own_live(connection, step.answer["generation"])
     _confirmed(connection, ticket)
     answer = messages.ok(**step.answer, kept=server.keeper.kept)
-    await _answer_saved(connection, request.message, answer)
+    await answer_saved(connection, request.message, answer)
 
 
 def _confirmed(connection: Connection, ticket: Ticket) -> None:
@@ -386,7 +427,13 @@ async def reject(server: Server, connection: Connection, request: Request) -> No
     message = request.message
     ticket = ticket_of(connection, message)
     caller = caller_of(connection, message)
-    step = server.registry.reject(caller, ticket, message["why"], damaged=message["damaged"])
+    step = server.registry.reject(
+        caller,
+        ticket,
+        message["why"],
+        damaged=message["damaged"],
+        attempt=message["attempt"],
+    )
     if step.changes:
         server.steps.perform(step)
     connection.claims.discard((ticket.generation, ticket.token))

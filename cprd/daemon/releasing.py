@@ -18,7 +18,7 @@ import socket
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import trio
@@ -26,7 +26,7 @@ import trio
 from cprd.daemon import log
 from cprd.daemon.forker import AGAIN, Forker, inherited
 from cprd.daemon.passed import Passed
-from cprd.daemon.releaser import AFTER, CLOSE, CLOSED, DRAIN, MOST
+from cprd.daemon.releaser import AFTER, CLOSE, CLOSED, DRAIN, FENCE, MOST
 
 AT_ONCE = 16  # messages to one releaser without an acknowledgement
 MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
@@ -37,11 +37,15 @@ LINGER = 5.0  # s until an idle releaser is told to end
 Fds = tuple[int, ...]
 
 
+KEPT = (DRAIN, FENCE)  # until acknowledged; another releaser is asked where the first one ends
+
+
 class Work(NamedTuple):
-    """One message. `fds` are owned: until sent, and for DRAIN until acknowledged."""
+    """One message. `fds` are owned: until sent, and for DRAIN and FENCE until acknowledged."""
 
     kind: bytes
     fds: Fds
+    done: Callable[[], None] | None = None  # called once acknowledged
 
 
 class Releaser:
@@ -62,7 +66,7 @@ class Releaser:
         while self.queue and len(self.sent) < at_once and self.sock is not None:
             if not self._say_closed():
                 return True
-            kind, fds = self.queue[0]
+            kind, fds, _ = self.queue[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
             try:
                 self.sock.sendmsg([kind], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -71,7 +75,7 @@ class Releaser:
             except OSError:  # no room, or too many in flight: tried again after the next answer
                 return True
             work = self.queue.popleft()
-            if kind == DRAIN:
+            if kind in KEPT:
                 self.sent.append(work)
                 continue
             self.sent.append(Work(kind, ()))
@@ -113,7 +117,7 @@ class Releaser:
         if self.sock is not None:
             self.sock.close()
             self.sock = None
-        self.queue.extendleft(work for work in reversed(self.sent) if work.kind == DRAIN)
+        self.queue.extendleft(work for work in reversed(self.sent) if work.kind in KEPT)
         self.sent.clear()
         self.owed = False
 
@@ -164,6 +168,13 @@ class Releasing:
             return
         self._draining.add(inode)
         self._add(uid, Work(DRAIN, (fd,)))
+
+    async def fence(self, uid: int, bundle: int) -> None:
+        """Let the owner of a live hold change nothing any more; `bundle` is owned from now on.
+        Returns once no change counts. Waits for as long as files of the uid block."""
+        fenced = trio.Event()
+        self._add(uid, Work(FENCE, (bundle,), fenced.set))
+        await fenced.wait()
 
     def close_after(self, uid: int, fds: Iterable[int]) -> None:
         """Close descriptors, owned from now on, after the end of the daemon. `stop` must follow."""
@@ -280,6 +291,8 @@ class Releasing:
                 for drained in work.fds:
                     self._draining.discard(os.fstat(drained).st_ino)
                     os.close(drained)
+                if work.done is not None:
+                    work.done()
             if not alive:
                 self._lose(releaser)
 
@@ -291,6 +304,10 @@ class Releasing:
         for uid, releaser in self._releasers.items():
             # Slots wait for their turn: exec closes none of them for good.
             slots = [work for work in releaser.queue if work.kind == DRAIN]
+            # Nobody waits any more for a fence, whose copy of a bundle is not the last one.
+            releaser.sent = deque(
+                Work(CLOSE, ()) if work.kind == FENCE else work for work in releaser.sent
+            )
             releaser.queue = deque(work for work in releaser.queue if work.kind == CLOSE)
             self._advance(uid, releaser, at_once=1 << 30)
             if releaser.owed:  # no room for the word: the end of the socket says so as well

@@ -14,7 +14,7 @@ from functools import partial
 
 import trio
 
-from cprd.daemon import handlers, log, operators
+from cprd.daemon import handlers, live, log, operators
 from cprd.daemon.clock import now
 from cprd.daemon.config import Config
 from cprd.daemon.connection import Connection, Peer, Request
@@ -36,7 +36,7 @@ RESERVED_FOR_ROOT = 8  # connections
 ACCEPTING = 0.0015  # s in a round of the event loop
 MOST_REFUSED = 1000  # uids
 
-HANDLERS = {**handlers.HANDLERS, **operators.HANDLERS}
+HANDLERS = {**handlers.HANDLERS, **live.HANDLERS, **operators.HANDLERS}
 assert HANDLERS.keys() == messages.REQUESTS.keys() - {"hello"}
 
 
@@ -302,7 +302,7 @@ class Server:
         """One request and the answer; False at the end of the connection."""
         request: Request | None = None
         try:
-            if connection.claims or connection.prepared:
+            if connection.claims or connection.prepared or connection.owned:
                 request = await connection.receive(messages.read_request)
             else:
                 with trio.move_on_after(messages.IDLE):

@@ -20,14 +20,18 @@ from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.turns import Pace
 from cprd.daemon.waiters import Waiters
 from cprd.errors import CprdError, Damaged
+from cprd.linux import processes
 from cprd.linux.pause import point
 from cprd.linux.rights import close_all
-from cprd.protocol.lifecycle import HELD, Hold
+from cprd.protocol import living
+from cprd.protocol.lifecycle import HELD, LIVE, Hold, pid_text
 from cprd.protocol.names import Key
 from cprd.protocol.registry import Ended, Registry, Step
 
 LONGEST_SLEEP = 60.0  # s: a timer of the event loop stands still while the machine sleeps
 ORPHANED = 60.0  # s after a restart
+
+ENDED = "ended"  # of an owner, where the kernel does not say how
 
 Roles = dict[str, int]  # pidfds
 
@@ -177,7 +181,7 @@ class Steps:
                 pid=hold.claimant or hold.saver,
                 fds=hold.fds,
                 attempts=hold.attempts or None,
-                why=hold.reason or (hold.last_reject if hold.phase == HELD else "") or None,
+                why=_why(old, hold),
                 **asked,
             )
         if old is None:
@@ -205,10 +209,32 @@ class Steps:
 
     # Processes, connections, time
 
-    def refresh(self, key: Key) -> None:
-        """Learn of ended processes before the event loop tells."""
+    def refresh(self, key: Key, by: Connection | None = None) -> None:
+        """Learn of ended processes before the event loop tells; of the program, too, that a live
+        hold belonged to, where the process has executed another by now, `by` which it asks."""
         for hold in self.registry.of(key):
             self.pidfds.look(hold.generation)
+        if by is not None:
+            for hold in self.registry.of(key):
+                if hold.phase == LIVE and self._was_replaced(hold, by):
+                    how = "its process executed another program"
+                    self.observe(living.owner_gone(self.registry, now(), hold.generation, how))
+
+    def _was_replaced(self, hold: Hold, by: Connection) -> bool:
+        """Whether `by` is of the owner's process, and the connection of the owner has ended. (A
+        pidfd tells nothing of exec().)"""
+        owner = self.pidfds.of(hold.generation).get("owner", -1)
+        if min(owner, by.pidfd) < 0 or not processes.same(owner, by.pidfd):
+            return False
+        return not any(
+            hold.generation in other.owned and not other.has_hung_up for other in self.connections
+        )
+
+    def own_live(self, connection: Connection, generation: int) -> None:
+        """A live hold hangs on the connection that last spoke for it, but ends not with it."""
+        for other in self.connections:
+            other.owned.discard(generation)
+        connection.owned.add(generation)
 
     def _process_ended(self, generation: int, role: str) -> None:
         hold = self.registry.get(generation)
@@ -218,6 +244,10 @@ class Steps:
             how = "its process ended"
             self.observe(self.registry.claimant_gone(now(), generation, hold.token, how))
             return
+        if role == "owner":
+            how = self.last_end(hold)
+            self.observe(living.owner_gone(self.registry, now(), generation, how))
+            return
         if role == "after_exit":
             self.observe(self.registry.predecessor_gone(now(), generation))
             return
@@ -226,6 +256,13 @@ class Steps:
             "acting": self.registry.acting_gone,
         }
         self.observe(gone[role](generation))
+
+    def last_end(self, hold: Hold) -> str:
+        """How the last owner of a live hold ended, as far as the kernel tells by now."""
+        pidfd = self.pidfds.of(hold.generation).get("owner", -1)
+        if hold.last_end not in ("", ENDED):
+            return hold.last_end
+        return (processes.how_ended(pidfd) if pidfd >= 0 else "") or ENDED
 
     def process_ended(self, hold: Hold, pid: int) -> None:
         """The owner of a hold says that the process of a role has ended."""
@@ -246,6 +283,7 @@ class Steps:
             for connection in self.connections:
                 connection.claims.discard((hold.generation, hold.token))
                 connection.prepared.discard(hold.generation)
+                connection.owned.discard(hold.generation)
 
     async def end_claims(self, connection: Connection) -> None:
         """A connection ended: claims and prepared saves of the connection end, in pieces. A claim
@@ -275,3 +313,10 @@ class Steps:
             self._deadline_moved = trio.Event()
             with trio.move_on_after(max(0.0, self._sleeps_until - start)):
                 await self._deadline_moved.wait()
+
+
+def _why(old: Hold | None, hold: Hold) -> str | None:
+    """Why a hold has its phase, for the log."""
+    if old is not None and old.phase == LIVE and hold.phase == HELD:
+        return f"its owner, {pid_text(hold.saver)}: {hold.last_end}"
+    return hold.reason or (hold.last_reject if hold.phase == HELD else "") or None

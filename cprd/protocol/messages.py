@@ -147,6 +147,9 @@ _BUNDLE: dict[str, Callable[[Any], Any]] = {
     **_PROCESS,  # of after_exit "process"; else 0
     "queue": _flag,  # whether the answer is to bring the queue for the next save
 }
+# The root of a live hold, parked like a bundle: `parked` and `depth` are 1. Other fields count once
+# the owner has ended.
+_ROOT = {**_BUNDLE, "live": _one_of(True)}
 _SAVE = {
     "name": _NAME,
     **_BUNDLE,
@@ -156,6 +159,12 @@ _SAVE = {
 _NONCE = {"nonce": _bytes(NONCE)}
 
 _ID = ("id", _or_none(_U64))
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "confirm_next": {"live": False},
+    "reject": {"attempt": True},
+}
+"""Verb -> fields that a request may leave out, with their values then."""
 
 REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "hello": {"version": _count(1 << 16), "limits": _map},
@@ -174,8 +183,23 @@ REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "renew": {**_CLAIM, "lease": _or_none(_seconds(MAX_LEASE, MIN_LEASE))},
     "begin": {**_CLAIM, **_NONCE, **_PROCESS},  # pid 0: no process is named
     "confirm": {**_CLAIM, **_NONCE},
-    "confirm_next": {**_CLAIM, **_BUNDLE, **_NONCE},
-    "reject": {**_CLAIM, **_NONCE, "why": _text(MAX_REASON), "damaged": _flag},
+    "confirm_next": {**_CLAIM, **_BUNDLE, "live": _flag, **_NONCE},
+    "reject": {
+        **_CLAIM,
+        **_NONCE,
+        "why": _text(MAX_REASON),
+        "damaged": _flag,
+        "attempt": _flag,  # False: the claim is not counted as an attempt
+    },
+    "live": {
+        "name": _NAME,
+        "wait": _seconds(MAX_WAIT),
+        "lease": _seconds(MAX_LEASE, MIN_LEASE),
+        **_ROOT,
+        **_NONCE,
+    },
+    "put_back": {**_CLAIM, **_ROOT, **_NONCE},
+    "end": {**_CLAIM, "keep": _flag, **_NONCE},
     "release": {"name": _NAME, "force": _flag, **_NONCE},
     "drop": {"name": _NAME, "force": _flag, **_NONCE},
     "ended": {"name": _NAME, "generation": _U64, "pid": _PROCESS["pid"]},
@@ -189,6 +213,10 @@ REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
 _KEPT = ("kept",)
 _SAVED = ("generation", "token", "kept")
 _CHANGED = ("generation", "kept")
+_LOADED = (
+    *("generation", "token", "attempts", "last_reject", "last_claimant", "lease", "fds"),
+    *("live", "last_end", "kept"),
+)
 ANSWERS: dict[str, tuple[str, ...]] = {
     "hello": ("version", "server", "uid", "pid", "lease_by", "kept", "limits"),
     "queue": (),
@@ -196,15 +224,15 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "prepare": _SAVED,
     "commit": _CHANGED,
     "abort": _KEPT,
-    "load": (
-        *("generation", "token", "attempts", "last_reject", "last_claimant", "lease", "fds"),
-        "kept",
-    ),
+    "load": _LOADED,
     "renew": ("lease",),
     "begin": _KEPT,
     "confirm": _KEPT,
-    "confirm_next": _CHANGED,
+    "confirm_next": _SAVED,
     "reject": _KEPT,
+    "live": ("found", *_LOADED),
+    "put_back": _SAVED,
+    "end": _KEPT,
     "release": _CHANGED,
     "drop": _CHANGED,
     "ended": (),
@@ -291,7 +319,9 @@ def read_request(data: bytes) -> Message:
     read: Message = {"verb": verb}
     for field, check in (*fields.items(), _ID):
         if field not in message:
-            raise BadRequest(f"{verb}: the field {field!r} is missing")
+            if field not in DEFAULTS.get(verb, ()):
+                raise BadRequest(f"{verb}: the field {field!r} is missing")
+            message[field] = DEFAULTS[verb][field]
         try:
             read[field] = check(message[field])
         except ValueError as error:

@@ -28,7 +28,9 @@ class Row(TypedDict):
     last_reject: str
     claimant: int | None  # pid
     acting: int | None  # pid, as begin() named the process
-    in_use_by: int | None  # pid of a saver that still runs (after_exit)
+    in_use_by: int | None  # pid of the owner while live, or of a saver that still runs (after_exit)
+    live: bool  # left by a live hold, or live still
+    last_end: str  # how the last owner ended; "" unless `live`
 
 
 class Descriptor(TypedDict):
