@@ -17,6 +17,7 @@ from cprd.daemon.manager import Reporter
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.server import Server, raise_nofile
 from cprd.daemon.storage.fdstore import Store
+from cprd.daemon.storage.notes import Notes
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.tending import tend
 from cprd.errors import CprdError
@@ -43,7 +44,8 @@ class Running:
         self.registry = Registry(settings.quota, first, lambda: 1 + secrets.randbelow(1 << 16))
         address = _notify_socket()
         self.keeper = Keeper(self.closer, now, self.registry.replies, managed=bool(address))
-        self.daemon = Server(settings, self.keeper, self.closer, self.registry)
+        notes = Notes(_place_of_notes(given))
+        self.daemon = Server(settings, self.keeper, self.closer, self.registry, notes)
         found = self.keeper.adopt(given.pairs(), frozenset(given.durable), frozenset(given.once))
         self.daemon.adopt(*found)
         self.store: Store | None = None
@@ -150,6 +152,16 @@ class Running:
             lost_unless_restarted=at_stop or None,
             why=why,
         )
+
+
+def _place_of_notes(given: reexec.Given) -> str:
+    """The directory for notes about live holds, beside the socket that cprd serves; an empty string
+    where the socket has no path."""
+    for _, sock in given.listeners:
+        path = sock.getsockname()
+        if isinstance(path, str) and path:
+            return f"{path}.live"
+    return ""
 
 
 def _notify_socket() -> str:

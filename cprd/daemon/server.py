@@ -21,6 +21,7 @@ from cprd.daemon.connection import Connection, Peer, Request
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.room import Room
 from cprd.daemon.steps import Roles, Steps
+from cprd.daemon.storage.notes import Notes
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.tending import tend
 from cprd.daemon.turns import Pace, Turns
@@ -44,14 +45,19 @@ class Server:
     """All state of the daemon. `serve` runs it."""
 
     def __init__(
-        self, config: Config, keeper: Keeper, closer: Releasing, registry: Registry
+        self,
+        config: Config,
+        keeper: Keeper,
+        closer: Releasing,
+        registry: Registry,
+        notes: Notes | None = None,
     ) -> None:
         self.config = config
         self.keeper = keeper
         self.closer = closer
         self.registry = registry
         self.connections: set[Connection] = set()
-        self.steps = Steps(registry, keeper, self.connections)
+        self.steps = Steps(registry, keeper, self.connections, notes or Notes(""))
         self.version = f"cprd {messages.RELEASE}"
         self.started = now()
         self.refused_accepts = 0
@@ -82,6 +88,7 @@ class Server:
     def adopt(self, left: list[tuple[Hold, Roles]], hidden: str) -> None:
         """Take over the holds of an earlier daemon, and their pidfds, which this owns now."""
         self.steps.adopt(left, hidden)
+        self.steps.adopt_notes()
 
     def check_room(self, step: Step) -> None:
         """Raises LimitExceeded where cprd has no room for the new record of `step`."""

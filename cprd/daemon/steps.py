@@ -16,6 +16,7 @@ from cprd.daemon import log
 from cprd.daemon.clock import now
 from cprd.daemon.connection import Connection
 from cprd.daemon.pidfds import Pidfds
+from cprd.daemon.storage.notes import Notes
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.turns import Pace
 from cprd.daemon.waiters import Waiters
@@ -24,7 +25,7 @@ from cprd.linux import processes
 from cprd.linux.pause import point
 from cprd.linux.rights import close_all
 from cprd.protocol import living
-from cprd.protocol.lifecycle import HELD, LIVE, Hold, pid_text
+from cprd.protocol.lifecycle import HELD, LIVE, NOT_PUT_BACK, Hold, pid_text, why_not
 from cprd.protocol.names import Key
 from cprd.protocol.registry import Ended, Registry, Step
 
@@ -39,8 +40,11 @@ Roles = dict[str, int]  # pidfds
 class Steps:
     """The holds, processes, connections and waiters. `connections` belongs to the server."""
 
-    def __init__(self, registry: Registry, keeper: Keeper, connections: set[Connection]) -> None:
+    def __init__(
+        self, registry: Registry, keeper: Keeper, connections: set[Connection], notes: Notes
+    ) -> None:
         self.registry = registry
+        self.notes = notes
         self.keeper = keeper
         self.connections = connections
         self.pidfds = Pidfds(self._process_ended)
@@ -72,6 +76,27 @@ class Steps:
                     generation=hold.generation,
                     fds=hold.fds,
                 )
+
+    def adopt_notes(self) -> None:
+        """Keep names for living owners of live holds whose roots ended with an earlier daemon."""
+        for note in list(self.notes.read()):
+            hold = note.hold
+            there = self.registry.get(hold.generation)
+            newer = [one for one in self.registry.of(hold.key) if one.generation > hold.generation]
+            owner = -1 if newer or there is not None else note.owner()
+            fields: dict[str, Any] = {
+                "uid": hold.uid,
+                "name": hold.name,
+                "generation": hold.generation,
+            }
+            if owner >= 0:
+                self.registry.put(hold)
+                self.pidfds.keep(hold.generation, {"owner": owner}, hold.roles)
+                log.event("adopted", phase="live", **fields, why=why_not(hold, now()))
+            elif there is None or there.phase != LIVE:
+                self.notes.remove(hold.generation)
+                if there is None and not newer:
+                    log.event("ended", level=log.WARNING, how=NOT_PUT_BACK, **fields)
 
     async def end_orphans(self) -> None:
         """End prepared saves when the saver cannot be watched, and has not come back in time."""
@@ -115,8 +140,14 @@ class Steps:
             for hold in step.put
         }
         try:
+            for hold in step.put:
+                if hold.phase == LIVE and "owner" in wanted[hold.generation]:
+                    self.notes.write(hold, wanted[hold.generation]["owner"])
             self.keeper.write(step, bundle_fd, wanted, require_store=require_store)
         except BaseException:
+            for hold in step.put:
+                if self.registry.get(hold.generation) is None:
+                    self.notes.remove(hold.generation)
             for roles in added.values():
                 close_all(roles.values())
             raise
@@ -150,6 +181,9 @@ class Steps:
         for ended in step.ended:
             self._after_end(ended, asked)
         self.keeper.let_go(ended.hold for ended in step.ended)
+        for hold in (*step.put, *(ended.hold for ended in step.ended)):
+            if self.registry.get(hold.generation) is not hold or hold.phase != LIVE:
+                self.notes.remove(hold.generation)
         for hold in step.put:
             self._after_put(before[hold.generation], hold, asked)
         at = self.registry.next_deadline()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import time
+from collections.abc import Callable
 from typing import Any
 
+from cprd.linux.processes import is_ready
 from cprd.linux.rights import receive
 from cprd.live import carrier
 from cprd.live.owner import Owner
@@ -17,6 +21,10 @@ from tests.support.patience import PATIENCE
 from tests.support.wire import HELLO, queue, request
 
 EMPTY = {"ttl": None, "after_exit": "no", "pid": 0, "inode": 0, "queue": False, "live": True}
+
+
+def hold_nonce() -> int:
+    return int.from_bytes(os.urandom(7), "big") + 1
 
 
 class Live:
@@ -39,7 +47,7 @@ class Live:
             self.close()
             raise
         if not self.answer["found"]:
-            self.own(Owner(self.tx, self.rx, int.from_bytes(os.urandom(7), "big") + 1))
+            self.own(Owner(self.tx, self.rx, hold_nonce()))
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -52,6 +60,11 @@ class Live:
     def reconnect(self) -> None:
         self.sock.close()
         self.sock = self.connect()
+
+    @property
+    def has_lost_cprd(self) -> bool:
+        """Whether the connection has ended."""
+        return is_ready(self.sock.fileno())
 
     def own(self, owner: Owner) -> None:
         self.owner = owner
@@ -66,17 +79,37 @@ class Live:
         return {"name": self.name, **{key: self.answer[key] for key in ("generation", "token")}}
 
     def ask(self, verb: str, **fields: Any) -> dict[str, Any]:
+        """One request and the answer; again on another connection, where cprd ends meanwhile."""
+        return self._until_answered(lambda: self._ask(verb, fields))
+
+    def _ask(self, verb: str, fields: dict[str, Any]) -> dict[str, Any]:
         self.sock.send(request(verb, **fields))
         data, fds, _ = receive(self.sock, messages.MAX_ANSWER)
+        if not data:
+            raise ConnectionResetError
         answer = messages.read_answer(data)
         if fds:
             self.bundle = fds[0]
         return answer
 
     def _parked(self, verb: str, fields: dict[str, Any], nonce: bytes) -> dict[str, Any]:
-        with queue(self.sock) as inlet:
-            carrier.park(inlet, self.root)
-            return self.ask(verb, **fields, **carrier.PARKED, **EMPTY, nonce=nonce)
+        def act() -> dict[str, Any]:
+            with queue(self.sock) as inlet:
+                carrier.park(inlet, self.root)
+                return self._ask(verb, {**fields, **carrier.PARKED, **EMPTY, "nonce": nonce})
+
+        return self._until_answered(act)
+
+    def _until_answered(self, act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return act()
+            except (OSError, messages.Garbled):
+                assert time.monotonic() < end
+                time.sleep(0.005)
+                with contextlib.suppress(OSError, messages.Garbled):
+                    self.reconnect()
 
     def read(self) -> Found:
         """What a predecessor left."""
@@ -90,12 +123,19 @@ class Live:
     def confirm(self) -> Owner:
         """Take over, confirm, and own."""
         found = self.found or self.read()
-        hold = found.hold or int.from_bytes(os.urandom(7), "big") + 1
-        owner = take_over(found, self.tx, self.rx, hold=hold)
+        owner = take_over(found, self.tx, self.rx, hold=found.hold or hold_nonce())
         self.own(owner)
-        self.answer |= self._parked("confirm_next", self.ticket, messages.nonce())
+        self.answer |= self.confirm_root()
         owner.settle()
         return owner
+
+    def new_owner(self) -> Owner:
+        """An owner of nothing yet, for a state that was saved."""
+        self.own(Owner(self.tx, self.rx, hold_nonce()))
+        return self.kept
+
+    def confirm_root(self) -> dict[str, Any]:
+        return self._parked("confirm_next", self.ticket, messages.nonce())
 
     def end(self, *, keep: bool) -> None:
         if not keep:
