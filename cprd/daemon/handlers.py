@@ -252,7 +252,9 @@ async def wait_for_turn(
 ) -> None:
     """Claim by `take`, now or when it is this request's turn, and answer with the bundle."""
     key = key_of(connection, message)
-    server.steps.refresh(key, connection)
+    repeated = server.registry.recall(caller_of(connection, message, connection.peer.pid), key)
+    # The end of cprd ends a connection as well: whoever repeats a request has executed nothing.
+    server.steps.refresh(key, None if repeated is not None else connection)
     try:
         step = take()
     except (NotHeld, Busy) as error:
@@ -263,7 +265,7 @@ async def wait_for_turn(
         if waiter.told:
             return
         if found is None:  # the answer is the answer that a load gets now
-            server.steps.refresh(key, connection)
+            server.steps.refresh(key)
             found = take()
         step = found
     if not step.answer.get("found", True):

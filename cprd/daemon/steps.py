@@ -82,21 +82,21 @@ class Steps:
         for note in list(self.notes.read()):
             hold = note.hold
             there = self.registry.get(hold.generation)
-            newer = [one for one in self.registry.of(hold.key) if one.generation > hold.generation]
-            owner = -1 if newer or there is not None else note.owner()
-            fields: dict[str, Any] = {
-                "uid": hold.uid,
-                "name": hold.name,
-                "generation": hold.generation,
-            }
-            if owner >= 0:
-                self.registry.put(hold)
-                self.pidfds.keep(hold.generation, {"owner": owner}, hold.roles)
-                log.event("adopted", phase="live", **fields, why=why_not(hold, now()))
-            elif there is None or there.phase != LIVE:
+            if there is not None and there.phase == LIVE:
+                continue  # the store had the root
+            if self.registry.of(hold.key):  # from a store, where this hold ended, or never began
                 self.notes.remove(hold.generation)
-                if there is None and not newer:
-                    log.event("ended", level=log.WARNING, how=NOT_PUT_BACK, **fields)
+                continue
+            owner = note.owner()
+            fields: dict[str, Any] = {"uid": hold.uid, "name": hold.name}
+            fields["generation"] = hold.generation
+            if owner < 0:
+                self.notes.remove(hold.generation)
+                log.event("ended", level=log.WARNING, how=NOT_PUT_BACK, **fields)
+                continue
+            self.registry.put(hold)
+            self.pidfds.keep(hold.generation, {"owner": owner}, hold.roles)
+            log.event("adopted", phase="live", **fields, why=why_not(hold, now()))
 
     async def end_orphans(self) -> None:
         """End prepared saves when the saver cannot be watched, and has not come back in time."""
@@ -143,6 +143,8 @@ class Steps:
             for hold in step.put:
                 if hold.phase == LIVE and "owner" in wanted[hold.generation]:
                     self.notes.write(hold, wanted[hold.generation]["owner"])
+            if self.keeper.kept == "store":  # and the next daemon would find the end without a root
+                self._forget_notes(step)
             self.keeper.write(step, bundle_fd, wanted, require_store=require_store)
         except BaseException:
             for hold in step.put:
@@ -181,9 +183,7 @@ class Steps:
         for ended in step.ended:
             self._after_end(ended, asked)
         self.keeper.let_go(ended.hold for ended in step.ended)
-        for hold in (*step.put, *(ended.hold for ended in step.ended)):
-            if self.registry.get(hold.generation) is not hold or hold.phase != LIVE:
-                self.notes.remove(hold.generation)
+        self._forget_notes(step)
         for hold in step.put:
             self._after_put(before[hold.generation], hold, asked)
         at = self.registry.next_deadline()
@@ -191,6 +191,12 @@ class Steps:
             self._deadline_moved.set()
         for key in {hold.key for hold in (*step.put, *(ended.hold for ended in step.ended))}:
             self.waiters.serve(key)
+
+    def _forget_notes(self, step: Step) -> None:
+        """Forget the live holds that are not live after a step."""
+        left = [hold for hold in step.put if hold.phase != LIVE]
+        for hold in (*left, *(ended.hold for ended in step.ended)):
+            self.notes.remove(hold.generation)
 
     def _after_end(self, ended: Ended, asked: Mapping[str, Any]) -> None:
         hold = ended.hold

@@ -16,6 +16,7 @@ import msgpack
 
 from cprd.daemon import log
 from cprd.linux import processes
+from cprd.linux.pause import point
 from cprd.protocol import living
 from cprd.protocol.lifecycle import Hold
 
@@ -73,6 +74,7 @@ class Notes:
             log.event("not-noted", level=log.WARNING, uid=hold.uid, name=hold.name, why=why)
         else:
             self._noted.add(hold.generation)
+            point("note:written")
 
     def remove(self, generation: int) -> None:
         """Forget a hold that is not live any more."""
@@ -82,6 +84,7 @@ class Notes:
         try:
             with _Place(self._place) as place:
                 os.unlink(str(generation), dir_fd=place)
+                point("note:removed")
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 log.event("note-left", level=log.WARNING, why=f"{self._place}: {error.strerror}")
