@@ -15,6 +15,7 @@ from cprd.live import carrier
 from cprd.live.owner import Owner
 from cprd.live.queue import make_pair
 from cprd.live.reader import Found, read
+from cprd.live.shape import SHAPE, Shape
 from cprd.live.takeover import take_over
 from cprd.protocol import messages
 from tests.support.patience import PATIENCE
@@ -30,8 +31,17 @@ def hold_nonce() -> int:
 class Live:
     """A connection, and the live hold that it began or took. Closes everything at the end."""
 
-    def __init__(self, path: str, name: str, *, wait: float = 0.0, nonce: bytes = b"") -> None:
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        *,
+        wait: float = 0.0,
+        nonce: bytes = b"",
+        shape: Shape = SHAPE,
+    ) -> None:
         """Ask for `name`. Raises what cprd answers."""
+        self.shape = shape
         self.path = path
         self.name = name
         self.sock = self.connect()
@@ -47,7 +57,7 @@ class Live:
             self.close()
             raise
         if not self.answer["found"]:
-            self.own(Owner(self.tx, self.rx, hold_nonce()))
+            self.own(Owner(self.tx, self.rx, hold_nonce(), shape=self.shape))
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -123,7 +133,8 @@ class Live:
     def confirm(self) -> Owner:
         """Take over, confirm, and own."""
         found = self.found or self.read()
-        owner = take_over(found, self.tx, self.rx, hold=found.hold or hold_nonce())
+        hold = found.hold or hold_nonce()
+        owner = take_over(found, self.tx, self.rx, hold=hold, shape=self.shape)
         self.own(owner)
         self.answer |= self.confirm_root()
         owner.settle()
@@ -131,7 +142,7 @@ class Live:
 
     def new_owner(self) -> Owner:
         """An owner of nothing yet, for a state that was saved."""
-        self.own(Owner(self.tx, self.rx, hold_nonce()))
+        self.own(Owner(self.tx, self.rx, hold_nonce(), shape=self.shape))
         return self.kept
 
     def confirm_root(self) -> dict[str, Any]:
