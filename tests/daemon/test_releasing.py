@@ -358,7 +358,7 @@ def test_a_uid_whose_closes_stand_still_is_refused_until_they_go_on(
     monkeypatch.setattr(releasing, "STILL", 0.2)
     forker = Forker()
     every = releasing.Releasing(forker)
-    until(lambda: len(releasers(os.getpid())) == 2, lambda: "no releaser is warm")
+    until(lambda: len(releasers(forker.pid)) == 1, lambda: "no releaser is warm")
     warm = releasers(forker.pid)[0]
     os.kill(warm, signal.SIGSTOP)
     for _ in range(releasing.MAX_PENDING + 1):
