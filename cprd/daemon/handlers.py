@@ -64,16 +64,21 @@ class Offered:
         self.roles: dict[str, int] = {}
         self.bundle = connection.take_queue()
         try:
-            if message["fds"] >= message["parked"] * SCM_MAX_FD ** message["depth"]:
-                raise Damaged("not the bundle that the request describes: counts differ")
-            inspect.check(self.bundle, message["parked"])
+            parked = inspect.check(self.bundle, message["parked"])
+            most = parked * SCM_MAX_FD ** message["depth"] - 1  # one is the manifest
+            if message["fds"] > most:
+                raise Damaged(
+                    f"not the bundle that the request describes: fds says {message['fds']}, and a"
+                    f" root of depth {message['depth']} with {parked} descriptors has at most"
+                    f" {most} below"
+                )
             # The same request comes from the same process, in a queue of its own.
             self.caller = caller_of(connection, message, connection.peer.pid)
             pid = self._predecessor(message)
         except BaseException:
             self.close()
             raise
-        self.offer = Offer(message["fds"], message["bytes"], message["parked"], message["ttl"], pid)
+        self.offer = Offer(message["fds"], message["bytes"], parked, message["ttl"], pid)
 
     def _predecessor(self, message: messages.Message) -> int:
         """The pid that must end before a load, with a pidfd in `roles`; -1: none."""

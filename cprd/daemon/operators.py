@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from cprd.daemon.handlers import Handler
     from cprd.daemon.server import Server
-    from cprd.protocol.rows import Row
 
 MOST_UIDS = 200  # in one answer to status
 
@@ -44,14 +43,14 @@ def _visible(server: Server, connection: Connection) -> Iterator[Hold]:
 async def list_holds(server: Server, connection: Connection, request: Request) -> None:
     """A page of rows by generation, after generation `after`; `more` says where to go on."""
     server.steps.pidfds.collect()
-    after = request.message["after"] or 0
-    rows: list[Row] = []
+    after = request.message["after"]
+    rows: list[messages.Message] = []
     size = 0
     more = None
     at = now()
     visible = [hold for hold in _visible(server, connection) if hold.generation > after]
     for hold in sorted(visible, key=lambda hold: hold.generation):
-        row = hold.row(at)
+        row = messages.without_none(hold.row(at))
         size += len(messages.encode(row))
         if size > messages.PAGE and rows:
             more = rows[-1]["generation"]
@@ -65,7 +64,7 @@ async def show(server: Server, connection: Connection, request: Request) -> None
     key = key_of(connection, request.message)
     server.steps.refresh(key)
     hold = server.registry.top(key)
-    answer = messages.ok(hold=hold.row(now()))
+    answer = messages.ok(hold=messages.without_none(hold.row(now())))
     if hold.generation not in server.keeper.slots or hold.phase == DAMAGED:
         await connection.answer(answer)
         return

@@ -281,7 +281,7 @@ class Server:
             lease_by.remove("process")
         await connection.answer(
             messages.ok(
-                version=messages.VERSION,
+                version=request.message["version"],  # which is spoken from here on
                 server=self.version,
                 uid=connection.peer.uid,
                 pid=connection.peer.pid,

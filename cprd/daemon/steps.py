@@ -198,8 +198,7 @@ class Steps:
             finally:
                 os.close(fd)  # the slot has another: never the last one
         except Damaged as error:
-            why = f"{error}; pid {hold.last_claimant} had claimed it last"
-            self.observe(self.registry.found_damaged(hold.generation, why))
+            self.observe(self.registry.found_damaged(hold.generation, str(error)))
         except (CprdError, OSError):
             pass  # no descriptor left to look with; the next load looks again
 

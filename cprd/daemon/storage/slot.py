@@ -38,6 +38,9 @@ PREFIX = struct.Struct("<4sHIQB")  # magic, version, uid, generation, bytes of t
 MAX_RECORD = 8192
 _PREFIXED = ("uid", "generation", "name")
 _BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in _PREFIXED)
+# Fields since then, which a record has only where they say something: the record is unreadable,
+# and kept, for a cprd that does not know the field.
+_ADDED = {f.name: f.default for f in dataclasses.fields(Hold) if f.name in ("saver_uid",)}
 ROLES = ("after_exit", "saver", "claimant", "acting")  # of the pidfds in a record
 
 
@@ -64,6 +67,9 @@ def encode(
     """A record with the pidfds of `roles`; those of the roles `before` lie in earlier records."""
     name = hold.name.encode()
     body = {field: getattr(hold, field) for field in _BODY}
+    for field, default in _ADDED.items():
+        if body[field] == default:
+            del body[field]
     version = LEANING if before else VERSION
     prefix = PREFIX.pack(MAGIC, version, hold.uid, hold.generation, len(name))
     content = {"roles": roles, "answers": [reply.stored() for reply in replies], "hold": body}
