@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import msgpack
 import pytest
@@ -58,7 +59,7 @@ def test_what_is_left_out_or_nil_has_the_default() -> None:
 
 def test_a_field_that_is_not_known_is_ignored_and_an_unknown_verb_is_named() -> None:
     said = {"verb": "show", "name": "web"}
-    later = {**said, "colour": {"of": ["a", 1]}, b"raw": None}
+    later: dict[Any, Any] = {**said, "colour": {"of": ["a", 1]}, b"raw": None}
     assert messages.read_request(messages.encode(later)) == {**said, "id": None}
     answer = {"ok": {"generation": 3, "colour": "red"}, "colour": 1}
     assert messages.read_answer(messages.encode(answer))["generation"] == 3
@@ -71,7 +72,7 @@ def test_each_field_that_must_be_there_is_missed_by_name(verb: str) -> None:
     for name, field in messages.REQUESTS[verb].items():
         message = {"verb": verb, name: None}
         if field.required:
-            with pytest.raises(messages.BadRequest, match="the field '.*' is missing"):
+            with pytest.raises(messages.BadRequest, match=r"the field '.*' is missing"):
                 messages.read_request(messages.encode(message))
         elif field.default is not None:
             assert field(field.default) == field.default
