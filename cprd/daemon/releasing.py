@@ -125,7 +125,7 @@ class Releasing:
         self._forker = forker or Forker()
         self._releasers: dict[int, Releaser] = {}
         self._by_socket: dict[int, int] = {}  # uid by descriptor
-        self._draining: set[int] = set()  # inodes
+        self.draining: set[int] = set()  # inodes of slots that are drained, or wait for that
         self._after: dict[int, list[int]] = {}  # by uid; owned
         self._epoll = select.epoll()
         # Wakes `tend`; closed with this object.
@@ -141,7 +141,7 @@ class Releasing:
             releaser = self._releasers.setdefault(uid, Releaser())
             # The order does not matter: a slot may be kept for longer than necessary.
             slots = [Work(DRAIN, (fd,)) for owner, fd in passed.sent if owner == uid]
-            self._draining.update(os.fstat(work.fds[0]).st_ino for work in slots)
+            self.draining.update(os.fstat(work.fds[0]).st_ino for work in slots)
             releaser.sent = deque([Work(CLOSE, ())] * (sent - len(slots)) + slots)
             self._use(uid, releaser, socket.socket(fileno=fd))
         for uid, fd in passed.closing:
@@ -159,10 +159,10 @@ class Releasing:
         """Drop everything queued in a socket, then close; `fd` is owned from now on. Never
         blocks."""
         inode = os.fstat(fd).st_ino
-        if inode in self._draining:  # found again on a shelf after an exec: not the last copy
+        if inode in self.draining:  # found again on a shelf after an exec: not the last copy
             os.close(fd)
             return
-        self._draining.add(inode)
+        self.draining.add(inode)
         self._add(uid, Work(DRAIN, (fd,)))
 
     def close_after(self, uid: int, fds: Iterable[int]) -> None:
@@ -278,7 +278,7 @@ class Releasing:
             done, alive = releaser.heard()
             for work in done:
                 for drained in work.fds:
-                    self._draining.discard(os.fstat(drained).st_ino)
+                    self.draining.discard(os.fstat(drained).st_ino)
                     os.close(drained)
             if not alive:
                 self._lose(releaser)
