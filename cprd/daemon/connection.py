@@ -2,7 +2,7 @@
 
 No descriptor comes in. What a client parks for a save goes into a queue that the daemon makes, and
 whose sending end the daemon hands out. What is parked can be a last reference, whose close blocks:
-so `closer` gets each queue that was not saved, and the socket of a client that sent descriptors.
+so `releasing` gets each queue that was not saved, and the socket of a client that sent descriptors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Connection:
         sock: socket.socket,
         peer: Peer,
         pidfd: int,
-        closer: Releasing,
+        releasing: Releasing,
         turns: Turns,
         watch: Watch,
     ) -> None:
@@ -57,7 +57,7 @@ class Connection:
         self.sock = sock
         self.peer = peer
         self.pidfd = pidfd
-        self.closer = closer
+        self.releasing = releasing
         self.turns = turns
         self.claims: set[tuple[int, bytes]] = set()  # (generation, token)
         self.prepared: set[int] = set()
@@ -140,7 +140,7 @@ class Connection:
                 " queue at most on its way"
             )
         self.drop_queue()
-        if self.closer.refuses(self.peer.uid):
+        if self.releasing.refuses(self.peer.uid):
             raise LimitExceeded(
                 f"files of uid {self.peer.uid} block when they are closed: end that first"
             )
@@ -179,7 +179,7 @@ class Connection:
         except OSError:
             foreign = True
         if foreign:
-            self.closer.close(self.peer.uid, [fd])
+            self.releasing.close(self.peer.uid, [fd])
         else:
             os.close(fd)
 

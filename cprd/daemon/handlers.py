@@ -280,7 +280,7 @@ async def answer_with_bundle(
     try:
         await connection.answer(message, (fd,))
     finally:  # while the client did not read, the hold may have ended
-        server.closer.close(hold.uid, [fd])
+        server.releasing.close(hold.uid, [fd])
 
 
 async def wait(server: Server, connection: Connection, request: Request) -> None:

@@ -94,7 +94,7 @@ async def status(server: Server, connection: Connection, request: Request) -> No
             refused_accepts=0 if uid else server.refused_accepts,
             closing={
                 str(other): count
-                for other, count in server.closer.blocked().items()
+                for other, count in server.releasing.blocked().items()
                 if uid in (0, other)
             },
             limits=server.limits,

@@ -44,11 +44,11 @@ class Server:
     """All state of the daemon. `serve` runs it."""
 
     def __init__(
-        self, config: Config, keeper: Keeper, closer: Releasing, registry: Registry
+        self, config: Config, keeper: Keeper, releasing: Releasing, registry: Registry
     ) -> None:
         self.config = config
         self.keeper = keeper
-        self.closer = closer
+        self.releasing = releasing
         self.registry = registry
         self.connections: set[Connection] = set()
         self.steps = Steps(registry, keeper, self.connections)
@@ -146,7 +146,7 @@ class Server:
             gone = refused is not None or processes.is_ready(sock.fileno())
             pidfd = -1 if gone else processes.pidfd_of(sock, peer.pid)
             watch = self.steps.pidfds.watched
-            connection = Connection(sock, peer, pidfd, self.closer, self.turns, watch)
+            connection = Connection(sock, peer, pidfd, self.releasing, self.turns, watch)
         except OSError as error:
             log.event("accept-failed", level=log.ERROR, why=error.strerror)
             sock.close()
@@ -182,7 +182,7 @@ class Server:
         try:
             sock, _ = listener.accept()
             uid, _ = processes.credentials(sock)
-            self.closer.close(uid, [sock.detach()])
+            self.releasing.close(uid, [sock.detach()])
         except OSError:
             pass
         self._open_reserve()
@@ -222,10 +222,10 @@ class Server:
 
     def _check_releases(self, uid: int) -> None:
         """Raises LimitExceeded where too much of a uid waits to be let go of."""
-        if self.closer.refuses(uid):
+        if self.releasing.refuses(uid):
             raise LimitExceeded(
                 f"files of uid {uid} block when they are closed, and"
-                f" {self.closer.pending(uid)} closes wait for"
+                f" {self.releasing.pending(uid)} closes wait for"
                 " them: make them answer, or end the process that they wait for"
             )
 
