@@ -162,6 +162,11 @@ class Command:
             chardev = chardevs.get(options.get("chardev") or options[""], {})
             if people or options.get("mode") == "control":
                 found.append((chardev.get("path", ""), is_on(options, "pretty")))
+        for value in self.values("object"):  # (from QEMU 11.1 on)
+            options = keyed(value)
+            if options[""] == "monitor-qmp" or (people and options[""] == "monitor-hmp"):
+                chardev = chardevs.get(options.get("chardev", ""), {})
+                found.append((chardev.get("path", ""), is_on(options, "pretty")))
         return [(path, pretty) for path, pretty in found if path]
 
     def monitor_path(self) -> str:
@@ -217,7 +222,7 @@ class Command:
             "cpr": {"transport": "socket", "type": "unix", "path": cpr},
         }
         added = ["-S", "-chardev", f"socket,id={MONITOR},fd={monitor}"]
-        added += ["-mon", f"chardev={MONITOR},mode=control"]
+        added += ["-qmp", f"chardev:{MONITOR}"]  # (every version takes that; 11.1 warns of -mon)
         for kind, addr in channels.items():
             added += ["-incoming", json.dumps({"channel-type": kind, "addr": addr})]
         for value in self.values("global"):

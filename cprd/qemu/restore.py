@@ -323,6 +323,7 @@ class _Restore:
         if now not in LIVE and status in LIVE:
             note(f"cprctl: the guest went on, and is {now!r} since")
         spawn.notify("READY=1\nSTATUS=The guest goes on.")
+        target.end_monitor()
 
     def _confirm(self) -> None:
         """The guest runs: the state must never be served again. Tries for a while if cprd is away;
