@@ -191,6 +191,16 @@ class Command:
             " cprctl cannot speak to such a one: without another -qmp this VM cannot be saved"
         )
 
+    def changes_user(self) -> str:
+        """A message when this QEMU would change its user once it has begun; "" otherwise."""
+        user = any("user" in keyed(value) for value in self.values("run-with"))
+        if not user and not any(True for _ in self.values("runas")):
+            return ""
+        return (
+            "a QEMU that changes its user (-run-with user=, -runas) cannot be handed over: let it"
+            " begin as that user (as root: UID/NAME as the name), without that option"
+        )
+
     def truncating(self) -> list[str]:
         """Files that a new QEMU would empty: -chardev file without append=on."""
         files = [

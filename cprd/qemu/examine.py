@@ -312,6 +312,8 @@ def _networks(command: Command) -> Iterator[tuple[str, dict[str, str]]]:
 def _conflicts(command: Command) -> Iterator[Conflict]:
     if any(True for _ in command.values("pidfile")):
         yield Conflict("-pidfile is locked by the old QEMU: leave it out, or save and start")
+    if command.changes_user():
+        yield Conflict(command.changes_user())
     if any(is_on(keyed(value), "exit-with-parent") for value in command.values("run-with")):
         yield Conflict(
             "-run-with exit-with-parent=on: the new QEMU would be another parent's: leave it out,"
