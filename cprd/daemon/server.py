@@ -107,8 +107,10 @@ class Server:
 
     async def serve(self, *listeners: socket.socket) -> None:
         """Serve until cancelled. `listeners` are borrowed."""
+        trio.lowlevel.add_instrument(self.turns)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tend, "log", log.write_behind)
+            nursery.start_soon(tend, "idle connections", self._end_idle)
             nursery.start_soon(tend, "processes", self.steps.pidfds.watch)
             nursery.start_soon(tend, "deadlines", self.steps.watch_deadlines)
             nursery.start_soon(tend, "orphans", self.steps.end_orphans)
@@ -244,6 +246,18 @@ class Server:
             self.turns.remove(peer.uid)
             connection.close()
 
+    async def _end_idle(self) -> None:
+        """End connections on which nothing was asked for too long. Until cancelled."""
+        while True:
+            now = earliest = trio.current_time()
+            for connection in self.connections:
+                if connection.claims or connection.prepared:
+                    continue
+                if connection.idle_since <= now - messages.IDLE:
+                    connection.give_up()
+                earliest = min(earliest, connection.idle_since)
+            await trio.sleep_until(max(earliest, now - messages.IDLE + 1.0) + messages.IDLE)
+
     async def _end_claims(self, connection: Connection) -> None:
         if not self.stopping:
             with trio.CancelScope(shield=True):
@@ -300,13 +314,8 @@ class Server:
 
     async def _serve_request(self, connection: Connection) -> bool:
         """One request and the answer; False at the end of the connection."""
-        request: Request | None = None
         try:
-            if connection.claims or connection.prepared:
-                request = await connection.receive(messages.read_request)
-            else:
-                with trio.move_on_after(messages.IDLE):
-                    request = await connection.receive(messages.read_request)
+            request = await connection.receive(messages.read_request)
             if request is None:
                 return False
         except ProtocolError as error:
