@@ -12,6 +12,7 @@ lost, whoever is killed. A uid with blocking files holds up nobody but itself.
 from __future__ import annotations
 
 import io
+import math
 import os
 import select
 import socket
@@ -33,6 +34,7 @@ MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
 MOST_PENDING = 4000  # where something moves: many holds can end at once
 STILL = 1.0  # s without an acknowledgement: something blocks
 LINGER = 5.0  # s until an idle releaser is told to end
+GATHERED = 0.02  # s: so many acknowledgements are heard at once
 
 Fds = tuple[int, ...]
 
@@ -185,6 +187,8 @@ class Releasing:
         if not (releaser.queue or releaser.sent):
             releaser.moved = time.monotonic()
         releaser.queue.append(work)
+        if len(releaser.sent) >= AT_ONCE:
+            self._hear()
         self._advance(uid, releaser)
         if not releaser.sent:
             os.eventfd_write(self._stuck.fileno(), 1)
@@ -236,11 +240,17 @@ class Releasing:
     async def tend(self) -> None:
         """For ever: hear acknowledgements, send more, let idle releasers end, keep one warm."""
         while True:
-            pause = AGAIN if self._restless else LINGER
-            with trio.move_on_after(pause):
+            with trio.move_on_after(self._pause):
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
+            await trio.sleep(GATHERED)
             self.collect()
-            await trio.lowlevel.checkpoint()
+
+    @property
+    def _pause(self) -> float:
+        """Seconds until something is due without being heard of."""
+        if self._restless:
+            return AGAIN
+        return LINGER if self._releasers else math.inf
 
     @property
     def _restless(self) -> bool:
