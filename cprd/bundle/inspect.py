@@ -25,8 +25,9 @@ LONGEST = 1024  # entries of a container in such a value
 DEEPEST = 16  # containers in each other
 
 
-def check(fd: int, parked: int) -> None:
-    """Look at the outside of a bundle; the saver says that the root holds `parked` descriptors.
+def check(fd: int, parked: int = 0) -> int:
+    """Look at the outside of a bundle. Returns the number of descriptors in the root, which should
+    be `parked` (0: not known).
 
     cprd does no more for each save: O(1) whatever lies below the root. `fd` is borrowed: the
     receiving end of a queue that cprd has made. Raises Damaged for anything but a whole bundle,
@@ -40,8 +41,11 @@ def check(fd: int, parked: int) -> None:
         raise Damaged("not a whole bundle: nothing is queued in it")
     if waiting != HEADER.size:
         raise Damaged(f"not a whole bundle: {waiting} bytes are queued in it, not {HEADER.size}")
-    if found != parked:
+    if parked and found != parked:
         raise Damaged(f"not a whole bundle: it should hold {parked} descriptors and holds {found}")
+    if found < 1:
+        raise Damaged("not a whole bundle: no descriptors are queued in it")
+    return found
 
 
 def describe_bundle(row: dict[str, Any], bundle: int) -> dict[str, Any]:

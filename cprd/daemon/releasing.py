@@ -12,6 +12,7 @@ lost, whoever is killed. A uid with blocking files holds up nobody but itself.
 from __future__ import annotations
 
 import io
+import math
 import os
 import select
 import socket
@@ -33,6 +34,7 @@ MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
 MOST_PENDING = 4000  # where something moves: many holds can end at once
 STILL = 1.0  # s without an acknowledgement: something blocks
 LINGER = 5.0  # s until an idle releaser is told to end
+GATHERED = 0.02  # s: so many acknowledgements are heard at once
 
 Fds = tuple[int, ...]
 
@@ -129,7 +131,7 @@ class Releasing:
         self._forker = forker or Forker()
         self._releasers: dict[int, Releaser] = {}
         self._by_socket: dict[int, int] = {}  # uid by descriptor
-        self._draining: set[int] = set()  # inodes
+        self.draining: set[int] = set()  # inodes of slots that are drained, or wait for that
         self._after: dict[int, list[int]] = {}  # by uid; owned
         self._epoll = select.epoll()
         # Wakes `tend`; closed with this object.
@@ -145,7 +147,7 @@ class Releasing:
             releaser = self._releasers.setdefault(uid, Releaser())
             # The order does not matter: a slot may be kept for longer than necessary.
             slots = [Work(DRAIN, (fd,)) for owner, fd in passed.sent if owner == uid]
-            self._draining.update(os.fstat(work.fds[0]).st_ino for work in slots)
+            self.draining.update(os.fstat(work.fds[0]).st_ino for work in slots)
             releaser.sent = deque([Work(CLOSE, ())] * (sent - len(slots)) + slots)
             self._use(uid, releaser, socket.socket(fileno=fd))
         for uid, fd in passed.closing:
@@ -163,10 +165,10 @@ class Releasing:
         """Drop everything queued in a socket, then close; `fd` is owned from now on. Never
         blocks."""
         inode = os.fstat(fd).st_ino
-        if inode in self._draining:  # found again on a shelf after an exec: not the last copy
+        if inode in self.draining:  # found again on a shelf after an exec: not the last copy
             os.close(fd)
             return
-        self._draining.add(inode)
+        self.draining.add(inode)
         self._add(uid, Work(DRAIN, (fd,)))
 
     async def fence(self, uid: int, bundle: int) -> None:
@@ -196,6 +198,8 @@ class Releasing:
         if not (releaser.queue or releaser.sent):
             releaser.moved = time.monotonic()
         releaser.queue.append(work)
+        if len(releaser.sent) >= AT_ONCE:
+            self._hear()
         self._advance(uid, releaser)
         if not releaser.sent:
             os.eventfd_write(self._stuck.fileno(), 1)
@@ -247,11 +251,17 @@ class Releasing:
     async def tend(self) -> None:
         """For ever: hear acknowledgements, send more, let idle releasers end, keep one warm."""
         while True:
-            pause = AGAIN if self._restless else LINGER
-            with trio.move_on_after(pause):
+            with trio.move_on_after(self._pause):
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
+            await trio.sleep(GATHERED)
             self.collect()
-            await trio.lowlevel.checkpoint()
+
+    @property
+    def _pause(self) -> float:
+        """Seconds until something is due without being heard of."""
+        if self._restless:
+            return AGAIN
+        return LINGER if self._releasers else math.inf
 
     @property
     def _restless(self) -> bool:
@@ -289,7 +299,7 @@ class Releasing:
             done, alive = releaser.heard()
             for work in done:
                 for drained in work.fds:
-                    self._draining.discard(os.fstat(drained).st_ino)
+                    self.draining.discard(os.fstat(drained).st_ino)
                     os.close(drained)
                 if work.done is not None:
                     work.done()

@@ -25,7 +25,8 @@ from cprd.linux import processes
 from cprd.linux.pause import point
 from cprd.linux.rights import close_all
 from cprd.protocol import living
-from cprd.protocol.lifecycle import HELD, LIVE, NOT_PUT_BACK, Hold, pid_text, why_not
+from cprd.protocol.lifecycle import HELD, LIVE, NOT_PUT_BACK, Hold, why_not
+from cprd.protocol.messages import pid_text
 from cprd.protocol.names import Key
 from cprd.protocol.registry import Ended, Registry, Step
 
@@ -242,8 +243,7 @@ class Steps:
             finally:
                 os.close(fd)  # the slot has another: never the last one
         except Damaged as error:
-            why = f"{error}; pid {hold.last_claimant} had claimed it last"
-            self.observe(self.registry.found_damaged(hold.generation, why))
+            self.observe(self.registry.found_damaged(hold.generation, str(error)))
         except (CprdError, OSError):
             pass  # no descriptor left to look with; the next load looks again
 

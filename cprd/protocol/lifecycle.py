@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from cprd.errors import Busy
+from cprd.protocol.messages import pid_text
 
 if TYPE_CHECKING:
     from cprd.protocol.names import Key
@@ -93,8 +94,10 @@ _IN_THE_WAY = {
     CLAIMED: ("claimant",),
     IN_DOUBT: ("acting", "claimant"),
     LIVE: ("saver",),
+    DAMAGED: ("saver",),
 }
-"""Phase -> fields of the processes that a load waits for; the first pid above 0 counts."""
+"""Phase -> fields of the processes that a load waits for, or must blame; the first pid above 0
+counts."""
 
 
 _USES = ("which keeps it live", "which has not put it back since cprd ended")
@@ -126,6 +129,7 @@ class Hold:
     acting: int = 0  # pid of the process that begin named
     parked: int = 0  # descriptors in the root of the bundle, as the saver said; 0: not known
     begun: bool = False  # in doubt by begin, not by a saver that vanished
+    saver_uid: int = -1  # where root saved under a name of another uid; -1: as `uid`
     live: bool = False  # the bundle is the root of a live hold
     away: bool = False  # live, and the owner alone has the root: cprd has ended since
     took: int = 0  # live: the generation that was taken over; 0: none
@@ -135,6 +139,11 @@ class Hold:
     @property
     def key(self) -> Key:
         return (self.uid, self.name)
+
+    @property
+    def saved_by(self) -> int:
+        """The uid of the saver."""
+        return self.uid if self.saver_uid < 0 else self.saver_uid
 
     @property
     def committed(self) -> bool:
@@ -253,7 +262,3 @@ def busy(hold: Hold, text: str, kind: type[Refusal]) -> Refusal:
         phase=hold.phase,
         until=hold.deadline if hold.allows("lease over") else None,
     )
-
-
-def pid_text(pid: int) -> str:
-    return f"pid {pid}" if pid > 0 else "a process of another pid namespace"

@@ -18,8 +18,8 @@ from cprd.protocol.lifecycle import (
     OWNER_GONE,
     SOON,
     Hold,
-    pid_text,
 )
+from cprd.protocol.messages import pid_text
 from cprd.protocol.names import Key
 from cprd.protocol.registry import Caller, Offer, Registry, Step, Ticket, end_of, remembering
 
@@ -108,7 +108,7 @@ def put_back(registry: Registry, caller: Caller, by: Ticket, offer: Offer) -> St
     answer = {"generation": by.generation, "token": by.token}
     if hold is not None:
         here = replace(hold, away=False, token=by.token, parked=offer.parked)
-        here = replace(here, phase=hold.after("put back"), ttl_left=offer.ttl)
+        here = replace(here, phase=hold.after("put back"))
         return Step(answer=answer, put=(here,), by=caller)
     registry.mine(by, "put back")
     return Step(answer=answer)

@@ -516,7 +516,7 @@ def test_a_claimant_that_dies_gives_it_back_with_the_reason() -> None:
     assert world.top.phase == HELD
     assert "pid 202 did not confirm: its process ended" in world.top.last_reject
     answer = world.load(THIRD, token=b"t" * 16)
-    assert (answer["attempts"], answer["last_claimant"]) == (2, OTHER.pid)
+    assert (answer["attempts"], world.top.last_claimant) == (2, OTHER.pid)
 
 
 def test_the_death_of_an_earlier_claimant_ends_no_later_claim() -> None:

@@ -21,8 +21,6 @@ from cprd.protocol import messages
 from tests.support.patience import PATIENCE
 from tests.support.wire import HELLO, queue, request
 
-EMPTY = {"ttl": None, "after_exit": "no", "pid": 0, "inode": 0, "queue": False, "live": True}
-
 
 def hold_nonce() -> int:
     return int.from_bytes(os.urandom(7), "big") + 1
@@ -106,7 +104,7 @@ class Live:
         def act() -> dict[str, Any]:
             with queue(self.sock) as inlet:
                 carrier.park(inlet, self.root)
-                return self._ask(verb, {**fields, **carrier.PARKED, **EMPTY, "nonce": nonce})
+                return self._ask(verb, {**fields, **carrier.PARKED, "live": True, "nonce": nonce})
 
         return self._until_answered(act)
 
