@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,6 +17,7 @@ import pytest
 import cprd
 from cprd.errors import Fenced
 from cprd.protocol.lifecycle import MOST_DEATHS
+from tests.support.checkout import CHECKOUT
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 from tests.support.live import Live
@@ -415,10 +418,6 @@ def test_a_program_that_executes_itself_finds_what_it_kept(
         "os.write(state.find_fd('pipe', 0), b'!')\n"
         "print(live.answer['last_end'])\n"
     )
-    import sys
-
-    from tests.support.checkout import CHECKOUT
-
     said = subprocess.run(
         [sys.executable, "-c", program, daemon.path, str(pipe.writing)],
         cwd=CHECKOUT,
@@ -540,3 +539,49 @@ def test_notes_that_cannot_be_written_are_said(
     with Live(daemon.path, NAME) as live:
         daemon.await_log("not-noted ")
         live.end(keep=False)
+
+
+# Looking at it
+
+
+def test_show_counts_while_the_owner_lives_and_tells_all_afterwards(
+    daemon: DaemonProcess, pipe: Pipe
+) -> None:
+    def cprctl(*words: str) -> str:
+        command = [sys.executable, "-m", "cprd.cli", "--socket", daemon.path, *words]
+        said = subprocess.run(
+            command, cwd=CHECKOUT, capture_output=True, text=True, timeout=PATIENCE, check=True
+        )
+        return said.stdout
+
+    with Child(own, daemon.path, pipe.writing) as owner:
+        owner.hear()
+        ask(owner)
+        with daemon.connect() as connection:
+            shown = connection.show(NAME)
+        assert shown["segments"] >= 2  # of the pipe, and of the section
+        assert (shown["phase"], shown["descriptors"], shown["sections"]) == ("live", [], [])
+        assert re.search(rf"^{NAME} .* live .* in use by pid {owner.pid}, ", cprctl("list"), re.M)
+        said = cprctl("show", NAME)
+        assert f"reason: in use by pid {owner.pid}, which keeps it live" in said
+        assert f"{shown['segments']} segments" in said
+        for _ in range(100):
+            assert ask(owner) == "ok"  # the looks were in nobody's way
+        owner.kill()
+    await_phase(daemon, "held")
+    for _ in range(3):
+        with daemon.connect() as connection:
+            shown = connection.show(NAME)
+        assert [(one["name"], one["id"]) for one in shown["descriptors"]] == [("pipe", 0)]
+        assert [(one["key"], one["value"]) for one in shown["sections"]] == [("count", 101)]
+    assert re.search(r"^pipe .* pipe", cprctl("show", NAME), re.M)
+    with Live(daemon.path, NAME) as live:
+        assert connection_shows(daemon)["segments"] == shown["segments"]
+        assert pipe.is_in(live.read().state)
+        live.confirm()
+        live.end(keep=False)
+
+
+def connection_shows(daemon: DaemonProcess) -> cprd.Shown:
+    with daemon.connect() as connection:
+        return connection.show(NAME)
