@@ -27,7 +27,8 @@ import trio
 from cprd.daemon import log
 from cprd.daemon.forker import AGAIN, Forker, inherited
 from cprd.daemon.passed import Passed
-from cprd.daemon.releaser import AFTER, CLOSE, CLOSED, DRAIN, FENCE, MOST
+from cprd.daemon.releaser import AFTER, CLOSE, CLOSED, COUNT, COUNTED, DRAIN, FENCE, FENCED, MOST
+from cprd.errors import LimitExceeded
 
 AT_ONCE = 16  # messages to one releaser without an acknowledgement
 MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
@@ -39,15 +40,15 @@ GATHERED = 0.02  # s: so many acknowledgements are heard at once
 Fds = tuple[int, ...]
 
 
-KEPT = (DRAIN, FENCE)  # until acknowledged; another releaser is asked where the first one ends
+KEPT = (DRAIN, FENCE, COUNT)  # until acknowledged: another releaser is asked where one ends
 
 
 class Work(NamedTuple):
-    """One message. `fds` are owned: until sent, and for DRAIN and FENCE until acknowledged."""
+    """One message. `fds` are owned: until sent, and for kinds in KEPT until acknowledged."""
 
     kind: bytes
     fds: Fds
-    done: Callable[[], None] | None = None  # called once acknowledged
+    done: Callable[[bytes], None] | None = None  # called with the acknowledgement
 
 
 class Releaser:
@@ -99,14 +100,14 @@ class Releaser:
         self.owed = False
         return True
 
-    def heard(self) -> tuple[list[Work], bool]:
-        """The work acknowledged since, and whether the releaser is still there."""
+    def heard(self) -> tuple[list[tuple[Work, bytes]], bool]:
+        """The work acknowledged since, with the words, and whether the releaser is still there."""
         assert self.sock is not None
-        done: list[Work] = []
+        done: list[tuple[Work, bytes]] = []
         try:
-            while self.sock.recv(1):
+            while said := self.sock.recv(64):
                 if self.sent:
-                    done.append(self.sent.popleft())
+                    done.append((self.sent.popleft(), said))
                 self.moved = time.monotonic()
         except BlockingIOError:
             return done, True
@@ -174,9 +175,30 @@ class Releasing:
     async def fence(self, uid: int, bundle: int) -> None:
         """Let the owner of a live hold change nothing any more; `bundle` is owned from now on.
         Returns once no change counts. Waits for as long as files of the uid block."""
-        fenced = trio.Event()
-        self._add(uid, Work(FENCE, (bundle,), fenced.set))
-        await fenced.wait()
+        if await self._asked(uid, FENCE, bundle) != FENCED:
+            raise LimitExceeded("a releaser of an earlier version cannot fence: try again")
+
+    async def count(self, uid: int, bundle: int) -> tuple[int, int] | None:
+        """How many descriptors the root of the live hold in a bundle has, and how many lie in the
+        segments; None where that cannot be seen. `bundle` is owned from now on. Waits as `fence`
+        does."""
+        said = await self._asked(uid, COUNT, bundle)
+        if len(said) != COUNTED.size:
+            return None
+        in_root, below = COUNTED.unpack(said)
+        return in_root, below
+
+    async def _asked(self, uid: int, kind: bytes, bundle: int) -> bytes:
+        answered = trio.Event()
+        answer = [b""]
+
+        def done(said: bytes) -> None:
+            answer[0] = said
+            answered.set()
+
+        self._add(uid, Work(kind, (bundle,), done))
+        await answered.wait()
+        return answer[0]
 
     def close_after(self, uid: int, fds: Iterable[int]) -> None:
         """Close descriptors, owned from now on, after the end of the daemon. `stop` must follow."""
@@ -297,12 +319,12 @@ class Releasing:
                 continue  # or the forker has ended
             releaser = self._releasers[self._by_socket[fd]]
             done, alive = releaser.heard()
-            for work in done:
+            for work, said in done:
                 for drained in work.fds:
                     self.draining.discard(os.fstat(drained).st_ino)
                     os.close(drained)
                 if work.done is not None:
-                    work.done()
+                    work.done(said)
             if not alive:
                 self._lose(releaser)
 
@@ -314,9 +336,9 @@ class Releasing:
         for uid, releaser in self._releasers.items():
             # Slots wait for their turn: exec closes none of them for good.
             slots = [work for work in releaser.queue if work.kind == DRAIN]
-            # Nobody waits any more for a fence, whose copy of a bundle is not the last one.
+            # Nobody waits any more for an answer; the copy of a bundle is not the last one.
             releaser.sent = deque(
-                Work(CLOSE, ()) if work.kind == FENCE else work for work in releaser.sent
+                Work(CLOSE, ()) if work.done is not None else work for work in releaser.sent
             )
             releaser.queue = deque(work for work in releaser.queue if work.kind == CLOSE)
             self._advance(uid, releaser, at_once=1 << 30)

@@ -57,7 +57,7 @@ class Server:
         self.releasing = releasing
         self.registry = registry
         self.connections: set[Connection] = set()
-        self.steps = Steps(registry, keeper, self.connections, notes or Notes(""))
+        self.steps = Steps(registry, keeper, self.connections, releasing, notes)
         self.version = f"cprd {messages.RELEASE}"
         self.started = now()
         self.refused_accepts = 0
@@ -121,6 +121,7 @@ class Server:
             nursery.start_soon(tend, "processes", self.steps.pidfds.watch)
             nursery.start_soon(tend, "deadlines", self.steps.watch_deadlines)
             nursery.start_soon(tend, "orphans", self.steps.end_orphans)
+            nursery.start_soon(tend, "counting", self.steps.counting.count)
             nursery.start_soon(tend, "waiters", self.steps.waiters.serve_further)
             for listener in listeners:
                 listener.setblocking(False)

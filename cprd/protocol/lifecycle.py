@@ -48,6 +48,8 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     (HELD, "ttl over"): NOTHING,
     (HELD, "release"): HELD,
     (HELD, "found damaged"): DAMAGED,
+    (HELD, "counted"): HELD,
+    (HELD, "found empty"): NOTHING,
     (CLAIMED, "renew"): CLAIMED,
     (CLAIMED, "confirm"): NOTHING,
     (CLAIMED, "confirm next"): NOTHING,
@@ -75,6 +77,7 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     (LIVE, NOT_PUT_BACK): NOTHING,
     (LIVE, "end"): NOTHING,
     (LIVE, "drop by force"): NOTHING,
+    (QUARANTINED, "counted"): QUARANTINED,
     (QUARANTINED, "release by force"): HELD,
     (QUARANTINED, "drop by force"): NOTHING,
     (DAMAGED, "drop by force"): NOTHING,
@@ -86,7 +89,8 @@ TRANSITIONS: dict[tuple[str, str], str] = {
 
 "replace", "confirm next" and "saved by the acting process" end the old hold in the step that puts
 the new one. "newer committed": a save was prepared over the hold, and is committed or released.
-"owner gone, and not put back": cprd kept in memory only, and has ended since."""
+"owner gone, and not put back": cprd kept in memory only, and has ended since. "counted" and "found
+empty": of a live hold, once the owner has ended."""
 
 _IN_THE_WAY = {
     PREPARED: ("saver",),

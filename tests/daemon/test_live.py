@@ -156,11 +156,11 @@ def test_what_a_killed_owner_kept_is_there_for_the_next(daemon: DaemonProcess, p
     daemon.await_fds(base, queues=1)
 
 
-def test_how_the_last_owner_ended_is_said(daemon: DaemonProcess) -> None:
+def test_how_the_last_owner_ended_is_said(daemon: DaemonProcess, pipe: Pipe) -> None:
     from cprd.linux.processes import how_ended
 
     for end, said in ((signal.SIGKILL, "killed by SIGKILL"), (None, "exited 1")):
-        with Child(own, daemon.path) as owner:
+        with Child(own, daemon.path, pipe.writing) as owner:
             owner.hear()
             pidfd = os.pidfd_open(owner.pid)
             if end is None:
@@ -542,6 +542,47 @@ def test_notes_that_cannot_be_written_are_said(
 
 
 # Looking at it
+
+
+def test_what_was_live_is_counted_for_quotas_and_is_never_dropped_for_them(
+    start_daemon: Callable[..., DaemonProcess], pipe: Pipe
+) -> None:
+    daemon = start_daemon(config="[limits]\nfds = 3\n")
+    with Live(daemon.path, NAME) as live:
+        for id in range(40):
+            live.kept.save_fd("pipe", id, pipe.writing)
+        with daemon.connect() as connection:
+            connection.save("other", three := cprd.State())  # the live one does not count
+            assert three.fd_count == 0
+        live.end(keep=True)
+    counted = 40  # and what was written twice
+    until(
+        lambda: connection_lists(daemon)[NAME]["fds"] >= counted,
+        lambda: f"{connection_lists(daemon)}",
+    )
+    with daemon.connect() as connection:
+        state = cprd.State()
+        state.save_fd("pipe", 0, pipe.writing)
+        with pytest.raises(cprd.LimitExceeded, match="the quota is 3"):
+            connection.save("third", state)
+    with Live(daemon.path, NAME) as live:
+        assert live.read().state.fd_count == 40
+        live.confirm()  # no quota for that
+        live.end(keep=False)
+    assert phase(daemon) == "-"
+
+
+def connection_lists(daemon: DaemonProcess) -> dict[str, cprd.Row]:
+    with daemon.connect() as connection:
+        return {row["name"]: row for row in connection.list()}
+
+
+def test_an_empty_live_hold_is_gone_with_its_owner(daemon: DaemonProcess) -> None:
+    with Child(own, daemon.path) as owner:
+        owner.hear()
+        owner.kill()
+    await_phase(daemon, "-")
+    daemon.await_log('ended how="found empty"')
 
 
 def test_show_counts_while_the_owner_lives_and_tells_all_afterwards(
