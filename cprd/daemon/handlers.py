@@ -137,8 +137,11 @@ def _open_process(connection: Connection, message: messages.Message, field: str)
 async def queue(server: Server, connection: Connection, request: Request) -> None:
     """Hand out the sending end of a new queue, for the next save."""
     del server, request
-    with connection.queue() as inlet:
-        await connection.answer(messages.ok(), (inlet.fileno(),))
+    inlet = connection.queue()
+    try:
+        await connection.answer(messages.ok(), (inlet,))
+    finally:
+        os.close(inlet)
 
 
 async def _answer_saved(
@@ -149,8 +152,10 @@ async def _answer_saved(
     if inlet is None:
         await connection.answer(answer)
         return
-    with inlet:
-        await connection.answer(answer, (inlet.fileno(),))
+    try:
+        await connection.answer(answer, (inlet,))
+    finally:
+        os.close(inlet)
 
 
 async def save(server: Server, connection: Connection, request: Request) -> None:

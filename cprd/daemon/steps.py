@@ -41,6 +41,8 @@ class Steps:
         self.connections = connections
         self.pidfds = Pidfds(self._process_ended)
         self.waiters = Waiters()
+        # By generation and token: the connection that last spoke for a claim.
+        self._owners: dict[tuple[int, bytes], Connection] = {}
         self._deadline_moved = trio.Event()  # to before `_sleeps_until`
         self._sleeps_until = 0.0
 
@@ -97,24 +99,18 @@ class Steps:
         `bundle_fd` is borrowed. `pidfds` (new only, by generation and role) are owned from now
         on, whatever comes of the step."""
         added = pidfds or {}
-        known = {
-            hold.generation: {
-                **self.pidfds.of(hold.generation),
-                **added.get(hold.generation, {}),
-            }
-            for hold in step.put
-        }
-        wanted = {
-            hold.generation: {
-                role: fd for role, fd in known[hold.generation].items() if role in hold.roles
-            }
-            for hold in step.put
-        }
+        known: dict[int, Roles] = {}
+        wanted: dict[int, Roles] = {}
+        for hold in step.put:
+            generation, roles = hold.generation, hold.roles
+            fds = {**self.pidfds.of(generation), **added.get(generation, {})}
+            known[generation] = fds
+            wanted[generation] = {role: fd for role, fd in fds.items() if role in roles}
         try:
             self.keeper.write(step, bundle_fd, wanted, require_store=require_store)
         except BaseException:
-            for roles in added.values():
-                close_all(roles.values())
+            for new in added.values():
+                close_all(new.values())
             raise
         self._apply(step, known)
 
@@ -234,16 +230,24 @@ class Steps:
 
     def own_claim(self, connection: Connection, generation: int, token: bytes) -> None:
         """The end of this connection, and of no other, ends the claim from now on."""
-        if (generation, token) not in connection.claims:
-            for other in self.connections:
-                other.claims.discard((generation, token))
-            connection.claims.add((generation, token))
+        claim = (generation, token)
+        other = self._owners.get(claim)
+        if other is not connection:
+            if other is not None:
+                other.claims.discard(claim)
+            self._owners[claim] = connection
+        connection.claims.add(claim)
 
     def disown(self, hold: Hold) -> None:
         """The token of `hold` is over: the end of no connection matters to the hold any more."""
-        if hold.token:
+        if not hold.token:
+            return
+        claim = (hold.generation, hold.token)
+        owner = self._owners.pop(claim, None)
+        if owner is not None:
+            owner.claims.discard(claim)
+        if hold.allows("commit"):
             for connection in self.connections:
-                connection.claims.discard((hold.generation, hold.token))
                 connection.prepared.discard(hold.generation)
 
     async def end_claims(self, connection: Connection) -> None:

@@ -73,7 +73,7 @@ class Field:
 
     A bool is an int in Python, and never meant as a number here."""
 
-    __slots__ = ("_fits", "_make", "default", "required", "wants")
+    __slots__ = ("default", "fits", "make", "required", "wants")
 
     def __init__(
         self, wants: str, fits: Callable[[Any], bool], make: Callable[[Any], Any] | None = None
@@ -81,17 +81,17 @@ class Field:
         self.wants = wants
         self.default: Any = None
         self.required = True
-        self._fits = fits
-        self._make = make
+        self.fits = fits
+        self.make = make
 
     def __call__(self, value: Any) -> Any:
-        if not self._fits(value):
+        if not self.fits(value):
             raise ValueError(self.wants)
-        return value if self._make is None else self._make(value)
+        return value if self.make is None else self.make(value)
 
     def optional(self, default: Any) -> Field:
         """The same field, which may be left out."""
-        field = Field(self.wants, self._fits, self._make)
+        field = Field(self.wants, self.fits, self.make)
         field.default, field.required = default, False
         return field
 
@@ -99,7 +99,10 @@ class Field:
 def _text(limit: int) -> Field:
     return Field(
         f"a string of at most {limit} bytes",
-        lambda value: isinstance(value, str) and len(value.encode("utf-8", "replace")) <= limit,
+        lambda value: (
+            isinstance(value, str)
+            and (len(value) if value.isascii() else len(value.encode("utf-8", "replace"))) <= limit
+        ),
     )
 
 
@@ -288,33 +291,47 @@ def read_request(data: bytes) -> Message:
     verb = message.get("verb")
     if not isinstance(verb, str):  # whose text may be deep
         raise BadRequest("the field 'verb' wants the name of a verb")
-    fields = REQUESTS.get(verb)
-    if fields is None:
-        raise BadRequest(f"unknown verb {verb!r:.100}; this cprd speaks version {VERSION}")
+    checks = _checks.get(verb) or _checks_of(verb)
     read: Message = {"verb": verb}
-    for field, check in (*fields.items(), ("id", _ID)):
-        value = message.get(field)
-        if value is not None:
-            try:
-                read[field] = check(value)
-            except ValueError as error:
-                raise BadRequest(f"{verb}: the field {field!r} wants {error}") from None
-        elif check.required:
-            raise BadRequest(f"{verb}: the field {field!r} is missing")
+    get = message.get
+    for field, fits, make, default, required in checks:
+        value = get(field)
+        if value is None:
+            if required:
+                raise BadRequest(f"{verb}: the field {field!r} is missing")
+            read[field] = default
+        elif fits(value):
+            read[field] = value if make is None else make(value)
         else:
-            read[field] = check.default
+            wanted = (_ID if field == "id" else REQUESTS[verb][field]).wants
+            raise BadRequest(f"{verb}: the field {field!r} wants {wanted}")
     return read
+
+
+_checks: dict[str, list[tuple[str, Any, Any, Any, bool]]] = {}  # by verb, of verbs seen
+
+
+def _checks_of(verb: str) -> list[tuple[str, Any, Any, Any, bool]]:
+    """The checks of a verb in a row: name, fits, make, default, required. Raises BadRequest."""
+    if verb not in REQUESTS:
+        raise BadRequest(f"unknown verb {verb!r:.100}; this cprd speaks version {VERSION}")
+    fields = (*REQUESTS[verb].items(), ("id", _ID))
+    _checks[verb] = [
+        (name, field.fits, field.make, field.default, field.required) for name, field in fields
+    ]
+    return _checks[verb]
 
 
 def essence(request: Mapping[str, Any]) -> Message:
     """The verb of a request and the fields that are no defaults: the same whether a default was
     said or left out, and in a later version that has more fields."""
     fields = REQUESTS[request["verb"]]
-    return {
-        key: value
-        for key, value in request.items()
-        if key not in fields or fields[key].required or value != fields[key].default
-    }
+    said = {}
+    for key, value in request.items():
+        field = fields.get(key)
+        if field is None or field.required or value != field.default:
+            said[key] = value
+    return said
 
 
 class Garbled(ProtocolError):

@@ -12,7 +12,7 @@ that the record meant.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -26,6 +26,7 @@ from cprd.protocol.lifecycle import (
     TRANSITIONS,
     Hold,
     busy,
+    changed,
     ending_event,
     why_not,
 )
@@ -137,7 +138,7 @@ class Registry(Holds):
         hold = self._new(caller, key, offer)
         if token:
             phase = TRANSITIONS[NOTHING, "prepare"]
-            hold = replace(hold, phase=phase, token=token, expires=None, ttl_left=offer.ttl)
+            hold = changed(hold, phase=phase, token=token, expires=None, ttl_left=offer.ttl)
         answer = {"generation": hold.generation, "token": token}
         return Step(answer=answer, ended=ended, put=(hold,))
 
@@ -182,7 +183,7 @@ class Registry(Holds):
     def commit(self, caller: Caller, by: Ticket) -> Step:
         """prepared -> held; older records of the name end. Raises Fenced."""
         hold = self._mine(by, "commit")
-        new = replace(
+        new = changed(
             hold,
             phase=hold.after("commit"),
             token=b"",
@@ -213,7 +214,7 @@ class Registry(Holds):
             return Step()
         reason = f"its saver ({pid_text(hold.saver)}) ended between prepare and commit"
         phase = hold.after("saver gone")
-        return Step(put=(replace(hold, phase=phase, token=b"", reason=reason),))
+        return Step(put=(changed(hold, phase=phase, token=b"", reason=reason),))
 
     def predecessor_gone(self, now: float, generation: int) -> Step:
         """The process that `after_exit` named has ended: the hold can be loaded, and the ttl
@@ -221,9 +222,9 @@ class Registry(Holds):
         hold = self.get(generation)
         if hold is None or hold.after_exit < 0:
             return Step()
-        new = replace(hold, after_exit=-1)
+        new = changed(hold, after_exit=-1)
         if new.allows("ttl over") and new.expires is None:
-            new = replace(new, expires=_expires(now, hold.ttl_left, runs=True), ttl_left=None)
+            new = changed(new, expires=_expires(now, hold.ttl_left, runs=True), ttl_left=None)
         return Step(put=(new,))
 
     # Loading
@@ -256,7 +257,7 @@ class Registry(Holds):
                 f"{key[1]!r} has generation {hold.generation} by now; {generation} was asked for"
             )
         now = caller.now
-        new = replace(
+        new = changed(
             hold,
             phase=hold.after("load"),
             attempts=hold.attempts + 1,
@@ -287,7 +288,7 @@ class Registry(Holds):
         if not hold.allows("lease over"):
             return Step(answer={"lease": 0.0})
         lease = hold.lease if lease is None else lease
-        new = replace(hold, lease=lease, deadline=caller.now + lease)
+        new = changed(hold, lease=lease, deadline=caller.now + lease)
         return Step(answer={"lease": lease}, put=(new,))
 
     @_once
@@ -297,7 +298,7 @@ class Registry(Holds):
         hold = self._mine(by, "begin")
         acting = acting or hold.acting
         who = f"; {pid_text(acting)} acts on it" if acting else ""
-        new = replace(
+        new = changed(
             hold,
             phase=hold.after("begin"),
             begun=True,
@@ -314,7 +315,7 @@ class Registry(Holds):
         if hold is None or not hold.acting:
             return Step()
         reason = f"{hold.reason}; {pid_text(hold.acting)} has ended since"
-        return Step(put=(replace(hold, acting=0, reason=reason),))
+        return Step(put=(changed(hold, acting=0, reason=reason),))
 
     @_once
     def confirm(self, caller: Caller, by: Ticket) -> Step:
@@ -363,7 +364,7 @@ class Registry(Holds):
         who = f"; {pid_text(hold.acting)} acts on it" if hold.acting else ""
         reason = f"{pid_text(hold.claimant)} began to act on it, and then {how}, unconfirmed{who}"
         last = hold.claimant
-        new = replace(hold, phase=phase, reason=reason, claimant=0, last_claimant=last)
+        new = changed(hold, phase=phase, reason=reason, claimant=0, last_claimant=last)
         return Step(put=(new,))
 
     def expire(self, now: float) -> Step | None:
@@ -381,7 +382,7 @@ class Registry(Holds):
         hold = self.get(generation)
         if hold is None or not hold.allows("found damaged"):
             return Step()
-        new = replace(
+        new = changed(
             hold,
             phase=hold.after("found damaged"),
             reason=f"{why[:1024]}; {handled_by(hold.saver, hold.saved_by, hold.last_claimant)}",
@@ -471,9 +472,9 @@ class Registry(Holds):
 
 def _remembering(caller: Caller, step: Step, answer: dict[str, Any]) -> Step:
     if not caller.nonce:
-        return replace(step, by=caller)
+        return Step(step.answer, step.ended, step.put, None, caller)
     reply = Reply(caller.uid, caller.nonce, answer, caller.now, caller.digest)
-    return replace(step, reply=reply, by=caller)
+    return Step(step.answer, step.ended, step.put, reply, caller)
 
 
 def _ended(hold: Hold, event: str) -> Ended:
@@ -483,7 +484,7 @@ def _ended(hold: Hold, event: str) -> Ended:
 
 def _back(now: float, hold: Hold, event: str, why: str) -> Hold:
     """The record of a hold that can be loaded again."""
-    return replace(
+    return changed(
         hold,
         phase=hold.after(event),
         last_reject=why[:1024],

@@ -58,6 +58,7 @@ class Shelf:
         "messages",
         "number",
         "outlet",
+        "room",
         "tx",
         "was_durable",
     )
@@ -68,6 +69,8 @@ class Shelf:
         self.outlet = outlet
         self.durable = self.was_durable = self.counts = False
         self.messages = 0
+        # About how many messages the queue can take in all.
+        self.room = tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // BYTES_A_MESSAGE
         self.in_flight = 0  # descriptors parked here
         for end in (tx, outlet):
             end.setblocking(False)
@@ -91,11 +94,6 @@ class Shelf:
     def names(self) -> tuple[str, str]:
         """Names of the outlet and the inlet in the store."""
         return f"{PREFIX_OF_NAMES}{self.number}.out", f"{PREFIX_OF_NAMES}{self.number}.in"
-
-    @property
-    def room(self) -> int:
-        """About how many messages the queue can take in all."""
-        return self.tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // BYTES_A_MESSAGE
 
     def add_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Append slots, (outlet, inlet) each; borrowed. Raises ShelfFull, LimitExceeded."""
@@ -198,7 +196,7 @@ def _content(data: bytes) -> dict[str, Any]:
     return content
 
 
-def records(outlet: socket.socket, size: int) -> Iterator[tuple[bytes, list[int]]]:
+def records(outlet: socket.SocketType, size: int) -> Iterator[tuple[bytes, list[int]]]:
     """Each message of a queue with its descriptors, which the caller owns; nothing is consumed.
 
     One reader at a time: the cursor belongs to the socket. Raises LimitExceeded when a message does

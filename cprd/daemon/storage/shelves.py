@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from cprd.daemon import log
 from cprd.daemon.releaser import empty
@@ -142,7 +141,7 @@ class Keeper:
             dying = self.slots.get(hold.generation)
             if dying is not None:
                 dying.mark_dead(hold, replies)
-                outcomes += [replace(one, generation=hold.generation) for one in dying.replies]
+                outcomes += [one.about(hold.generation) for one in dying.replies]
         self._add_outcomes(outcomes)
 
     def _add(self, hold: Hold, new: Slot) -> None:

@@ -19,6 +19,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import msgpack
@@ -26,7 +27,7 @@ import msgpack
 from cprd.daemon.storage.shelf import records
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
-from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
+from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send, seqpacket_pair
 from cprd.protocol.lifecycle import CLAIMED, Hold
 from cprd.protocol.replies import IN_A_RECORD, Reply, restored
 
@@ -41,6 +42,7 @@ _BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in _PREFIXE
 # Fields since then, which a record has only where they say something: the record is unreadable,
 # and kept, for a cprd that does not know the field.
 _ADDED = {f.name: f.default for f in dataclasses.fields(Hold) if f.name in ("saver_uid",)}
+_body_of = attrgetter(*_BODY)
 ROLES = ("after_exit", "saver", "claimant", "acting")  # of the pidfds in a record
 
 
@@ -66,7 +68,7 @@ def encode(
 ) -> bytes:
     """A record with the pidfds of `roles`; those of the roles `before` lie in earlier records."""
     name = hold.name.encode()
-    body = {field: getattr(hold, field) for field in _BODY}
+    body = dict(zip(_BODY, _body_of(hold), strict=True))
     for field, default in _ADDED.items():
         if body[field] == default:
             del body[field]
@@ -140,7 +142,7 @@ class Slot:
 
     __slots__ = ("foreign", "in_flight", "known", "outlet", "records", "replies", "tx", "uid")
 
-    def __init__(self, tx: socket.socket, outlet: socket.socket) -> None:
+    def __init__(self, tx: socket.SocketType, outlet: socket.SocketType) -> None:
         self.tx = tx
         self.outlet = outlet
         self.records = 0
@@ -150,7 +152,8 @@ class Slot:
         self.uid = 0  # of the owner, once a record was written or read
         self.replies: deque[Reply] = deque(maxlen=IN_A_RECORD)  # in the last record
         for end in (tx, outlet):
-            end.setblocking(False)
+            if end.gettimeout() != 0.0:
+                end.setblocking(False)
 
     @classmethod
     def create(
@@ -160,7 +163,7 @@ class Slot:
 
         Raises LimitExceeded; then nothing is left."""
         try:
-            slot = cls(*socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            slot = cls(*seqpacket_pair())
         except OSError as error:
             raise LimitExceeded(
                 f"cprd has no descriptor left to hold with ({error.strerror}): raise LimitNOFILE="
