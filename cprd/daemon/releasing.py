@@ -242,7 +242,7 @@ class Releasing:
         while True:
             with trio.move_on_after(self._pause):
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
-            await trio.sleep(GATHERED)
+            await trio.sleep(0 if self._restless else GATHERED)
             self.collect()
 
     @property
