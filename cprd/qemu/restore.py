@@ -254,20 +254,25 @@ class _Restore:
         point("qemu-start:cpr")
         # A hold of an older cprctl may want what has to be set before the stream arrives.
         wanted = capabilities(self.held.main)
-        rest = memoryview(self.held.main) if wanted else target.fill_main(self.held.main)
         words = self.command.words[self.command.program :]
         same = bool(words) and self.held.machine.get("command") == words
+        # Other words may make a machine that the stream does not fit: then QEMU (11.1) ends before
+        # anybody could say how the machines differ.
+        early = same and not wanted
+        rest = target.fill_main(self.held.main) if early else memoryview(self.held.main)
         inventory = self._inventory
         asked = target.ask_early(inventory.DISKS if same else inventory.QUESTIONS)
         target.await_devices()
-        if wanted:
-            target.greet()
-            target.set_capabilities(wanted)
-        target.send_main(rest)
-        point("qemu-start:main")
-        if not wanted:
-            target.greet()
+        if early:
+            target.send_main(rest)
+            point("qemu-start:main")
+        target.greet()
         self._refuse_another_machine(target, asked)
+        if not early:
+            if wanted:
+                target.set_capabilities(wanted)
+            target.send_main(rest)
+            point("qemu-start:main")
         target.await_loaded()
         point("qemu-start:loaded")
 
