@@ -26,17 +26,15 @@ from cprd.qemu.errors import (
 from cprd.qemu.hold import LIVE, Held, Origin, is_unfinished
 from cprd.qemu.private import PrivateDirectory, beside
 from cprd.qemu.process import Process
-from cprd.qemu.signals import Deadline
 from cprd.qemu.sockets import refuse_taken
 from cprd.qemu.spawn import Guard
 from cprd.qemu.stream import capabilities
+from cprd.qemu.tell import tell
 
 if TYPE_CHECKING:
     from cprd.qemu.command import Command
     from cprd.qemu.monitor import Request
     from cprd.qemu.target import Target
-
-CONFIRM = 60.0  # s that cprd may be away once the guest runs
 
 
 def restore(
@@ -322,7 +320,7 @@ class _Restore:
         target.check_alive()
         now = target.let_run() if status in LIVE else status
         point("qemu-start:running")
-        self._confirm()
+        tell(self.claim.confirm)
         point("qemu-start:confirmed")
         if now == GONE:
             raise GuestEnded(
@@ -332,24 +330,6 @@ class _Restore:
             note(f"cprctl: the guest went on, and is {now!r} since")
         spawn.notify("READY=1\nSTATUS=The guest goes on.")
         target.end_monitor()
-
-    def _confirm(self) -> None:
-        """The guest runs: the state must never be served again. Tries for a while if cprd is away;
-        until cprd knows, the hold is in doubt, which nobody serves. Raises InDoubt."""
-        deadline = Deadline(CONFIRM)
-        while True:
-            try:
-                self.claim.confirm()
-                return
-            except (cprd.Unavailable, cprd.Timeout) as error:
-                if deadline.has_passed() or signals.came():
-                    raise InDoubt(
-                        f"the guest runs, and cprd could not be told ({error}): the hold stays in"
-                        " doubt until this QEMU is saved; drop it by force if you like"
-                    ) from None
-                signals.sleep(0.2)
-            except CprdError as error:
-                raise InDoubt(f"the guest runs, and cprd says: {error}") from None
 
     def _end(self, target: Target, renewing: _Renewing, guard: Guard, error: BaseException) -> None:
         """End the new QEMU, so that the state can be given back. Raises InDoubt when nobody knows
