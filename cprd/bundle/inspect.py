@@ -69,7 +69,7 @@ def describe_bundle(row: dict[str, Any], bundle: int) -> dict[str, Any]:
         row["descriptors"] = [
             {"name": name, "id": id, "what": describe(fd)} for name, id, fd in state.fds()
         ]
-        row["sections"] = [_section(key, section) for key, section in state.sections()]
+        row["sections"] = [describe_section(key, section) for key, section in state.sections()]
     finally:
         threading.Thread(target=_let_go, args=(state, bundle), daemon=True).start()
     return row
@@ -80,7 +80,8 @@ def _let_go(state: State, bundle: int) -> None:
     os.close(bundle)
 
 
-def _section(key: str, section: InlineSection | MemfdSection) -> dict[str, Any]:
+def describe_section(key: str, section: InlineSection | MemfdSection) -> dict[str, Any]:
+    """Key, kind, size and perhaps the value of a section."""
     if isinstance(section, MemfdSection):
         return {"key": key, "kind": "memfd", "bytes": section.size()}
     shown: dict[str, Any] = {

@@ -41,6 +41,10 @@ HEADER = struct.Struct("<4sHBBIIQQ")
 descriptors in the message, descriptors in all below (manifest and sections included), bytes of
 all sections (root only), number among the siblings."""
 
+LIVE_ROOT = HEADER.pack(MAGIC, 2, 3, 1, 1, 1, 0, 0)
+"""The header of a bundle whose only descriptor is the root of a live hold (cprd/live). Version 2:
+what reads saved states alone refuses such a bundle as whole, and of a later version."""
+
 Section = tuple[str, bool, bool, bytes]
 """Of a manifest: key, whether one msgpack value, whether in a memfd of its own, else the bytes."""
 

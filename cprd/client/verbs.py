@@ -184,10 +184,12 @@ def rows(timeout: float | None) -> Verb[list[Row]]:
 
 
 def show(name: str, timeout: float | None) -> Verb[Shown]:
-    from cprd.bundle.inspect import describe_bundle
-
     row, bundle = yield from row_and_bundle(name, timeout)
-    shown: Shown = yield Work(lambda: describe_bundle(row, bundle))
+    if row["live"]:
+        from cprd.live.inspect import describe_live as look
+    else:
+        from cprd.bundle.inspect import describe_bundle as look
+    shown: Shown = yield Work(lambda: look(row, bundle))
     return shown
 
 

@@ -66,6 +66,7 @@ class Connection:
         self.turns = turns
         self.claims: set[tuple[int, bytes]] = set()  # (generation, token)
         self.prepared: set[int] = set()
+        self.owned: set[int] = set()  # generations of live holds
         self.nonce = b""  # of the last request
         self.id: int | None = None  # of the last request, repeated by the answer
         self.peer_ended = False
@@ -153,6 +154,11 @@ class Connection:
         if self._queue is not None and is_ready(self._queue.fileno()):
             self.drop_queue()
         return self.peer_ended or self._given_up
+
+    @property
+    def has_hung_up(self) -> bool:
+        """Whether the client has closed the connection, or ended."""
+        return self.peer_ended or is_ready(self.sock.fileno())
 
     # The queue of the next save
 

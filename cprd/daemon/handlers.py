@@ -57,28 +57,45 @@ def caller_of(connection: Connection, message: messages.Message, *identity: int)
 class Offered:
     """The bundle that a request speaks of, and perhaps a pidfd. Owns `bundle` and `roles`."""
 
-    def __init__(self, connection: Connection, message: messages.Message) -> None:
-        """Take, seal and check the bundle. Raises ProtocolError, Damaged, InvalidInput,
-        LimitExceeded."""
+    def __init__(
+        self, connection: Connection, message: messages.Message, *, live: bool = False
+    ) -> None:
+        """Take, seal and check the bundle; `live`: the root of a live hold, whose owner the peer
+        is. Raises ProtocolError, Damaged, InvalidInput, LimitExceeded."""
         self.connection = connection
         self.roles: dict[str, int] = {}
+        if live:
+            check_owner(connection)
         self.bundle = connection.take_queue()
         try:
-            parked = inspect.check(self.bundle, message["parked"])
-            most = parked * SCM_MAX_FD ** message["depth"] - 1  # one is the manifest
-            if message["fds"] > most:
-                raise Damaged(
-                    f"not the bundle that the request describes: fds says {message['fds']}, and a"
-                    f" root of depth {message['depth']} with {parked} descriptors has at most"
-                    f" {most} below"
-                )
             # The same request comes from the same process, in a queue of its own.
             self.caller = caller_of(connection, message, connection.peer.pid)
-            pid = self._predecessor(message)
+            self.offer = self._root(message) if live else self._state(message)
         except BaseException:
             self.close()
             raise
-        self.offer = Offer(message["fds"], message["bytes"], parked, message["ttl"], pid)
+
+    def _root(self, message: messages.Message) -> Offer:
+        parked = inspect.check(self.bundle, 1)
+        self.roles["owner"] = os.dup(self.connection.pidfd)
+        return Offer(0, 0, parked, message.get("ttl"), live=True)
+
+    def _state(self, message: messages.Message) -> Offer:
+        parked = self._check(message)
+        pid = self._predecessor(message)
+        return Offer(message["fds"], message["bytes"], parked, message["ttl"], pid)
+
+    def _check(self, message: messages.Message) -> int:
+        """How many descriptors are parked in the root. Raises Damaged."""
+        parked = inspect.check(self.bundle, message["parked"])
+        most = parked * SCM_MAX_FD ** message["depth"] - 1  # one is the manifest
+        if message["fds"] > most:
+            raise Damaged(
+                f"not the bundle that the request describes: fds says {message['fds']}, and a"
+                f" root of depth {message['depth']} with {parked} descriptors has at most"
+                f" {most} below"
+            )
+        return parked
 
     def _predecessor(self, message: messages.Message) -> int:
         """The pid that must end before a load, with a pidfd in `roles`; -1: none."""
@@ -118,6 +135,15 @@ class Offered:
         close_all(self.roles.values())
         if self.bundle >= 0:
             self.connection.let_go(self.bundle)
+
+
+def check_owner(connection: Connection) -> None:
+    """Raises LimitExceeded where the peer cannot own a live hold."""
+    if connection.pidfd < 0:
+        raise LimitExceeded(
+            "a live hold: cprd cannot see when this process ends (it is in another pid namespace,"
+            " and the kernel has no SO_PEERPIDFD before Linux 6.5)"
+        )
 
 
 def _open_process(connection: Connection, message: messages.Message, field: str) -> int:
@@ -212,6 +238,11 @@ def _claim(server: Server, connection: Connection, message: messages.Message, ke
         lease=min(message["lease"], server.config.lease),
         generation=message["generation"],
     )
+    return claim(server, connection, caller, key, step)
+
+
+def claim(server: Server, connection: Connection, caller: Caller, key: Key, step: Step) -> Step:
+    """Perform the step of a claim, once the bundle was found whole."""
     if step.changes:
         hold = step.put[0]
         if hold.attempts > 1:
@@ -222,27 +253,44 @@ def _claim(server: Server, connection: Connection, message: messages.Message, ke
         roles = {"claimant": os.dup(connection.pidfd)} if connection.pidfd >= 0 else {}
         server.steps.perform(step, pidfds={hold.generation: roles})
     server.steps.own_claim(connection, step.answer["generation"], step.answer["token"])
+    claimed = server.registry.get(step.answer["generation"])
+    if claimed is not None and claimed.live:
+        step.answer["last_end"] = server.steps.last_end(claimed)
     return step
 
 
 async def load(server: Server, connection: Connection, request: Request) -> None:
     message = request.message
     key = key_of(connection, message)
-    server.steps.refresh(key)
-    claim = partial(_claim, server, connection, message, key)
+    await wait_for_turn(
+        server, connection, message, partial(_claim, server, connection, message, key)
+    )
+
+
+async def wait_for_turn(
+    server: Server, connection: Connection, message: messages.Message, take: Callable[[], Step]
+) -> None:
+    """Claim by `take`, now or when it is this request's turn, and answer with the bundle."""
+    key = key_of(connection, message)
+    repeated = server.registry.recall(caller_of(connection, message, connection.peer.pid), key)
+    # The end of cprd ends a connection as well: whoever repeats a request has executed nothing.
+    server.steps.refresh(key, None if repeated is not None else connection)
     try:
-        step = claim()
+        step = take()
     except (NotHeld, Busy) as error:
         if not message["wait"] or isinstance(error, Damaged):
             raise
-        waiter = Waiter(claim, partial(_tell_claim, server, connection))
+        waiter = Waiter(take, partial(_tell_claim, server, connection))
         found = await server.steps.waiters.wait(connection, key, waiter, message["wait"])
         if waiter.told:
             return
         if found is None:  # the answer is the answer that a load gets now
             server.steps.refresh(key)
-            found = claim()
+            found = take()
         step = found
+    if not step.answer.get("found", True):
+        await connection.answer(_claimed(server, step))
+        return
     generation, token = step.answer["generation"], step.answer["token"]
     point("daemon:claimed")
     hold = server.registry.get(generation)
@@ -262,6 +310,8 @@ async def load(server: Server, connection: Connection, request: Request) -> None
 
 def _tell_claim(server: Server, connection: Connection, step: Step) -> bool:
     """Answer a claim that was waited for, at once. False: the task of the load has to answer."""
+    if not step.answer.get("found", True):
+        return connection.answer_now(_claimed(server, step))
     point("daemon:claimed")
     fd = server.keeper.bundle(step.answer["generation"])
     try:
@@ -376,12 +426,15 @@ async def confirm(server: Server, connection: Connection, request: Request) -> N
 
 async def confirm_next(server: Server, connection: Connection, request: Request) -> None:
     ticket = ticket_of(connection, request.message)
-    offered = Offered(connection, request.message)
+    offered = Offered(connection, request.message, live=request.message["live"])
     try:
-        step = server.registry.confirm_next(offered.caller, ticket, offered.offer)
+        token = messages.nonce() if offered.offer.live else b""
+        step = server.registry.confirm_next(offered.caller, ticket, offered.offer, token=token)
         offered.perform(server, step)
     finally:
         offered.close()
+    if step.answer["token"]:
+        server.steps.own_live(connection, step.answer["generation"])
     _confirmed(connection, ticket)
     answer = messages.ok(**step.answer, kept=server.keeper.kept)
     await _answer_saved(connection, request.message, answer)
@@ -396,7 +449,13 @@ async def reject(server: Server, connection: Connection, request: Request) -> No
     message = request.message
     ticket = ticket_of(connection, message)
     caller = caller_of(connection, message)
-    step = server.registry.reject(caller, ticket, message["why"], damaged=message["damaged"])
+    step = server.registry.reject(
+        caller,
+        ticket,
+        message["why"],
+        damaged=message["damaged"],
+        attempt=message["attempt"],
+    )
     if step.changes:
         server.steps.perform(step)
     connection.claims.discard((ticket.generation, ticket.token))

@@ -7,11 +7,18 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import trio
+
+from cprd.daemon import log
 from cprd.daemon.clock import now
 from cprd.daemon.connection import Connection, Request
 from cprd.daemon.handlers import answer_with_bundle, caller_of, key_of
+from cprd.errors import LimitExceeded
+from cprd.linux.pause import point
 from cprd.protocol import messages
-from cprd.protocol.lifecycle import DAMAGED, Hold
+from cprd.protocol.lifecycle import DAMAGED, LIVE, Hold
+from cprd.protocol.messages import pid_text
+from cprd.protocol.registry import Step
 
 if TYPE_CHECKING:
     from typing import Any
@@ -19,7 +26,29 @@ if TYPE_CHECKING:
     from cprd.daemon.handlers import Handler
     from cprd.daemon.server import Server
 
+FENCED = 10.0  # s that a releaser may take to fence an owner
 MOST_UIDS = 200  # in one answer to status
+
+
+def _owned(step: Step) -> Hold | None:
+    """The hold that a step takes from a living owner."""
+    return next((ended.hold for ended in step.ended if ended.hold.phase == LIVE), None)
+
+
+async def _fence(server: Server, hold: Hold) -> None:
+    """Let the owner of a live hold change nothing any more. Raises LimitExceeded where that cannot
+    be done in time, for files of the uid block when they are closed."""
+    bundle = server.keeper.bundle(hold.generation)
+    point("daemon:fence")
+    with trio.move_on_after(FENCED) as waiting:
+        await server.releasing.fence(hold.uid, bundle)
+    if waiting.cancelled_caught:
+        raise LimitExceeded(
+            f"{hold.name!r} cannot be taken from its owner, {pid_text(hold.saver)}: files of uid"
+            f" {hold.uid} block when they are closed; make them answer, or end the owner"
+        )
+    log.event("fenced", uid=hold.uid, name=hold.name, generation=hold.generation, pid=hold.saver)
+    point("daemon:fenced")
 
 
 async def drop(server: Server, connection: Connection, request: Request) -> None:
@@ -28,7 +57,13 @@ async def drop(server: Server, connection: Connection, request: Request) -> None
     key = key_of(connection, message)
     server.steps.refresh(key)
     verb = server.registry.drop if message["verb"] == "drop" else server.registry.release
-    step = verb(caller_of(connection, message), key, force=message["force"])
+    caller = caller_of(connection, message)
+    step = verb(caller, key, force=message["force"])
+    fenced: Hold | None = None
+    while (owned := _owned(step)) is not None and owned != fenced:
+        await _fence(server, owned)
+        fenced = owned
+        step = verb(caller, key, force=message["force"])  # what is true by now
     if step.changes:
         server.steps.perform(step)
     await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))

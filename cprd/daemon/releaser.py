@@ -7,28 +7,52 @@ descriptors until the daemon has gone, and ends. Standard library only, and litt
 releaser costs some hundred KiB of its own.
 """
 
+from __future__ import annotations
+
 import _socket
 import os
 import signal
+import struct
 import sys
 from array import array
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 CLOSE = b"c"  # close the descriptors of a message, once the daemon has closed its copies
 CLOSED = b"o"  # the daemon has: whoever closes last may block
-DRAIN = b"d"  # drop everything queued in the sockets of a message, then close
+DRAIN = b"d"  # drop everything queued in slots, of live holds all that is kept as well; close
+FENCE = b"f"  # let nobody change the live hold in a bundle: no change of the owner counts any more
+COUNT = b"n"  # acknowledge how much lies in the live hold in a bundle (COUNTED)
+FENCED = b"F"  # the acknowledgement of FENCE
 AFTER = b"a"  # close the descriptors of a message after the end of the daemon
 MOST = 200  # descriptors in a message
-_SPACE = _socket.CMSG_SPACE(MOST * 4)
+LIVING, HANDED_ON = 4, 5  # versions of the last record of a slot (storage/slot.py)
+_LAST = struct.Struct("<4sHIQB")  # the prefix of a record of a slot
+COUNTED = struct.Struct("<QQ")
+_MAGIC = b"CPRS"
+_RECORD = 1 << 16  # bytes at most, of records in slots and in live holds
+_TURNS = 1024  # records of one queue
+_PEEK = _socket.MSG_PEEK | _socket.MSG_DONTWAIT
+_SO_PEEK_OFF, _SO_DOMAIN = 42, 39
+_SPACE = _socket.CMSG_SPACE(253 * 4)  # the kernel's limit
 
 
 def received(sock: _socket.socket) -> tuple[bytes, list[int]]:
     """The next message and the descriptors, owned by the caller; no byte at the end."""
-    data, ancillary, flags, _ = sock.recvmsg(1, _SPACE, _socket.MSG_CMSG_CLOEXEC)
+    return _received(sock, 1, _socket.MSG_CMSG_CLOEXEC)
+
+
+def _received(sock: _socket.socket, size: int, how: int) -> tuple[bytes, list[int]]:
+    data, ancillary, flags, _ = sock.recvmsg(size, _SPACE, how)
     fds = array("i")
     for level, kind, raw in ancillary:
         if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
             fds.frombytes(raw[: len(raw) - len(raw) % 4])
     if flags & _socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
         return b"", []  # no descriptor left: an end instead of a false acknowledgement
     return data, list(fds)
 
@@ -44,6 +68,120 @@ def empty(fd: int) -> None:
     sock.close()
 
 
+def records(fd: int, only: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
+    """The records of a queue with their descriptors, which are closed after each turn. Nothing is
+    taken out. Nothing at all for anything but a SEQPACKET socket of AF_UNIX."""
+    sock = _queue(fd)
+    if sock is None:
+        return
+    try:
+        sock.setsockopt(_socket.SOL_SOCKET, _SO_PEEK_OFF, 0)
+        for _ in range(only):
+            try:
+                data, fds = _received(sock, _RECORD, _PEEK | _socket.MSG_CMSG_CLOEXEC)
+            except ConnectionResetError:  # said once, of what the other end left unread
+                data, fds = _received(sock, _RECORD, _PEEK | _socket.MSG_CMSG_CLOEXEC)
+            if not data:
+                return
+            try:
+                yield data, fds
+            finally:
+                for one in fds:
+                    os.close(one)
+    except OSError:
+        pass  # the end
+    finally:
+        sock.setsockopt(_socket.SOL_SOCKET, _SO_PEEK_OFF, -1)
+        sock.close()
+
+
+def _queue(fd: int) -> _socket.socket | None:
+    """A copy of a SEQPACKET socket of AF_UNIX; None for anything else."""
+    try:
+        sock = _socket.socket(fileno=os.dup(fd))
+        of = sock.getsockopt(_socket.SOL_SOCKET, _SO_DOMAIN)
+        kind = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_TYPE)
+    except OSError:
+        return None
+    if (of, kind) == (_socket.AF_UNIX, _socket.SOCK_SEQPACKET):
+        return sock
+    sock.close()
+    return None
+
+
+def shut(fd: int) -> None:
+    """Let nobody add to a queue."""
+    sock = _queue(fd)
+    if sock is not None:
+        try:
+            sock.shutdown(_socket.SHUT_RD)
+        except OSError:
+            pass
+        sock.close()
+
+
+def fence(bundle: int) -> None:
+    """Shut the live hold in a bundle: first the root, then each segment."""
+    for _, roots in records(bundle, 1):
+        for root in roots:
+            shut(root)
+            for _, segments in records(root):
+                for segment in segments:
+                    shut(segment)
+
+
+def count(bundle: int) -> bytes:
+    """How many descriptors the root of the live hold in a bundle has, and how many lie in the
+    segments; no number where no root is found."""
+    said = b"?"
+    for _, roots in records(bundle, 1):
+        for root in roots:
+            found: dict[int, int] = {}  # by inode: a root that was rewritten has some twice
+            for _, segments in records(root):
+                for segment in segments:
+                    found[os.fstat(segment).st_ino] = _scm_fds(segment)
+            said = COUNTED.pack(_scm_fds(root), sum(found.values()))
+    return said
+
+
+def _scm_fds(fd: int) -> int:
+    """Count the descriptors queued in a socket, without a read; 0 for anything else."""
+    info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _, _, found = os.read(info, 4096).partition(b"scm_fds:")
+    finally:
+        os.close(info)
+    return int(found.split(None, 1)[0]) if found else 0
+
+
+def let_go(slot: int) -> None:
+    """Drain a slot. Of a live hold, as the last record says: all that is kept, wherever else an end
+    of a queue is open still; or the root alone, whose segments another hold has."""
+    bundles: list[int] = []
+    version = 0
+    for data, fds in records(slot):
+        bundles += [os.dup(fds[0])] if fds and not bundles else []
+        if len(data) >= _LAST.size and data[:4] == _MAGIC and not data[_LAST.size - 1]:
+            version = _LAST.unpack_from(data)[1]
+    for bundle in bundles:
+        if version in (LIVING, HANDED_ON):
+            for _, roots in records(bundle, 1):
+                for root in roots:
+                    _let_go_of_root(root, deep=version == LIVING)
+        os.close(bundle)
+    empty(slot)
+
+
+def _let_go_of_root(root: int, deep: bool) -> None:
+    shut(root)
+    if deep:
+        for _, segments in records(root):
+            for segment in segments:
+                shut(segment)
+                empty(segment)
+    empty(root)
+
+
 def release(sock: _socket.socket) -> None:
     """Let go of everything that arrives, until the daemon has closed its end."""
     while True:
@@ -52,13 +190,19 @@ def release(sock: _socket.socket) -> None:
             return  # the end of this process closes the rest
         if kind == CLOSE:
             received(sock)  # CLOSED, or the end of the daemon
+        said = b"."
         for fd in fds:
             if kind == DRAIN:
-                empty(fd)
+                let_go(fd)
+            elif kind == FENCE:
+                fence(fd)
+                said = FENCED
+            elif kind == COUNT:
+                said = count(fd)
             if kind != AFTER:
                 os.close(fd)
         try:
-            sock.send(b".", _socket.MSG_NOSIGNAL)
+            sock.send(said, _socket.MSG_NOSIGNAL)
         except OSError:
             pass  # the daemon has gone, and left more to release
 

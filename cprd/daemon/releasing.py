@@ -19,7 +19,7 @@ import socket
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import trio
@@ -27,7 +27,8 @@ import trio
 from cprd.daemon import log
 from cprd.daemon.forker import AGAIN, Forker, inherited
 from cprd.daemon.passed import Passed
-from cprd.daemon.releaser import AFTER, CLOSE, CLOSED, DRAIN, MOST
+from cprd.daemon.releaser import AFTER, CLOSE, CLOSED, COUNT, COUNTED, DRAIN, FENCE, FENCED, MOST
+from cprd.errors import LimitExceeded
 
 AT_ONCE = 16  # messages to one releaser without an acknowledgement
 MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
@@ -39,11 +40,15 @@ GATHERED = 0.02  # s: so many acknowledgements are heard at once
 Fds = tuple[int, ...]
 
 
+KEPT = (DRAIN, FENCE, COUNT)  # until acknowledged: another releaser is asked where one ends
+
+
 class Work(NamedTuple):
-    """One message. `fds` are owned: until sent, and for DRAIN until acknowledged."""
+    """One message. `fds` are owned: until sent, and for kinds in KEPT until acknowledged."""
 
     kind: bytes
     fds: Fds
+    done: Callable[[bytes], None] | None = None  # called with the acknowledgement
 
 
 class Releaser:
@@ -64,7 +69,7 @@ class Releaser:
         while self.queue and len(self.sent) < at_once and self.sock is not None:
             if not self._say_closed():
                 return True
-            kind, fds = self.queue[0]
+            kind, fds, _ = self.queue[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
             try:
                 self.sock.sendmsg([kind], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -73,7 +78,7 @@ class Releaser:
             except OSError:  # no room, or too many in flight: tried again after the next answer
                 return True
             work = self.queue.popleft()
-            if kind == DRAIN:
+            if kind in KEPT:
                 self.sent.append(work)
                 continue
             self.sent.append(Work(kind, ()))
@@ -95,14 +100,14 @@ class Releaser:
         self.owed = False
         return True
 
-    def heard(self) -> tuple[list[Work], bool]:
-        """The work acknowledged since, and whether the releaser is still there."""
+    def heard(self) -> tuple[list[tuple[Work, bytes]], bool]:
+        """The work acknowledged since, with the words, and whether the releaser is still there."""
         assert self.sock is not None
-        done: list[Work] = []
+        done: list[tuple[Work, bytes]] = []
         try:
-            while self.sock.recv(1):
+            while said := self.sock.recv(64):
                 if self.sent:
-                    done.append(self.sent.popleft())
+                    done.append((self.sent.popleft(), said))
                 self.moved = time.monotonic()
         except BlockingIOError:
             return done, True
@@ -115,7 +120,7 @@ class Releaser:
         if self.sock is not None:
             self.sock.close()
             self.sock = None
-        self.queue.extendleft(work for work in reversed(self.sent) if work.kind == DRAIN)
+        self.queue.extendleft(work for work in reversed(self.sent) if work.kind in KEPT)
         self.sent.clear()
         self.owed = False
 
@@ -166,6 +171,34 @@ class Releasing:
             return
         self.draining.add(inode)
         self._add(uid, Work(DRAIN, (fd,)))
+
+    async def fence(self, uid: int, bundle: int) -> None:
+        """Let the owner of a live hold change nothing any more; `bundle` is owned from now on.
+        Returns once no change counts. Waits for as long as files of the uid block."""
+        if await self._asked(uid, FENCE, bundle) != FENCED:
+            raise LimitExceeded("a releaser of an earlier version cannot fence: try again")
+
+    async def count(self, uid: int, bundle: int) -> tuple[int, int] | None:
+        """How many descriptors the root of the live hold in a bundle has, and how many lie in the
+        segments; None where that cannot be seen. `bundle` is owned from now on. Waits as `fence`
+        does."""
+        said = await self._asked(uid, COUNT, bundle)
+        if len(said) != COUNTED.size:
+            return None
+        in_root, below = COUNTED.unpack(said)
+        return in_root, below
+
+    async def _asked(self, uid: int, kind: bytes, bundle: int) -> bytes:
+        answered = trio.Event()
+        answer = [b""]
+
+        def done(said: bytes) -> None:
+            answer[0] = said
+            answered.set()
+
+        self._add(uid, Work(kind, (bundle,), done))
+        await answered.wait()
+        return answer[0]
 
     def close_after(self, uid: int, fds: Iterable[int]) -> None:
         """Close descriptors, owned from now on, after the end of the daemon. `stop` must follow."""
@@ -288,10 +321,12 @@ class Releasing:
                 continue  # or the forker has ended
             releaser = self._releasers[self._by_socket[fd]]
             done, alive = releaser.heard()
-            for work in done:
+            for work, said in done:
                 for drained in work.fds:
                     self.draining.discard(os.fstat(drained).st_ino)
                     os.close(drained)
+                if work.done is not None:
+                    work.done(said)
             if not alive:
                 self._lose(releaser)
 
@@ -303,6 +338,10 @@ class Releasing:
         for uid, releaser in self._releasers.items():
             # Slots wait for their turn: exec closes none of them for good.
             slots = [work for work in releaser.queue if work.kind == DRAIN]
+            # Nobody waits any more for an answer; the copy of a bundle is not the last one.
+            releaser.sent = deque(
+                Work(CLOSE, ()) if work.done is not None else work for work in releaser.sent
+            )
             releaser.queue = deque(work for work in releaser.queue if work.kind == CLOSE)
             self._advance(uid, releaser, at_once=1 << 30)
             if releaser.owed:  # no room for the word: the end of the socket says so as well

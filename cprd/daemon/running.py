@@ -16,6 +16,7 @@ from cprd.daemon.manager import Reporter
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.server import Server, raise_nofile
 from cprd.daemon.storage.fdstore import Store
+from cprd.daemon.storage.notes import Notes
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.tending import tend
 from cprd.errors import CprdError
@@ -42,7 +43,8 @@ class Running:
         self.registry = Registry(settings.quota, first, _step)
         address = _notify_socket()
         self.keeper = Keeper(self.releasing, now, self.registry.replies, managed=bool(address))
-        self.daemon = Server(settings, self.keeper, self.releasing, self.registry)
+        notes = Notes(_place_of_notes(given))
+        self.daemon = Server(settings, self.keeper, self.releasing, self.registry, notes)
         found = self.keeper.adopt(given.pairs(), frozenset(given.durable), frozenset(given.once))
         self.daemon.adopt(*found)
         self.store: Store | None = None
@@ -154,6 +156,16 @@ class Running:
 def _step() -> int:
     """From one generation to the next, at random."""
     return 1 + int.from_bytes(os.urandom(2), "little")
+
+
+def _place_of_notes(given: reexec.Given) -> str:
+    """The directory for notes about live holds, beside the socket that cprd serves; an empty string
+    where the socket has no path."""
+    for _, sock in given.listeners:
+        path = sock.getsockname()
+        if isinstance(path, str) and path:
+            return f"{path}.live"
+    return ""
 
 
 def _notify_socket() -> str:

@@ -14,13 +14,14 @@ from functools import partial
 
 import trio
 
-from cprd.daemon import handlers, log, operators
+from cprd.daemon import handlers, live, log, operators
 from cprd.daemon.clock import now
 from cprd.daemon.config import Config
 from cprd.daemon.connection import Connection, Peer, Request
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.room import Room
 from cprd.daemon.steps import Roles, Steps
+from cprd.daemon.storage.notes import Notes
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.tending import tend
 from cprd.daemon.turns import Pace, Turns
@@ -36,7 +37,7 @@ RESERVED_FOR_ROOT = 8  # connections
 ACCEPTING = 0.0015  # s in a round of the event loop
 MOST_REFUSED = 1000  # uids
 
-HANDLERS = {**handlers.HANDLERS, **operators.HANDLERS}
+HANDLERS = {**handlers.HANDLERS, **live.HANDLERS, **operators.HANDLERS}
 assert HANDLERS.keys() == messages.REQUESTS.keys() - {"hello"}
 
 
@@ -44,14 +45,19 @@ class Server:
     """All state of the daemon. `serve` runs it."""
 
     def __init__(
-        self, config: Config, keeper: Keeper, releasing: Releasing, registry: Registry
+        self,
+        config: Config,
+        keeper: Keeper,
+        releasing: Releasing,
+        registry: Registry,
+        notes: Notes | None = None,
     ) -> None:
         self.config = config
         self.keeper = keeper
         self.releasing = releasing
         self.registry = registry
         self.connections: set[Connection] = set()
-        self.steps = Steps(registry, keeper, self.connections)
+        self.steps = Steps(registry, keeper, self.connections, releasing, notes)
         self.version = f"cprd {messages.RELEASE}"
         self.started = now()
         self.refused_accepts = 0
@@ -82,6 +88,7 @@ class Server:
     def adopt(self, left: list[tuple[Hold, Roles]], hidden: str) -> None:
         """Take over the holds of an earlier daemon, and their pidfds, which this owns now."""
         self.steps.adopt(left, hidden)
+        self.steps.adopt_notes()
 
     def check_room(self, step: Step) -> None:
         """Raises LimitExceeded where cprd has no room for the new record of `step`."""
@@ -114,6 +121,7 @@ class Server:
             nursery.start_soon(tend, "processes", self.steps.pidfds.watch)
             nursery.start_soon(tend, "deadlines", self.steps.watch_deadlines)
             nursery.start_soon(tend, "orphans", self.steps.end_orphans)
+            nursery.start_soon(tend, "counting", self.steps.counting.count)
             nursery.start_soon(tend, "waiters", self.steps.waiters.serve_further)
             for listener in listeners:
                 listener.setblocking(False)
@@ -255,7 +263,7 @@ class Server:
         while True:
             now = earliest = trio.current_time()
             for connection in self.connections:
-                if connection.claims or connection.prepared:
+                if connection.claims or connection.prepared or connection.owned:
                     continue
                 if connection.idle_since <= now - messages.IDLE:
                     connection.give_up()

@@ -15,19 +15,27 @@ from cprd.bundle import inspect
 from cprd.daemon import log
 from cprd.daemon.clock import now
 from cprd.daemon.connection import Connection
+from cprd.daemon.counting import Counting
 from cprd.daemon.pidfds import Pidfds
+from cprd.daemon.releasing import Releasing
+from cprd.daemon.storage.notes import Notes
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.turns import Pace
 from cprd.daemon.waiters import Waiters
 from cprd.errors import CprdError, Damaged
+from cprd.linux import processes
 from cprd.linux.pause import point
 from cprd.linux.rights import close_all
-from cprd.protocol.lifecycle import HELD, Hold
+from cprd.protocol import living
+from cprd.protocol.lifecycle import HELD, LIVE, NOT_PUT_BACK, Hold, why_not
+from cprd.protocol.messages import pid_text
 from cprd.protocol.names import Key
 from cprd.protocol.registry import Ended, Registry, Step
 
 LONGEST_SLEEP = 60.0  # s: a timer of the event loop stands still while the machine sleeps
 ORPHANED = 60.0  # s after a restart
+
+ENDED = "ended"  # of an owner, where the kernel does not say how
 
 Roles = dict[str, int]  # pidfds
 
@@ -35,8 +43,17 @@ Roles = dict[str, int]  # pidfds
 class Steps:
     """The holds, processes, connections and waiters. `connections` belongs to the server."""
 
-    def __init__(self, registry: Registry, keeper: Keeper, connections: set[Connection]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        keeper: Keeper,
+        connections: set[Connection],
+        releasing: Releasing,
+        notes: Notes | None = None,
+    ) -> None:
         self.registry = registry
+        self.notes = notes or Notes("")
+        self.counting = Counting(registry, keeper, releasing, self.observe)
         self.keeper = keeper
         self.connections = connections
         self.pidfds = Pidfds(self._process_ended)
@@ -61,6 +78,8 @@ class Steps:
                 close_all(pidfds.values())
                 continue
             self.pidfds.keep(hold.generation, pidfds, hold.roles)
+            if hold.live and hold.allows("counted") and not hold.fds:
+                self.counting.left(hold.generation)
             if hold.phase != HELD:
                 log.event(
                     "adopted",
@@ -70,6 +89,27 @@ class Steps:
                     generation=hold.generation,
                     fds=hold.fds,
                 )
+
+    def adopt_notes(self) -> None:
+        """Keep names for living owners of live holds whose roots ended with an earlier daemon."""
+        for note in list(self.notes.read()):
+            hold = note.hold
+            there = self.registry.get(hold.generation)
+            if there is not None and there.phase == LIVE:
+                continue  # the store had the root
+            if self.registry.of(hold.key):  # from a store, where this hold ended, or never began
+                self.notes.remove(hold.generation)
+                continue
+            owner = note.owner()
+            fields: dict[str, Any] = {"uid": hold.uid, "name": hold.name}
+            fields["generation"] = hold.generation
+            if owner < 0:
+                self.notes.remove(hold.generation)
+                log.event("ended", level=log.WARNING, how=NOT_PUT_BACK, **fields)
+                continue
+            self.registry.put(hold)
+            self.pidfds.keep(hold.generation, {"owner": owner}, hold.roles)
+            log.event("adopted", phase="live", **fields, why=why_not(hold, now()))
 
     async def end_orphans(self) -> None:
         """End prepared saves when the saver cannot be watched, and has not come back in time."""
@@ -107,8 +147,16 @@ class Steps:
             known[generation] = fds
             wanted[generation] = {role: fd for role, fd in fds.items() if role in roles}
         try:
+            for hold in step.put:
+                if hold.phase == LIVE and "owner" in wanted[hold.generation]:
+                    self.notes.write(hold, wanted[hold.generation]["owner"])
+            if self.keeper.kept == "store":  # and the next daemon would find the end without a root
+                self._forget_notes(step)
             self.keeper.write(step, bundle_fd, wanted, require_store=require_store)
         except BaseException:
+            for hold in step.put:
+                if self.registry.get(hold.generation) is None:
+                    self.notes.remove(hold.generation)
             for new in added.values():
                 close_all(new.values())
             raise
@@ -142,6 +190,7 @@ class Steps:
         for ended in step.ended:
             self._after_end(ended, asked)
         self.keeper.let_go(ended.hold for ended in step.ended)
+        self._forget_notes(step)
         for hold in step.put:
             self._after_put(before[hold.generation], hold, asked)
         at = self.registry.next_deadline()
@@ -149,6 +198,12 @@ class Steps:
             self._deadline_moved.set()
         for key in {hold.key for hold in (*step.put, *(ended.hold for ended in step.ended))}:
             self.waiters.serve(key)
+
+    def _forget_notes(self, step: Step) -> None:
+        """Forget the live holds that are not live after a step."""
+        left = [hold for hold in step.put if hold.phase != LIVE]
+        for hold in (*left, *(ended.hold for ended in step.ended)):
+            self.notes.remove(hold.generation)
 
     def _after_end(self, ended: Ended, asked: Mapping[str, Any]) -> None:
         hold = ended.hold
@@ -173,11 +228,13 @@ class Steps:
                 pid=hold.claimant or hold.saver,
                 fds=hold.fds,
                 attempts=hold.attempts or None,
-                why=hold.reason or (hold.last_reject if hold.phase == HELD else "") or None,
+                why=_why(old, hold),
                 **asked,
             )
         if old is None:
             return
+        if old.phase == LIVE and hold.allows("counted"):
+            self.counting.left(hold.generation)
         if hold.phase == HELD and old.allows("claimant gone"):
             self.look_for_damage(hold)
         if old.token and old.token != hold.token:
@@ -200,10 +257,32 @@ class Steps:
 
     # Processes, connections, time
 
-    def refresh(self, key: Key) -> None:
-        """Learn of ended processes before the event loop tells."""
+    def refresh(self, key: Key, by: Connection | None = None) -> None:
+        """Learn of ended processes before the event loop tells; of the program, too, that a live
+        hold belonged to, where the process has executed another by now, `by` which it asks."""
         for hold in self.registry.of(key):
             self.pidfds.look(hold.generation)
+        if by is not None:
+            for hold in self.registry.of(key):
+                if hold.phase == LIVE and self._was_replaced(hold, by):
+                    how = "its process executed another program"
+                    self.observe(living.owner_gone(self.registry, now(), hold.generation, how))
+
+    def _was_replaced(self, hold: Hold, by: Connection) -> bool:
+        """Whether `by` is of the owner's process, and the connection of the owner has ended. (A
+        pidfd tells nothing of exec().)"""
+        owner = self.pidfds.of(hold.generation).get("owner", -1)
+        if min(owner, by.pidfd) < 0 or not processes.same(owner, by.pidfd):
+            return False
+        return not any(
+            hold.generation in other.owned and not other.has_hung_up for other in self.connections
+        )
+
+    def own_live(self, connection: Connection, generation: int) -> None:
+        """A live hold hangs on the connection that last spoke for it, but ends not with it."""
+        for other in self.connections:
+            other.owned.discard(generation)
+        connection.owned.add(generation)
 
     def _process_ended(self, generation: int, role: str) -> None:
         hold = self.registry.get(generation)
@@ -213,6 +292,10 @@ class Steps:
             how = "its process ended"
             self.observe(self.registry.claimant_gone(now(), generation, hold.token, how))
             return
+        if role == "owner":
+            how = self.last_end(hold)
+            self.observe(living.owner_gone(self.registry, now(), generation, how))
+            return
         if role == "after_exit":
             self.observe(self.registry.predecessor_gone(now(), generation))
             return
@@ -221,6 +304,13 @@ class Steps:
             "acting": self.registry.acting_gone,
         }
         self.observe(gone[role](generation))
+
+    def last_end(self, hold: Hold) -> str:
+        """How the last owner of a live hold ended, as far as the kernel tells by now."""
+        pidfd = self.pidfds.of(hold.generation).get("owner", -1)
+        if hold.last_end not in ("", ENDED):
+            return hold.last_end
+        return (processes.how_ended(pidfd) if pidfd >= 0 else "") or ENDED
 
     def process_ended(self, hold: Hold, pid: int) -> None:
         """The owner of a hold says that the process of a role has ended."""
@@ -249,6 +339,7 @@ class Steps:
         if hold.allows("commit"):
             for connection in self.connections:
                 connection.prepared.discard(hold.generation)
+                connection.owned.discard(hold.generation)
 
     async def end_claims(self, connection: Connection) -> None:
         """A connection ended: claims and prepared saves of the connection end, in pieces. A claim
@@ -278,3 +369,10 @@ class Steps:
             self._deadline_moved = trio.Event()
             with trio.move_on_after(max(0.0, self._sleeps_until - start)):
                 await self._deadline_moved.wait()
+
+
+def _why(old: Hold | None, hold: Hold) -> str | None:
+    """Why a hold has its phase, for the log."""
+    if old is not None and old.phase == LIVE and hold.phase == HELD:
+        return f"its owner, {pid_text(hold.saver)}: {hold.last_end}"
+    return hold.reason or (hold.last_reject if hold.phase == HELD else "") or None

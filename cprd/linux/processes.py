@@ -8,9 +8,11 @@ when it has been opened.
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import os
 import select
+import signal
 import socket
 import struct
 import time
@@ -18,6 +20,9 @@ from collections.abc import Callable
 
 SO_PEERPIDFD = 77
 _UCRED = struct.Struct("iII")
+_GET_INFO = 0xC040FF0B  # PIDFD_GET_INFO, with the 64 bytes of Linux 6.15
+_INFO = struct.Struct("=Q52Bi")  # mask, others, exit status
+_INFO_EXIT = 1 << 3
 
 
 def credentials(sock: socket.socket) -> tuple[int, int]:
@@ -102,6 +107,35 @@ def open_identity(pid: int, inode: int) -> int:
 def has_ended(pidfd: int) -> bool:
     """Whether the process has ended (a zombie has)."""
     return is_ready(pidfd, select.POLLIN)
+
+
+def how_ended(pidfd: int) -> str:
+    """How a process ended: "exited 1", "killed by SIGKILL"; an empty string where the kernel does
+    not tell (before Linux 6.15, or while the process is not reaped)."""
+    info = bytearray(_INFO.pack(_INFO_EXIT, *bytes(52), 0))
+    try:
+        fcntl.ioctl(pidfd, _GET_INFO, info)
+    except OSError:
+        return ""
+    known, *_, status = _INFO.unpack(info)
+    if not known & _INFO_EXIT:
+        return ""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        try:
+            return f"killed by {signal.Signals(number).name}"
+        except ValueError:
+            return f"killed by signal {number}"
+    return f"exited {os.WEXITSTATUS(status)}"
+
+
+def same(pidfd: int, other: int) -> bool:
+    """Whether two pidfds are of one process."""
+    try:
+        (pid, inode), (other_pid, other_inode) = identity(pidfd), identity(other)
+        return inode == other_inode if inode else 0 < pid == other_pid
+    except (OSError, ValueError):
+        return False
 
 
 def is_ready(fd: int, events: int = 0) -> bool:

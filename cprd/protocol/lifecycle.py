@@ -21,17 +21,25 @@ PREPARED = "prepared"
 HELD = "held"
 CLAIMED = "claimed"
 IN_DOUBT = "in-doubt"
+LIVE = "live"
 DAMAGED = "damaged"
+QUARANTINED = "quarantined"
 UNREADABLE = "unreadable"
 NOTHING = "-"
 
 SAVED_BY_ACTING = "saved by the acting process"
+OWNER_GONE, GONE_TOO_OFTEN = "owner gone", "owner gone too often"
+NOT_PUT_BACK = "owner gone, and not put back"
 
-PHASES = (PREPARED, HELD, CLAIMED, IN_DOUBT, DAMAGED, UNREADABLE)
+SOON = 10.0  # s after a take-over: an owner that ends sooner may have died of the state
+MOST_DEATHS = 20  # of owners, in a row, each soon after its take-over
+
+PHASES = (PREPARED, HELD, CLAIMED, IN_DOUBT, LIVE, DAMAGED, QUARANTINED, UNREADABLE)
 
 TRANSITIONS: dict[tuple[str, str], str] = {
     (NOTHING, "prepare"): PREPARED,
     (NOTHING, "save"): HELD,
+    (NOTHING, "live"): LIVE,
     (PREPARED, "commit"): HELD,
     (PREPARED, "abort"): NOTHING,
     (PREPARED, "saver gone"): IN_DOUBT,
@@ -41,6 +49,8 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     (HELD, "ttl over"): NOTHING,
     (HELD, "release"): HELD,
     (HELD, "found damaged"): DAMAGED,
+    (HELD, "counted"): HELD,
+    (HELD, "found empty"): NOTHING,
     (CLAIMED, "renew"): CLAIMED,
     (CLAIMED, "confirm"): NOTHING,
     (CLAIMED, "confirm next"): NOTHING,
@@ -61,6 +71,16 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     (IN_DOUBT, "drop by force"): NOTHING,
     (IN_DOUBT, "found damaged"): DAMAGED,
     (IN_DOUBT, "newer committed"): NOTHING,
+    (LIVE, "put back"): LIVE,
+    (LIVE, "close"): HELD,
+    (LIVE, OWNER_GONE): HELD,
+    (LIVE, GONE_TOO_OFTEN): QUARANTINED,
+    (LIVE, NOT_PUT_BACK): NOTHING,
+    (LIVE, "end"): NOTHING,
+    (LIVE, "drop by force"): NOTHING,
+    (QUARANTINED, "counted"): QUARANTINED,
+    (QUARANTINED, "release by force"): HELD,
+    (QUARANTINED, "drop by force"): NOTHING,
     (DAMAGED, "drop by force"): NOTHING,
     (DAMAGED, "newer committed"): NOTHING,
     (UNREADABLE, "drop by force"): NOTHING,
@@ -69,17 +89,23 @@ TRANSITIONS: dict[tuple[str, str], str] = {
 """(phase, event) -> phase; an event without an entry is refused.
 
 "replace", "confirm next" and "saved by the acting process" end the old hold in the step that puts
-the new one. "newer committed": a save was prepared over the hold, and is committed or released."""
+the new one. "newer committed": a save was prepared over the hold, and is committed or released.
+"owner gone, and not put back": cprd kept in memory only, and has ended since. "counted" and "found
+empty": of a live hold, once the owner has ended."""
 
 _IN_THE_WAY = {
     PREPARED: ("saver",),
     HELD: ("after_exit",),
     CLAIMED: ("claimant",),
     IN_DOUBT: ("acting", "claimant"),
+    LIVE: ("saver",),
     DAMAGED: ("saver",),
 }
 """Phase -> fields of the processes that a load waits for, or must blame; the first pid above 0
 counts."""
+
+
+_USES = ("which keeps it live", "which has not put it back since cprd ended")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +123,8 @@ class Hold:
     ttl_left: float | None = None  # what is left of the ttl while stopped
     attempts: int = 0  # loads so far
     last_reject: str = ""
-    reason: str = ""  # of in-doubt, damaged, unreadable
-    saver: int = 0  # pid
+    reason: str = ""  # of in-doubt, damaged, quarantined, unreadable
+    saver: int = 0  # pid; while live, of the owner
     after_exit: int = -1  # pid of the process that must end before a load; -1: none
     claimant: int = 0  # pid
     last_claimant: int = 0
@@ -109,6 +135,11 @@ class Hold:
     parked: int = 0  # descriptors in the root of the bundle, as the saver said; 0: not known
     begun: bool = False  # in doubt by begin, not by a saver that vanished
     saver_uid: int = -1  # where root saved under a name of another uid; -1: as `uid`
+    live: bool = False  # the bundle is the root of a live hold
+    away: bool = False  # live, and the owner alone has the root: cprd has ended since
+    took: int = 0  # live: the generation that was taken over; 0: none
+    deaths: int = 0  # live: owners that ended soon after the take-over, in a row
+    last_end: str = ""  # live: how the last owner ended
 
     @property
     def key(self) -> Key:
@@ -122,6 +153,8 @@ class Hold:
     @property
     def committed(self) -> bool:
         """Whether a save was completed: not prepared, and not left behind by a saver."""
+        if self.phase in (LIVE, QUARANTINED):
+            return True
         return self.allows("load") or (bool(self.token) and self.allows("confirm"))
 
     @property
@@ -137,6 +170,8 @@ class Hold:
         roles: tuple[str, ...] = ("after_exit",) if self.after_exit >= 0 else ()
         if self.allows("saver gone"):
             roles += ("saver",)
+        if self.live:  # ended, the process may still be asked how
+            roles += ("owner",)
         if self.claimant or self.allows("lease over"):  # pid 0 is watched by pidfd all the same
             roles += ("claimant",)
         return (*roles, "acting") if self.acting else roles
@@ -148,12 +183,18 @@ class Hold:
         """The phase after an event. Raises KeyError where the table has no entry."""
         return TRANSITIONS[self.phase, event]
 
+    @property
+    def user(self) -> int | None:
+        """pid of the process that uses the state still; None: no such process."""
+        if self.phase == LIVE:
+            return self.saver
+        return self.after_exit if self.phase == HELD and self.after_exit >= 0 else None
+
     def row(self, now: float) -> Row:
         """A row of `list`."""
         left = self.ttl_left if self.expires is None else max(0.0, self.expires - now)
-        in_use = self.phase == HELD and self.after_exit >= 0
         reason = why_not(self, now)
-        if in_use:
+        if self.phase == HELD and self.after_exit >= 0:
             reason = f"in use by {pid_text(self.after_exit)}: the predecessor has not ended yet"
         if not reason and self.last_reject:
             reason = f"rejected: {self.last_reject}"
@@ -171,7 +212,9 @@ class Hold:
             "last_reject": self.last_reject,
             "claimant": self.claimant or None,
             "acting": self.acting or None,
-            "in_use_by": self.after_exit if in_use else None,
+            "in_use_by": self.user,
+            "live": self.live,
+            "last_end": self.last_end,
         }
 
 
@@ -212,6 +255,13 @@ def why_not(hold: Hold, now: float) -> str:
         return (
             f"in doubt: {hold.reason}; make sure that it does not run elsewhere, then release it"
             " (cprctl release NAME --force) or drop it (cprctl drop NAME --force)"
+        )
+    if hold.phase == LIVE:
+        return f"in use by {pid_text(hold.saver)}, {_USES[hold.away]}"
+    if hold.phase == QUARANTINED:
+        return (
+            f"quarantined: {hold.reason}; find out why, then release it (cprctl release NAME"
+            " --force) or drop it (cprctl drop NAME --force)"
         )
     if hold.phase == DAMAGED:
         return f"damaged: {hold.reason}; it can only be dropped (cprctl drop NAME --force)"

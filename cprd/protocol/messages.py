@@ -175,8 +175,23 @@ REQUESTS: dict[str, dict[str, Field]] = {
     "renew": {**_CLAIM, "lease": _seconds(MAX_LEASE, MIN_LEASE).optional(None)},  # as before
     "begin": {**_CLAIM, **_NONCE, **_PROCESS},  # pid 0: no process is named
     "confirm": {**_CLAIM, **_NONCE},
-    "confirm_next": {**_CLAIM, **_BUNDLE, **_NONCE},
-    "reject": {**_CLAIM, **_NONCE, "why": _text(MAX_REASON).optional(""), "damaged": _FLAG},
+    "confirm_next": {**_CLAIM, **_BUNDLE, "live": _FLAG, **_NONCE},  # live: a root is parked
+    "reject": {
+        **_CLAIM,
+        **_NONCE,
+        "why": _text(MAX_REASON).optional(""),
+        "damaged": _FLAG,
+        "attempt": _FLAG.optional(True),  # whether the claim counts as an attempt
+    },
+    "live": {
+        "name": _NAME,
+        "wait": _seconds(MAX_WAIT).optional(0.0),
+        "lease": _seconds(MAX_LEASE, MIN_LEASE).optional(LEASE),
+        "ttl": _BUNDLE["ttl"],  # from the end of the owner on
+        **_NONCE,
+    },
+    "put_back": {**_CLAIM, **_NONCE},
+    "end": {**_CLAIM, "keep": _FLAG, **_NONCE},
     "release": {"name": _NAME, "force": _FLAG, **_NONCE},
     "drop": {"name": _NAME, "force": _FLAG, **_NONCE},
     "ended": {"name": _NAME, "generation": _U64, "pid": _PID},
@@ -191,6 +206,10 @@ they are in answers."""
 _KEPT = ("kept",)
 _SAVED = ("generation", "token", "kept")
 _CHANGED = ("generation", "kept")
+_LOADED = (
+    *("generation", "token", "attempts", "last_reject", "lease", "saver", "saver_uid"),
+    *("last_claimant", "live", "last_end", "kept"),
+)
 ANSWERS: dict[str, tuple[str, ...]] = {
     "hello": ("version", "server", "uid", "pid", "lease_by", "kept", "limits"),
     "queue": (),
@@ -198,15 +217,15 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "prepare": _SAVED,
     "commit": _CHANGED,
     "abort": _KEPT,
-    "load": (
-        *("generation", "token", "attempts", "last_reject", "lease", "saver", "saver_uid"),
-        *("last_claimant", "kept"),
-    ),
+    "load": _LOADED,
     "renew": ("lease",),
     "begin": _KEPT,
     "confirm": _KEPT,
-    "confirm_next": _CHANGED,
+    "confirm_next": _SAVED,
     "reject": _KEPT,
+    "live": ("found", *_LOADED),
+    "put_back": _SAVED,
+    "end": _KEPT,
     "release": _CHANGED,
     "drop": _CHANGED,
     "ended": (),

@@ -62,11 +62,13 @@ class Offer(NamedTuple):
     parked: int = 0
     ttl: float | None = None
     after_exit: int = -1  # pid
+    live: bool = False  # the root of a live hold
 
 
 class Ended(NamedTuple):
     hold: Hold
     how: str  # the event
+    heir: bool = False  # the segments of a live hold belong to the next owner now
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +86,17 @@ class Step:
         return bool(self.put or self.ended)
 
 
+_MEANT = {
+    **dict.fromkeys(("commit", "abort"), "prepared save"),
+    **dict.fromkeys(("put back", "close", "end"), "live hold"),
+}
+
 P = ParamSpec("P")
 About = TypeVar("About", Key, Ticket)
 Verb = Callable[Concatenate["Registry", Caller, About, P], Step]
 
 
-def _once(verb: Verb[About, P]) -> Verb[About, P]:
+def once(verb: Verb[About, P]) -> Verb[About, P]:
     """Answer a repeated request from memory; remember the answer to a new one."""
 
     @wraps(verb)
@@ -100,7 +107,7 @@ def _once(verb: Verb[About, P]) -> Verb[About, P]:
         if first is not None:
             return Step(answer=first.answer)
         step = verb(self, caller, about, *rest, **named)
-        return _remembering(caller, step, step.answer) if step.changes else step
+        return remembering(caller, step, step.answer) if step.changes else step
 
     return ask
 
@@ -119,7 +126,7 @@ class Registry(Holds):
 
     # Saving
 
-    @_once
+    @once
     def save(
         self,
         caller: Caller,
@@ -135,28 +142,31 @@ class Registry(Holds):
         events = self._replaced(caller, key, offer.after_exit, replacing=replacing)
         ended = () if token else events
         self.check_quota(key[0], offer.fds, tuple(old.hold for old in ended))
-        hold = self._new(caller, key, offer)
+        hold = self.new(caller, key, offer)
         if token:
             phase = TRANSITIONS[NOTHING, "prepare"]
             hold = changed(hold, phase=phase, token=token, expires=None, ttl_left=offer.ttl)
         answer = {"generation": hold.generation, "token": token}
         return Step(answer=answer, ended=ended, put=(hold,))
 
-    def _new(self, caller: Caller, key: Key, offer: Offer) -> Hold:
+    def new(self, caller: Caller, key: Key, offer: Offer) -> Hold:
+        """A record of the next generation; of a live hold, without a token yet."""
+        runs = offer.after_exit < 0 and not offer.live
         return Hold(
             uid=key[0],
             name=key[1],
             generation=self.next_generation,
-            phase=TRANSITIONS[NOTHING, "save"],
+            phase=TRANSITIONS[NOTHING, "live" if offer.live else "save"],
             fds=offer.fds,
             size=offer.size,
             parked=offer.parked,
             created=caller.now,
-            expires=_expires(caller.now, offer.ttl, runs=offer.after_exit < 0),
-            ttl_left=_stopped(offer.ttl, runs=offer.after_exit < 0),
+            expires=_expires(caller.now, offer.ttl, runs=runs),
+            ttl_left=_stopped(offer.ttl, runs=runs),
             saver=caller.pid,
             saver_uid=-1 if caller.uid == key[0] else caller.uid,
             after_exit=offer.after_exit,
+            live=offer.live,
         )
 
     def _replaced(
@@ -176,13 +186,13 @@ class Registry(Holds):
             if not hold.allows(event):
                 text = f"{key[1]!r} cannot be replaced: {why_not(hold, caller.now)}"
                 raise busy(hold, text, Busy)
-            ended.append(_ended(hold, event))
+            ended.append(end_of(hold, event))
         return tuple(ended)
 
-    @_once
+    @once
     def commit(self, caller: Caller, by: Ticket) -> Step:
         """prepared -> held; older records of the name end. Raises Fenced."""
-        hold = self._mine(by, "commit")
+        hold = self.mine(by, "commit")
         new = changed(
             hold,
             phase=hold.after("commit"),
@@ -198,14 +208,14 @@ class Registry(Holds):
         ended = []
         for old in self.older(hold):
             event = ending_event(old, hold.saver, hold.after_exit)
-            ended.append(_ended(old, event if old.allows(event) else "newer committed"))
+            ended.append(end_of(old, event if old.allows(event) else "newer committed"))
         return tuple(ended)
 
-    @_once
+    @once
     def abort(self, caller: Caller, by: Ticket) -> Step:
         """prepared -> gone. Raises Fenced."""
         del caller
-        return Step(ended=(_ended(self._mine(by, "abort"), "abort"),))
+        return Step(ended=(end_of(self.mine(by, "abort"), "abort"),))
 
     def saver_gone(self, generation: int) -> Step:
         """The process or the connection of a prepared save ended: in doubt."""
@@ -269,7 +279,7 @@ class Registry(Holds):
             ttl_left=None if hold.expires is None else max(0.0, hold.expires - now),
         )
         step = Step(answer=_loaded(new), put=(new,))
-        return _remembering(caller, step, {"generation": new.generation, "token": token})
+        return remembering(caller, step, {"generation": new.generation, "token": token})
 
     def check_load(self, now: float, key: Key) -> Hold:
         """The hold that a load gets now. Raises NotHeld, Busy, Damaged."""
@@ -283,7 +293,7 @@ class Registry(Holds):
 
     def renew(self, caller: Caller, by: Ticket, lease: float | None) -> Step:
         """Begin the lease anew; in doubt no lease runs. Raises Fenced."""
-        hold = self._mine(by, "renew")
+        hold = self.mine(by, "renew")
         assert hold.after("renew") == hold.phase
         if not hold.allows("lease over"):
             return Step(answer={"lease": 0.0})
@@ -291,11 +301,11 @@ class Registry(Holds):
         new = changed(hold, lease=lease, deadline=caller.now + lease)
         return Step(answer={"lease": lease}, put=(new,))
 
-    @_once
+    @once
     def begin(self, caller: Caller, by: Ticket, acting: int = 0) -> Step:
         """Acting begins and cannot be undone: in doubt until confirm. Raises Fenced."""
         del caller
-        hold = self._mine(by, "begin")
+        hold = self.mine(by, "begin")
         acting = acting or hold.acting
         who = f"; {pid_text(acting)} acts on it" if acting else ""
         new = changed(
@@ -317,36 +327,51 @@ class Registry(Holds):
         reason = f"{hold.reason}; {pid_text(hold.acting)} has ended since"
         return Step(put=(changed(hold, acting=0, reason=reason),))
 
-    @_once
+    @once
     def confirm(self, caller: Caller, by: Ticket) -> Step:
         """The point of no return: the hold ends. Raises Fenced."""
         del caller
-        return Step(ended=(_ended(self._mine(by, "confirm"), "confirm"),))
+        return Step(ended=(end_of(self.mine(by, "confirm"), "confirm"),))
 
-    @_once
-    def confirm_next(self, caller: Caller, by: Ticket, offer: Offer) -> Step:
-        """Confirm, and hold the successor's own state in the same step.
+    @once
+    def confirm_next(self, caller: Caller, by: Ticket, offer: Offer, *, token: bytes = b"") -> Step:
+        """Confirm, and hold the successor's own state in the same step; `token` is for the owner
+        of a live hold.
 
         Raises Fenced, LimitExceeded; Busy when a newer save was prepared under the name."""
-        hold = self._mine(by, "confirm next")
+        hold = self.mine(by, "confirm next")
         for newer in self.of(by.key):
             if newer.generation > by.generation:  # the next state must not lie under an older one
                 text = f"{by.key[1]!r} cannot be held anew: {why_not(newer, caller.now)}"
                 raise busy(newer, text, Busy)
-        self.check_quota(by.key[0], offer.fds, (hold,))
-        new = self._new(caller, by.key, offer)
-        answer = {"generation": new.generation}
-        return Step(answer=answer, ended=(_ended(hold, "confirm next"),), put=(new,))
+        if not offer.live:
+            self.check_quota(by.key[0], offer.fds, (hold,))
+        new = self.new(caller, by.key, offer)
+        if offer.live:
+            new = changed(new, token=token, took=hold.generation, deaths=hold.deaths)
+        answer = {"generation": new.generation, "token": new.token}
+        ended = end_of(hold, "confirm next")._replace(heir=hold.live and new.live)
+        return Step(answer=answer, ended=(ended,), put=(new,))
 
-    @_once
-    def reject(self, caller: Caller, by: Ticket, why: str, *, damaged: bool = False) -> Step:
+    @once
+    def reject(
+        self,
+        caller: Caller,
+        by: Ticket,
+        why: str,
+        *,
+        damaged: bool = False,
+        attempt: bool = True,
+    ) -> Step:
         """The claimant gives the hold back, for another to try. Raises Fenced.
 
-        `damaged`: the claimant has found that the hold is not whole."""
-        hold = self._mine(by, "reject")
+        `damaged`: the claimant has found that the hold is not whole. `attempt`: whether the claim
+        counts as an attempt."""
+        hold = self.mine(by, "reject")
         if damaged:
             return self.found_damaged(by.generation, why)
-        return Step(put=(_back(caller.now, hold, "reject", why or "rejected without a reason"),))
+        back = _back(caller.now, hold, "reject", why or "rejected without a reason")
+        return Step(put=(changed(back, attempts=back.attempts - (not attempt)),))
 
     def claimant_gone(self, now: float, generation: int, token: bytes, how: str) -> Step:
         """The connection or the process of a claimant ended without confirm.
@@ -373,7 +398,7 @@ class Registry(Holds):
         if hold is None or hold.ends_at is None or hold.ends_at > now:
             return None
         if hold.allows("ttl over"):
-            return Step(ended=(_ended(hold, "ttl over"),))
+            return Step(ended=(end_of(hold, "ttl over"),))
         why = f"{pid_text(hold.claimant)} did not confirm: its lease of {hold.lease:g} s is over"
         return Step(put=(_back(now, hold, "lease over", why),))
 
@@ -396,20 +421,20 @@ class Registry(Holds):
 
     # By hand
 
-    @_once
+    @once
     def drop(self, caller: Caller, key: Key, *, force: bool) -> Step:
         """End a hold without a successor. Raises NotHeld; Busy when force is needed, or no use."""
         hold = self.top(key)
         event = "drop" if hold.allows("drop") else "drop by force"
         why = why_not(hold, caller.now)
-        if not hold.allows(event):
+        if not hold.allows(event) or hold.away:  # nobody could fence the owner
             text = f"{key[1]!r} cannot be dropped: {why}; end that process, then drop it by force"
             raise busy(hold, text, Busy)
         if event == "drop by force" and not force:
             raise busy(hold, f"{key[1]!r} is dropped only by force (--force): {why}", Busy)
-        return Step(answer={"generation": hold.generation}, ended=(_ended(hold, event),))
+        return Step(answer={"generation": hold.generation}, ended=(end_of(hold, event),))
 
-    @_once
+    @once
     def release(self, caller: Caller, key: Key, *, force: bool) -> Step:
         """in doubt -> held, by an operator who knows that nothing acted. Raises NotHeld, Busy."""
         hold = self.top(key)
@@ -455,9 +480,9 @@ class Registry(Holds):
             return None
         return self.replies.recall(caller.uid, caller.nonce, caller.digest, caller.verb, key[1])
 
-    def _mine(self, by: Ticket, event: str) -> Hold:
+    def mine(self, by: Ticket, event: str) -> Hold:
         """The hold that a ticket speaks for, where the table allows `event`. Raises Fenced."""
-        what = "prepared save" if event in ("commit", "abort") else "claim"
+        what = _MEANT.get(event, "claim")
         hold, name = self.get(by.generation), by.key[1]
         if hold is None or hold.key != by.key:
             raise Fenced(f"the {what} on {name!r} is over: generation {by.generation} has ended")
@@ -470,14 +495,14 @@ class Registry(Holds):
         return hold
 
 
-def _remembering(caller: Caller, step: Step, answer: dict[str, Any]) -> Step:
+def remembering(caller: Caller, step: Step, answer: dict[str, Any]) -> Step:
     if not caller.nonce:
         return Step(step.answer, step.ended, step.put, None, caller)
     reply = Reply(caller.uid, caller.nonce, answer, caller.now, caller.digest)
     return Step(step.answer, step.ended, step.put, reply, caller)
 
 
-def _ended(hold: Hold, event: str) -> Ended:
+def end_of(hold: Hold, event: str) -> Ended:
     assert hold.after(event) == NOTHING
     return Ended(hold, event)
 
@@ -498,6 +523,7 @@ def _back(now: float, hold: Hold, event: str, why: str) -> Hold:
         begun=False,
         expires=_expires(now, hold.ttl_left, runs=hold.after_exit < 0),
         ttl_left=_stopped(hold.ttl_left, runs=hold.after_exit < 0),
+        deaths=0 if event == "release by force" else hold.deaths,
     )
 
 
@@ -522,4 +548,6 @@ def _loaded(hold: Hold) -> dict[str, Any]:
         "saver": hold.saver,
         "saver_uid": hold.saved_by,
         "last_claimant": hold.last_claimant or None,
+        "live": hold.live,
+        "last_end": hold.last_end,
     }

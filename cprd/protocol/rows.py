@@ -3,7 +3,7 @@ asked for: typing takes 4 ms."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 IfExists = Literal["error", "replace"]
 Kept = Literal["memory", "store"]
@@ -28,7 +28,9 @@ class Row(TypedDict):
     last_reject: str
     claimant: int | None  # pid
     acting: int | None  # pid, as begin() named the process
-    in_use_by: int | None  # pid of a saver that still runs (after_exit)
+    in_use_by: int | None  # pid of the owner while live, or of a saver that still runs (after_exit)
+    live: bool  # left by a live hold, or live still
+    last_end: str  # how the last owner ended; "" unless `live`
 
 
 class Descriptor(TypedDict):
@@ -39,7 +41,7 @@ class Descriptor(TypedDict):
 
 class _Section(TypedDict):
     key: str
-    kind: Literal["msgpack", "bytes", "memfd"]
+    kind: Literal["msgpack", "bytes", "memfd", "memory"]
     bytes: int
 
 
@@ -50,8 +52,9 @@ class Section(_Section, total=False):
 class Shown(Row):
     """A hold, as show() shows the hold."""
 
-    descriptors: list[Descriptor]
+    descriptors: list[Descriptor]  # of a live hold: once the owner has ended
     sections: list[Section]
+    segments: NotRequired[int]  # of a live hold: queues, each with some of the keys
 
 
 class Usage(TypedDict):

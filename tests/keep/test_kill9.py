@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.support.keeping import SMALL, things
+from tests.support.live_sweeps import LIVE_VERBS, DropByForce, LiveStep, TakeOver, sweep_live
 from tests.support.patience import until
 from tests.support.sweeps import (
     VERBS,
@@ -33,6 +34,20 @@ BY_DEFAULT = (Confirm,)
 )
 def test_killed_at_each_step_it_is_done_once(keeping: KeptByParent, verb: type[Step]) -> None:
     assert sweep(keeping, verb) >= 2
+    keeping.await_kept("store")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        verb if verb in (TakeOver, DropByForce) else pytest.param(verb, marks=pytest.mark.full)
+        for verb in LIVE_VERBS
+    ],
+)
+def test_killed_at_each_step_of_a_live_hold_it_is_done_once(
+    keeping: KeptByParent, verb: type[LiveStep]
+) -> None:
+    assert sweep_live(keeping, verb) >= 2
     keeping.await_kept("store")
 
 

@@ -19,15 +19,19 @@ from cprd.errors import (
     NotHeld,
     ProtocolError,
 )
+from cprd.protocol import living
 from cprd.protocol.holds import Quota
 from cprd.protocol.lifecycle import (
     CLAIMED,
     DAMAGED,
     HELD,
     IN_DOUBT,
+    LIVE,
+    MOST_DEATHS,
     NOTHING,
     PHASES,
     PREPARED,
+    QUARANTINED,
     TRANSITIONS,
     UNREADABLE,
     Hold,
@@ -123,6 +127,31 @@ class World:
     def confirm_next(self) -> dict[str, Any]:
         return self.do(self.registry.confirm_next(self.by(OTHER), self.claim, Offer(1, 0)))
 
+    def live(self, peer: Caller = OTHER, nonce: bytes = b"") -> dict[str, Any]:
+        caller, offer = self.by(peer, nonce), Offer(0, 0, 1, live=True)
+        step = living.begin_or_load(self.registry, caller, KEY, offer, token=b"o" * 16, lease=30.0)
+        return self.do(step)
+
+    @property
+    def owner(self) -> Ticket:
+        return Ticket(KEY, self.registry.of(KEY)[0].generation, b"o" * 16)
+
+    def confirm_live(self, claim: bytes = b"c" * 16) -> dict[str, Any]:
+        by, offer = Ticket(KEY, self.top.generation, claim), Offer(0, 0, 1, live=True)
+        caller = self.by(OTHER)
+        return self.do(self.registry.confirm_next(caller, by, offer, token=b"o" * 16))
+
+    def end(self, *, keep: bool) -> None:
+        self.do(living.end(self.registry, self.by(OTHER), self.owner, keep=keep))
+
+    def put_back(self) -> None:
+        offer = Offer(0, 0, 1, live=True)
+        self.do(living.put_back(self.registry, self.by(OTHER), self.owner, offer))
+
+    def owner_gone(self, how: str = "killed by SIGKILL") -> None:
+        step = living.owner_gone(self.registry, self.now, self.top.generation, how)
+        self.do(step)
+
     def reject(self, why: str = "too old") -> None:
         self.do(self.registry.reject(self.by(OTHER), self.claim, why))
 
@@ -186,6 +215,33 @@ def unreadable() -> World:
     return world
 
 
+def live() -> World:
+    world = World()
+    world.live()
+    return world
+
+
+def away() -> World:
+    world = live()
+    hold = world.top
+    world.registry.remove(hold.generation)
+    note = replace(hold, token=living.shortened(hold.token))
+    world.registry.adopt([living.away(note)])
+    return world
+
+
+def quarantined() -> World:
+    world = live()
+    world.owner_gone()
+    for _ in range(MOST_DEATHS):
+        assert world.top.phase == HELD
+        world.load()
+        world.confirm_live()
+        world.now += 9
+        world.owner_gone()
+    return world
+
+
 STAGES: dict[str, Callable[[], World]] = {
     "nothing": nothing,
     "prepared": prepared,
@@ -193,6 +249,9 @@ STAGES: dict[str, Callable[[], World]] = {
     "claimed": claimed,
     "begun": begun,
     "vanished": vanished,
+    "live": live,
+    "away": away,
+    "quarantined": quarantined,
     "damaged": damaged,
     "unreadable": unreadable,
 }
@@ -210,6 +269,11 @@ VERBS: dict[str, Callable[[World], object]] = {
     "begin": World.begin,
     "confirm": World.confirm,
     "confirm next": World.confirm_next,
+    "confirm live": World.confirm_live,
+    "live": World.live,
+    "close": lambda world: world.end(keep=True),
+    "end": lambda world: world.end(keep=False),
+    "put back": World.put_back,
     "reject": World.reject,
     "drop": World.drop,
     "drop by force": lambda world: world.drop(force=True),
@@ -299,7 +363,30 @@ EXPECTED: dict[str, dict[str, str | type[CprdError]]] = {
         }
         for stage in ("damaged", "unreadable")
     },
+    **{
+        stage: {
+            **dict.fromkeys(
+                ("save", "save by acting", "save after acting", "prepare"), AlreadyHeld
+            ),
+            **dict.fromkeys(("replace", "replace by claimant", "load"), Busy),
+            **dict.fromkeys(("commit", "abort"), Fenced),
+            **dict.fromkeys(("renew", "begin", "confirm", "confirm next", "reject"), Fenced),
+            "drop": Busy,
+            "drop by force": Busy if stage == "away" else NOTHING,
+            "release": Busy,
+            "release by force": HELD if stage == "quarantined" else Busy,
+        }
+        for stage in ("live", "away", "quarantined")
+    },
 }
+for stage, expected in EXPECTED.items():
+    if stage != "nothing":
+        owned = {"close": Fenced, "end": Fenced, "put back": Fenced}
+        expected |= {**owned, "live": expected["load"], "confirm live": expected["confirm next"]}
+EXPECTED["nothing"]["live"] = LIVE
+EXPECTED["claimed"]["confirm live"] = EXPECTED["begun"]["confirm live"] = LIVE
+EXPECTED["live"] |= {"close": HELD, "end": NOTHING, "put back": LIVE}
+EXPECTED["away"] |= {"end": NOTHING, "put back": LIVE}
 
 
 def phase(world: World) -> str:
@@ -333,6 +420,7 @@ def test_each_verb_in_each_phase(stage: str, verb: str) -> None:
 
 def test_the_expectations_leave_no_verb_out() -> None:
     on_nothing = {"commit", "abort", "renew", "begin", "confirm", "confirm next", "reject"}
+    on_nothing |= {"confirm live", "close", "end", "put back"}
     for stage, verbs in EXPECTED.items():
         assert VERBS.keys() - verbs.keys() == (on_nothing if stage == "nothing" else set())
 
@@ -356,6 +444,14 @@ def test_the_table_says_what_the_design_says() -> None:
     }
     served = {how for how, after in TRANSITIONS.items() if after == CLAIMED}
     assert served == {(HELD, "load"), (CLAIMED, "renew")}
+    assert ends[QUARANTINED] == {
+        *("release by force -> held", "drop by force -> -", "counted -> quarantined"),
+    }
+    assert ends[LIVE] == {
+        *("put back -> live", "close -> held", "owner gone -> held", "end -> -"),
+        *("owner gone too often -> quarantined", "owner gone, and not put back -> -"),
+        "drop by force -> -",
+    }
     assert {before for (before, event), _ in TRANSITIONS.items() if event == "load"} == {HELD}
     for kept in (DAMAGED, UNREADABLE):
         assert ends[kept] == {"drop by force -> -", "newer committed -> -"}
@@ -394,6 +490,13 @@ def test_every_transition_was_reached_by_some_verb() -> None:
             world = make()
             for generation in [hold.generation for hold in world.registry]:
                 world.do(world.registry.found_damaged(generation, "so"))
+            for generation in [hold.generation for hold in world.registry]:
+                world.do(living.owner_gone(world.registry, world.now, generation, "so"))
+        for over in (live, quarantined):
+            world = over()
+            world.owner_gone()
+            world.do(living.counted(world.registry, world.top, 2, 5))
+            world.do(living.counted(world.registry, world.top, 0, 0))
         world = claimed()
         world.now += 31
         step = world.registry.expire(world.now)
@@ -771,3 +874,104 @@ def test_while_a_record_cannot_be_named_no_name_is_said_to_be_free() -> None:
     registry.hidden = "a record that cannot be read"
     with pytest.raises(Busy, match="may be held"):
         registry.check_load(0.0, KEY)
+
+
+# Live holds
+
+
+def test_a_live_hold_begins_or_is_loaded() -> None:
+    world = World()
+    first = world.live(nonce=b"n" * 16)
+    assert (first["found"], world.top.phase, world.top.saver) == (False, LIVE, OTHER.pid)
+    assert world.live(nonce=b"n" * 16) == first  # a lost answer
+    with pytest.raises(Busy, match="in use by pid 202, which keeps it live") as busy:
+        world.live(THIRD)
+    assert (busy.value.pid, busy.value.phase) == (202, LIVE)
+    row = world.top.row(world.now)
+    assert (row["in_use_by"], row["live"], row["fds"]) == (202, True, 0)
+    world.owner_gone()
+    taken = world.live(THIRD)
+    assert (taken["found"], taken["live"], taken["last_end"]) == (True, True, "killed by SIGKILL")
+    assert taken["generation"] == first["generation"]
+    with pytest.raises(Fenced, match="has ended since"):
+        world.live(nonce=b"n" * 16)
+    world.confirm_live(b"o" * 16)
+    assert (world.top.phase, world.top.took) == (LIVE, first["generation"])
+
+
+def test_twenty_early_deaths_in_a_row_quarantine() -> None:
+    world = quarantined()
+    assert world.top.phase == QUARANTINED
+    assert "20 owners in a row ended within 10 s" in world.top.row(world.now)["reason"]
+    world.release()
+    assert (world.top.phase, world.top.deaths) == (HELD, 0)
+    for _ in range(MOST_DEATHS - 1):
+        world.load()
+        world.confirm_live()
+        world.owner_gone()
+    world.load()
+    world.confirm_live()
+    world.now += 11
+    world.owner_gone()
+    assert (world.top.phase, world.top.deaths) == (HELD, 0)
+
+
+def test_neither_a_close_nor_a_failed_claim_counts_as_a_death() -> None:
+    world = live()
+    world.owner_gone()
+    for _ in range(2 * MOST_DEATHS):
+        world.load()
+        world.reject()
+        world.load()
+        world.confirm_live()
+        world.end(keep=True)
+    assert (world.top.phase, world.top.deaths, world.top.attempts) == (HELD, 0, 0)
+    assert world.top.last_end == "closed by its owner"
+
+
+def test_what_is_not_put_back_ends_with_its_owner() -> None:
+    world = away()
+    assert "which has not put it back" in world.top.row(world.now)["reason"]
+    world.owner_gone()
+    assert phase(world) == NOTHING
+    world = away()
+    generation = world.top.generation
+    world.put_back()
+    assert (world.top.phase, world.top.generation) == (LIVE, generation)
+    world.put_back()  # again: nothing to do
+    world.owner_gone()
+    assert phase(world) == HELD
+
+
+def test_a_rejection_may_leave_the_attempt_uncounted() -> None:
+    world = held()
+    world.load()
+    world.do(world.registry.reject(world.by(OTHER), world.claim, "no room", attempt=False))
+    assert (world.top.phase, world.top.attempts) == (HELD, 0)
+
+
+def test_what_was_live_is_counted_once_nobody_has_it() -> None:
+    world = live()
+    world.owner_gone()
+    before = world.top
+    world.do(living.counted(world.registry, before, 2, 5))
+    assert (world.top.phase, world.top.fds, world.registry.usage(1000).fds) == (HELD, 5, 5)
+    before = world.top
+    world.load()
+    world.do(living.counted(world.registry, before, 0, 0))  # too late
+    assert (world.top.phase, world.top.fds) == (CLAIMED, 5)
+    world.reject()
+    world.do(living.counted(world.registry, world.top, 0, 0))
+    assert phase(world) == NOTHING  # empty
+    world = quarantined()
+    world.do(living.counted(world.registry, world.top, 0, 0))
+    assert phase(world) == QUARANTINED  # an operator is to look
+
+
+def test_a_live_hold_may_be_left_while_the_quota_is_over() -> None:
+    world = World(Registry(Quota(holds=2, fds=3)))
+    world.save(fds=3)
+    world.load()
+    world.confirm_live()
+    world.owner_gone()
+    assert world.top.phase == HELD

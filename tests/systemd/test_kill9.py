@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from cprd.protocol.lifecycle import HELD, IN_DOUBT
+from tests.support.live_sweeps import LIVE_VERBS, LiveStep, TakeOver, sweep_live
 from tests.support.sweeps import GONE, VERBS, Step, Stream, sweep, sweep_rewriting, sweep_start
 
 from .keeping import SMALL, UNIT, Keeping, Task, things
@@ -31,6 +32,20 @@ def keeping(systemd: Machine) -> Keeping:
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_at_each_step_it_is_done_once(keeping: Keeping, verb: type[Step]) -> None:
     assert sweep(keeping, verb) >= 2
+    keeping.await_kept("store")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        verb if verb is TakeOver else pytest.param(verb, marks=pytest.mark.full)
+        for verb in LIVE_VERBS
+    ],
+)
+def test_killed_at_each_step_of_a_live_hold_it_is_done_once(
+    keeping: Keeping, verb: type[LiveStep]
+) -> None:
+    assert sweep_live(keeping, verb) >= 2
     keeping.await_kept("store")
 
 

@@ -23,11 +23,11 @@ from cprd.daemon.releaser import empty
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage.recover import Found, Pairs, recover
 from cprd.daemon.storage.shelf import Shelf, ShelfFull
-from cprd.daemon.storage.slot import Slot, SlotFull, fileno_pair
+from cprd.daemon.storage.slot import Slot, SlotFull, fileno_pair, last_version
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
 from cprd.protocol.lifecycle import Hold
-from cprd.protocol.registry import Step
+from cprd.protocol.registry import Ended, Step
 from cprd.protocol.replies import Replies, Reply
 
 MAX_RECORDS = 30  # in one slot, before the slot is written anew
@@ -108,7 +108,7 @@ class Keeper:
                     self.slots[hold.generation].known.clear()
             raise
         try:
-            self._end([ended.hold for ended in step.ended], [] if step.put else replies)
+            self._end(step.ended, [] if step.put else replies)
         except LimitExceeded as error:
             if not step.put:
                 raise
@@ -133,14 +133,15 @@ class Keeper:
             parked += held.in_flight
         return parked, of
 
-    def _end(self, holds: Iterable[Hold], replies: Sequence[Reply]) -> None:
+    def _end(self, all_ended: Iterable[Ended], replies: Sequence[Reply]) -> None:
         """End holds: the slots say so, with the replies, and the end is true. The shelf gets the
         replies too, because the slots will be drained."""
         outcomes: list[Reply] = []
-        for hold in holds:
+        for ended in all_ended:
+            hold = ended.hold
             dying = self.slots.get(hold.generation)
             if dying is not None:
-                dying.mark_dead(hold, replies)
+                dying.mark_dead(hold, replies, version=last_version(ended))
                 outcomes += [one.about(hold.generation) for one in dying.replies]
         self._add_outcomes(outcomes)
 
@@ -285,9 +286,9 @@ class Keeper:
                 self._drain(old, hold.uid)
 
     def forget(self, hold: Hold) -> None:
-        """End an outdated hold."""
+        """End an outdated hold. A newer hold of the name may have the content of a live hold."""
         try:
-            self._end([hold], [])
+            self._end([Ended(hold, "outdated", heir=hold.live)], [])
         except LimitExceeded as error:  # draining says so as well
             log.event("end-not-written", level=log.WARNING, why=str(error))
         self.let_go([hold])

@@ -24,26 +24,32 @@ from typing import Any
 
 import msgpack
 
+from cprd.daemon.releaser import HANDED_ON, LIVING
 from cprd.daemon.storage.shelf import records
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
 from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send, seqpacket_pair
 from cprd.protocol.lifecycle import CLAIMED, Hold
+from cprd.protocol.registry import Ended
 from cprd.protocol.replies import IN_A_RECORD, Reply, restored
 
 MAGIC = b"CPRS"
 VERSION = 2
 LEANING = 3  # a record that needs pidfds of earlier records
+# Two more, of live holds (releaser.py). LIVING: a record of a live hold; as the last record: let go
+# of all that is kept. HANDED_ON: the last record of a hold whose content another hold has by now.
 OLDEST = 1  # that is read: records without digests
 PREFIX = struct.Struct("<4sHIQB")  # magic, version, uid, generation, bytes of the name that follows
 MAX_RECORD = 8192
+LIVE_FIELDS = ("live", "took", "deaths", "last_end")
 _PREFIXED = ("uid", "generation", "name")
-_BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in _PREFIXED)
+_BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in (*_PREFIXED, "away"))
 # Fields since then, which a record has only where they say something: the record is unreadable,
 # and kept, for a cprd that does not know the field.
-_ADDED = {f.name: f.default for f in dataclasses.fields(Hold) if f.name in ("saver_uid",)}
+_SINCE = ("saver_uid", "live", "took", "deaths", "last_end")
+_ADDED = {f.name: f.default for f in dataclasses.fields(Hold) if f.name in _SINCE}
 _body_of = attrgetter(*_BODY)
-ROLES = ("after_exit", "saver", "claimant", "acting")  # of the pidfds in a record
+ROLES = ("after_exit", "saver", "claimant", "acting", "owner")  # of the pidfds in a record
 
 
 class SlotFull(Exception):
@@ -72,7 +78,7 @@ def encode(
     for field, default in _ADDED.items():
         if body[field] == default:
             del body[field]
-    version = LEANING if before else VERSION
+    version = LIVING if hold.live else LEANING if before else VERSION
     prefix = PREFIX.pack(MAGIC, version, hold.uid, hold.generation, len(name))
     content = {"roles": roles, "answers": [reply.stored() for reply in replies], "hold": body}
     if before:
@@ -81,10 +87,17 @@ def encode(
     return prefix + name + packed
 
 
-def encode_last(hold: Hold, replies: Iterable[Reply] = ()) -> bytes:
-    """The record that ends a slot, in every version."""
+def encode_last(hold: Hold, replies: Iterable[Reply] = (), version: int = VERSION) -> bytes:
+    """The record that ends a slot, in every version. `version` tells a releaser how to let go."""
     packed: bytes = msgpack.packb([reply.stored() for reply in replies], use_bin_type=True)
-    return PREFIX.pack(MAGIC, VERSION, hold.uid, hold.generation, 0) + packed
+    return PREFIX.pack(MAGIC, version, hold.uid, hold.generation, 0) + packed
+
+
+def last_version(ended: Ended) -> int:
+    """The version for the last record of a hold."""
+    if not ended.hold.live:
+        return VERSION
+    return HANDED_ON if ended.heir else LIVING
 
 
 def is_last(data: bytes) -> bool:
@@ -110,7 +123,7 @@ def decode(data: bytes) -> tuple[Hold, tuple[str, ...], list[Reply], tuple[str, 
     if magic != MAGIC:
         raise ValueError("not a record of cprd")
     name = data[PREFIX.size : PREFIX.size + length].decode()
-    if version not in (OLDEST, VERSION, LEANING):
+    if version not in (OLDEST, VERSION, LEANING, LIVING):
         raise Unreadable(f"a record of version {version}", uid, generation, name)
     try:
         content: dict[str, Any] = msgpack.unpackb(data[PREFIX.size + length :], raw=False)
@@ -210,12 +223,15 @@ class Slot:
         size = self.tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         self.tx.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)  # doubles it
 
-    def mark_dead(self, hold: Hold, replies: Sequence[Reply] = ()) -> None:
-        """Say for good that the hold has ended, before anything is let go.
+    def mark_dead(
+        self, hold: Hold, replies: Sequence[Reply] = (), *, version: int = VERSION
+    ) -> None:
+        """Say for good that the hold has ended, before anything is let go. `version`: see
+        `encode_last`.
 
         Raises LimitExceeded; then nothing has changed."""
         every = deque((*self.replies, *replies), maxlen=IN_A_RECORD)
-        data = encode_last(hold, every)
+        data = encode_last(hold, every, version)
         for attempt in (1, 2):
             try:
                 send(self.tx, data)

@@ -1,0 +1,46 @@
+"""The root of a live hold travels like a saved state: parked in a queue, alone, after a header."""
+
+from __future__ import annotations
+
+import _socket as socket  # as in queue
+
+from cprd.bundle.layout import LIVE_ROOT
+from cprd.errors import Damaged, LimitExceeded
+from cprd.linux.nofile import ADVICE
+from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
+from cprd.live.reader import as_queue
+
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+
+PARKED = {"fds": 0, "bytes": 0, "parked": 1, "depth": 1}
+"""Fields of the request that parks a root."""
+
+
+def park(inlet: socket.SocketType, root: int) -> None:
+    """Park the receiving end of a root; both are borrowed. Raises LimitExceeded, OSError."""
+    send(inlet, LIVE_ROOT, [root])
+
+
+def root_of(bundle: int) -> int:
+    """The receiving end of the root that lies in a bundle, owned by the caller; `bundle` is
+    borrowed, and stays as before. Raises Damaged, LimitExceeded. Does not block."""
+    sock = as_queue(bundle)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+        try:
+            data, fds, flags = receive(sock, len(LIVE_ROOT) + 1, _PEEK)
+        except ConnectionResetError:  # said once when its sender left something unread
+            data, fds, flags = receive(sock, len(LIVE_ROOT) + 1, _PEEK)
+    except OSError as error:
+        raise Damaged(f"the bundle of a live hold cannot be read: {error.strerror}") from None
+    finally:
+        sock.detach()
+    if data == LIVE_ROOT and flags & socket.MSG_CTRUNC:
+        raise LimitExceeded(
+            f"no descriptor left to read a live hold with: raise RLIMIT_NOFILE {ADVICE}; what is"
+            " held stays held"
+        )
+    if data != LIVE_ROOT or len(fds) != 1:
+        close_all(fds)
+        raise Damaged("not the bundle of a live hold")
+    return fds[0]
