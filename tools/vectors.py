@@ -566,15 +566,28 @@ def _hex(data: str, at: str) -> list[str]:
 
 
 def fields_table(verb: str) -> str:
-    """The fields of a request, as a table."""
+    """The fields of a request, as a table, and those of the answer."""
     fields = messages.REQUESTS[verb]
+    answer = "; ".join(
+        f"`{name}` {_bounds(field)}" + ("" if field.required else ", optional")
+        for name, field in messages.ANSWERS[verb].items()
+    )
+    said = f"Answer: {answer or 'no fields'}."
     if not fields:
-        return "No fields."
+        return f"No fields. {said}"
     rows = ["| field | type and bounds | default |", "|---|---|---|"]
     for name, field in fields.items():
         default = "required" if field.required else _default(verb, name, field.default)
-        rows.append(f"| `{name}` | {field.wants} | {default} |")
-    return "\n".join(rows)
+        rows.append(f"| `{name}` | {_bounds(field)} | {default} |")
+    return "\n".join([*rows, "", said])
+
+
+def _bounds(field: messages.Field) -> str:
+    """The form of a field, with powers of two in short."""
+    wants = field.wants
+    for bits in (64, 31):
+        wants = wants.replace(str((1 << bits) - 1), f"2^{bits}-1")
+    return wants.replace(str(1 << 32), "2^32").replace("'", '"').replace("3.1536e+08", "315360000")
 
 
 def _default(verb: str, name: str, default: Any) -> str:

@@ -85,10 +85,15 @@ def test_a_live_hold_is_read_as_it_says(vector: Vector) -> None:
         assert vectors.record_means(bytes.fromhex(vector["hex"])) == vector["means"]
 
 
-def test_each_verb_has_a_vector() -> None:
+def test_each_verb_has_a_vector_and_a_place_in_the_page() -> None:
     asked = {vector["means"]["verb"] for vector in REQUESTS if "means" in vector}
     answered = {vector["verb"] for vector in ANSWERS if "verb" in vector}
     assert asked == answered == messages.REQUESTS.keys()
+    page = vectors.PAGES[0].read_text(encoding="utf-8")
+    for verb in messages.REQUESTS:
+        assert f"<!-- fields {verb} -->" in page
+        assert re.search(f"<!-- example request/{verb}(-.*)? -->", page)
+        assert f"<!-- example answer/{verb} -->" in page
 
 
 def test_the_pages_show_the_vectors() -> None:
