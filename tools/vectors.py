@@ -424,6 +424,9 @@ def _no_bundles() -> Iterator[Vector]:
             "nothing is queued in a part of it",
         ),
     }
+    first = records.encode(records.ROOT, 7, 1, 0, [], 0, part=(1, 1))
+    root = {"queue": [{"hex": first.hex(), "carries": []}]}
+    cases["live-root"] = (layout.LIVE_ROOT, [root], "Busy", "a bundle of version 2")
     for name, (data, carried, error, why) in cases.items():
         queue = [{"hex": data.hex(), "carries": carried}]
         yield {"name": name, "queue": queue, "error": error, "why": why}
