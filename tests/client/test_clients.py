@@ -812,7 +812,7 @@ async def test_an_answer_that_cannot_be_read_ends_its_connection(
     def serve(listener: socket.socket) -> None:
         with listener.accept()[0] as sock:
             sock.recv(1000)
-            greeting = messages.ok(version=messages.VERSION, uid=os.getuid())
+            greeting = messages.ok(**GREETING)
             sock.send(messages.encode(greeting))
             sock.recv(1000)
             sock.send(b"\xc1 noise")
@@ -898,6 +898,10 @@ def wake(daemon: DaemonProcess) -> None:
     os.kill(daemon.pid, signal.SIGCONT)
 
 
+GREETING: dict[str, Any] = {
+    **{"version": messages.VERSION, "server": "cprd", "uid": os.getuid(), "pid": os.getpid()},
+    **{"lease_by": ["connection"], "kept": "memory", "limits": {}},
+}
 REQUESTS: dict[str, Callable[[Any, Any], Any]] = {
     "list": lambda client, _: client.list(),
     "save": lambda client, _: client.save("new", State()),
