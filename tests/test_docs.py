@@ -52,9 +52,12 @@ def test_the_python_page_has_every_public_name_with_its_parameters() -> None:
         "has_any",
         "owning",
         "sections",
+        "take_sections",
+        "forget_asked",
+        "put_back_fd",
     }  # for what packs a state and unpacks one
-    wanted = {f"connect{_parameters(cprd.connect)}"}
-    for made in (cprd.State, cprd.Claim, cprd.Daemon, cprd.Prepared):
+    wanted = {f"connect{_parameters(cprd.connect)}", f"live{_parameters(cprd.live)}"}
+    for made in (cprd.State, cprd.Claim, cprd.Daemon, cprd.Prepared, cprd.LiveState):
         ours = [base for base in made.__mro__ if base.__module__.startswith("cprd.")]
         for name in {name for base in ours for name in vars(base) if name[0] != "_"} - carriers:
             method = getattr(made, name)
@@ -66,12 +69,17 @@ def test_the_python_page_has_every_public_name_with_its_parameters() -> None:
         assert f"`{error}`" in page or f"cprd.{error}`" in page
     for name in cprd.__all__:
         assert re.search(rf"\b{name}\b", page), name
-    for name, wait in (("Daemon", "wait"), ("Claim", "renew"), ("Prepared", "commit")):
+    for name, wait in (
+        ("Daemon", "wait"),
+        ("Claim", "renew"),
+        ("Prepared", "commit"),
+        ("LiveState", "confirm"),
+    ):
         assert hasattr(getattr(cprd.trio, name), wait)
 
 
 def test_the_clients_have_the_same_methods_with_the_same_parameters() -> None:
-    for name in ("Claim", "Daemon", "Prepared"):
+    for name in ("Claim", "Daemon", "LiveState", "Prepared"):
         blocking, on_trio = getattr(cprd, name), getattr(cprd.trio, name)
         public = {key for key in vars(blocking) if key[0] != "_"}
         assert public | {"aclose"} >= {key for key in vars(on_trio) if key[0] != "_"} >= public
@@ -79,6 +87,7 @@ def test_the_clients_have_the_same_methods_with_the_same_parameters() -> None:
             if callable(getattr(blocking, key)):
                 assert _parameters(getattr(blocking, key)) == _parameters(getattr(on_trio, key))
     assert _parameters(cprd.connect) == _parameters(cprd.trio.connect)
+    assert _parameters(cprd.live) == _parameters(cprd.trio.live)
 
 
 def _parameters(function: Callable[..., object]) -> str:

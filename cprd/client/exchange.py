@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cprd.protocol.rows import Greeting
 
     T = TypeVar("T")
-    Kind = Literal["turn", "connect", "ask", "receive", "sleep", "work"]
+    Kind = Literal["turn", "connect", "ask", "receive", "sleep", "work", "watch"]
     Steps: TypeAlias = "Generator[Step, Any, T]"
     Verb: TypeAlias = "Generator[Call | Work, Any, T]"
     Undo: TypeAlias = "Callable[[dict[str, Any]], Call]"
@@ -55,6 +55,7 @@ class Call:
 
     `timeout`: seconds until Timeout (None: the default of the connection), besides `wait`, the
     seconds for which the daemon may let the request wait.
+    `alone`: the answer is not to bring a queue for the next save.
     `until_known`: an interrupt is held back until the outcome is known.
     `undo`: makes the request that undoes this one, from the fields of the answer.
     `ends_with_connection`: the end of the connection undoes the request.
@@ -62,7 +63,16 @@ class Call:
     `number`: of the last attempt; None: never sent, or undone."""
 
     __slots__ = (
-        *("ends_with_connection", "message", "number", "park", "shielded", "timeout", "undo"),
+        *(
+            "alone",
+            "ends_with_connection",
+            "message",
+            "number",
+            "park",
+            "shielded",
+            "timeout",
+            "undo",
+        ),
         *("until_known", "wait"),
     )
 
@@ -77,8 +87,10 @@ class Call:
         undo: Undo | None = None,
         ends_with_connection: bool = False,
         shielded: bool = False,
+        alone: bool = False,
     ) -> None:
         self.message = message
+        self.alone = alone
         self.park = park
         self.timeout = timeout
         self.wait = wait
@@ -169,7 +181,8 @@ class Step:
     "turn": wait until no other request is on the line; "connect": return a new socket; "ask": send
     `what`, (bytes, room), and return the next Answer, received with the soft RLIMIT_NOFILE at the
     hard one where `room` is true; "receive": return the next Answer; "sleep": until then; "work":
-    call `what`, where blocking harms nobody. `shielded`: also in a cancelled task."""
+    call `what`, where blocking harms nobody; "watch": return once the connection is lost, or there
+    is none (sockets.is_lost). `shielded`: also in a cancelled task."""
 
     __slots__ = ("kind", "shielded", "until", "what")
 
@@ -264,6 +277,10 @@ class Line:
 
     def close_socket(self, sock: socket) -> None:
         sock.close()
+
+    def start(self, steps: Steps[None]) -> Callable[[], None]:
+        """Drive `steps` beside all else. Returns what stops that, called once."""
+        raise NotImplementedError
 
     # Users
 
@@ -473,7 +490,7 @@ def request(
                 if line.late or line.undos:
                     yield from _undo_late(line, until, shielded)
                 if call.park is not None:
-                    answer = yield from _save(line, call, call.park, until, shielded)
+                    answer = yield from _save(line, call, call.park, until, shielded, tried - began)
                 else:
                     answer = yield from _ask(line, call, until, shielded, tried - began)
                 break
@@ -509,7 +526,12 @@ def request(
 
 
 def _save(
-    line: Line, call: Call, park: Callable[[socket], None], until: float, shielded: bool
+    line: Line,
+    call: Call,
+    park: Callable[[socket], None],
+    until: float,
+    shielded: bool,
+    elapsed: float,
 ) -> Steps[Answer]:
     """Park the bundle in a queue of the daemon, then send the request that speaks of the bundle.
 
@@ -533,8 +555,10 @@ def _save(
             except BrokenPipeError:
                 raise Lost from None
         # One connection rarely saves twice: the second save asks for the queue of the next.
-        call.message["queue"] = line.saved
-        answer = yield from _ask(line, call, until, shielded)
+        call.message["queue"] = line.saved and not call.alone
+        answer = yield from _ask(line, call, until, shielded, elapsed)
+        if call.alone:
+            return answer
         line.saved = True
         if answer.fds:
             line.queue = answer.inlet()

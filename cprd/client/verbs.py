@@ -9,7 +9,7 @@ from cprd.bundle.unpack import unpack
 from cprd.client import claim as claims
 from cprd.client.claim import Saved, Ticket, check_seconds, check_state, check_timeout, rejection
 from cprd.client.exchange import Call, Line, Work
-from cprd.errors import CprdError, Damaged, InvalidInput
+from cprd.errors import CprdError, Damaged, InvalidInput, LimitExceeded
 from cprd.linux.pause import point
 from cprd.protocol import messages
 from cprd.state import State
@@ -113,9 +113,10 @@ def load(
     try:
         bundle = answer.bundle()
         point("load:claimed")
-        state = unpack(bundle)
+        is_live = fields.get("live", False)
+        state = _left_live(bundle) if is_live else unpack(bundle)
         point("load:unpacked")
-        if state.fd_count != fields["fds"]:
+        if not is_live and state.fd_count != fields["fds"]:
             found = state.fd_count
             raise Damaged(f"its saver said {fields['fds']} descriptors; there are {found}")
         claim = claims.Claim(line, ticket, fields, bundle, state)
@@ -127,22 +128,52 @@ def load(
             state.close()
         if bundle >= 0:
             os.close(bundle)
-        yield from _give_back(ticket, fields, error, unread=state is None)
+        yield from give_back(ticket, fields, error, unread=state is None)
         raise
 
 
-def _give_back(
+def _left_live(bundle: int) -> State:
+    """The state of a live hold whose owner has ended; memory comes as sections "memory.NAME"."""
+    from cprd.bundle.root import peek_root
+    from cprd.linux.memfd import mapping, sealed_memfd
+    from cprd.live.reader import read  # 10 ms to import
+
+    root = peek_root(bundle)
+    try:
+        found = read(root)
+    finally:
+        os.close(root)
+    try:
+        for name, memfd in found.memories.items():
+            key = f"memory.{name}"
+            mapped = mapping(memfd)
+            copy = sealed_memfd(key, [memoryview(mapped)] if mapped else [])
+            try:
+                found.state.save_section_fd(key, copy)
+            finally:
+                os.close(copy)
+        found.state.forget_asked()
+    except BaseException:
+        found.state.close()
+        raise
+    finally:
+        found.close()
+    return found.state
+
+
+def give_back(
     ticket: Ticket, fields: dict[str, Any], error: BaseException, *, unread: bool
 ) -> Verb[None]:
     """A state that could not be read is given back now, not with the lease. Raises Damaged."""
     if isinstance(error, GeneratorExit):
         return
     damaged = isinstance(error, Damaged)
+    counts = not isinstance(error, LimitExceeded)  # no room here says nothing about the state
     why = str(error) if isinstance(error, CprdError) else f"{type(error).__name__}: {error}"
     if damaged and unread and fields["last_claimant"]:
         why += f"; pid {fields['last_claimant']} had claimed it last"
     try:
-        yield rejection(ticket, why, damaged=damaged)
+        yield rejection(ticket, why, damaged=damaged, attempt=counts)
     except CprdError:
         pass  # the end of the connection or of the lease has to do
     if damaged:
