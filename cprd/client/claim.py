@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from cprd.bundle.pack import pack
 from cprd.client.exchange import BRIEF, Call, Line, Work
@@ -335,13 +336,9 @@ class Claim:
         finally:
             self._unpark()
         if untaken:
-            import warnings
-
-            warnings.warn(
+            warn(
                 f"{named(untaken)} of {self.ticket.name!r} were never asked for, and end with the"
-                " claim: was the state saved by a newer program?",
-                RuntimeWarning,
-                stacklevel=2,
+                " claim: was the state saved by a newer program?"
             )
 
     def _unpark(self) -> None:
@@ -398,6 +395,16 @@ def named(keys: list[tuple[str, int] | str]) -> str:
     texts = [f"section {key!r}" if isinstance(key, str) else f"{key}" for key in keys[:8]]
     more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
     return ", ".join(texts) + more
+
+
+def warn(text: str) -> None:
+    """A RuntimeWarning at the line of the program that called cprd."""
+    import warnings
+
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("cprd"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def cut(why: str) -> str:

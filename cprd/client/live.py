@@ -10,11 +10,9 @@ from __future__ import annotations
 import _socket as socket  # as in rights
 import os
 import threading
-import warnings
 from time import monotonic
 from weakref import WeakValueDictionary
 
-from cprd.bundle.root import DEPTH, PARKED, park_root, peek_root
 from cprd.bundle.unpack import unpack
 from cprd.client.claim import (
     NOBODY,
@@ -23,8 +21,9 @@ from cprd.client.claim import (
     check_timeout,
     named,
     rejection,
+    warn,
 )
-from cprd.client.exchange import BRIEF, Call, Line, Step, Work, request
+from cprd.client.exchange import BRIEF, FOREVER, Call, Line, Step, Work, request
 from cprd.client.verbs import check_name, give_back, rows
 from cprd.errors import (
     Busy,
@@ -36,6 +35,7 @@ from cprd.errors import (
     NotHeld,
 )
 from cprd.linux.pause import point
+from cprd.live import carrier
 from cprd.live.owner import Owner
 from cprd.live.queue import make_pair
 from cprd.live.reader import Found, read
@@ -71,7 +71,14 @@ class Root:
         self._copy = _copy(self.rx)
 
     def park(self, inlet: socket.SocketType) -> None:
-        park_root(inlet, self._copy.fileno())
+        try:
+            carrier.park(inlet, self._copy.fileno())
+        except ConnectionResetError as error:
+            raise BrokenPipeError(error.errno, error.strerror) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise LimitExceeded(f"cannot park the root of a live hold: {error.strerror}") from None
 
     def take(self) -> tuple[socket.SocketType, socket.SocketType]:
         """Both ends, the caller's from now on: those of a new root where they were taken before."""
@@ -133,7 +140,7 @@ class Live:
         """Read what is held; `bundle` is owned from now on. Raises Damaged, LimitExceeded."""
         self._bundle = bundle
         if is_live:
-            root = peek_root(bundle)
+            root = carrier.root_of(bundle)
             try:
                 self._found = read(root)
             finally:
@@ -206,11 +213,9 @@ class Live:
         yield Work(self._settle)
         point("confirm:answered")
         if untaken:
-            warnings.warn(
-                f"{named(untaken)} of the live hold {self.ticket.name!r} were not asked for before"
-                " confirm(): they stay kept; delete what this program does not know",
-                RuntimeWarning,
-                stacklevel=2,
+            warn(
+                f"{named(untaken)} of the live hold {self.ticket.name!r} were never asked for"
+                " before confirm(), and stay kept: delete what this program does not know"
             )
 
     def end(self, timeout: float | None) -> Verb[None]:
@@ -363,15 +368,13 @@ class Live:
             stop()
 
     def _watched(self, line: Line) -> Steps[None]:
-        """Put the hold back into each cprd that comes after the present one."""
-        answers = Call({"verb": "status"})
+        """Put the hold back into each cprd that comes after the present one. The first time at
+        once, which changes nothing unless cprd has ended since."""
         try:
-            yield from _quietly(request(line, answers))
             while self.watching:
-                yield Step("watch", float("inf"), False)
-                while self.watching:
-                    if (yield from self._put_back(line)):
-                        break
+                if (yield from self._put_back(line)):
+                    yield Step("watch", FOREVER, False)
+                else:
                     yield Step("sleep", monotonic() + AGAIN, False)
         finally:
             line.users.clear()
@@ -515,14 +518,6 @@ def elsewhere(do: Callable[[], object]) -> None:
     threading.Thread(target=do, daemon=True).start()
 
 
-def _quietly(steps: Steps[Any]) -> Steps[None]:
-    try:
-        answer = yield from steps
-        answer.close()
-    except CprdError:
-        pass  # the watch finds out
-
-
 def _place(line: Line, name: str) -> tuple[str, str]:
     return line.path, "{}/{}".format(*messages.split_name(name, line.common.uid))
 
@@ -530,8 +525,8 @@ def _place(line: Line, name: str) -> tuple[str, str]:
 def _parked() -> dict[str, Any]:
     """What a request says of a root. The figures of keys count once the owner has ended."""
     return {
-        **{"fds": 0, "bytes": 0, "parked": PARKED, "depth": DEPTH, "ttl": None},
-        **{"after_exit": "no", **NOBODY},
+        **carrier.PARKED,
+        **{"ttl": None, "after_exit": "no", **NOBODY},
     }
 
 

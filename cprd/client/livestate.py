@@ -230,7 +230,7 @@ class LiveVerbs(MutableMapping[str, "Any"]):
         self._put(key, None)
 
     def __contains__(self, key: object) -> bool:
-        return key in [*self]
+        return any(key == each for each in self)
 
     def __iter__(self) -> Iterator[str]:
         self._live.check()
@@ -244,7 +244,7 @@ class LiveVerbs(MutableMapping[str, "Any"]):
         return iter(keys)
 
     def __len__(self) -> int:
-        return len([*self])
+        return sum(1 for _ in self)
 
     def __eq__(self, other: object) -> bool:
         return self is other

@@ -134,11 +134,11 @@ def load(
 
 def _left_live(bundle: int) -> State:
     """The state of a live hold whose owner has ended; memory comes as sections "memory.NAME"."""
-    from cprd.bundle.root import peek_root
     from cprd.linux.memfd import mapping, sealed_memfd
+    from cprd.live.carrier import root_of
     from cprd.live.reader import read  # 10 ms to import
 
-    root = peek_root(bundle)
+    root = root_of(bundle)
     try:
         found = read(root)
     finally:
