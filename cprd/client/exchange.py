@@ -19,7 +19,15 @@ from collections.abc import Callable, Generator
 from itertools import count
 from time import monotonic
 
-from cprd.errors import CprdError, InvalidInput, LimitExceeded, ProtocolError, Timeout, Unavailable
+from cprd.errors import (
+    Busy,
+    CprdError,
+    InvalidInput,
+    LimitExceeded,
+    ProtocolError,
+    Timeout,
+    Unavailable,
+)
 from cprd.linux.paths import default_socket
 from cprd.linux.rights import close_all
 from cprd.protocol import messages
@@ -230,6 +238,22 @@ class Common:
         ticket = self._claims.get(messages.split_name(name, self.uid))
         if ticket is not None and ticket.generation < generation:
             ticket.over = True
+
+
+live_here: dict[tuple[str, str], ref[Any]] = {}
+"""The live holds that are open in this process, by the path of cprd and UID/NAME. Whoever asks for
+one again on another connection looks to cprd as a program that was executed by the owner."""
+
+
+def check_not_here(line: Line, name: str) -> None:
+    """Raise Busy for the name of a live hold of this process."""
+    mine = live_here.get(place_of(line, name), lambda: None)()
+    if mine is not None and mine.open and mine.line.mine():
+        raise Busy(f"{name!r} is live in this process already", pid=os.getpid(), phase="live")
+
+
+def place_of(line: Line, name: str) -> tuple[str, str]:
+    return line.path, "{}/{}".format(*messages.split_name(name, line.common.uid))
 
 
 _forks = 0  # between the process that imported this and the present process

@@ -11,7 +11,7 @@ import _socket as socket  # as in rights
 import os
 import threading
 from time import monotonic
-from weakref import WeakValueDictionary
+from weakref import ref
 
 from cprd.bundle.unpack import unpack
 from cprd.client.claim import (
@@ -23,7 +23,18 @@ from cprd.client.claim import (
     rejection,
     warn,
 )
-from cprd.client.exchange import BRIEF, FOREVER, Call, Line, Step, Work, request
+from cprd.client.exchange import (
+    BRIEF,
+    FOREVER,
+    Call,
+    Line,
+    Step,
+    Work,
+    check_not_here,
+    live_here,
+    place_of,
+    request,
+)
 from cprd.client.verbs import check_name, give_back, rows
 from cprd.errors import (
     Busy,
@@ -58,9 +69,6 @@ if TYPE_CHECKING:
 AGAIN = 0.2  # s between two tries to put a hold back
 PATTERN = ".*"
 LIVE_PHASES = ("held", "claimed", "live")
-
-_open: WeakValueDictionary[tuple[str, str], Live] = WeakValueDictionary()
-"""By the path of cprd and the name: the holds that are open in this process."""
 
 
 class Root:
@@ -155,7 +163,7 @@ class Live:
         """The program has the hold: from now on `close` is due."""
         self.line.hold(self.ticket)
         self.open = True
-        _open[_place(self.line, self.ticket.name)] = self
+        live_here[place_of(self.line, self.ticket.name)] = ref(self)
         if self.owner is not None:
             self._watch()
 
@@ -382,7 +390,7 @@ class Live:
 
     def _put_back(self, line: Line) -> Steps[bool]:
         """Returns whether cprd has the hold, or somebody else."""
-        call = self.ticket.call("put_back", **_parked(), live=True)
+        call = self.ticket.call("put_back", timeout=BRIEF, **_parked(), live=True)
         call.park, call.alone = self.root.park, True
         point("put_back:before")
         try:
@@ -455,11 +463,7 @@ def _begin(
     timeout: float | None,
     defer: Defer | None,
 ) -> Verb[T]:
-    mine = _open.get(_place(line, name))
-    if mine is not None and mine.open and mine.line.mine():
-        raise Busy(
-            f"{name!r} is live in this process already", pid=os.getpid(), phase="live", until=None
-        )
+    check_not_here(line, name)
     root = Root()
     live: Live | None = None
     fields: dict[str, Any] = {}
@@ -516,10 +520,6 @@ def _undo(live: Live, fields: dict[str, Any], error: BaseException) -> Verb[None
 def elsewhere(do: Callable[[], object]) -> None:
     """Call in a thread of its own: what lets go of a file may block, in an event loop, too."""
     threading.Thread(target=do, daemon=True).start()
-
-
-def _place(line: Line, name: str) -> tuple[str, str]:
-    return line.path, "{}/{}".format(*messages.split_name(name, line.common.uid))
 
 
 def _parked() -> dict[str, Any]:

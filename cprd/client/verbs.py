@@ -8,7 +8,7 @@ from collections.abc import Callable
 from cprd.bundle.unpack import unpack
 from cprd.client import claim as claims
 from cprd.client.claim import Saved, Ticket, check_seconds, check_state, check_timeout, rejection
-from cprd.client.exchange import Call, Line, Work
+from cprd.client.exchange import Call, Line, Work, check_not_here
 from cprd.errors import CprdError, Damaged, InvalidInput, LimitExceeded
 from cprd.linux.pause import point
 from cprd.protocol import messages
@@ -96,6 +96,7 @@ def load(
     check_timeout(timeout)
     if generation is not None and (type(generation) is not int or not 0 <= generation < 1 << 64):
         raise InvalidInput(f"generation wants what a save returned, not {generation!r:.100}")
+    check_not_here(line, name)
     point("load:before")
     message = {"verb": "load", "name": name, "wait": wait, "lease": lease}
     answer = yield Call(
