@@ -159,8 +159,8 @@ class DaemonProcess:
     # Used again
 
     def remember(self) -> None:
-        """What it is like before a test used it, for `as_started`. The first hold that ends leaves a
-        releasing process, which stays for the next."""
+        """What it is like before a test used it, for `as_started`. The first hold that ends leaves
+        a releasing process, which stays for the next."""
         with self.connect() as daemon:
             daemon.save("first", cprd.State())
             daemon.drop("first")
