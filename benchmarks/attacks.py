@@ -47,9 +47,7 @@ KEPT = 600  # holds of root beside each attack
 # Arrays in arrays, each of which promises 16,000 elements: room for them is made at once.
 BOMB = b"\xdc\x3e\x80" * 1000 + b"\xc0" * (messages.MAX_REQUEST - 3000)
 PATHS = f"{ROOT}:{sysconfig.get_path('purelib')}"
-HELLO = messages.encode(
-    {"verb": "hello", "version": messages.VERSION, "limits": {"answer": messages.MAX_ANSWER}}
-)
+HELLO = messages.encode({"verb": "hello", "version": messages.VERSION})
 
 
 def end_with_parent() -> None:

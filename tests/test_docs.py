@@ -41,8 +41,11 @@ def test_every_verb_is_documented_with_its_fields() -> None:
     for verbs, fields, answer in re.findall(row, page, re.M):
         for verb in re.findall(r"`(\w+)`", verbs):
             asked[verb] = {field for field in re.split(r",\s*", fields.strip()) if field}
+            for field in asked[verb]:
+                assert REQUESTS[verb][field.strip("*")].required == ("*" not in field), field
             answered[verb] = set(re.findall(r"\w+", re.sub(r"\(.*?\)|\*\*.*?\*\*", "", answer)))
-    assert asked == {verb: set(fields) for verb, fields in REQUESTS.items()}
+    bare = {verb: {field.strip("*") for field in fields} for verb, fields in asked.items()}
+    assert bare == {verb: set(fields) for verb, fields in REQUESTS.items()}
     assert answered == {verb: set(fields) for verb, fields in ANSWERS.items()}
 
 

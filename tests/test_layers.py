@@ -152,12 +152,12 @@ def test_an_upward_import_is_found_in_a_function_too(tmp_path: Path) -> None:
         (tmp_path / "cprd" / name).mkdir(parents=True)
         (tmp_path / "cprd" / name / "__init__.py").touch()
     (tmp_path / "cprd/__init__.py").touch()
-    (tmp_path / "cprd/daemon/closer.py").touch()
+    (tmp_path / "cprd/daemon/releasing.py").touch()
     low = tmp_path / "cprd/linux/rights.py"
-    low.write_text("def late():\n    from cprd.daemon import closer\n    return closer\n")
-    assert upward(tmp_path) == ["cprd/linux/rights.py:2 imports cprd.daemon.closer"]
-    low.write_text("import cprd.daemon.closer\n")
-    assert upward(tmp_path) == ["cprd/linux/rights.py:1 imports cprd.daemon.closer"]
+    low.write_text("def late():\n    from cprd.daemon import releasing\n    return releasing\n")
+    assert upward(tmp_path) == ["cprd/linux/rights.py:2 imports cprd.daemon.releasing"]
+    low.write_text("import cprd.daemon.releasing\n")
+    assert upward(tmp_path) == ["cprd/linux/rights.py:1 imports cprd.daemon.releasing"]
 
 
 def test_the_client_and_the_daemon_do_not_see_each_other(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ LONGEST = 1024  # entries of a container in such a value
 DEEPEST = 16  # containers in each other
 
 
-def check(fd: int, parked: int) -> None:
-    """Look at the outside of a bundle; the saver says that the root holds `parked` descriptors.
+def check(fd: int, parked: int = 0) -> int:
+    """Look at the outside of a bundle. Returns the number of descriptors in the root, which should
+    be `parked` (0: not known).
 
     cprd does no more for each save: O(1) whatever lies below the root. `fd` is borrowed: the
     receiving end of a queue that cprd has made. Raises Damaged for anything but a whole bundle,
@@ -40,8 +41,11 @@ def check(fd: int, parked: int) -> None:
         raise Damaged("not a whole bundle: nothing is queued in it")
     if waiting != HEADER.size:
         raise Damaged(f"not a whole bundle: {waiting} bytes are queued in it, not {HEADER.size}")
-    if found != parked:
+    if parked and found != parked:
         raise Damaged(f"not a whole bundle: it should hold {parked} descriptors and holds {found}")
+    if found < 1:
+        raise Damaged("not a whole bundle: no descriptors are queued in it")
+    return found
 
 
 def describe_bundle(row: dict[str, Any], bundle: int) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def describe_bundle(row: dict[str, Any], bundle: int) -> dict[str, Any]:
         row["descriptors"] = [
             {"name": name, "id": id, "what": describe(fd)} for name, id, fd in state.fds()
         ]
-        row["sections"] = [_section(key, section) for key, section in state.sections()]
+        row["sections"] = [describe_section(key, section) for key, section in state.sections()]
     finally:
         threading.Thread(target=_let_go, args=(state, bundle), daemon=True).start()
     return row
@@ -76,7 +80,8 @@ def _let_go(state: State, bundle: int) -> None:
     os.close(bundle)
 
 
-def _section(key: str, section: InlineSection | MemfdSection) -> dict[str, Any]:
+def describe_section(key: str, section: InlineSection | MemfdSection) -> dict[str, Any]:
+    """Key, kind, size and perhaps the value of a section."""
     if isinstance(section, MemfdSection):
         return {"key": key, "kind": "memfd", "bytes": section.size()}
     shown: dict[str, Any] = {

@@ -7,6 +7,7 @@ any number of readers disturb nobody.
 from __future__ import annotations
 
 import _socket as socket  # as in rights
+import errno
 import os
 from array import array
 
@@ -20,6 +21,7 @@ from cprd.state import InlineSection, MemfdSection, State
 
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _CTRUNC, _SOL_SOCKET = socket.MSG_CTRUNC, socket.SOL_SOCKET
+_OURS = (errno.ENOMEM, errno.ENOBUFS)
 _UNIX, _SEQPACKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
 
@@ -55,7 +57,7 @@ def _peek(fd: int, depth: int, index: int, carried: array[int]) -> None:
         data, fds, flags = _receive(sock)
         waiting = queued(sock)
     except OSError as error:
-        raise Damaged(f"a part of the bundle cannot be read: {error.strerror}") from None
+        raise _unread("a part of the bundle cannot be read", error) from None
     finally:
         sock.close()
     count = len(fds)
@@ -147,15 +149,28 @@ def _peek_header(sock: socket.SocketType) -> Header:
     except BlockingIOError:
         raise Damaged("not a whole bundle: nothing is queued in it") from None
     except OSError as error:
-        raise Damaged(f"not a bundle: {error.strerror}") from None
+        raise _unread("not a bundle", error) from None
     raise AssertionError
+
+
+def _unread(what: str, error: OSError) -> Exception:
+    """What the reader lacks says nothing about a bundle."""
+    if error.errno in _OURS:
+        return LimitExceeded(
+            f"no memory left to read a bundle with ({error.strerror}): raise the memory that this"
+            " cgroup may use; what is held stays held"
+        )
+    return Damaged(f"{what}: {error.strerror}")
 
 
 def _state_of(root: Header, carried: array[int]) -> State:
     """Make the state of `carried`; the state owns `carried` afterwards."""
     manifest = carried[0]
     _check_memfd(manifest, "the manifest")
-    mapped = mapping(manifest)
+    try:
+        mapped = mapping(manifest)
+    except OSError as error:
+        raise _unread("the manifest cannot be read", error) from None
     if mapped is None:
         raise Damaged("the manifest is empty")
     with mapped, memoryview(mapped) as data:

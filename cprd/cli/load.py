@@ -21,7 +21,7 @@ TRIES = 5  # replaced again and again between look and claim: somebody saves in 
 
 def add_parser(verbs: Verbs) -> None:
     from cprd.cli.owner import add_name
-    from cprd.cli.spans import DAY, seconds
+    from cprd.cli.spans import DAY, SHORTEST, seconds
 
     parser = verbs.add_parser(
         "load",
@@ -37,7 +37,11 @@ def add_parser(verbs: Verbs) -> None:
         "--wait", type=seconds(DAY), default=0.0, metavar="S", help="wait up to S seconds for it"
     )
     parser.add_argument(
-        "--lease", type=seconds(DAY), default=LEASE, metavar="S", help="the claim's longest life"
+        "--lease",
+        type=seconds(DAY, SHORTEST),
+        default=LEASE,
+        metavar="S",
+        help="the claim's longest life",
     )
     parser.set_defaults(run=run, takes_command=True)
 

@@ -152,11 +152,16 @@ def _for_owner(args: argparse.Namespace, uid: int) -> list[str]:
 
 def run_check(args: argparse.Namespace) -> int:
     from cprd.qemu import signals
+    from cprd.qemu.errors import ChangedUser
     from cprd.qemu.examine import about_command_line, drift_of, examine
     from cprd.qemu.process import command_line
 
     with signals.watched():
-        monitor = _monitor(args)
+        try:
+            monitor = _monitor(args)
+        except ChangedUser as error:
+            say(f"no: {error}")
+            return 1
         try:
             report = examine(monitor)
             pid = monitor.process.pid if monitor.process is not None else 0

@@ -48,7 +48,7 @@ class Start(NamedTuple):
 
 def add_parser(verbs: Verbs) -> None:
     from cprd.cli.owner import add_name
-    from cprd.cli.spans import YEARS, seconds
+    from cprd.cli.spans import SHORTEST, YEARS, seconds
 
     parser = verbs.add_parser(
         "run",
@@ -68,7 +68,10 @@ def add_parser(verbs: Verbs) -> None:
         "--bind", action="store_true", help="answer the bind() of a CMD that opens its own sockets"
     )
     parser.add_argument(
-        "--ttl", type=seconds(YEARS), metavar="S", help="let go of it S seconds after CMD's end"
+        "--ttl",
+        type=seconds(YEARS, SHORTEST),
+        metavar="S",
+        help="let go of it S seconds after CMD's end",
     )
     parser.add_argument(
         "--cold", action="store_true", help="start without cprd, and unheld, when nobody answers"

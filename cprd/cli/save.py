@@ -25,7 +25,7 @@ class _Help(argparse.HelpFormatter):
 
 def add_parser(verbs: Verbs) -> None:
     from cprd.cli.owner import add_name
-    from cprd.cli.spans import YEARS, seconds
+    from cprd.cli.spans import SHORTEST, YEARS, seconds
 
     parser = verbs.add_parser(
         "save",
@@ -55,7 +55,7 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument("--replace", action="store_true", help="even when the name is held")
     parser.add_argument(
-        "--ttl", type=seconds(YEARS), metavar="S", help="let go of it after S seconds"
+        "--ttl", type=seconds(YEARS, SHORTEST), metavar="S", help="let go of it after S seconds"
     )
     parser.add_argument(
         "--after-exit",

@@ -40,6 +40,10 @@ def _print(hold: dict[str, Any]) -> None:
     facts += [f"uid {hold.get('uid')}", f"{hold.get('fds')} fds", f"age {seconds(hold.get('age'))}"]
     if hold.get("expires") is not None:
         facts.append(f"expires in {seconds(hold['expires'])}")
+    if hold.get("segments"):
+        facts.append(f"{hold['segments']} segments")
+    if hold.get("last_end"):
+        facts.append(f"the last owner: {hold['last_end']}")
     if hold.get("attempts"):
         facts.append(f"{hold['attempts']} attempts")
     say(f"{hold.get('name')}: {', '.join(facts)}")

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     AfterExit = bool | int | HasFileno | None
 
-NOBODY = {"pid": 0, "inode": 0}
-
 
 class Saved:
     """The outcome of a save. `generation`: the number of the hold, greater than all before.
@@ -112,15 +110,16 @@ class Bundle:
             if not process.has_ended:
                 how, self._process = "process", process
         if ttl is not None:
-            check_seconds("ttl", ttl, messages.MAX_TTL)
+            check_seconds("ttl", ttl, messages.MAX_TTL, messages.MIN_LEASE)
         self._packed = packed = pack(state, line.common.forbidden())
         self.park = packed.park
         self.close = packed.close
-        self.fields: dict[str, Any] = {
-            **{"fds": packed.fds, "bytes": packed.size, "parked": packed.parked},
-            **{"depth": packed.depth, "ttl": ttl, "after_exit": how},
-            **(self._process.fields() if self._process else NOBODY),
-        }
+        said = {"fds": packed.fds, "bytes": packed.size, "parked": packed.parked}
+        self.fields: dict[str, Any] = {**said, "depth": packed.depth, "after_exit": how}
+        if ttl is not None:
+            self.fields["ttl"] = ttl
+        if self._process is not None:
+            self.fields |= self._process.fields()
 
     def answered(self, name: str, generation: int) -> Verb[None]:
         if self._process is not None:
@@ -202,10 +201,13 @@ class Claim:
     def renew(self, lease: float | None, timeout: float | None) -> Verb[float]:
         check_timeout(timeout)
         if lease is not None:
-            check_seconds("lease", lease, messages.MAX_LEASE)
+            check_seconds("lease", lease, messages.MAX_LEASE, messages.MIN_LEASE)
         ticket = self.ticket
         message = {"verb": "renew", "name": ticket.name, "generation": ticket.generation}
-        answer = yield Call({**message, "token": ticket.token, "lease": lease}, timeout=timeout)
+        message["token"] = ticket.token
+        if lease is not None:
+            message["lease"] = lease
+        answer = yield Call(message, timeout=timeout)
         return float(answer.fields["lease"])
 
     def begin(self, process: int | HasFileno | None, timeout: float | None) -> Verb[None]:
@@ -214,7 +216,7 @@ class Claim:
         if actor is not None and actor.has_ended:
             raise InvalidInput("begin: the process that is to act has ended")
         point("begin:before")
-        call = self.ticket.call("begin", timeout=timeout, **(actor.fields() if actor else NOBODY))
+        call = self.ticket.call("begin", timeout=timeout, **(actor.fields() if actor else {}))
         before, self.begun = self.begun, True
         try:
             yield call
@@ -382,12 +384,12 @@ def check_timeout(timeout: float | None) -> None:
         check_seconds("timeout", timeout, messages.MAX_WAIT)
 
 
-def check_seconds(what: str, seconds: float, limit: float) -> None:
+def check_seconds(what: str, seconds: float, limit: float, least: float = 0.0) -> None:
     """Raises InvalidInput unless `seconds` is a number that the daemon takes."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise InvalidInput(f"{what} wants seconds, not {seconds!r}")
-    if not 0 <= seconds <= limit:
-        raise InvalidInput(f"{what} wants 0 to {limit:g} seconds, not {seconds!r}")
+    if not least <= seconds <= limit:
+        raise InvalidInput(f"{what} wants {least:g} to {limit:g} seconds, not {seconds!r}")
 
 
 def named(keys: list[tuple[str, int] | str]) -> str:

@@ -658,8 +658,7 @@ def _greet(line: Line, until: float, shielded: bool) -> Steps[None]:
 
 
 def hello() -> Call:
-    limits = {"answer": messages.MAX_ANSWER}
-    return Call({"verb": "hello", "version": messages.VERSION, "limits": limits})
+    return Call({"verb": "hello", "version": messages.VERSION})
 
 
 def _timeout(line: Line, timeout: float | None) -> float:

@@ -15,7 +15,6 @@ from weakref import ref
 
 from cprd.bundle.unpack import unpack
 from cprd.client.claim import (
-    NOBODY,
     Ticket,
     check_seconds,
     check_timeout,
@@ -208,7 +207,7 @@ class Live:
         if self._made is None:
             self._made = yield Work(self._make)
         point("confirm:before")
-        call = self._confirming or self.ticket.call("confirm_next", **_parked(), live=True)
+        call = self._confirming or self.ticket.call("confirm_next", **carrier.PARKED, live=True)
         call.park, call.alone, call.timeout = self.root.park, True, timeout
         self._confirming = call
         try:
@@ -390,7 +389,7 @@ class Live:
 
     def _put_back(self, line: Line) -> Steps[bool]:
         """Returns whether cprd has the hold, or somebody else."""
-        call = self.ticket.call("put_back", timeout=BRIEF, **_parked(), live=True)
+        call = self.ticket.call("put_back", timeout=BRIEF)
         call.park, call.alone = self.root.park, True
         point("put_back:before")
         try:
@@ -422,7 +421,7 @@ def begin(
     the next number."""
     check_name(name)
     check_seconds("wait", wait, messages.MAX_WAIT)
-    check_seconds("lease", lease, messages.MAX_LEASE)
+    check_seconds("lease", lease, messages.MAX_LEASE, messages.MIN_LEASE)
     check_timeout(timeout)
     if not name.endswith(PATTERN):
         made = yield from _begin(line, make, name, wait, lease, timeout, defer)
@@ -469,9 +468,8 @@ def _begin(
     fields: dict[str, Any] = {}
     try:
         point("live:before")
-        message = {"verb": "live", "name": name, "wait": wait, "lease": lease}
         call = Call(
-            {**message, **_parked(), "live": True, "nonce": messages.nonce()},
+            {"verb": "live", "name": name, "lease": lease, "nonce": messages.nonce()},
             park=root.park,
             wait=wait,
             timeout=timeout,
@@ -504,10 +502,9 @@ def _undo(live: Live, fields: dict[str, Any], error: BaseException) -> Verb[None
     owner, live.owner = live.owner, None
     if owner is not None:
         owner.close()
-    unread = not live.state.fd_count and not live.sections
     yield Work(live._let_go)
     if live.found:
-        yield from give_back(live.ticket, fields, error, unread=unread)
+        yield from give_back(live.ticket, fields, error)
     elif not isinstance(error, GeneratorExit):
         try:
             call = live.ticket.call("end", timeout=BRIEF, keep=False)
@@ -520,14 +517,6 @@ def _undo(live: Live, fields: dict[str, Any], error: BaseException) -> Verb[None
 def elsewhere(do: Callable[[], object]) -> None:
     """Call in a thread of its own: what lets go of a file may block, in an event loop, too."""
     threading.Thread(target=do, daemon=True).start()
-
-
-def _parked() -> dict[str, Any]:
-    """What a request says of a root. The figures of keys count once the owner has ended."""
-    return {
-        **carrier.PARKED,
-        **{"ttl": None, "after_exit": "no", **NOBODY},
-    }
 
 
 def _nonce() -> int:

@@ -59,11 +59,12 @@ def _save(
     if if_exists not in ("error", "replace"):
         raise InvalidInput(f'if_exists wants "error" or "replace", not {if_exists!r}')
     if require not in (None, "memory", "store"):
-        raise InvalidInput(f'require wants None or "store", not {require!r}')
+        raise InvalidInput(f'require wants None, "memory" or "store", not {require!r}')
     bundle = claims.Bundle(line, state, ttl, after_exit)
     try:
         message = {"verb": verb, "name": name, **bundle.fields, "if_exists": if_exists}
-        message["require"] = "store" if require == "store" else None
+        if require == "store":
+            message["require"] = require
         message["nonce"] = messages.nonce()
         point("save:packed")
 
@@ -92,15 +93,15 @@ def load(
     is given back with the reason."""
     check_name(name)
     check_seconds("wait", wait, messages.MAX_WAIT)
-    check_seconds("lease", lease, messages.MAX_LEASE)
+    check_seconds("lease", lease, messages.MAX_LEASE, messages.MIN_LEASE)
     check_timeout(timeout)
     if generation is not None and (type(generation) is not int or not 0 <= generation < 1 << 64):
         raise InvalidInput(f"generation wants what a save returned, not {generation!r:.100}")
     check_not_here(line, name)
     point("load:before")
-    message = {"verb": "load", "name": name, "wait": wait, "lease": lease}
+    message = {"verb": "load", "name": name, "lease": lease, "nonce": messages.nonce()}
     answer = yield Call(
-        {**message, "generation": generation, "nonce": messages.nonce()},
+        message if generation is None else {**message, "generation": generation},
         wait=wait,
         timeout=timeout,
         undo=lambda fields: rejection(Ticket(name, fields), "interrupted"),
@@ -114,12 +115,8 @@ def load(
     try:
         bundle = answer.bundle()
         point("load:claimed")
-        is_live = fields.get("live", False)
-        state = _left_live(bundle) if is_live else unpack(bundle)
+        state = _left_live(bundle) if fields["live"] else unpack(bundle)
         point("load:unpacked")
-        if not is_live and state.fd_count != fields["fds"]:
-            found = state.fd_count
-            raise Damaged(f"its saver said {fields['fds']} descriptors; there are {found}")
         claim = claims.Claim(line, ticket, fields, bundle, state)
         return make(claim)
     except BaseException as error:
@@ -129,7 +126,7 @@ def load(
             state.close()
         if bundle >= 0:
             os.close(bundle)
-        yield from give_back(ticket, fields, error, unread=state is None)
+        yield from give_back(ticket, fields, error)
         raise
 
 
@@ -162,24 +159,26 @@ def _left_live(bundle: int) -> State:
     return found.state
 
 
-def give_back(
-    ticket: Ticket, fields: dict[str, Any], error: BaseException, *, unread: bool
-) -> Verb[None]:
-    """A state that could not be read is given back now, not with the lease. Raises Damaged."""
+def give_back(ticket: Ticket, fields: dict[str, Any], error: BaseException) -> Verb[None]:
+    """A state that could not be read is given back now, not with the lease. Raises Damaged, which
+    names the saver."""
     if isinstance(error, GeneratorExit):
         return
     damaged = isinstance(error, Damaged)
     counts = not isinstance(error, LimitExceeded)  # no room here says nothing about the state
     why = str(error) if isinstance(error, CprdError) else f"{type(error).__name__}: {error}"
-    if damaged and unread and fields["last_claimant"]:
-        why += f"; pid {fields['last_claimant']} had claimed it last"
     try:
         yield rejection(ticket, why, damaged=damaged, attempt=counts)
     except CprdError:
         pass  # the end of the connection or of the lease has to do
     if damaged:
-        name = ticket.name
-        raise Damaged(f"{name!r} is damaged and will not be served again: {why}") from None
+        pid, uid = fields["saver"], fields["saver_uid"]
+        by = messages.handled_by(pid, uid, fields.get("last_claimant", 0))
+        raise Damaged(
+            f"{ticket.name!r} is damaged and will not be served again: {why}; {by}",
+            pid=pid or None,
+            phase="damaged",
+        ) from None
 
 
 def drop(verb: str, name: str, force: bool, timeout: float | None) -> Verb[int]:
@@ -205,21 +204,23 @@ def rows(timeout: float | None) -> Verb[list[Row]]:
     """list: all pages."""
     check_timeout(timeout)
     found: list[Row] = []
-    after: int | None = None
+    after: int | None = 0
     while True:
         answer = yield Call({"verb": "list", "after": after}, timeout=timeout)
-        found += answer.fields["holds"]
-        after = answer.fields["more"]
+        found += [row_of(row) for row in answer.fields["holds"]]
+        after = answer.fields.get("more")
         if after is None:
             found.sort(key=lambda row: (row["uid"], row["name"], row["generation"]))
             return found
 
 
 def show(name: str, timeout: float | None) -> Verb[Shown]:
-    from cprd.bundle.inspect import describe_bundle
-
     row, bundle = yield from row_and_bundle(name, timeout)
-    shown: Shown = yield Work(lambda: describe_bundle(row, bundle))
+    if row["live"]:
+        from cprd.live.inspect import describe_live as look
+    else:
+        from cprd.bundle.inspect import describe_bundle as look
+    shown: Shown = yield Work(lambda: look(row, bundle))
     return shown
 
 
@@ -228,14 +229,23 @@ def row_and_bundle(name: str, timeout: float | None) -> Verb[tuple[dict[str, Any
     check_name(name)
     check_timeout(timeout)
     answer = yield Call({"verb": "show", "name": name}, timeout=timeout)
-    return answer.fields["hold"], answer.bundle() if answer.fds or answer.cut else -1
+    bundle = answer.bundle() if answer.fds or answer.cut else -1
+    return dict(row_of(answer.fields["hold"])), bundle
+
+
+def row_of(fields: dict[str, Any]) -> Row:
+    """A row with None where the daemon said nothing."""
+    row: Any = {**dict.fromkeys(messages.UNSAID), **fields}
+    found: Row = row
+    return found
 
 
 def status(timeout: float | None) -> Verb[Status]:
     check_timeout(timeout)
     answer = yield Call({"verb": "status"}, timeout=timeout)
-    fields: Status = answer.fields
-    return fields
+    fields: Any = {"blind": None, **answer.fields}
+    status: Status = fields
+    return status
 
 
 def check_name(name: str) -> None:

@@ -2,12 +2,13 @@
 
 No descriptor comes in. What a client parks for a save goes into a queue that the daemon makes, and
 whose sending end the daemon hands out. What is parked can be a last reference, whose close blocks:
-so `closer` gets each queue that was not saved, and the socket of a client that sent descriptors.
+so `releasing` gets each queue that was not saved, and the socket of a client that sent descriptors.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -22,6 +23,10 @@ from cprd.linux.processes import Watch, is_ready
 from cprd.linux.rights import scm_fds, send, take_no_rights, unread
 from cprd.protocol import messages
 
+# Plain numbers: an `or` of two members of an enum takes 2 us.
+_MOST = messages.MAX_REQUEST + 1
+_CTRUNC, _DONTWAIT = int(socket.MSG_CTRUNC), int(socket.MSG_DONTWAIT)
+_PEEK = int(socket.MSG_PEEK) | _DONTWAIT
 LINGER = 1.0  # s at most between two looks whether a queue that was handed out has been read
 
 
@@ -48,16 +53,16 @@ class Connection:
         sock: socket.socket,
         peer: Peer,
         pidfd: int,
-        closer: Releasing,
+        releasing: Releasing,
         turns: Turns,
         watch: Watch,
     ) -> None:
         sock.setblocking(False)
-        take_no_rights(sock)
+        self._no_rights = take_no_rights(sock)
         self.sock = sock
         self.peer = peer
         self.pidfd = pidfd
-        self.closer = closer
+        self.releasing = releasing
         self.turns = turns
         self.claims: set[tuple[int, bytes]] = set()  # (generation, token)
         self.prepared: set[int] = set()
@@ -67,29 +72,25 @@ class Connection:
         self.peer_ended = False
         self._queue = -1  # the receiving end
         self._handed_out = False  # a sending end, which may be unread
-        self._idle: trio.CancelScope | None = None  # of a wait for the next message
+        self.idle_since = math.inf  # while a request is served
+        self._waiting = False  # for a message or news
         self._news = False  # beside messages: the peer has ended, or the queue is abandoned
+        self._given_up = False
         self._watch = watch
         if pidfd >= 0:
             watch.add(pidfd, self._ends)
 
     async def receive(self, parse: Callable[[bytes], messages.Message]) -> Request | None:
-        """The next request; None at the end of the connection. Raises ProtocolError."""
+        """The next request; None at the end of the connection, and once `give_up` was called.
+        Raises ProtocolError."""
         self.id = None
+        self.idle_since = trio.current_time()
         while True:
             await self._readable()
-            await self.turns.take(self.peer.uid)
+            if not self.turns.free(self.peer.uid):
+                await self.turns.take(self.peer.uid)
             try:
-                # First without taking: a real receive would drop descriptors, perhaps the last.
-                data, _, flags, _ = self.sock.recvmsg(
-                    messages.MAX_REQUEST + 1, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT
-                )
-                if flags & socket.MSG_CTRUNC:
-                    raise Intruding(
-                        "descriptors came with a message: cprd takes none. Ask for a queue, and"
-                        " park the bundle there (docs/protocol.md)"
-                    )
-                self.sock.recv(1, socket.MSG_DONTWAIT)
+                data = self._take()
                 break
             except BlockingIOError:
                 if self._nothing_came():
@@ -98,28 +99,52 @@ class Connection:
                 return None
         if not data:
             return None
+        self.idle_since = math.inf
         message = parse(data)
         self.id = message.pop("id")
         return Request(message)
+
+    def _take(self) -> bytes:
+        """One message. Raises Intruding, OSError."""
+        if self._no_rights:  # the kernel refuses descriptors
+            return self.sock.recv(_MOST, _DONTWAIT)
+        # First without taking: a real receive would drop descriptors, perhaps the last.
+        data, _, flags, _ = self.sock.recvmsg(_MOST, 0, _PEEK)
+        if flags & _CTRUNC:
+            raise Intruding(
+                "descriptors came with a message: cprd takes none. Ask for a queue, and park the"
+                " bundle there (docs/protocol.md)"
+            )
+        self.sock.recv(1, _DONTWAIT)
+        return data
 
     async def _readable(self) -> None:
         """Wait for a message, or other news."""
         if self._news:
             await trio.lowlevel.checkpoint()
-        else:
-            with trio.CancelScope() as self._idle:
-                await trio.lowlevel.wait_readable(self.sock)
-            self._idle = None
+            return
+        self._waiting = True
+        try:
+            await trio.lowlevel.wait_readable(self.sock)
+        except trio.ClosedResourceError:
+            pass  # woken by `_tell`
+        finally:
+            self._waiting = False
 
     def _tell(self) -> None:
         self._news = True
-        if self._idle is not None:
-            self._idle.cancel()
+        if self._waiting:
+            trio.lowlevel.notify_closing(self.sock)  # costs nothing where no news come
 
     def _ends(self) -> None:
         """The process of the peer has ended. What it sent is served, nothing else: a connection
         that lies in a queue shows no end by itself."""
         self.peer_ended = True
+        self._tell()
+
+    def give_up(self) -> None:
+        """Serve what was sent by now, and end the connection."""
+        self._given_up = True
         self._tell()
 
     def _nothing_came(self) -> bool:
@@ -128,7 +153,7 @@ class Connection:
         self._news = False
         if self._queue >= 0 and is_ready(self._queue):
             self.drop_queue()
-        return self.peer_ended
+        return self.peer_ended or self._given_up
 
     @property
     def has_hung_up(self) -> bool:
@@ -146,7 +171,7 @@ class Connection:
                 " queue at most on its way"
             )
         self.drop_queue()
-        if self.closer.refuses(self.peer.uid):
+        if self.releasing.refuses(self.peer.uid):
             raise LimitExceeded(
                 f"files of uid {self.peer.uid} block when they are closed: end that first"
             )
@@ -185,7 +210,7 @@ class Connection:
         except OSError:
             foreign = True
         if foreign:
-            self.closer.close(self.peer.uid, [fd])
+            self.releasing.close(self.peer.uid, [fd])
         else:
             os.close(fd)
 
@@ -245,7 +270,7 @@ class Connection:
         while True:
             await self._readable()
             try:
-                came = self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                came = self.sock.recv(1, _PEEK)
             except BlockingIOError:
                 if not self._nothing_came():
                     continue

@@ -57,39 +57,45 @@ def caller_of(connection: Connection, message: messages.Message, *identity: int)
 class Offered:
     """The bundle that a request speaks of, and perhaps a pidfd. Owns `bundle` and `roles`."""
 
-    def __init__(self, connection: Connection, message: messages.Message) -> None:
-        """Take, seal and check the bundle. Raises ProtocolError, Damaged, InvalidInput,
-        LimitExceeded."""
+    def __init__(
+        self, connection: Connection, message: messages.Message, *, live: bool = False
+    ) -> None:
+        """Take, seal and check the bundle; `live`: the root of a live hold, whose owner the peer
+        is. Raises ProtocolError, Damaged, InvalidInput, LimitExceeded."""
         self.connection = connection
         self.roles: dict[str, int] = {}
-        live = message.get("live", False)
-        if live and connection.pidfd < 0:
-            raise LimitExceeded(
-                "a live hold: cprd cannot see when this process ends (it is in another pid"
-                " namespace, and the kernel has no SO_PEERPIDFD before Linux 6.5)"
-            )
+        if live:
+            check_owner(connection)
         self.bundle = connection.take_queue()
         try:
-            most = message["parked"] * SCM_MAX_FD ** message["depth"]
-            if message["fds"] >= most or (live and message["parked"] != 1):
-                raise Damaged("not the bundle that the request describes: counts differ")
-            inspect.check(self.bundle, message["parked"])
             # The same request comes from the same process, in a queue of its own.
             self.caller = caller_of(connection, message, connection.peer.pid)
-            pid = self._predecessor(message)
-            if live:
-                self.roles["owner"] = os.dup(connection.pidfd)
+            self.offer = self._root(message) if live else self._state(message)
         except BaseException:
             self.close()
             raise
-        self.offer = Offer(
-            fds=message["fds"],
-            size=message["bytes"],
-            parked=message["parked"],
-            ttl=message["ttl"],
-            after_exit=-1 if live else pid,
-            live=live,
-        )
+
+    def _root(self, message: messages.Message) -> Offer:
+        parked = inspect.check(self.bundle, 1)
+        self.roles["owner"] = os.dup(self.connection.pidfd)
+        return Offer(0, 0, parked, message.get("ttl"), live=True)
+
+    def _state(self, message: messages.Message) -> Offer:
+        parked = self._check(message)
+        pid = self._predecessor(message)
+        return Offer(message["fds"], message["bytes"], parked, message["ttl"], pid)
+
+    def _check(self, message: messages.Message) -> int:
+        """How many descriptors are parked in the root. Raises Damaged."""
+        parked = inspect.check(self.bundle, message["parked"])
+        most = parked * SCM_MAX_FD ** message["depth"] - 1  # one is the manifest
+        if message["fds"] > most:
+            raise Damaged(
+                f"not the bundle that the request describes: fds says {message['fds']}, and a"
+                f" root of depth {message['depth']} with {parked} descriptors has at most"
+                f" {most} below"
+            )
+        return parked
 
     def _predecessor(self, message: messages.Message) -> int:
         """The pid that must end before a load, with a pidfd in `roles`; -1: none."""
@@ -131,6 +137,15 @@ class Offered:
             self.connection.let_go(self.bundle)
 
 
+def check_owner(connection: Connection) -> None:
+    """Raises LimitExceeded where the peer cannot own a live hold."""
+    if connection.pidfd < 0:
+        raise LimitExceeded(
+            "a live hold: cprd cannot see when this process ends (it is in another pid namespace,"
+            " and the kernel has no SO_PEERPIDFD before Linux 6.5)"
+        )
+
+
 def _open_process(connection: Connection, message: messages.Message, field: str) -> int:
     """A pidfd of the process that a request names, owned by the caller; -1 when it has ended.
     Raises InvalidInput, LimitExceeded."""
@@ -152,7 +167,7 @@ async def queue(server: Server, connection: Connection, request: Request) -> Non
         await connection.answer(messages.ok(), (inlet.fileno(),))
 
 
-async def answer_saved(
+async def _answer_saved(
     connection: Connection, message: messages.Message, answer: messages.Message
 ) -> None:
     """Answer, with the queue for the next save where that was asked for."""
@@ -192,7 +207,7 @@ async def save(server: Server, connection: Connection, request: Request) -> None
         connection.prepared.add(step.answer["generation"])
     point("daemon:saved")
     answer = messages.ok(**step.answer, kept=server.keeper.kept)
-    await answer_saved(connection, message, answer)
+    await _answer_saved(connection, message, answer)
 
 
 async def commit(server: Server, connection: Connection, request: Request) -> None:
@@ -315,7 +330,7 @@ async def answer_with_bundle(
     try:
         await connection.answer(message, (fd,))
     finally:  # while the client did not read, the hold may have ended
-        server.closer.close(hold.uid, [fd])
+        server.releasing.close(hold.uid, [fd])
 
 
 async def wait(server: Server, connection: Connection, request: Request) -> None:
@@ -406,7 +421,7 @@ async def confirm(server: Server, connection: Connection, request: Request) -> N
 
 async def confirm_next(server: Server, connection: Connection, request: Request) -> None:
     ticket = ticket_of(connection, request.message)
-    offered = Offered(connection, request.message)
+    offered = Offered(connection, request.message, live=request.message["live"])
     try:
         token = messages.nonce() if offered.offer.live else b""
         step = server.registry.confirm_next(offered.caller, ticket, offered.offer, token=token)
@@ -417,7 +432,7 @@ async def confirm_next(server: Server, connection: Connection, request: Request)
         server.steps.own_live(connection, step.answer["generation"])
     _confirmed(connection, ticket)
     answer = messages.ok(**step.answer, kept=server.keeper.kept)
-    await answer_saved(connection, request.message, answer)
+    await _answer_saved(connection, request.message, answer)
 
 
 def _confirmed(connection: Connection, ticket: Ticket) -> None:

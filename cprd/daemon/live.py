@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 from cprd.daemon.connection import Connection, Request
 from cprd.daemon.handlers import (
     Offered,
-    answer_saved,
     caller_of,
+    check_owner,
     claim,
     key_of,
     ticket_of,
     wait_for_turn,
 )
-from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
 from cprd.protocol import living, messages
 from cprd.protocol.names import Key
@@ -33,11 +32,7 @@ async def live(server: Server, connection: Connection, request: Request) -> None
     """Begin a live hold, where no record bears the name; otherwise a load."""
     message = request.message
     key = key_of(connection, message)
-    if connection.pidfd < 0:
-        raise LimitExceeded(
-            "a live hold: cprd cannot see when this process ends (it is in another pid namespace,"
-            " and the kernel has no SO_PEERPIDFD before Linux 6.5)"
-        )
+    check_owner(connection)
     take = partial(_begin_or_load, server, connection, message, key)
     await wait_for_turn(server, connection, message, take)
 
@@ -46,7 +41,7 @@ def _begin_or_load(
     server: Server, connection: Connection, message: messages.Message, key: Key
 ) -> Step:
     caller = caller_of(connection, message, connection.peer.pid)
-    offer = Offer(0, 0, message["parked"], message["ttl"], live=True)
+    offer = Offer(0, 0, 1, message["ttl"], live=True)
     step = living.begin_or_load(
         server.registry,
         caller,
@@ -59,7 +54,7 @@ def _begin_or_load(
         return claim(server, connection, caller, key, step)
     if step.changes:
         server.check_room(step)
-        offered = Offered(connection, message)
+        offered = Offered(connection, message, live=True)
         try:
             offered.perform(server, step)
         finally:
@@ -72,7 +67,7 @@ def _begin_or_load(
 async def put_back(server: Server, connection: Connection, request: Request) -> None:
     """The owner brings the root again, which ended with a cprd that held in memory only."""
     message = request.message
-    offered = Offered(connection, message)
+    offered = Offered(connection, message, live=True)
     try:
         step = living.put_back(
             server.registry, offered.caller, ticket_of(connection, message), offered.offer
@@ -83,8 +78,7 @@ async def put_back(server: Server, connection: Connection, request: Request) -> 
         offered.close()
     server.steps.own_live(connection, step.answer["generation"])
     point("daemon:put-back")
-    answer = messages.ok(**step.answer, kept=server.keeper.kept)
-    await answer_saved(connection, message, answer)
+    await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
 
 
 async def end(server: Server, connection: Connection, request: Request) -> None:

@@ -2,9 +2,10 @@
 is never logged. For the journal of systemd a line begins with the priority (sd-daemon(3)), for
 anybody else with the time.
 
-While `write_behind` runs, clients get answers first and lines are written afterwards: a write to
-stderr and the wake-up of the reader take as long as a whole step. No line is worth waiting for:
-where nobody reads stderr the last thousand lines stay, and the rest are counted.
+While `write_behind` runs, clients get answers first. Lines are made and written afterwards, those
+of `GATHERED` seconds at once: a write to stderr and the wake-up of the reader take as long as a
+whole step. Errors are written at once. No line is worth waiting for: where nobody reads stderr the
+last thousand lines stay, and the rest are counted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import _thread
 import os
 import select
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +25,14 @@ if TYPE_CHECKING:
 _journal = journal.reads(2)
 INFO, WARNING, ERROR = 6, 4, 3
 MOST = 1000  # lines that wait for a reader
+MANY = 500  # lines that are written without waiting for more
+GATHERED = 0.02  # s
 PIECE = 4096  # bytes that a pipe takes at once when it says that it takes any (PIPE_BUF)
 RETRY = 0.5  # s until a reader that did not read is tried again
 
-_behind: deque[bytes] = deque()
+Event = tuple[int, str, int, dict[str, Any]]  # when (ns of the wall clock), what, level, fields
+
+_behind: deque[bytes | Event] = deque()  # lines that were begun are bytes
 _missing = 0  # lines that were not kept
 _one_at_a_time = _thread.allocate_lock()
 _writer: trio.lowlevel.ParkingLot | None = None
@@ -39,23 +45,40 @@ def event(what: str, *, level: int = INFO, **fields: Any) -> None:
     if len(_behind) >= MOST:
         _behind.popleft()
         _missing += 1
-    _behind.append(_line(what, level, fields))
-    if _writer is not None and _thread.get_ident() == _loop:
-        _writer.unpark()
-    else:
+    _behind.append((time.time_ns(), what, level, fields))
+    ours = _writer is not None and _thread.get_ident() == _loop
+    if not ours or level <= ERROR or len(_behind) >= MANY:
         _write()
+    if ours and _behind and _writer:  # parked
+        _writer.unpark()
 
 
-def _line(what: str, level: int, fields: dict[str, Any]) -> bytes:
-    line = f"<{level}>{what}" if _journal else f"{journal.stamp()} {what}"
+def _line(event: Event) -> bytes:
+    at, what, level, fields = event
+    line = f"<{level}>{what}" if _journal else f"{journal.stamp(at)} {what}"
     for key, value in fields.items():
         if value is None:
             continue
+        if type(value) is int:
+            line += f" {key}={value}"
+            continue
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
-        if not text or not text.isprintable() or any(c in text for c in ' "='):
+        if not _plain(text):
             text = ascii(text) if not text.isprintable() else '"' + text.replace('"', "'") + '"'
         line += f" {key}={text}"
     return line.encode("utf-8", "replace") + b"\n"
+
+
+def _plain(text: str) -> bool:
+    if text.isalnum():
+        return True
+    return bool(text) and text.isprintable() and not any(c in text for c in ' "=')
+
+
+def _next() -> bytes:
+    """Take the first of the lines that wait."""
+    first = _behind.popleft()
+    return first if isinstance(first, bytes) else _line(first)
 
 
 def _write() -> bool:
@@ -68,12 +91,18 @@ def _write() -> bool:
             events = stderr.poll(0)
             if not events:
                 return False
-            piece = _behind.popleft()
+            piece = b""
             if _missing:
-                piece = _line("log-lines-lost", WARNING, {"count": _missing}) + piece
+                lost = {"count": _missing}
+                piece = _line((time.time_ns(), "log-lines-lost", WARNING, lost))
                 _missing = 0
-            while _behind and len(piece) + len(_behind[0]) <= PIECE:
-                piece += _behind.popleft()
+            piece += _next()
+            while _behind:
+                line = _next()
+                if len(piece) + len(line) > PIECE:
+                    _behind.appendleft(line)
+                    break
+                piece += line
             try:
                 written = os.write(2, piece[:PIECE])
             except BlockingIOError:
@@ -96,10 +125,11 @@ async def write_behind() -> None:
     _writer = trio.lowlevel.ParkingLot()
     try:
         while True:
-            with trio.CancelScope() as waiting:
-                if not _write():
-                    waiting.deadline = trio.current_time() + RETRY
+            if _write():
                 await _writer.park()
+                await trio.sleep(GATHERED)
+            else:
+                await trio.sleep(RETRY)
     finally:
         _writer = None
         _write()

@@ -16,7 +16,8 @@ from cprd.daemon.handlers import answer_with_bundle, caller_of, key_of
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
 from cprd.protocol import messages
-from cprd.protocol.lifecycle import DAMAGED, LIVE, Hold, pid_text
+from cprd.protocol.lifecycle import DAMAGED, LIVE, Hold
+from cprd.protocol.messages import pid_text
 from cprd.protocol.registry import Step
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from cprd.daemon.handlers import Handler
     from cprd.daemon.server import Server
-    from cprd.protocol.rows import Row
 
 FENCED = 10.0  # s that a releaser may take to fence an owner
 MOST_UIDS = 200  # in one answer to status
@@ -41,7 +41,7 @@ async def _fence(server: Server, hold: Hold) -> None:
     bundle = server.keeper.bundle(hold.generation)
     point("daemon:fence")
     with trio.move_on_after(FENCED) as waiting:
-        await server.closer.fence(hold.uid, bundle)
+        await server.releasing.fence(hold.uid, bundle)
     if waiting.cancelled_caught:
         raise LimitExceeded(
             f"{hold.name!r} cannot be taken from its owner, {pid_text(hold.saver)}: files of uid"
@@ -78,14 +78,14 @@ def _visible(server: Server, connection: Connection) -> Iterator[Hold]:
 async def list_holds(server: Server, connection: Connection, request: Request) -> None:
     """A page of rows by generation, after generation `after`; `more` says where to go on."""
     server.steps.pidfds.collect()
-    after = request.message["after"] or 0
-    rows: list[Row] = []
+    after = request.message["after"]
+    rows: list[messages.Message] = []
     size = 0
     more = None
     at = now()
     visible = [hold for hold in _visible(server, connection) if hold.generation > after]
     for hold in sorted(visible, key=lambda hold: hold.generation):
-        row = hold.row(at)
+        row = messages.without_none(hold.row(at))
         size += len(messages.encode(row))
         if size > messages.PAGE and rows:
             more = rows[-1]["generation"]
@@ -99,7 +99,7 @@ async def show(server: Server, connection: Connection, request: Request) -> None
     key = key_of(connection, request.message)
     server.steps.refresh(key)
     hold = server.registry.top(key)
-    answer = messages.ok(hold=hold.row(now()))
+    answer = messages.ok(hold=messages.without_none(hold.row(now())))
     if hold.generation not in server.keeper.slots or hold.phase == DAMAGED:
         await connection.answer(answer)
         return
@@ -129,7 +129,7 @@ async def status(server: Server, connection: Connection, request: Request) -> No
             refused_accepts=0 if uid else server.refused_accepts,
             closing={
                 str(other): count
-                for other, count in server.closer.blocked().items()
+                for other, count in server.releasing.blocked().items()
                 if uid in (0, other)
             },
             limits=server.limits,

@@ -24,10 +24,13 @@ CLOSE = b"c"  # close the descriptors of a message, once the daemon has closed i
 CLOSED = b"o"  # the daemon has: whoever closes last may block
 DRAIN = b"d"  # drop everything queued in slots, of live holds all that is kept as well; close
 FENCE = b"f"  # let nobody change the live hold in a bundle: no change of the owner counts any more
+COUNT = b"n"  # acknowledge how much lies in the live hold in a bundle (COUNTED)
+FENCED = b"F"  # the acknowledgement of FENCE
 AFTER = b"a"  # close the descriptors of a message after the end of the daemon
 MOST = 200  # descriptors in a message
 LIVING, HANDED_ON = 4, 5  # versions of the last record of a slot (storage/slot.py)
 _LAST = struct.Struct("<4sHIQB")  # the prefix of a record of a slot
+COUNTED = struct.Struct("<QQ")
 _MAGIC = b"CPRS"
 _RECORD = 1 << 16  # bytes at most, of records in slots and in live holds
 _TURNS = 1024  # records of one queue
@@ -127,6 +130,30 @@ def fence(bundle: int) -> None:
                     shut(segment)
 
 
+def count(bundle: int) -> bytes:
+    """How many descriptors the root of the live hold in a bundle has, and how many lie in the
+    segments; no number where no root is found."""
+    said = b"?"
+    for _, roots in records(bundle, 1):
+        for root in roots:
+            found: dict[int, int] = {}  # by inode: a root that was rewritten has some twice
+            for _, segments in records(root):
+                for segment in segments:
+                    found[os.fstat(segment).st_ino] = _scm_fds(segment)
+            said = COUNTED.pack(_scm_fds(root), sum(found.values()))
+    return said
+
+
+def _scm_fds(fd: int) -> int:
+    """Count the descriptors queued in a socket, without a read; 0 for anything else."""
+    info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _, _, found = os.read(info, 4096).partition(b"scm_fds:")
+    finally:
+        os.close(info)
+    return int(found.split(None, 1)[0]) if found else 0
+
+
 def let_go(slot: int) -> None:
     """Drain a slot. Of a live hold, as the last record says: all that is kept, wherever else an end
     of a queue is open still; or the root alone, whose segments another hold has."""
@@ -163,15 +190,19 @@ def release(sock: _socket.socket) -> None:
             return  # the end of this process closes the rest
         if kind == CLOSE:
             received(sock)  # CLOSED, or the end of the daemon
+        said = b"."
         for fd in fds:
             if kind == DRAIN:
                 let_go(fd)
             elif kind == FENCE:
                 fence(fd)
+                said = FENCED
+            elif kind == COUNT:
+                said = count(fd)
             if kind != AFTER:
                 os.close(fd)
         try:
-            sock.send(b".", _socket.MSG_NOSIGNAL)
+            sock.send(said, _socket.MSG_NOSIGNAL)
         except OSError:
             pass  # the daemon has gone, and left more to release
 

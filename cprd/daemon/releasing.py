@@ -12,6 +12,7 @@ lost, whoever is killed. A uid with blocking files holds up nobody but itself.
 from __future__ import annotations
 
 import io
+import math
 import os
 import select
 import socket
@@ -26,26 +27,28 @@ import trio
 from cprd.daemon import log
 from cprd.daemon.forker import AGAIN, Forker, inherited
 from cprd.daemon.passed import Passed
-from cprd.daemon.releaser import AFTER, CLOSE, CLOSED, DRAIN, FENCE, MOST
+from cprd.daemon.releaser import AFTER, CLOSE, CLOSED, COUNT, COUNTED, DRAIN, FENCE, FENCED, MOST
+from cprd.errors import LimitExceeded
 
 AT_ONCE = 16  # messages to one releaser without an acknowledgement
 MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
 MOST_PENDING = 4000  # where something moves: many holds can end at once
 STILL = 1.0  # s without an acknowledgement: something blocks
 LINGER = 5.0  # s until an idle releaser is told to end
+GATHERED = 0.02  # s: so many acknowledgements are heard at once
 
 Fds = tuple[int, ...]
 
 
-KEPT = (DRAIN, FENCE)  # until acknowledged; another releaser is asked where the first one ends
+KEPT = (DRAIN, FENCE, COUNT)  # until acknowledged: another releaser is asked where one ends
 
 
 class Work(NamedTuple):
-    """One message. `fds` are owned: until sent, and for DRAIN and FENCE until acknowledged."""
+    """One message. `fds` are owned: until sent, and for kinds in KEPT until acknowledged."""
 
     kind: bytes
     fds: Fds
-    done: Callable[[], None] | None = None  # called once acknowledged
+    done: Callable[[bytes], None] | None = None  # called with the acknowledgement
 
 
 class Releaser:
@@ -97,14 +100,14 @@ class Releaser:
         self.owed = False
         return True
 
-    def heard(self) -> tuple[list[Work], bool]:
-        """The work acknowledged since, and whether the releaser is still there."""
+    def heard(self) -> tuple[list[tuple[Work, bytes]], bool]:
+        """The work acknowledged since, with the words, and whether the releaser is still there."""
         assert self.sock is not None
-        done: list[Work] = []
+        done: list[tuple[Work, bytes]] = []
         try:
-            while self.sock.recv(1):
+            while said := self.sock.recv(64):
                 if self.sent:
-                    done.append(self.sent.popleft())
+                    done.append((self.sent.popleft(), said))
                 self.moved = time.monotonic()
         except BlockingIOError:
             return done, True
@@ -129,7 +132,7 @@ class Releasing:
         self._forker = forker or Forker()
         self._releasers: dict[int, Releaser] = {}
         self._by_socket: dict[int, int] = {}  # uid by descriptor
-        self._draining: set[int] = set()  # inodes
+        self.draining: set[int] = set()  # inodes of slots that are drained, or wait for that
         self._after: dict[int, list[int]] = {}  # by uid; owned
         self._epoll = select.epoll()
         # Wakes `tend`; closed with this object.
@@ -145,7 +148,7 @@ class Releasing:
             releaser = self._releasers.setdefault(uid, Releaser())
             # The order does not matter: a slot may be kept for longer than necessary.
             slots = [Work(DRAIN, (fd,)) for owner, fd in passed.sent if owner == uid]
-            self._draining.update(os.fstat(work.fds[0]).st_ino for work in slots)
+            self.draining.update(os.fstat(work.fds[0]).st_ino for work in slots)
             releaser.sent = deque([Work(CLOSE, ())] * (sent - len(slots)) + slots)
             self._use(uid, releaser, socket.socket(fileno=fd))
         for uid, fd in passed.closing:
@@ -163,18 +166,39 @@ class Releasing:
         """Drop everything queued in a socket, then close; `fd` is owned from now on. Never
         blocks."""
         inode = os.fstat(fd).st_ino
-        if inode in self._draining:  # found again on a shelf after an exec: not the last copy
+        if inode in self.draining:  # found again on a shelf after an exec: not the last copy
             os.close(fd)
             return
-        self._draining.add(inode)
+        self.draining.add(inode)
         self._add(uid, Work(DRAIN, (fd,)))
 
     async def fence(self, uid: int, bundle: int) -> None:
         """Let the owner of a live hold change nothing any more; `bundle` is owned from now on.
         Returns once no change counts. Waits for as long as files of the uid block."""
-        fenced = trio.Event()
-        self._add(uid, Work(FENCE, (bundle,), fenced.set))
-        await fenced.wait()
+        if await self._asked(uid, FENCE, bundle) != FENCED:
+            raise LimitExceeded("a releaser of an earlier version cannot fence: try again")
+
+    async def count(self, uid: int, bundle: int) -> tuple[int, int] | None:
+        """How many descriptors the root of the live hold in a bundle has, and how many lie in the
+        segments; None where that cannot be seen. `bundle` is owned from now on. Waits as `fence`
+        does."""
+        said = await self._asked(uid, COUNT, bundle)
+        if len(said) != COUNTED.size:
+            return None
+        in_root, below = COUNTED.unpack(said)
+        return in_root, below
+
+    async def _asked(self, uid: int, kind: bytes, bundle: int) -> bytes:
+        answered = trio.Event()
+        answer = [b""]
+
+        def done(said: bytes) -> None:
+            answer[0] = said
+            answered.set()
+
+        self._add(uid, Work(kind, (bundle,), done))
+        await answered.wait()
+        return answer[0]
 
     def close_after(self, uid: int, fds: Iterable[int]) -> None:
         """Close descriptors, owned from now on, after the end of the daemon. `stop` must follow."""
@@ -196,6 +220,8 @@ class Releasing:
         if not (releaser.queue or releaser.sent):
             releaser.moved = time.monotonic()
         releaser.queue.append(work)
+        if len(releaser.sent) >= AT_ONCE:
+            self._hear()
         self._advance(uid, releaser)
         if not releaser.sent:
             os.eventfd_write(self._stuck.fileno(), 1)
@@ -247,11 +273,17 @@ class Releasing:
     async def tend(self) -> None:
         """For ever: hear acknowledgements, send more, let idle releasers end, keep one warm."""
         while True:
-            pause = AGAIN if self._restless else LINGER
-            with trio.move_on_after(pause):
+            with trio.move_on_after(self._pause):
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
+            await trio.sleep(GATHERED)
             self.collect()
-            await trio.lowlevel.checkpoint()
+
+    @property
+    def _pause(self) -> float:
+        """Seconds until something is due without being heard of."""
+        if self._restless:
+            return AGAIN
+        return LINGER if self._releasers else math.inf
 
     @property
     def _restless(self) -> bool:
@@ -287,12 +319,12 @@ class Releasing:
                 continue  # or the forker has ended
             releaser = self._releasers[self._by_socket[fd]]
             done, alive = releaser.heard()
-            for work in done:
+            for work, said in done:
                 for drained in work.fds:
-                    self._draining.discard(os.fstat(drained).st_ino)
+                    self.draining.discard(os.fstat(drained).st_ino)
                     os.close(drained)
                 if work.done is not None:
-                    work.done()
+                    work.done(said)
             if not alive:
                 self._lose(releaser)
 
@@ -304,9 +336,9 @@ class Releasing:
         for uid, releaser in self._releasers.items():
             # Slots wait for their turn: exec closes none of them for good.
             slots = [work for work in releaser.queue if work.kind == DRAIN]
-            # Nobody waits any more for a fence, whose copy of a bundle is not the last one.
+            # Nobody waits any more for an answer; the copy of a bundle is not the last one.
             releaser.sent = deque(
-                Work(CLOSE, ()) if work.kind == FENCE else work for work in releaser.sent
+                Work(CLOSE, ()) if work.done is not None else work for work in releaser.sent
             )
             releaser.queue = deque(work for work in releaser.queue if work.kind == CLOSE)
             self._advance(uid, releaser, at_once=1 << 30)

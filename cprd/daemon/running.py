@@ -38,14 +38,14 @@ class Running:
         raise_nofile()
         self.given = given
         self.signals = signals
-        self.closer = Releasing()
-        self.closer.adopt(given.passed)
+        self.releasing = Releasing()
+        self.releasing.adopt(given.passed)
         first = int(now() * 1e9)
         self.registry = Registry(settings.quota, first, lambda: 1 + secrets.randbelow(1 << 16))
         address = _notify_socket()
-        self.keeper = Keeper(self.closer, now, self.registry.replies, managed=bool(address))
+        self.keeper = Keeper(self.releasing, now, self.registry.replies, managed=bool(address))
         notes = Notes(_place_of_notes(given))
-        self.daemon = Server(settings, self.keeper, self.closer, self.registry, notes)
+        self.daemon = Server(settings, self.keeper, self.releasing, self.registry, notes)
         found = self.keeper.adopt(given.pairs(), frozenset(given.durable), frozenset(given.once))
         self.daemon.adopt(*found)
         self.store: Store | None = None
@@ -67,7 +67,7 @@ class Running:
                 if self.store is not None:
                     nursery.start_soon(tend, "store", self.store.tend)
                     await self._await_store(self.store)
-                nursery.start_soon(tend, "releasing", self.closer.tend)
+                nursery.start_soon(tend, "releasing", self.releasing.tend)
                 nursery.start_soon(self.daemon.serve, *(sock for _, sock in self.given.listeners))
                 self._log_ready()
                 if self.reporter is not None:
@@ -80,14 +80,14 @@ class Running:
 
     def become_new(self) -> NoReturn:
         """Execute the program anew, with everything that must stay open."""
-        self.given.passed = self.closer.pass_on()
+        self.given.passed = self.releasing.pass_on()
         reexec.become_new(self.keeper, self.given)
 
     def end(self) -> None:
         """Before the end of the daemon: releasers let go of what ends with the daemon, and the end
         waits for nobody. Blocks not."""
         self.keeper.abandon()
-        until_closed = self.closer.stop()
+        until_closed = self.releasing.stop()
         self.keeper.close()
         if until_closed is not None:
             until_closed.close()

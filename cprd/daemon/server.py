@@ -48,16 +48,16 @@ class Server:
         self,
         config: Config,
         keeper: Keeper,
-        closer: Releasing,
+        releasing: Releasing,
         registry: Registry,
         notes: Notes | None = None,
     ) -> None:
         self.config = config
         self.keeper = keeper
-        self.closer = closer
+        self.releasing = releasing
         self.registry = registry
         self.connections: set[Connection] = set()
-        self.steps = Steps(registry, keeper, self.connections, notes or Notes(""))
+        self.steps = Steps(registry, keeper, self.connections, releasing, notes)
         self.version = f"cprd {messages.RELEASE}"
         self.started = now()
         self.refused_accepts = 0
@@ -114,11 +114,14 @@ class Server:
 
     async def serve(self, *listeners: socket.socket) -> None:
         """Serve until cancelled. `listeners` are borrowed."""
+        trio.lowlevel.add_instrument(self.turns)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tend, "log", log.write_behind)
+            nursery.start_soon(tend, "idle connections", self._end_idle)
             nursery.start_soon(tend, "processes", self.steps.pidfds.watch)
             nursery.start_soon(tend, "deadlines", self.steps.watch_deadlines)
             nursery.start_soon(tend, "orphans", self.steps.end_orphans)
+            nursery.start_soon(tend, "counting", self.steps.counting.count)
             nursery.start_soon(tend, "waiters", self.steps.waiters.serve_further)
             for listener in listeners:
                 listener.setblocking(False)
@@ -153,7 +156,7 @@ class Server:
             gone = refused is not None or processes.is_ready(sock.fileno())
             pidfd = -1 if gone else processes.pidfd_of(sock, peer.pid)
             watch = self.steps.pidfds.watched
-            connection = Connection(sock, peer, pidfd, self.closer, self.turns, watch)
+            connection = Connection(sock, peer, pidfd, self.releasing, self.turns, watch)
         except OSError as error:
             log.event("accept-failed", level=log.ERROR, why=error.strerror)
             sock.close()
@@ -189,7 +192,7 @@ class Server:
         try:
             sock, _ = listener.accept()
             uid, _ = processes.credentials(sock)
-            self.closer.close(uid, [sock.detach()])
+            self.releasing.close(uid, [sock.detach()])
         except OSError:
             pass
         self._open_reserve()
@@ -229,10 +232,10 @@ class Server:
 
     def _check_releases(self, uid: int) -> None:
         """Raises LimitExceeded where too much of a uid waits to be let go of."""
-        if self.closer.refuses(uid):
+        if self.releasing.refuses(uid):
             raise LimitExceeded(
                 f"files of uid {uid} block when they are closed, and"
-                f" {self.closer.pending(uid)} closes wait for"
+                f" {self.releasing.pending(uid)} closes wait for"
                 " them: make them answer, or end the process that they wait for"
             )
 
@@ -250,6 +253,18 @@ class Server:
             self.connections.discard(connection)
             self.turns.remove(peer.uid)
             connection.close()
+
+    async def _end_idle(self) -> None:
+        """End connections on which nothing was asked for too long. Until cancelled."""
+        while True:
+            now = earliest = trio.current_time()
+            for connection in self.connections:
+                if connection.claims or connection.prepared or connection.owned:
+                    continue
+                if connection.idle_since <= now - messages.IDLE:
+                    connection.give_up()
+                earliest = min(earliest, connection.idle_since)
+            await trio.sleep_until(max(earliest, now - messages.IDLE + 1.0) + messages.IDLE)
 
     async def _end_claims(self, connection: Connection) -> None:
         if not self.stopping:
@@ -288,7 +303,7 @@ class Server:
             lease_by.remove("process")
         await connection.answer(
             messages.ok(
-                version=messages.VERSION,
+                version=request.message["version"],  # which is spoken from here on
                 server=self.version,
                 uid=connection.peer.uid,
                 pid=connection.peer.pid,
@@ -307,13 +322,8 @@ class Server:
 
     async def _serve_request(self, connection: Connection) -> bool:
         """One request and the answer; False at the end of the connection."""
-        request: Request | None = None
         try:
-            if connection.claims or connection.prepared or connection.owned:
-                request = await connection.receive(messages.read_request)
-            else:
-                with trio.move_on_after(messages.IDLE):
-                    request = await connection.receive(messages.read_request)
+            request = await connection.receive(messages.read_request)
             if request is None:
                 return False
         except ProtocolError as error:

@@ -15,7 +15,9 @@ from cprd.bundle import inspect
 from cprd.daemon import log
 from cprd.daemon.clock import now
 from cprd.daemon.connection import Connection
+from cprd.daemon.counting import Counting
 from cprd.daemon.pidfds import Pidfds
+from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage.notes import Notes
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.turns import Pace
@@ -25,7 +27,8 @@ from cprd.linux import processes
 from cprd.linux.pause import point
 from cprd.linux.rights import close_all
 from cprd.protocol import living
-from cprd.protocol.lifecycle import HELD, LIVE, NOT_PUT_BACK, Hold, pid_text, why_not
+from cprd.protocol.lifecycle import HELD, LIVE, NOT_PUT_BACK, Hold, why_not
+from cprd.protocol.messages import pid_text
 from cprd.protocol.names import Key
 from cprd.protocol.registry import Ended, Registry, Step
 
@@ -41,10 +44,16 @@ class Steps:
     """The holds, processes, connections and waiters. `connections` belongs to the server."""
 
     def __init__(
-        self, registry: Registry, keeper: Keeper, connections: set[Connection], notes: Notes
+        self,
+        registry: Registry,
+        keeper: Keeper,
+        connections: set[Connection],
+        releasing: Releasing,
+        notes: Notes | None = None,
     ) -> None:
         self.registry = registry
-        self.notes = notes
+        self.notes = notes or Notes("")
+        self.counting = Counting(registry, keeper, releasing, self.observe)
         self.keeper = keeper
         self.connections = connections
         self.pidfds = Pidfds(self._process_ended)
@@ -67,6 +76,8 @@ class Steps:
                 close_all(pidfds.values())
                 continue
             self.pidfds.keep(hold.generation, pidfds, hold.roles)
+            if hold.live and hold.allows("counted") and not hold.fds:
+                self.counting.left(hold.generation)
             if hold.phase != HELD:
                 log.event(
                     "adopted",
@@ -226,6 +237,8 @@ class Steps:
             )
         if old is None:
             return
+        if old.phase == LIVE and hold.allows("counted"):
+            self.counting.left(hold.generation)
         if hold.phase == HELD and old.allows("claimant gone"):
             self.look_for_damage(hold)
         if old.token and old.token != hold.token:
@@ -242,8 +255,7 @@ class Steps:
             finally:
                 os.close(fd)  # the slot has another: never the last one
         except Damaged as error:
-            why = f"{error}; pid {hold.last_claimant} had claimed it last"
-            self.observe(self.registry.found_damaged(hold.generation, why))
+            self.observe(self.registry.found_damaged(hold.generation, str(error)))
         except (CprdError, OSError):
             pass  # no descriptor left to look with; the next load looks again
 

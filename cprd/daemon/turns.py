@@ -15,12 +15,19 @@ import trio
 PIECE = 0.002  # s
 
 
-class Turns:
-    """Counts the connections of each uid, and lets their requests take turns."""
+class Turns(trio.abc.Instrument):
+    """Counts the connections of each uid, and lets their requests take turns. As an instrument of
+    trio, counts the rounds of the event loop."""
 
     def __init__(self) -> None:
         self.connections: Counter[int] = Counter()  # by uid
         self._locks: dict[int, trio.Lock] = {}
+        self._round = 0
+        self._served: dict[int, int] = {}  # the last round with a request of a uid
+
+    def after_io_wait(self, timeout: float) -> None:
+        del timeout
+        self._round += 1
 
     def add(self, uid: int) -> None:
         self.connections[uid] += 1
@@ -30,12 +37,25 @@ class Turns:
         if not self.connections[uid]:
             del self.connections[uid]
             self._locks.pop(uid, None)
+            self._served.pop(uid, None)
+
+    def free(self, uid: int) -> bool:
+        """Take the turn of this round, where none of `uid` has taken that turn, or waits."""
+        if self._served.get(uid) == self._round or uid in self._locks:
+            return False
+        self._served[uid] = self._round
+        return True
 
     async def take(self, uid: int) -> None:
         """Wait for the turn of a request of `uid`, in the order of arrival."""
-        if self.connections[uid] > 1:
-            async with self._locks.setdefault(uid, trio.Lock()):
+        lock = self._locks.setdefault(uid, trio.Lock())
+        try:
+            async with lock:
                 await trio.lowlevel.checkpoint()
+                self._served[uid] = self._round
+        finally:
+            if not lock.locked():
+                self._locks.pop(uid, None)
 
 
 class Pace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import lru_cache
 
 
 def reads(fd: int) -> bool:
@@ -16,8 +17,12 @@ def reads(fd: int) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
-def stamp() -> str:
-    """The time now, in UTC, to the millisecond, as in RFC 3339."""
-    now = time.time_ns() // 1_000_000
-    clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 1000))
-    return f"{clock}.{now % 1000:03d}Z"
+def stamp(at: int) -> str:
+    """A time (nanoseconds since 1970), in UTC, to the millisecond, as in RFC 3339."""
+    millis = at // 1_000_000
+    return f"{_second(millis // 1000)}.{millis % 1000:03d}Z"
+
+
+@lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))

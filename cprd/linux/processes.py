@@ -145,6 +145,19 @@ def is_ready(fd: int, events: int = 0) -> bool:
     return bool(poll.poll(0))
 
 
+def effective_uid(pid: int) -> int:
+    """The effective uid of a process; -1 when nobody can say. (The owner of /proc/PID is root for a
+    process that has changed its uid.)"""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"Uid:"):
+                    return int(line.split()[2])
+    except (OSError, ValueError, IndexError):
+        pass
+    return -1
+
+
 def in_our_user_namespace(pid: int) -> bool | None:
     """Whether the uids of a process mean what they mean here; None: nobody can tell, /proc of the
     process is hidden, or the process lives in another pid namespace (pid 0)."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from cprd.errors import Busy
+from cprd.protocol.messages import pid_text
 
 if TYPE_CHECKING:
     from cprd.protocol.names import Key
@@ -47,6 +48,8 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     (HELD, "ttl over"): NOTHING,
     (HELD, "release"): HELD,
     (HELD, "found damaged"): DAMAGED,
+    (HELD, "counted"): HELD,
+    (HELD, "found empty"): NOTHING,
     (CLAIMED, "renew"): CLAIMED,
     (CLAIMED, "confirm"): NOTHING,
     (CLAIMED, "confirm next"): NOTHING,
@@ -74,6 +77,7 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     (LIVE, NOT_PUT_BACK): NOTHING,
     (LIVE, "end"): NOTHING,
     (LIVE, "drop by force"): NOTHING,
+    (QUARANTINED, "counted"): QUARANTINED,
     (QUARANTINED, "release by force"): HELD,
     (QUARANTINED, "drop by force"): NOTHING,
     (DAMAGED, "drop by force"): NOTHING,
@@ -85,7 +89,8 @@ TRANSITIONS: dict[tuple[str, str], str] = {
 
 "replace", "confirm next" and "saved by the acting process" end the old hold in the step that puts
 the new one. "newer committed": a save was prepared over the hold, and is committed or released.
-"owner gone, and not put back": cprd kept in memory only, and has ended since."""
+"owner gone, and not put back": cprd kept in memory only, and has ended since. "counted" and "found
+empty": of a live hold, once the owner has ended."""
 
 _IN_THE_WAY = {
     PREPARED: ("saver",),
@@ -93,8 +98,10 @@ _IN_THE_WAY = {
     CLAIMED: ("claimant",),
     IN_DOUBT: ("acting", "claimant"),
     LIVE: ("saver",),
+    DAMAGED: ("saver",),
 }
-"""Phase -> fields of the processes that a load waits for; the first pid above 0 counts."""
+"""Phase -> fields of the processes that a load waits for, or must blame; the first pid above 0
+counts."""
 
 
 _USES = ("which keeps it live", "which has not put it back since cprd ended")
@@ -126,6 +133,7 @@ class Hold:
     acting: int = 0  # pid of the process that begin named
     parked: int = 0  # descriptors in the root of the bundle, as the saver said; 0: not known
     begun: bool = False  # in doubt by begin, not by a saver that vanished
+    saver_uid: int = -1  # where root saved under a name of another uid; -1: as `uid`
     live: bool = False  # the bundle is the root of a live hold
     away: bool = False  # live, and the owner alone has the root: cprd has ended since
     took: int = 0  # live: the generation that was taken over; 0: none
@@ -135,6 +143,11 @@ class Hold:
     @property
     def key(self) -> Key:
         return (self.uid, self.name)
+
+    @property
+    def saved_by(self) -> int:
+        """The uid of the saver."""
+        return self.uid if self.saver_uid < 0 else self.saver_uid
 
     @property
     def committed(self) -> bool:
@@ -253,7 +266,3 @@ def busy(hold: Hold, text: str, kind: type[Refusal]) -> Refusal:
         phase=hold.phase,
         until=hold.deadline if hold.allows("lease over") else None,
     )
-
-
-def pid_text(pid: int) -> str:
-    return f"pid {pid}" if pid > 0 else "a process of another pid namespace"

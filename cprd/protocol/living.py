@@ -18,8 +18,8 @@ from cprd.protocol.lifecycle import (
     OWNER_GONE,
     SOON,
     Hold,
-    pid_text,
 )
+from cprd.protocol.messages import pid_text
 from cprd.protocol.names import Key
 from cprd.protocol.registry import Caller, Offer, Registry, Step, Ticket, end_of, remembering
 
@@ -88,6 +88,17 @@ def owner_gone(registry: Registry, now: float, generation: int, how: str) -> Ste
     return Step(put=(replace(left, reason=reason, expires=None, ttl_left=hold.ttl_left),))
 
 
+def counted(registry: Registry, counted: Hold, segments: int, fds: int) -> Step:
+    """What was counted in a hold whose owner has ended; nothing changes where somebody has the hold
+    by now."""
+    hold = registry.get(counted.generation)
+    if hold != counted or not hold.live:
+        return Step()
+    if not segments and hold.allows("found empty"):
+        return Step(ended=(end_of(hold, "found empty"),))
+    return Step(put=(replace(hold, phase=hold.after("counted"), fds=fds),)) if fds else Step()
+
+
 def _left(now: float, hold: Hold, event: str, how: str, deaths: int) -> Hold:
     """The record of a hold whose owner owns no more."""
     return replace(
@@ -108,7 +119,7 @@ def put_back(registry: Registry, caller: Caller, by: Ticket, offer: Offer) -> St
     answer = {"generation": by.generation, "token": by.token}
     if hold is not None:
         here = replace(hold, away=False, token=by.token, parked=offer.parked)
-        here = replace(here, phase=hold.after("put back"), ttl_left=offer.ttl)
+        here = replace(here, phase=hold.after("put back"))
         return Step(answer=answer, put=(here,), by=caller)
     registry.mine(by, "put back")
     return Step(answer=answer)

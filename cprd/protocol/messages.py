@@ -7,7 +7,6 @@ changes something carries a `nonce` (replies.py). An answer is {"ok": {...}} or 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 RELEASE = "0.2.0"  # of this software
 VERSION = 2  # of the wire
+SPOKEN = (2,)  # versions that cprd speaks; from version 3 on the last two
 RELEASES = {1: "0.1", 2: "0.2"}  # version of the wire -> releases that speak the version
 
 # Sizes, bytes
@@ -67,107 +67,96 @@ class OtherVersion(ProtocolError):
     """A hello in another version of the wire. The answer has the version that is spoken here."""
 
 
-# Checks of fields: each returns the value to use, or raises ValueError with the wanted form. A bool
-# is an int in Python, and never meant as a number here.
+class Field:
+    """One field of a request. A call returns the value to use, or raises ValueError with the wanted
+    form. `default`: of a request without the field, or with nil in it; unless `required`.
+
+    A bool is an int in Python, and never meant as a number here."""
+
+    __slots__ = ("_fits", "_make", "default", "required", "wants")
+
+    def __init__(
+        self, wants: str, fits: Callable[[Any], bool], make: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.wants = wants
+        self.default: Any = None
+        self.required = True
+        self._fits = fits
+        self._make = make
+
+    def __call__(self, value: Any) -> Any:
+        if not self._fits(value):
+            raise ValueError(self.wants)
+        return value if self._make is None else self._make(value)
+
+    def optional(self, default: Any) -> Field:
+        """The same field, which may be left out."""
+        field = Field(self.wants, self._fits, self._make)
+        field.default, field.required = default, False
+        return field
 
 
-def _text(limit: int) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or len(value.encode("utf-8", "replace")) > limit:
-            raise ValueError(f"a string of at most {limit} bytes")
-        return value
-
-    return check
+def _text(limit: int) -> Field:
+    return Field(
+        f"a string of at most {limit} bytes",
+        lambda value: isinstance(value, str) and len(value.encode("utf-8", "replace")) <= limit,
+    )
 
 
-def _one_of(*choices: Any) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
-            raise ValueError("one of " + ", ".join(map(repr, choices)))
-        return value
-
-    return check
+def _one_of(*choices: str) -> Field:
+    return Field(
+        "one of " + ", ".join(map(repr, choices)),
+        lambda value: isinstance(value, str) and value in choices,
+    )
 
 
-def _count(limit: int) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        if type(value) is not int or not 0 <= value <= limit:
-            raise ValueError(f"an integer from 0 to {limit}")
-        return value
-
-    return check
+def _count(limit: int) -> Field:
+    return Field(
+        f"an integer from 0 to {limit}",
+        lambda value: type(value) is int and 0 <= value <= limit,
+    )
 
 
-def _seconds(limit: float, least: float = 0.0) -> Callable[[Any], float]:
-    def check(value: Any) -> float:
-        number = type(value) in (int, float) and math.isfinite(value)
-        if not number or not least <= value <= limit:
-            raise ValueError(f"seconds from {least:g} to {limit:g}")
-        return float(value)
-
-    return check
+def _seconds(limit: float, least: float = 0.0) -> Field:
+    return Field(
+        f"seconds from {least:g} to {limit:g}",
+        lambda value: type(value) in (int, float) and least <= value <= limit,  # NaN is not
+        float,
+    )
 
 
-def _bytes(size: int) -> Callable[[Any], bytes]:
-    def check(value: Any) -> bytes:
-        if not isinstance(value, bytes) or len(value) != size:
-            raise ValueError(f"{size} bytes")
-        return value
-
-    return check
+def _bytes(size: int) -> Field:
+    return Field(f"{size} bytes", lambda value: isinstance(value, bytes) and len(value) == size)
 
 
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _map(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("a map with strings as keys")
-    return value
-
-
-def _or_none(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None else check(value)
-
-
+_FLAG = Field("true or false", lambda value: isinstance(value, bool)).optional(False)
 _U64 = _count((1 << 64) - 1)
 _NAME = _text(300)  # UID/NAME; names.split_name looks closer
+_PID = _count((1 << 31) - 1)
 _CLAIM = {"name": _NAME, "generation": _U64, "token": _bytes(NONCE)}
-_PROCESS = {"pid": _count((1 << 31) - 1), "inode": _U64}  # of a pidfd; inode 0: not known
-_BUNDLE: dict[str, Callable[[Any], Any]] = {
+_PROCESS = {"pid": _PID.optional(0), "inode": _U64.optional(0)}  # of a pidfd; 0: not known
+_BUNDLE: dict[str, Field] = {
     "fds": _count(1 << 32),
-    "bytes": _U64,
-    "parked": _count(253),  # descriptors in the root of the bundle
-    "depth": _count(2),  # of the root; 0: nothing below it
-    "ttl": _or_none(_seconds(MAX_TTL, MIN_LEASE)),
-    "after_exit": _one_of("no", "peer", "process"),
-    **_PROCESS,  # of after_exit "process"; else 0
-    "queue": _flag,  # whether the answer is to bring the queue for the next save
+    "bytes": _U64.optional(0),
+    "parked": _count(253).optional(0),  # descriptors in the root of the bundle; 0: not said
+    "depth": _count(2).optional(0),  # of the root; 0: nothing below it
+    "ttl": _seconds(MAX_TTL, MIN_LEASE).optional(None),  # None: no end
+    "after_exit": _one_of("no", "peer", "process").optional("no"),
+    **_PROCESS,  # of after_exit "process"
+    "queue": _FLAG,  # whether the answer is to bring the queue for the next save
 }
-# The root of a live hold, parked like a bundle: `parked` and `depth` are 1. Other fields count once
-# the owner has ended.
-_ROOT = {**_BUNDLE, "live": _one_of(True)}
 _SAVE = {
     "name": _NAME,
     **_BUNDLE,
-    "if_exists": _one_of("error", "replace"),
-    "require": _one_of(None, "store"),
+    "if_exists": _one_of("error", "replace").optional("error"),
+    "require": _one_of("memory", "store").optional("memory"),
 }
 _NONCE = {"nonce": _bytes(NONCE)}
 
-_ID = ("id", _or_none(_U64))
+_ID = _U64.optional(None)
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "confirm_next": {"live": False},
-    "reject": {"attempt": True},
-}
-"""Verb -> fields that a request may leave out, with their values then."""
-
-REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
-    "hello": {"version": _count(1 << 16), "limits": _map},
+REQUESTS: dict[str, dict[str, Field]] = {
+    "hello": {"version": _count(1 << 16)},
     "queue": {},
     "save": {**_SAVE, **_NONCE},
     "prepare": {**_SAVE, **_NONCE},
@@ -175,47 +164,48 @@ REQUESTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "abort": {**_CLAIM, **_NONCE},
     "load": {
         "name": _NAME,
-        "wait": _seconds(MAX_WAIT),
-        "lease": _seconds(MAX_LEASE, MIN_LEASE),
-        "generation": _or_none(_U64),
+        "wait": _seconds(MAX_WAIT).optional(0.0),
+        "lease": _seconds(MAX_LEASE, MIN_LEASE).optional(LEASE),
+        "generation": _U64.optional(None),  # None: any
         **_NONCE,
     },
-    "renew": {**_CLAIM, "lease": _or_none(_seconds(MAX_LEASE, MIN_LEASE))},
+    "renew": {**_CLAIM, "lease": _seconds(MAX_LEASE, MIN_LEASE).optional(None)},  # as before
     "begin": {**_CLAIM, **_NONCE, **_PROCESS},  # pid 0: no process is named
     "confirm": {**_CLAIM, **_NONCE},
-    "confirm_next": {**_CLAIM, **_BUNDLE, "live": _flag, **_NONCE},
+    "confirm_next": {**_CLAIM, **_BUNDLE, "live": _FLAG, **_NONCE},  # live: a root is parked
     "reject": {
         **_CLAIM,
         **_NONCE,
-        "why": _text(MAX_REASON),
-        "damaged": _flag,
-        "attempt": _flag,  # False: the claim is not counted as an attempt
+        "why": _text(MAX_REASON).optional(""),
+        "damaged": _FLAG,
+        "attempt": _FLAG.optional(True),  # whether the claim counts as an attempt
     },
     "live": {
         "name": _NAME,
-        "wait": _seconds(MAX_WAIT),
-        "lease": _seconds(MAX_LEASE, MIN_LEASE),
-        **_ROOT,
+        "wait": _seconds(MAX_WAIT).optional(0.0),
+        "lease": _seconds(MAX_LEASE, MIN_LEASE).optional(LEASE),
+        "ttl": _BUNDLE["ttl"],  # from the end of the owner on
         **_NONCE,
     },
-    "put_back": {**_CLAIM, **_ROOT, **_NONCE},
-    "end": {**_CLAIM, "keep": _flag, **_NONCE},
-    "release": {"name": _NAME, "force": _flag, **_NONCE},
-    "drop": {"name": _NAME, "force": _flag, **_NONCE},
-    "ended": {"name": _NAME, "generation": _U64, "pid": _PROCESS["pid"]},
-    "wait": {"name": _NAME, "timeout": _seconds(MAX_WAIT)},
-    "list": {"after": _or_none(_U64)},
+    "put_back": {**_CLAIM, **_NONCE},
+    "end": {**_CLAIM, "keep": _FLAG, **_NONCE},
+    "release": {"name": _NAME, "force": _FLAG, **_NONCE},
+    "drop": {"name": _NAME, "force": _FLAG, **_NONCE},
+    "ended": {"name": _NAME, "generation": _U64, "pid": _PID},
+    "wait": {"name": _NAME, "timeout": _seconds(MAX_WAIT).optional(MAX_WAIT)},
+    "list": {"after": _U64.optional(0)},
     "show": {"name": _NAME},
     "status": {},
 }
-"""Verb -> fields; a request has all of them, and nothing else but an `id`."""
+"""Verb -> fields. A request may have an `id` besides; fields that are not known are ignored, as
+they are in answers."""
 
 _KEPT = ("kept",)
 _SAVED = ("generation", "token", "kept")
 _CHANGED = ("generation", "kept")
 _LOADED = (
-    *("generation", "token", "attempts", "last_reject", "last_claimant", "lease", "fds"),
-    *("live", "last_end", "kept"),
+    *("generation", "token", "attempts", "last_reject", "lease", "saver", "saver_uid"),
+    *("last_claimant", "live", "last_end", "kept"),
 )
 ANSWERS: dict[str, tuple[str, ...]] = {
     "hello": ("version", "server", "uid", "pid", "lease_by", "kept", "limits"),
@@ -244,7 +234,10 @@ ANSWERS: dict[str, tuple[str, ...]] = {
         *("refused_accepts", "closing", "limits"),
     ),
 }
-"""Verb -> fields of the "ok" map."""
+"""Verb -> fields of the "ok" map. What is not there (more, blind, ...) is left out."""
+
+UNSAID = ("expires", "claimant", "acting", "in_use_by")
+"""Fields of a row that are left out where there is none."""
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
@@ -286,13 +279,14 @@ def decode(
 
 
 def read_first(data: bytes) -> Message:
-    """A hello of this version, or another request. Raises OtherVersion, ProtocolError.
+    """A hello of a version that is spoken here, or another request. Raises OtherVersion,
+    ProtocolError.
 
     Frozen for all versions: hello has `verb` and `version`, and a refusal `error`, `why` and
     `version`."""
     message = decode(data, MAX_REQUEST)
     version = message.get("version")
-    if message.get("verb") != "hello" or type(version) is not int or version == VERSION:
+    if message.get("verb") != "hello" or type(version) is not int or version in SPOKEN:
         return read_request(data)
     other = RELEASES.get(version)
     release = f"cprd {other}" if other else f"the cprd of version {version}"
@@ -305,11 +299,11 @@ def read_first(data: bytes) -> Message:
 
 
 def read_request(data: bytes) -> Message:
-    """A request: "verb", "id" (None: none was given) and exactly the fields of the verb, each of
-    the right type.
+    """A request: "verb", "id" (None: none was given) and all fields of the verb, each of the right
+    type. What was left out, or is nil, has the default.
 
     Raises ProtocolError that names the verb or the field."""
-    message = {"id": None, **decode(data, MAX_REQUEST, items=MAX_ITEMS, text=MAX_TEXT)}
+    message = decode(data, MAX_REQUEST, items=MAX_ITEMS, text=MAX_TEXT)
     verb = message.get("verb")
     if not isinstance(verb, str):  # whose text may be deep
         raise BadRequest("the field 'verb' wants the name of a verb")
@@ -317,19 +311,29 @@ def read_request(data: bytes) -> Message:
     if fields is None:
         raise BadRequest(f"unknown verb {verb!r:.100}; this cprd speaks version {VERSION}")
     read: Message = {"verb": verb}
-    for field, check in (*fields.items(), _ID):
-        if field not in message:
-            if field not in DEFAULTS.get(verb, ()):
-                raise BadRequest(f"{verb}: the field {field!r} is missing")
-            message[field] = DEFAULTS[verb][field]
-        try:
-            read[field] = check(message[field])
-        except ValueError as error:
-            raise BadRequest(f"{verb}: the field {field!r} wants {error}") from None
-    if len(message) != len(read):
-        extra = sorted(set(message) - set(read), key=repr)  # keys may be bytes, too
-        raise BadRequest(f"{verb}: unknown field {extra[0]!r:.100}")
+    for field, check in (*fields.items(), ("id", _ID)):
+        value = message.get(field)
+        if value is not None:
+            try:
+                read[field] = check(value)
+            except ValueError as error:
+                raise BadRequest(f"{verb}: the field {field!r} wants {error}") from None
+        elif check.required:
+            raise BadRequest(f"{verb}: the field {field!r} is missing")
+        else:
+            read[field] = check.default
     return read
+
+
+def essence(request: Mapping[str, Any]) -> Message:
+    """The verb of a request and the fields that are no defaults: the same whether a default was
+    said or left out, and in a later version that has more fields."""
+    fields = REQUESTS[request["verb"]]
+    return {
+        key: value
+        for key, value in request.items()
+        if key not in fields or fields[key].required or value != fields[key].default
+    }
 
 
 class Garbled(ProtocolError):
@@ -360,6 +364,12 @@ def parse_answer(data: bytes) -> tuple[int | None, Message | CprdError]:
     return id, _error(message)
 
 
+def _map(value: Any) -> Message:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("a map with strings as keys")
+    return value
+
+
 def _error(message: Message) -> CprdError:
     """The error of an answer. A separate function: a local name in the raising frame is a reference
     cycle, and keeps the caller's connection open."""
@@ -373,7 +383,12 @@ def _error(message: Message) -> CprdError:
 
 
 def ok(**fields: Any) -> Message:
-    return {"ok": fields}
+    return {"ok": without_none(fields)}
+
+
+def without_none(fields: Mapping[str, Any]) -> Message:
+    """What is none is not said."""
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def refusal(error: CprdError) -> Message:
@@ -384,8 +399,18 @@ def refusal(error: CprdError) -> Message:
                 fields["version"] = VERSION
             if isinstance(error, Busy):
                 fields |= {"pid": error.pid, "phase": error.phase, "until": error.until}
-            return fields
+            return without_none(fields)
     raise AssertionError
+
+
+def pid_text(pid: int) -> str:
+    return f"pid {pid}" if pid > 0 else "a process of another pid namespace"
+
+
+def handled_by(saver: int, uid: int, last_claimant: int) -> str:
+    """Who had a hold that is not whole."""
+    said = f"saved by {pid_text(saver)} of uid {uid}"
+    return f"{said}; {pid_text(last_claimant)} had claimed it last" if last_claimant else said
 
 
 def nonce() -> bytes:

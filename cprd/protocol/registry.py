@@ -27,9 +27,9 @@ from cprd.protocol.lifecycle import (
     Hold,
     busy,
     ending_event,
-    pid_text,
     why_not,
 )
+from cprd.protocol.messages import handled_by, pid_text
 from cprd.protocol.names import Key
 from cprd.protocol.replies import Replies, Reply, newest
 
@@ -163,6 +163,7 @@ class Registry(Holds):
             expires=_expires(caller.now, offer.ttl, runs=runs),
             ttl_left=_stopped(offer.ttl, runs=runs),
             saver=caller.pid,
+            saver_uid=-1 if caller.uid == key[0] else caller.uid,
             after_exit=offer.after_exit,
             live=offer.live,
         )
@@ -401,14 +402,14 @@ class Registry(Holds):
         return Step(put=(_back(now, hold, "lease over", why),))
 
     def found_damaged(self, generation: int, why: str) -> Step:
-        """The bundle is not whole any more: never served again."""
+        """The bundle is not whole: never served again. The reason names the saver."""
         hold = self.get(generation)
         if hold is None or not hold.allows("found damaged"):
             return Step()
         new = replace(
             hold,
             phase=hold.after("found damaged"),
-            reason=why[:1024],
+            reason=f"{why[:1024]}; {handled_by(hold.saver, hold.saved_by, hold.last_claimant)}",
             token=b"",
             deadline=0.0,
             expires=None,
@@ -542,9 +543,10 @@ def _loaded(hold: Hold) -> dict[str, Any]:
         "token": hold.token,
         "attempts": hold.attempts,
         "last_reject": hold.last_reject,
-        "last_claimant": hold.last_claimant,
         "lease": hold.lease,
-        "fds": hold.fds,
+        "saver": hold.saver,
+        "saver_uid": hold.saved_by,
+        "last_claimant": hold.last_claimant or None,
         "live": hold.live,
         "last_end": hold.last_end,
     }

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cprd.errors import ProtocolError
-from cprd.protocol.messages import ANSWERS, encode
+from cprd.protocol.messages import ANSWERS, encode, essence
 
 KEPT_FOR = 300.0  # s
 MOST = 4096  # of one uid, that may not have arrived
@@ -26,9 +26,10 @@ _UNTOLD = ("wait", "timeout", "queue")
 
 
 def digest(request: Mapping[str, Any], *identity: int) -> bytes:
-    """16 bytes that tell one request from another: verb, fields, and `identity`, which cprd sees
-    for itself (the pid of a claimant)."""
-    fields = sorted((key, value) for key, value in request.items() if key not in _UNTOLD)
+    """16 bytes that tell one request from another: verb, fields that are no defaults, and
+    `identity`, which cprd sees for itself (the pid of a claimant)."""
+    said = essence(request)
+    fields = sorted((key, value) for key, value in said.items() if key not in _UNTOLD)
     return hashlib.blake2b(encode({"of": fields, "seen": identity}), digest_size=16).digest()
 
 

@@ -3,7 +3,7 @@ asked for: typing takes 4 ms."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 IfExists = Literal["error", "replace"]
 Kept = Literal["memory", "store"]
@@ -41,7 +41,7 @@ class Descriptor(TypedDict):
 
 class _Section(TypedDict):
     key: str
-    kind: Literal["msgpack", "bytes", "memfd"]
+    kind: Literal["msgpack", "bytes", "memfd", "memory"]
     bytes: int
 
 
@@ -52,8 +52,9 @@ class Section(_Section, total=False):
 class Shown(Row):
     """A hold, as show() shows the hold."""
 
-    descriptors: list[Descriptor]
+    descriptors: list[Descriptor]  # of a live hold: once the owner has ended
     sections: list[Section]
+    segments: NotRequired[int]  # of a live hold: queues, each with some of the keys
 
 
 class Usage(TypedDict):

@@ -162,6 +162,11 @@ class Command:
             chardev = chardevs.get(options.get("chardev") or options[""], {})
             if people or options.get("mode") == "control":
                 found.append((chardev.get("path", ""), is_on(options, "pretty")))
+        for value in self.values("object"):  # (from QEMU 11.1 on)
+            options = keyed(value)
+            if options[""] == "monitor-qmp" or (people and options[""] == "monitor-hmp"):
+                chardev = chardevs.get(options.get("chardev", ""), {})
+                found.append((chardev.get("path", ""), is_on(options, "pretty")))
         return [(path, pretty) for path, pretty in found if path]
 
     def monitor_path(self) -> str:
@@ -184,6 +189,16 @@ class Command:
         return (
             f"the monitor at {monitors[0][0]} is pretty-printed (-qmp-pretty, pretty=on), and"
             " cprctl cannot speak to such a one: without another -qmp this VM cannot be saved"
+        )
+
+    def changes_user(self) -> str:
+        """A message when this QEMU would change its user once it has begun; "" otherwise."""
+        user = any("user" in keyed(value) for value in self.values("run-with"))
+        if not user and not any(True for _ in self.values("runas")):
+            return ""
+        return (
+            "a QEMU that changes its user (-run-with user=, -runas) cannot be handed over: let it"
+            " begin as that user (as root: UID/NAME as the name), without that option"
         )
 
     def truncating(self) -> list[str]:
@@ -217,7 +232,7 @@ class Command:
             "cpr": {"transport": "socket", "type": "unix", "path": cpr},
         }
         added = ["-S", "-chardev", f"socket,id={MONITOR},fd={monitor}"]
-        added += ["-mon", f"chardev={MONITOR},mode=control"]
+        added += ["-qmp", f"chardev:{MONITOR}"]  # (every version takes that; 11.1 warns of -mon)
         for kind, addr in channels.items():
             added += ["-incoming", json.dumps({"channel-type": kind, "addr": addr})]
         for value in self.values("global"):

@@ -21,6 +21,14 @@ class OtherOwner(Refused):
         self.uid = uid
 
 
+class ChangedUser(Refused):
+    """The QEMU runs as another uid than the uid that made its monitor. `uid`: of the QEMU."""
+
+    def __init__(self, text: str, uid: int) -> None:
+        super().__init__(text)
+        self.uid = uid
+
+
 class Failed(CprdError):
     """A step was begun and taken back. The message says where the guest is."""
 

@@ -113,6 +113,14 @@ def _lost(monitor: Monitor, notes: list[str]) -> None:
         " again in the next (block-export-add)"
         for row in _ask(monitor, "query-block-exports", [])
     ]
+    words = command_line(monitor.process.pid) if monitor.process is not None else []
+    known = Command(words, running=True).ids() if words else set()
+    notes += [
+        f"the monitor {row['name']!r} ends with this QEMU: add it again in the next (object-add)"
+        for row in _ask(monitor, "qom-list", [], path="/objects")
+        if row["type"] in (f"child<{kind}>" for kind in inventory.MONITORS)
+        if words and row["name"] not in known and not row["name"].startswith("compat_monitor")
+    ]
     auth = _ask(monitor, "query-vnc", {}) or {}
     if auth.get("enabled") and auth.get("auth") not in (None, "none"):
         notes.append("the password of VNC ends with this QEMU: set it again in the next")
@@ -304,6 +312,13 @@ def _networks(command: Command) -> Iterator[tuple[str, dict[str, str]]]:
 def _conflicts(command: Command) -> Iterator[Conflict]:
     if any(True for _ in command.values("pidfile")):
         yield Conflict("-pidfile is locked by the old QEMU: leave it out, or save and start")
+    if command.changes_user():
+        yield Conflict(command.changes_user())
+    if any(is_on(keyed(value), "exit-with-parent") for value in command.values("run-with")):
+        yield Conflict(
+            "-run-with exit-with-parent=on: the new QEMU would be another parent's: leave it out,"
+            " or save and start"
+        )
     for value, options in _networks(command):
         if options[""] == "tap" and not any(key in options for key in ("fd", "fds", "helper")):
             yield Conflict(

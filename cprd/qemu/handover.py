@@ -276,6 +276,7 @@ class Handover:
         """`cont` to a source that has completed, after cprd has answered that the state is gone;
         returns the place of the guest, for people."""
         try:
+            self._await_completion()
             self.monitor.execute("cont")
         except MonitorRefused as refused:
             self.source.restore()
@@ -290,6 +291,12 @@ class Handover:
             return describe(self.monitor.status())
         except CprdError as lost:
             return f"its QEMU does not answer any more ({lost})"
+
+    def _await_completion(self) -> None:
+        """The stream ends a moment before its QEMU has completed, and allows `cont`."""
+        deadline = Deadline(_PATIENCE)
+        while self.monitor.status() == "finish-migrate" and not deadline.has_passed():
+            signals.sleep(0.005)
 
     def is_gone(self) -> bool:
         """Whether cprd itself answers that what was prepared is no more; ends it if possible."""

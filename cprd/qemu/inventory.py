@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from cprd.qemu.machine import Machine
     from cprd.qemu.monitor import Monitor, Request
 
+MONITORS = ("monitor-qmp", "monitor-hmp")
+"""Objects that a guest does not see (from QEMU 11.1 on; each monitor is such an object)."""
+
 _CPU = ("type", "feature-words")
 _QTREE = ("human-monitor-command", {"command-line": "info qtree"})
 _PERIPHERAL = ("/machine/peripheral", "/machine/peripheral-anon")
@@ -278,7 +281,7 @@ class _Plugged:
         return [
             [name, f"-object {kind},id={name}{self._size(name, kind)}"]
             for name, kind in _children(rows).items()
-            if name not in known
+            if name not in known and kind not in MONITORS
         ]
 
     def _implicit(self) -> list[str]:

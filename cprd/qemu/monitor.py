@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cprd.errors import CprdError, InvalidInput
 from cprd.linux import identity
-from cprd.linux.processes import credentials, group
+from cprd.linux.processes import credentials, effective_uid, group
 from cprd.qemu import signals
+from cprd.qemu.acting import act_as
 from cprd.qemu.errors import (
+    ChangedUser,
     MonitorBusy,
     MonitorGone,
     MonitorLost,
@@ -71,22 +73,33 @@ class Monitor:
         self._ended = ""  # why nothing comes any more
 
     @classmethod
-    def connect(cls, path: str, timeout: float = GREETING) -> Monitor:
-        """Speak to the monitor that listens at `path`.
+    def connect(
+        cls, path: str, timeout: float = GREETING, *, changed_user: bool = False
+    ) -> Monitor:
+        """Speak to the monitor that listens at `path`. `changed_user`: also where that QEMU has
+        changed its user since; root acts as that user from then on.
 
         Raises NoListener, Refused (nobody can tell whether a QEMU listens), OtherOwner (for root,
-        before a word is said), MonitorBusy (no greeting within `timeout` s), MonitorLost (no
-        QMP)."""
+        before a word is said), ChangedUser, MonitorBusy (no greeting within `timeout` s),
+        MonitorLost (no QMP)."""
         path = socket_path(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             _connect(sock, path)
             _check_owner(sock, path)
             process = Process.behind(sock)
+            monitor = cls(sock, path, process)
         except BaseException:
             sock.close()
             raise
-        return cls.over(sock, path, timeout, process)
+        try:
+            monitor.check_user(act=changed_user)
+            monitor.negotiate(timeout)
+            monitor.check_user(act=changed_user)  # (a QEMU changes its user before it greets)
+        except BaseException:
+            monitor.close()
+            raise
+        return monitor
 
     @classmethod
     def over(
@@ -104,6 +117,25 @@ class Monitor:
             monitor.close()
             raise
         return monitor
+
+    def check_user(self, *, act: bool) -> None:
+        """Raises ChangedUser when the QEMU runs as another uid than the uid that listens; with
+        `act` root acts as the first instead."""
+        if self.process is None:
+            return
+        uid = effective_uid(self.process.pid)
+        if uid in (-1, self.process.uid):
+            return
+        if act and identity.is_root() and os.geteuid() in (0, uid):
+            act_as(uid)
+            return
+        raise ChangedUser(
+            f"the QEMU at {self.where} runs as uid {uid}, and its monitor is uid"
+            f" {self.process.uid}'s (-run-with user=, -runas): it cannot be handed over. Start the"
+            f" VM as uid {uid} from the first (as root: cprctl qemu start {uid}/NAME -- QEMU ...),"
+            " without that option, and with its monitor in a directory of that user's",
+            uid,
+        )
 
     def negotiate(self, timeout: float) -> None:
         """Wait for the greeting. Raises MonitorBusy, MonitorLost."""

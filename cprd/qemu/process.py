@@ -16,7 +16,7 @@ from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from cprd.linux import identity
-from cprd.linux.processes import credentials, has_ended, pidfd_of
+from cprd.linux.processes import credentials, effective_uid, has_ended, pidfd_of
 from cprd.qemu import signals
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Process:
         found = cls.open(record["pid"], uid)
         if found is None:
             return None
-        other = uid != 0 and _owner(found.pid) != uid
+        other = uid != 0 and effective_uid(found.pid) != uid
         if other or found.ended() or found.started != record.get("start"):
             found.close()
             return None
@@ -94,13 +94,6 @@ class Process:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
-
-
-def _owner(pid: int) -> int:
-    try:
-        return os.stat(f"/proc/{pid}").st_uid
-    except OSError:
-        return -1
 
 
 def start_time(pid: int) -> int:

@@ -206,7 +206,7 @@ class _Restore:
         self.timeout = timeout
         self.overrides = overrides
         self.held = Held(claim.state)
-        self._refuse_without_plugged()
+        self._refuse_by_words()
 
     def run(self) -> None:
         """All between claim and confirm. After an exception other than InDoubt and GuestEnded the
@@ -271,8 +271,11 @@ class _Restore:
         target.await_loaded()
         point("qemu-start:loaded")
 
-    def _refuse_without_plugged(self) -> None:
-        """Raises Refused, before anything is started, when COMMAND lacks what was plugged."""
+    def _refuse_by_words(self) -> None:
+        """Raises Refused, before anything is started, when COMMAND lacks what was plugged, or would
+        give the state to another user."""
+        if self.command.changes_user():
+            raise Refused(self.command.changes_user())
         lacking = missing(self.held.machine, self.command)
         if lacking and not self.overrides[1]:
             raise Refused(lacking)
@@ -323,6 +326,7 @@ class _Restore:
         if now not in LIVE and status in LIVE:
             note(f"cprctl: the guest went on, and is {now!r} since")
         spawn.notify("READY=1\nSTATUS=The guest goes on.")
+        target.end_monitor()
 
     def _confirm(self) -> None:
         """The guest runs: the state must never be served again. Tries for a while if cprd is away;

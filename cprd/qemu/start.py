@@ -77,8 +77,9 @@ def _command(name: str, words: list[str]) -> Command:
     from cprd.qemu.command import Command
 
     command = Command(words)
-    if command.only_pretty():
-        note(f"cprctl: {name}: {command.only_pretty()}")
+    for said in (command.only_pretty(), command.changes_user()):
+        if said:
+            note(f"cprctl: {name}: {said}")
     return command
 
 

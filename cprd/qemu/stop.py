@@ -5,10 +5,12 @@ afterwards."""
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import cprd
 from cprd.errors import CprdError, Unavailable
+from cprd.linux import identity
 from cprd.qemu import signals
 from cprd.qemu.errors import Failed, InDoubt, MonitorBusy, NoListener, one_line
 from cprd.qemu.monitor import Monitor, event_is, socket_path
@@ -16,7 +18,7 @@ from cprd.qemu.process import Process
 from cprd.qemu.signals import Deadline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _ENDED = ("shutdown", "guest-panicked", "internal-error")
 _RESTARTED = 3.0  # s for cprd's socket to come back: it may be restarted together with us
@@ -28,17 +30,13 @@ def stop(qmp: str, save: Callable[[], str], *, powerdown: float, down_marker: st
     exists when the machine goes down for good. Raises when the guest neither is held nor has
     ended."""
     try:
-        with signals.allowed():
-            monitor = Monitor.connect(qmp)
+        with _connected(qmp) as monitor:
+            if monitor.status() in _ENDED:
+                monitor.end()
+                return "the guest had ended; its QEMU has quit"
     except NoListener as error:
         _check_end(qmp, error)
         return "no QEMU is there any more: the guest ended by itself"
-    try:
-        if monitor.status() in _ENDED:
-            monitor.end()
-            return "the guest had ended; its QEMU has quit"
-    finally:
-        monitor.close()
     signals.check()
     if os.path.exists(down_marker):
         return f"the machine goes down for good; {_shut_down(qmp, powerdown, insist=True)}"
@@ -54,6 +52,21 @@ def stop(qmp: str, save: Callable[[], str], *, powerdown: float, down_marker: st
         return f"{why}; {_shut_down(qmp, powerdown)}"
     except Failed as error:
         raise Failed(f"{why}; {error}") from None
+
+
+@contextmanager
+def _connected(qmp: str) -> Iterator[Monitor]:
+    """A power button is for every QEMU, also for a QEMU that has changed its user: root connects as
+    root, and acts as that user while the monitor is open."""
+    acting = os.geteuid()
+    with signals.allowed():
+        monitor = Monitor.connect(qmp, changed_user=True)
+    try:
+        yield monitor
+    finally:
+        monitor.close()
+        if os.geteuid() != acting:
+            identity.act_as_ourselves()
 
 
 def connect(path: str) -> cprd.Daemon:
@@ -94,39 +107,40 @@ def _shut_down(qmp: str, timeout: float, *, insist: bool = False) -> str:
     """Press the power button, and wait for the end of QEMU. After `timeout` s: raises Failed, or
     (`insist`: the QEMU would be killed soon, its images left as they are) lets QEMU quit."""
     try:
-        monitor = Monitor.connect(qmp)
+        with _connected(qmp) as monitor:
+            return _press(monitor, timeout, insist=insist)
     except NoListener as error:
         _check_end(qmp, error)
         return "its QEMU has ended meanwhile"
-    try:
-        status = monitor.status()
-        if status == "postmigrate" and not insist:
-            raise Failed(
-                "its guest is stopped, whole, in its QEMU, which has handed it over (postmigrate):"
-                " it cannot see a power button, and is left as it is"
+
+
+def _press(monitor: Monitor, timeout: float, *, insist: bool) -> str:
+    status = monitor.status()
+    if status == "postmigrate" and not insist:
+        raise Failed(
+            "its guest is stopped, whole, in its QEMU, which has handed it over (postmigrate):"
+            " it cannot see a power button, and is left as it is"
+        )
+    if status in ("paused", "io-error", "watchdog", "suspended"):
+        monitor.execute("system_wakeup" if status == "suspended" else "cont")
+    monitor.execute("system_powerdown")
+    if monitor.process is None:
+        monitor.event(event_is("SHUTDOWN"), timeout)
+    elif not _ends(monitor.process, timeout):
+        if monitor.status() in _ENDED:
+            monitor.end()
+        elif insist:
+            monitor.end()
+            return (
+                f"the guest did not shut down within {timeout:g} s of its power button: its"
+                " QEMU has quit, with its images closed"
             )
-        if status in ("paused", "io-error", "watchdog", "suspended"):
-            monitor.execute("system_wakeup" if status == "suspended" else "cont")
-        monitor.execute("system_powerdown")
-        if monitor.process is None:
-            monitor.event(event_is("SHUTDOWN"), timeout)
-        elif not _ends(monitor.process, timeout):
-            if monitor.status() in _ENDED:
-                monitor.end()
-            elif insist:
-                monitor.end()
-                return (
-                    f"the guest did not shut down within {timeout:g} s of its power button: its"
-                    " QEMU has quit, with its images closed"
-                )
-            else:
-                raise Failed(
-                    f"the guest did not shut down within {timeout:g} s of its power button: it"
-                    " still runs"
-                )
-        return "the guest was shut down"
-    finally:
-        monitor.close()
+        else:
+            raise Failed(
+                f"the guest did not shut down within {timeout:g} s of its power button: it"
+                " still runs"
+            )
+    return "the guest was shut down"
 
 
 def _ends(process: Process, timeout: float) -> bool:

@@ -17,6 +17,7 @@ from cprd.errors import CprdError
 from cprd.linux import rights
 from cprd.linux.pause import point
 from cprd.qemu import signals
+from cprd.qemu.command import MONITOR
 from cprd.qemu.errors import (
     Failed,
     InDoubt,
@@ -221,6 +222,19 @@ class Target:
         with suppress(CprdError):  # what came before its answer has been read then
             self._monitor.execute("query-status", 1.0)
         return self._monitor.seen(event_is("RESUME")) is not None
+
+    def end_monitor(self) -> None:
+        """Let our monitor end with our connection, for a QEMU that can (11.1): else a monitor and
+        its character device stay in that QEMU, of no use to anybody. Best effort."""
+        with suppress(CprdError):
+            for row in self.monitor.execute("qom-list", path="/objects"):
+                where = {"path": f"/objects/{row['name']}"}
+                if row["type"] != "child<monitor-qmp>":
+                    continue
+                if self.monitor.execute("qom-get", **where, property="chardev") == MONITOR:
+                    self.monitor.execute(
+                        "qom-set", **where, property="close-action", value="delete"
+                    )
 
     def _gone(self, when: str) -> NoReturn:
         """Say that the new QEMU broke off: as a rule an end, which is waited for. Raises Failed."""

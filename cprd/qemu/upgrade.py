@@ -428,6 +428,7 @@ class _Move:
         point("qemu-upgrade:ended")
         self._forget()
         point("qemu-upgrade:forgotten")
+        new.target.end_monitor()
         if now == GONE:
             raise Failed(
                 "the new QEMU ended right after its guest had gone on in it, and the guest with"

@@ -442,18 +442,36 @@ def test_counts_that_differ_from_the_bundle_are_refused(
     lie: dict[str, int], daemon: DaemonProcess
 ) -> None:
     with packed(of([0])) as fd, daemon.connect() as client:
-        with pytest.raises(Damaged, match=r"counts differ|should hold"):
+        with pytest.raises(Damaged, match=r"fds says|should hold"):
             say(client, "save", {**save_message("web", 1, 0), **lie}, fd)
         assert client.list() == []
 
 
-def test_counts_that_only_a_reader_can_check_are_found_by_the_first_one(
-    daemon: DaemonProcess,
+@pytest.mark.parametrize("said", [{}, {"parked": 2}, {"bytes": 7}])
+def test_a_reader_compares_nothing_with_the_request(
+    said: dict[str, int], daemon: DaemonProcess
 ) -> None:
+    """What the saver says of a bundle is for quotas and lists."""
+    message = {"name": "web", "fds": 0, "nonce": messages.nonce(), **said}
     with packed(of([0])) as fd, daemon.connect() as client:
-        say(client, "save", save_message("web", 0, 0, parked=2), fd)
-        with pytest.raises(Damaged, match="its saver said 0 descriptors; there are 1"):
+        say(client, "save", message, fd)
+        with client.load("web") as claim:
+            assert claim.state.fd_count == 1
+
+
+def test_damage_names_the_saver(daemon: DaemonProcess) -> None:
+    """The first reader finds the damage, and is not to blame."""
+    inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with inlet, outlet, daemon.connect() as client:
+        send(inlet, bytes(HEADER.size), [0])
+        say(client, "save", {"name": "web", "fds": 0, "nonce": messages.nonce()}, outlet.fileno())
+        saver = f"saved by pid {os.getpid()} of uid {os.getuid()}$"
+        with pytest.raises(Damaged, match=saver) as first:
             client.load("web")
+        with pytest.raises(Damaged, match=saver.replace("$", ";")) as later:
+            client.load("web")
+        for error in (first.value, later.value):
+            assert (error.pid, error.phase) == (os.getpid(), "damaged")
 
 
 @contextmanager

@@ -274,7 +274,7 @@ def test_usage_is_2(daemon: DaemonProcess, arguments: list[str]) -> None:
         ("status --jsn", "usage: cprctl status .*unrecognized arguments: --jsn"),
         ("demo extra", "usage: cprctl demo .*unrecognized arguments: extra"),
         ("qemu check --qmp a b", "usage: cprctl qemu check .*unrecognized arguments: b"),
-        ("save web --fd a=0 --ttl -1", "--ttl: -1 is not a number of seconds, 0 to 315360000"),
+        ("save web --fd a=0 --ttl 0", "--ttl: 0 is not a number of seconds, 0.1 to 315360000"),
         ("load web --wait nan -- true", "--wait: nan is not a number of seconds, 0 to 86400"),
     ],
 )

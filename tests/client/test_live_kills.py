@@ -418,8 +418,11 @@ def clients_through_kills(path: str, connections: int, kills: int) -> None:
         socks += [
             socket.create_connection(address, timeout=PATIENCE) for _ in range(1, connections)
         ]
-        sums = [0] * connections
-        last = [0] * connections
+        sums = [1] * connections
+        last = [1] * connections
+        for sock in socks:  # accepted and kept: a kill between the two ends a connection
+            sock.sendall(b"1\n")
+            assert answer(sock) == b"1 1\n"
         for round in range(kills + 1):
             asked = chance.sample(range(connections), max(1, connections // 2))
             for index in asked:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,6 +17,7 @@ import pytest
 import cprd
 from cprd.errors import Fenced
 from cprd.protocol.lifecycle import MOST_DEATHS
+from tests.support.checkout import CHECKOUT
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 from tests.support.live import Live
@@ -153,11 +156,11 @@ def test_what_a_killed_owner_kept_is_there_for_the_next(daemon: DaemonProcess, p
     daemon.await_fds(base, queues=1)
 
 
-def test_how_the_last_owner_ended_is_said(daemon: DaemonProcess) -> None:
+def test_how_the_last_owner_ended_is_said(daemon: DaemonProcess, pipe: Pipe) -> None:
     from cprd.linux.processes import how_ended
 
     for end, said in ((signal.SIGKILL, "killed by SIGKILL"), (None, "exited 1")):
-        with Child(own, daemon.path) as owner:
+        with Child(own, daemon.path, pipe.writing) as owner:
             owner.hear()
             pidfd = os.pidfd_open(owner.pid)
             if end is None:
@@ -234,7 +237,6 @@ def test_a_saved_state_is_taken_live_and_what_was_live_is_loaded(
         connection.save(NAME, state)
         with Live(daemon.path, NAME) as live:
             assert (live.answer["found"], live.answer["live"]) == (True, False)
-            assert live.answer["fds"] == 1
             owner = live.new_owner()
             with owner.batch() as batch:
                 batch.save_fd("pipe", 0, pipe.writing)
@@ -416,10 +418,6 @@ def test_a_program_that_executes_itself_finds_what_it_kept(
         "os.write(state.find_fd('pipe', 0), b'!')\n"
         "print(live.answer['last_end'])\n"
     )
-    import sys
-
-    from tests.support.checkout import CHECKOUT
-
     said = subprocess.run(
         [sys.executable, "-c", program, daemon.path, str(pipe.writing)],
         cwd=CHECKOUT,
@@ -541,3 +539,90 @@ def test_notes_that_cannot_be_written_are_said(
     with Live(daemon.path, NAME) as live:
         daemon.await_log("not-noted ")
         live.end(keep=False)
+
+
+# Looking at it
+
+
+def test_what_was_live_is_counted_for_quotas_and_is_never_dropped_for_them(
+    start_daemon: Callable[..., DaemonProcess], pipe: Pipe
+) -> None:
+    daemon = start_daemon(config="[limits]\nfds = 3\n")
+    with Live(daemon.path, NAME) as live:
+        for id in range(40):
+            live.kept.save_fd("pipe", id, pipe.writing)
+        with daemon.connect() as connection:
+            connection.save("other", three := cprd.State())  # the live one does not count
+            assert three.fd_count == 0
+        live.end(keep=True)
+    counted = 40  # and what was written twice
+    until(
+        lambda: connection_lists(daemon)[NAME]["fds"] >= counted,
+        lambda: f"{connection_lists(daemon)}",
+    )
+    with daemon.connect() as connection:
+        state = cprd.State()
+        state.save_fd("pipe", 0, pipe.writing)
+        with pytest.raises(cprd.LimitExceeded, match="the quota is 3"):
+            connection.save("third", state)
+    with Live(daemon.path, NAME) as live:
+        assert live.read().state.fd_count == 40
+        live.confirm()  # no quota for that
+        live.end(keep=False)
+    assert phase(daemon) == "-"
+
+
+def connection_lists(daemon: DaemonProcess) -> dict[str, cprd.Row]:
+    with daemon.connect() as connection:
+        return {row["name"]: row for row in connection.list()}
+
+
+def test_an_empty_live_hold_is_gone_with_its_owner(daemon: DaemonProcess) -> None:
+    with Child(own, daemon.path) as owner:
+        owner.hear()
+        owner.kill()
+    await_phase(daemon, "-")
+    daemon.await_log('ended how="found empty"')
+
+
+def test_show_counts_while_the_owner_lives_and_tells_all_afterwards(
+    daemon: DaemonProcess, pipe: Pipe
+) -> None:
+    def cprctl(*words: str) -> str:
+        command = [sys.executable, "-m", "cprd.cli", "--socket", daemon.path, *words]
+        said = subprocess.run(
+            command, cwd=CHECKOUT, capture_output=True, text=True, timeout=PATIENCE, check=True
+        )
+        return said.stdout
+
+    with Child(own, daemon.path, pipe.writing) as owner:
+        owner.hear()
+        ask(owner)
+        with daemon.connect() as connection:
+            shown = connection.show(NAME)
+        assert shown["segments"] >= 2  # of the pipe, and of the section
+        assert (shown["phase"], shown["descriptors"], shown["sections"]) == ("live", [], [])
+        assert re.search(rf"^{NAME} .* live .* in use by pid {owner.pid}, ", cprctl("list"), re.M)
+        said = cprctl("show", NAME)
+        assert f"reason: in use by pid {owner.pid}, which keeps it live" in said
+        assert f"{shown['segments']} segments" in said
+        for _ in range(100):
+            assert ask(owner) == "ok"  # the looks were in nobody's way
+        owner.kill()
+    await_phase(daemon, "held")
+    for _ in range(3):
+        with daemon.connect() as connection:
+            shown = connection.show(NAME)
+        assert [(one["name"], one["id"]) for one in shown["descriptors"]] == [("pipe", 0)]
+        assert [(one["key"], one["value"]) for one in shown["sections"]] == [("count", 101)]
+    assert re.search(r"^pipe .* pipe", cprctl("show", NAME), re.M)
+    with Live(daemon.path, NAME) as live:
+        assert connection_shows(daemon)["segments"] == shown["segments"]
+        assert pipe.is_in(live.read().state)
+        live.confirm()
+        live.end(keep=False)
+
+
+def connection_shows(daemon: DaemonProcess) -> cprd.Shown:
+    with daemon.connect() as connection:
+        return connection.show(NAME)

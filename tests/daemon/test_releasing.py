@@ -1,18 +1,12 @@
-"""Foreign files whose last close blocks, when a hold ends, at SIGHUP and at SIGTERM: nobody waits
-but their owner, and once they answer nothing holds them any more."""
+"""Releasers: what a hold had is let go of at once, whoever is killed meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import select
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,50 +15,22 @@ import cprd
 from cprd.daemon import releasing
 from cprd.daemon.forker import Forker
 from cprd.linux.rights import close_all
-from tests.support.checkout import CHECKOUT
-from tests.support.child import Child, Line, become
+from tests.support.blocking import Lingering, await_ends, connections, releasers, reload
 from tests.support.daemon import DaemonProcess
 from tests.support.memory import Memory
 from tests.support.patience import PATIENCE, patience, until
 from tests.support.processes import state
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="two uids need root")
 
 SOON = patience(1.0)  # s
-UIDS = (23456, 23457)
 MIB = 1 << 20
-
-
-def connections(count: int) -> tuple[list[socket.socket], list[socket.socket]]:
-    """TCP connections: our ends, and their peers."""
-    ours, theirs = [], []
-    with socket.create_server(("127.0.0.1", 0), backlog=16) as listener:
-        for _ in range(count):
-            ours.append(socket.create_connection(listener.getsockname()))
-            theirs.append(listener.accept()[0])
-    return ours, theirs
 
 
 def state_with(fds: list[int]) -> cprd.State:
     saved = cprd.State()
     saved.save_fds("file", enumerate(fds))
     return saved
-
-
-def await_ends(peers: list[socket.socket], seconds: float) -> None:
-    """Each peer sees the end of its connection within so long."""
-    end = time.monotonic() + seconds
-    poll = select.poll()
-    for peer in peers:
-        poll.register(peer, select.POLLIN)
-    waiting = {peer.fileno() for peer in peers}
-    while waiting:
-        found = poll.poll(max(0.0, end - time.monotonic()) * 1000)
-        assert found, f"{len(waiting)} of {len(peers)} connections are held after {seconds:.1f} s"
-        for fd, _ in found:
-            poll.unregister(fd)
-            waiting.discard(fd)
 
 
 @pytest.mark.parametrize("end", ["confirm", "drop", "ttl"])
@@ -101,197 +67,6 @@ def test_much_memory_is_free_at_once(daemon: DaemonProcess, mib: int) -> None:
         assert time.monotonic() - begin < patience(0.05)  # no waiting for the memory
         assert memory.free(SOON)
     memory.close()
-
-
-# Blocking files
-
-
-class Lingering:
-    """253 sockets for each uid, whose last close waits a minute for peers that do not read."""
-
-    def __init__(self, place: Path) -> None:
-        self._peers: list[socket.socket] = []
-
-    def files(self) -> list[int]:
-        ours, theirs = connections(253)
-        self._peers += theirs
-        for sock in ours:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\x3c\0\0\0")
-        for peer in theirs:
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        for sock in ours:
-            sock.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    sock.send(b"x" * 65536)
-        return [sock.detach() for sock in ours]
-
-    def mute(self) -> None:
-        """They block as they are."""
-
-    def answer(self) -> None:
-        for peer in self._peers:
-            peer.close()
-
-    close = answer
-
-
-class Fuse:
-    """A file that was written to through another descriptor, of a FUSE file system that has ceased
-    to answer: whoever drops a reference writes back, in the kernel, beyond SIGKILL."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place / "mute"
-        self.place.mkdir()
-        program = CHECKOUT / "tests/support/mute_file_system.py"
-        pipe = subprocess.PIPE
-        command = [sys.executable, str(program), str(self.place), "writeback"]
-        self.server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        assert self.server.stdout is not None
-        if not self.server.stdout.readline():
-            self.server.communicate()
-            pytest.skip("this root may not mount a FUSE file system")
-        self._writer: Child | None = None
-
-    def files(self) -> list[int]:
-        return [os.open(self.file, os.O_RDONLY)]
-
-    @property
-    def file(self) -> Path:
-        return self.place / "file"
-
-    def mute(self) -> None:
-        self._writer = Child(writes, str(self.file))
-        self._writer.hear()
-        assert self.server.stdin is not None
-        self.server.stdin.write("mute\n")
-        self.server.stdin.flush()
-
-    def answer(self) -> None:
-        self.server.kill()
-        self.server.communicate()
-
-    def close(self) -> None:
-        if self.server.returncode is None:
-            self.answer()
-        if self._writer is not None:
-            with self._writer:
-                pass
-        ctypes.CDLL(None).umount2(os.fsencode(self.place), 2)
-
-
-def writes(line: Line, path: str) -> None:
-    fd = os.open(path, os.O_RDWR)
-    os.pwrite(fd, b"x" * 4096, 0)
-    line.say("written")
-    line.hear()  # open until it is killed
-
-
-def saves(line: Line, path: str, uid: int, names: list[str], states: list[list[int]]) -> None:
-    become(uid)
-    with cprd.connect(path) as daemon:
-        for name, fds in zip(names, states, strict=True):
-            daemon.save(name, state_with(fds))
-    line.say("saved")
-
-
-def asks(line: Line, path: str) -> None:
-    """Says how long another uid waits for answers, until told to stop: the 99th percentile."""
-    become(UIDS[1] + 1)
-    with cprd.connect(path) as daemon:
-        line.say("here")
-        waits: list[float] = []
-        while len(waits) < 200 or not select.select([line.sock], [], [], 0.002)[0]:
-            begin = time.monotonic()
-            daemon.save("mine", cprd.State())
-            with daemon.load("mine"):
-                pass
-            waits.append(time.monotonic() - begin)
-        line.hear()
-        waits.sort()
-        line.say(waits[len(waits) * 99 // 100])
-
-
-def releasers(pid: int) -> list[int]:
-    """The processes below a cprd: those that fork, and those that were forked."""
-    found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        with contextlib.suppress(OSError):
-            found += [int(child), *releasers(int(child))]
-    return found
-
-
-def reload(daemon: DaemonProcess) -> float:
-    """SIGHUP; the seconds until a client is served by the new version."""
-    seen = len(daemon.log())
-    begin = time.monotonic()
-    os.kill(daemon.pid, signal.SIGHUP)
-    daemon.await_log("ready ", since=seen)
-    with daemon.connect() as connection:
-        connection.status()
-    return time.monotonic() - begin
-
-
-@pytest.fixture
-def blocker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lingering | Fuse]:
-    made: Lingering | Fuse = request.param(tmp_path)
-    yield made
-    made.close()
-
-
-@needs_root
-@pytest.mark.parametrize(
-    ("blocker", "reloads"),
-    [(Lingering, 5), (Fuse, 20)],
-    indirect=["blocker"],
-    ids=["lingering", "fuse"],
-)
-def test_files_that_block_hold_up_nobody(
-    new_daemon: DaemonProcess, blocker: Lingering | Fuse, reloads: int
-) -> None:
-    daemon = new_daemon
-    plain: list[socket.socket] = []
-    forked: set[int] = set()
-    with contextlib.ExitStack() as stack:
-        for uid in UIDS:
-            states = []
-            for _ in range(2):
-                (ours,), (theirs,) = connections(1)
-                plain.append(stack.enter_context(theirs))
-                states.append([ours.detach(), *blocker.files()])
-            with Child(saves, daemon.path, uid, ["ended", "kept"], states) as saver:
-                saver.hear()
-                assert saver.wait() == 0
-            close_all(fd for one in states for fd in one)
-        blocker.mute()
-        with daemon.connect() as root:
-            with Child(asks, daemon.path) as asker:
-                asker.hear()
-                for uid in UIDS:
-                    root.drop(f"{uid}/ended", force=True)
-                until(
-                    lambda: set(root.status()["closing"]) >= set(map(str, UIDS)),
-                    lambda: "not closing",
-                )
-                asker.say("enough")
-                assert float(asker.hear()) < patience(0.05)
-            forked.update(releasers(daemon.pid))
-            for _ in range(reloads):
-                assert reload(daemon) < patience(2)
-                forked.update(releasers(daemon.pid))
-            closing = root.status()["closing"]
-            assert set(closing) >= set(map(str, UIDS))  # known still, and no more with each reload
-            assert all(count < 10 for count in closing.values()), closing
-        begin = time.monotonic()
-        assert daemon.stop() == 0
-        daemon.start()
-        assert time.monotonic() - begin < patience(5)
-        with daemon.connect() as root:
-            assert root.list() == []
-        blocker.answer()
-        await_ends(plain, patience(5))
-        until(lambda: not any(map(state, forked)), lambda: "a releaser is left")
 
 
 # Killed
@@ -358,7 +133,7 @@ def test_a_uid_whose_closes_stand_still_is_refused_until_they_go_on(
     monkeypatch.setattr(releasing, "STILL", 0.2)
     forker = Forker()
     every = releasing.Releasing(forker)
-    until(lambda: len(releasers(os.getpid())) == 2, lambda: "no releaser is warm")
+    until(lambda: len(releasers(forker.pid)) == 1, lambda: "no releaser is warm")
     warm = releasers(forker.pid)[0]
     os.kill(warm, signal.SIGSTOP)
     for _ in range(releasing.MAX_PENDING + 1):

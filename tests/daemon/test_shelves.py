@@ -39,7 +39,7 @@ class AtOnce(Releasing):
     """Releases in this process, so that a sweep kills before and after."""
 
     def __init__(self) -> None:
-        pass  # no process is wanted
+        self.draining = set()  # no process is wanted
 
     def close(self, uid: int, fds: Iterable[int]) -> None:
         for fd in fds:

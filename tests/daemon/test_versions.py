@@ -30,7 +30,8 @@ import cprd.daemon.storage.shelf, cprd.daemon.storage.slot
 for line in open(os.environ["TEST_VERSIONS"]):
     what, value = line.split()
     module, name = what.rsplit(".", 1)
-    setattr(sys.modules["cprd.daemon.storage." + module], name, eval(value))
+    room = "protocol" if module == "messages" else "daemon.storage"
+    setattr(sys.modules[f"cprd.{room}.{module}"], name, eval(value))
 from cprd.daemon.command import main
 main()
 """
@@ -73,6 +74,28 @@ def state(text: str, *fds: int) -> cprd.State:
 
 def phases(connection: cprd.Daemon) -> dict[str, str]:
     return {row["name"]: row["phase"] for row in connection.list()}
+
+
+def test_a_claim_goes_on_across_an_upgrade_to_the_next_version_of_the_wire(
+    daemon: Versioned,
+) -> None:
+    """Clients of the version before are served; those of the version before that are told."""
+    newer = {"messages__VERSION": "3", "messages__RELEASES": "{2:'0.2',3:'0.3'}"}
+    with daemon.connect() as connection, daemon.connect() as another:
+        connection.save("web", state("claimed before"))
+        claim = connection.load("web")
+        another.save("other", state("prepared before"))
+        daemon.become(**newer, messages__SPOKEN="(3,2)")
+        claim.confirm(state("saved since"))
+        claim.close()
+        assert phases(another) == {"other": "held", "web": "held"}
+        with another.load("other") as claim:
+            assert claim.state["text"] == "prepared before"
+        daemon.become(**newer, messages__SPOKEN="(4,3)")
+        with pytest.raises(cprd.ProtocolError, match=r"speaks version 2 and needs cprd 0\.2"):
+            another.list()
+        daemon.become()
+        assert phases(another) == {"web": "held"}
 
 
 @pytest.mark.usefixtures("nothing_leaks")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import socket
 import time
@@ -62,6 +61,13 @@ def requests() -> list[bytes]:
     ]
 
 
+def may_wait(data: bytes) -> bool:
+    """Whether a request asks to wait for a hold for longer than a moment."""
+    message = messages.read_request(data)
+    longest: float = max(message.get("wait", 0.0), message.get("timeout", 0.0))
+    return longest > 1.0
+
+
 def pelt(daemon: DaemonProcess, count: int) -> None:
     """Send `count` changed requests, on connections that are opened anew when cprd ends them."""
     changed = mutated(requests(), random.Random(count))
@@ -73,10 +79,17 @@ def pelt(daemon: DaemonProcess, count: int) -> None:
             sock.connect(daemon.path)
             sock.send(wire.HELLO)
             assert b"ok" in sock.recv(messages.MAX_ANSWER)
+            sock.settimeout(patience(2))
         answer = b""
-        with contextlib.suppress(ConnectionError):
-            sock.send(next(changed)[: messages.MAX_REQUEST] or b"\0")
+        data = next(changed)[: messages.MAX_REQUEST] or b"\0"
+        try:
+            sock.send(data)
             answer = sock.recv(messages.MAX_ANSWER)
+        except TimeoutError:
+            assert may_wait(data), data.hex()
+        except ConnectionError:
+            pass
+        else:
             messages.decode(answer or b"\x80", messages.MAX_ANSWER)
         if not answer or b"ProtocolError" in answer:
             sock.close()

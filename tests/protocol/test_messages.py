@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import msgpack
 import pytest
 
-from cprd.errors import ProtocolError
+from cprd.errors import Busy, ProtocolError
 from cprd.protocol import messages
+from cprd.protocol.replies import digest
 from tests.support.patience import patience
 
 SIZE = messages.MAX_REQUEST
@@ -45,3 +47,46 @@ def test_what_would_end_at_once_is_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=r"from 0\.1"):
         check(value)
     assert check(0.1) == 0.1
+
+
+def test_what_is_left_out_or_nil_has_the_default() -> None:
+    said = {"verb": "load", "name": "web", "nonce": b"n" * 16}
+    full = {**said, "wait": 0, "lease": 30, "generation": None, "id": None}
+    bare = messages.read_request(messages.encode(said))
+    assert bare == messages.read_request(messages.encode(full))
+    assert (bare["wait"], bare["lease"], bare["generation"], bare["id"]) == (0.0, 30.0, None, None)
+
+
+def test_a_field_that_is_not_known_is_ignored_and_an_unknown_verb_is_named() -> None:
+    said = {"verb": "show", "name": "web"}
+    later: dict[Any, Any] = {**said, "colour": {"of": ["a", 1]}, b"raw": None}
+    assert messages.read_request(messages.encode(later)) == {**said, "id": None}
+    answer = {"ok": {"generation": 3, "colour": "red"}, "colour": 1}
+    assert messages.read_answer(messages.encode(answer))["generation"] == 3
+    with pytest.raises(messages.BadRequest, match="unknown verb 'paint'; this cprd speaks version"):
+        messages.read_request(messages.encode({"verb": "paint"}))
+
+
+@pytest.mark.parametrize("verb", messages.REQUESTS)
+def test_each_field_that_must_be_there_is_missed_by_name(verb: str) -> None:
+    for name, field in messages.REQUESTS[verb].items():
+        message = {"verb": verb, name: None}
+        if field.required:
+            with pytest.raises(messages.BadRequest, match=r"the field '.*' is missing"):
+                messages.read_request(messages.encode(message))
+        elif field.default is not None:
+            assert field(field.default) == field.default
+
+
+def test_defaults_said_or_left_out_are_the_same_request() -> None:
+    said = {"verb": "drop", "name": "web", "nonce": b"n" * 16}
+    of = [
+        digest(messages.read_request(messages.encode({**said, **more})))
+        for more in ({}, {"force": False}, {"force": None, "id": 7, "colour": 1}, {"force": True})
+    ]
+    assert of[0] == of[1] != of[3]
+
+
+def test_none_is_not_said() -> None:
+    assert messages.ok(more=None, holds=[]) == {"ok": {"holds": []}}
+    assert messages.refusal(Busy("why")) == {"error": "Busy", "why": "why"}

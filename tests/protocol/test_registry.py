@@ -444,7 +444,9 @@ def test_the_table_says_what_the_design_says() -> None:
     }
     served = {how for how, after in TRANSITIONS.items() if after == CLAIMED}
     assert served == {(HELD, "load"), (CLAIMED, "renew")}
-    assert ends[QUARANTINED] == {"release by force -> held", "drop by force -> -"}
+    assert ends[QUARANTINED] == {
+        *("release by force -> held", "drop by force -> -", "counted -> quarantined"),
+    }
     assert ends[LIVE] == {
         *("put back -> live", "close -> held", "owner gone -> held", "end -> -"),
         *("owner gone too often -> quarantined", "owner gone, and not put back -> -"),
@@ -490,6 +492,11 @@ def test_every_transition_was_reached_by_some_verb() -> None:
                 world.do(world.registry.found_damaged(generation, "so"))
             for generation in [hold.generation for hold in world.registry]:
                 world.do(living.owner_gone(world.registry, world.now, generation, "so"))
+        for over in (live, quarantined):
+            world = over()
+            world.owner_gone()
+            world.do(living.counted(world.registry, world.top, 2, 5))
+            world.do(living.counted(world.registry, world.top, 0, 0))
         world = claimed()
         world.now += 31
         step = world.registry.expire(world.now)
@@ -516,7 +523,7 @@ def test_a_claimant_that_dies_gives_it_back_with_the_reason() -> None:
     assert world.top.phase == HELD
     assert "pid 202 did not confirm: its process ended" in world.top.last_reject
     answer = world.load(THIRD, token=b"t" * 16)
-    assert (answer["attempts"], answer["last_claimant"]) == (2, OTHER.pid)
+    assert (answer["attempts"], world.top.last_claimant) == (2, OTHER.pid)
 
 
 def test_the_death_of_an_earlier_claimant_ends_no_later_claim() -> None:
@@ -941,6 +948,24 @@ def test_a_rejection_may_leave_the_attempt_uncounted() -> None:
     world.load()
     world.do(world.registry.reject(world.by(OTHER), world.claim, "no room", attempt=False))
     assert (world.top.phase, world.top.attempts) == (HELD, 0)
+
+
+def test_what_was_live_is_counted_once_nobody_has_it() -> None:
+    world = live()
+    world.owner_gone()
+    before = world.top
+    world.do(living.counted(world.registry, before, 2, 5))
+    assert (world.top.phase, world.top.fds, world.registry.usage(1000).fds) == (HELD, 5, 5)
+    before = world.top
+    world.load()
+    world.do(living.counted(world.registry, before, 0, 0))  # too late
+    assert (world.top.phase, world.top.fds) == (CLAIMED, 5)
+    world.reject()
+    world.do(living.counted(world.registry, world.top, 0, 0))
+    assert phase(world) == NOTHING  # empty
+    world = quarantined()
+    world.do(living.counted(world.registry, world.top, 0, 0))
+    assert phase(world) == QUARANTINED  # an operator is to look
 
 
 def test_a_live_hold_may_be_left_while_the_quota_is_over() -> None:

@@ -170,6 +170,67 @@ def test_a_name_of_another_user_neither_starts_nor_keeps_the_vm_of_root(
     assert [(row["uid"], row["phase"]) for row in rows(vm)] == [(USER, "held")]
 
 
+def ids(pid: int) -> list[int]:
+    return identities(pid)[0]
+
+
+@pytest.mark.parametrize("uid", [USER, OTHER])
+def test_a_qemu_that_changes_its_user_is_nobodys_to_hand_over(
+    make_machine: MakeMachine, uid: int
+) -> None:
+    """-run-with user=: root's socket, another user's process. The process counts."""
+    vm = make_machine("-run-with", f"user={uid}:{uid}", "-no-shutdown")
+    give_away(vm, uid)
+    vm.start()
+    vm.goes_on()
+    assert "cannot be handed over" in vm.said()
+    (pid,) = vm.alive()
+    assert ids(pid) == [uid] * 4
+    checked = vm.cprctl("qemu", "check", "--qmp", vm.qmp)
+    assert checked.returncode == 1
+    assert f"no: the QEMU at {vm.qmp} runs as uid {uid}" in checked.stdout
+    assert f"{uid}/NAME" in checked.stdout
+    for done in (vm.save(), vm.upgrade(vm.qmp, bare_without_user(vm))):
+        assert done.returncode == 1
+        assert f"runs as uid {uid}" in done.stderr
+    vm.goes_on()
+    assert rows(vm) == []
+    assert not [name for name in os.listdir(vm.place) if name.startswith(".cprd-")]
+    Path(vm.qmp).chmod(0o666)  # that user may speak to it, too, and learns the same
+    vm.name = f"{uid}/vm"
+    for done in (vm.save(), vm.cprctl("qemu", "check", "--owner", str(uid), "--qmp", vm.qmp)):
+        assert done.returncode == 1
+        assert "uid 0" in done.stderr
+    vm.goes_on()
+
+
+def bare_without_user(vm: Machine) -> list[str]:
+    at = vm.command.index("-run-with")
+    return [*vm.command[:at], *vm.command[at + 2 :]]
+
+
+def test_such_a_qemu_has_a_power_button_and_takes_no_held_state(make_machine: MakeMachine) -> None:
+    vm = make_machine("-no-shutdown")
+    vm.start()
+    vm.goes_on()
+    assert vm.save().returncode == 0
+    right = vm.command
+    vm.command = [*right, "-run-with", f"user={USER}:{USER}"]
+    assert vm.start().wait(PATIENCE) == 1
+    assert "held as before" in vm.said()
+    give_away(vm)  # (its files: the QEMU opens them as root, and writes as the user)
+    shutil.chown(vm.place, 0, 0)
+    assert vm.cprctl("drop", vm.name, "--force").returncode == 0
+    vm.log.unlink()
+    vm.start()
+    vm.goes_on()
+    stopped = vm.cprctl("qemu", "stop", "vm", "--qmp", vm.qmp, "--powerdown-timeout", "5")
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"not saved: the QEMU at {vm.qmp} runs as uid {USER}" in stopped.stderr
+    assert "the guest was shut down" in stopped.stderr
+    assert vm.alive() == []
+
+
 # As whom, and where
 
 

@@ -85,14 +85,20 @@ MONITORS = [
     "unix:/h,server=on", "-chardev", "socket,id=c,path=/c,server=on", "-mon",
     "chardev=c,mode=control", "-chardev", "socket,id=d,path=/d,server=on", "-mon", "chardev=d",
     "-qmp", "tcp:localhost:4444,server=on",
+    "-chardev", "socket,id=e,path=/e,server=on", "-object", "monitor-qmp,id=m,chardev=e",
+    "-chardev", "socket,id=f,path=/f,server=on", "-object",
+    '{"qom-type":"monitor-qmp","id":"n","chardev":"f","pretty":true}',
+    "-chardev", "socket,id=g,path=/g,server=on", "-object", "monitor-hmp,id=o,chardev=g",
 ]  # fmt: skip
 
 
 def test_every_monitor_is_known_and_a_pretty_one_comes_last() -> None:
     command = Command(MONITORS)
-    assert sorted(command.monitors()) == [("/c", False), ("/p", True), ("/q", False)]
+    assert sorted(command.monitors()) == [
+        *(("/c", False), ("/e", False), ("/f", True), ("/p", True), ("/q", False)),
+    ]
     assert sorted(path for path, _ in command.monitors(people=True)) == [
-        "/c", "/d", "/h", "/p", "/q",
+        "/c", "/d", "/e", "/f", "/g", "/h", "/p", "/q",
     ]  # fmt: skip
     assert command.monitor_path() == "/q"
     assert command.only_pretty() == ""

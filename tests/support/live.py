@@ -15,12 +15,11 @@ from cprd.live import carrier
 from cprd.live.owner import Owner
 from cprd.live.queue import make_pair
 from cprd.live.reader import Found, read
+from cprd.live.shape import SHAPE, Shape
 from cprd.live.takeover import take_over
 from cprd.protocol import messages
 from tests.support.patience import PATIENCE
 from tests.support.wire import HELLO, queue, request
-
-EMPTY = {"ttl": None, "after_exit": "no", "pid": 0, "inode": 0, "queue": False, "live": True}
 
 
 def hold_nonce() -> int:
@@ -30,8 +29,17 @@ def hold_nonce() -> int:
 class Live:
     """A connection, and the live hold that it began or took. Closes everything at the end."""
 
-    def __init__(self, path: str, name: str, *, wait: float = 0.0, nonce: bytes = b"") -> None:
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        *,
+        wait: float = 0.0,
+        nonce: bytes = b"",
+        shape: Shape = SHAPE,
+    ) -> None:
         """Ask for `name`. Raises what cprd answers."""
+        self.shape = shape
         self.path = path
         self.name = name
         self.sock = self.connect()
@@ -47,7 +55,7 @@ class Live:
             self.close()
             raise
         if not self.answer["found"]:
-            self.own(Owner(self.tx, self.rx, hold_nonce()))
+            self.own(Owner(self.tx, self.rx, hold_nonce(), shape=self.shape))
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -96,7 +104,7 @@ class Live:
         def act() -> dict[str, Any]:
             with queue(self.sock) as inlet:
                 carrier.park(inlet, self.root)
-                return self._ask(verb, {**fields, **carrier.PARKED, **EMPTY, "nonce": nonce})
+                return self._ask(verb, {**fields, **carrier.PARKED, "live": True, "nonce": nonce})
 
         return self._until_answered(act)
 
@@ -123,7 +131,8 @@ class Live:
     def confirm(self) -> Owner:
         """Take over, confirm, and own."""
         found = self.found or self.read()
-        owner = take_over(found, self.tx, self.rx, hold=found.hold or hold_nonce())
+        hold = found.hold or hold_nonce()
+        owner = take_over(found, self.tx, self.rx, hold=hold, shape=self.shape)
         self.own(owner)
         self.answer |= self.confirm_root()
         owner.settle()
@@ -131,7 +140,7 @@ class Live:
 
     def new_owner(self) -> Owner:
         """An owner of nothing yet, for a state that was saved."""
-        self.own(Owner(self.tx, self.rx, hold_nonce()))
+        self.own(Owner(self.tx, self.rx, hold_nonce(), shape=self.shape))
         return self.kept
 
     def confirm_root(self) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """A FUSE file system with one file, `file`, that answers until the file is open, and never again.
 
-    python mute_file_system.py DIRECTORY [writeback]
+    python mute_file_system.py DIRECTORY [later|writeback]
 
 needs root. It prints "mounted", then "open" when the file is; from then on a stat, a read and a
-close of that file hang until this process is ended. With `writeback` what is written stays in the
-page cache, and it answers until it reads a line: whoever drops a reference to a file that was
-written to then hangs, beyond SIGKILL. Messages as in linux/fuse.h, protocol 7.31.
+close of that file hang until this process is ended. With `later` it answers until it reads a line,
+and prints "mute" then. With `writeback` that holds as well, and what is written stays in the page
+cache: whoever drops a reference to a file that was written to then hangs, beyond SIGKILL. Messages
+as in linux/fuse.h, protocol 7.31.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def attributes(node: int) -> bytes:
 
 
 def main(directory: str, *how: str) -> None:
-    writeback = "writeback" in how
+    writeback, later = "writeback" in how, bool(how)
     fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -38,7 +39,8 @@ def main(directory: str, *how: str) -> None:
         raise OSError(ctypes.get_errno(), "mount")
     print("mounted", flush=True)
     while True:
-        if sys.stdin in select.select([fuse, *([sys.stdin] if writeback else [])], [], [])[0]:
+        if sys.stdin in select.select([fuse, *([sys.stdin] if later else [])], [], [])[0]:
+            print("mute", flush=True)
             signal.pause()
         request = os.read(fuse, 1 << 18)
         _, opcode, unique, node = struct.unpack_from("<IIQQ", request)
@@ -54,12 +56,12 @@ def main(directory: str, *how: str) -> None:
             body = struct.pack("<Q2I", 1, 0, 0)
         elif opcode == FORGET:
             continue
-        elif writeback and opcode in (RELEASE, FLUSH):
+        elif later and opcode in (RELEASE, FLUSH):
             pass
         else:
             status = -(errno.ENOENT if opcode == LOOKUP else errno.ENOSYS)
         os.write(fuse, struct.pack("<IiQ", 16 + len(body), status, unique) + body)
-        if opcode == OPEN and not writeback:
+        if opcode == OPEN and not later:
             print("open", flush=True)
             signal.pause()
 

@@ -15,12 +15,12 @@ def request(verb: str, **fields: Any) -> bytes:
     return messages.encode({"verb": verb, **fields})
 
 
-HELLO = request("hello", version=messages.VERSION, limits={"answer": messages.MAX_ANSWER})
+HELLO = request("hello", version=messages.VERSION)
 
 
 def load(name: str, wait: float = 0.0) -> bytes:
     nonce = messages.nonce()
-    return request("load", name=name, wait=wait, lease=600.0, generation=None, nonce=nonce)
+    return request("load", name=name, wait=wait, lease=600.0, nonce=nonce)
 
 
 def queue(sock: socket.socket) -> socket.socket:
@@ -71,6 +71,5 @@ def save(
     """The fields of a save."""
     return {
         **{"name": name, "fds": fds, "bytes": size, "parked": parked, "depth": depth},
-        **{"ttl": None, "after_exit": "no", "pid": 0, "inode": 0, "queue": False},
-        **{"if_exists": "error", "require": None, "nonce": messages.nonce(), **more},
+        **{"nonce": messages.nonce(), **more},
     }

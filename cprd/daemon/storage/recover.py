@@ -23,7 +23,8 @@ Pairs = Mapping[int, tuple[socket.socket, socket.socket]]
 class Found:
     """Owns all parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, draining: Collection[int]) -> None:
+        """Slots of these inodes have ended, and a releaser has each: left alone."""
         self.counting: list[Shelf] = []  # older first
         self.untouchable: list[Shelf] = []  # count, and have records that cannot be read
         self.retired: list[Shelf] = []  # do not count
@@ -35,6 +36,7 @@ class Found:
         self.replies: list[Reply] = []
         self.hidden = ""  # why a hold may exist whose name nobody can read
         self._shelves: dict[int, set[int]] = {}  # by inode of a slot: two shelves may have one slot
+        self._draining = draining
 
     def unshelved(self, numbers: Collection[int]) -> list[Slot]:
         """The slots outside of the shelves with these numbers."""
@@ -96,9 +98,10 @@ class Found:
             slot.close()
 
     def _first_time(self, fds: tuple[int, int], number: int) -> Slot | None:
-        """The slot, unless another shelf led to the same slot before."""
+        """The slot, unless another shelf led to the same slot before, or a releaser drains the
+        slot: to read the slot takes a copy of the bundle, one more to be let go of."""
         inode = _inode(fds[0])
-        known = inode in self._shelves
+        known = inode in self._shelves or inode in self._draining
         self._shelves.setdefault(inode, set()).add(number)
         if known:
             for fd in fds:
@@ -110,12 +113,18 @@ class Found:
         return Slot(inlet, outlet)
 
 
-def recover(pairs: Pairs, durable: Collection[int], once: Collection[int], created: float) -> Found:
+def recover(
+    pairs: Pairs,
+    durable: Collection[int],
+    once: Collection[int],
+    created: float,
+    draining: Collection[int] = (),
+) -> Found:
     """Read the shelves of an earlier daemon: (outlet, inlet) by number, owned from now on.
 
     The store has the shelves of `durable`, and had the shelves of `once`. `created` is for
-    unreadable holds."""
-    found = Found()
+    unreadable holds. `draining`: inodes of ended slots that releasers have."""
+    found = Found(draining)
     reads: list[tuple[Shelf, shelf.Read]] = []
     replaced: set[int] = set()
     for number in sorted(pairs):

@@ -337,7 +337,7 @@ class Keeper:
 
         Returns the holds with pidfds by role, owned by the caller, and why a hold with an unknown
         name may exist ("": no such hold)."""
-        found = recover(pairs, durable, once, self.clock())
+        found = recover(pairs, durable, once, self.clock(), self.releasing.draining)
         self._last_number = max(self._last_number, found.last_number)
         self.slots = found.slots
         self.untouchable = found.untouchable

@@ -42,9 +42,11 @@ PREFIX = struct.Struct("<4sHIQB")  # magic, version, uid, generation, bytes of t
 MAX_RECORD = 8192
 LIVE_FIELDS = ("live", "took", "deaths", "last_end")
 _PREFIXED = ("uid", "generation", "name")
-_OF_LIVE = {f.name: f.default for f in dataclasses.fields(Hold) if f.name in LIVE_FIELDS}
-_OTHERS = {*_PREFIXED, *_OF_LIVE, "away"}  # a hold without a slot is away
-_BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in _OTHERS)
+_BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in (*_PREFIXED, "away"))
+# Fields since then, which a record has only where they say something: the record is unreadable,
+# and kept, for a cprd that does not know the field.
+_SINCE = ("saver_uid", "live", "took", "deaths", "last_end")
+_ADDED = {f.name: f.default for f in dataclasses.fields(Hold) if f.name in _SINCE}
 ROLES = ("after_exit", "saver", "claimant", "acting", "owner")  # of the pidfds in a record
 
 
@@ -71,7 +73,9 @@ def encode(
     """A record with the pidfds of `roles`; those of the roles `before` lie in earlier records."""
     name = hold.name.encode()
     body = {field: getattr(hold, field) for field in _BODY}
-    body |= {field: getattr(hold, field) for field in _OF_LIVE if hold.live}
+    for field, default in _ADDED.items():
+        if body[field] == default:
+            del body[field]
     version = LIVING if hold.live else LEANING if before else VERSION
     prefix = PREFIX.pack(MAGIC, version, hold.uid, hold.generation, len(name))
     content = {"roles": roles, "answers": [reply.stored() for reply in replies], "hold": body}

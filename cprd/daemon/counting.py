@@ -1,0 +1,69 @@
+"""Counting what live holds have when nobody owns them any more: for quotas and lists.
+
+While a hold is live, cprd sees nothing of the content. Afterwards a releaser of the uid looks:
+cprd installs nobody's descriptors. A successor comes first: the count waits a moment, and is left
+out where somebody has the hold by then. A hold without content is gone with its owner.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import trio
+
+from cprd.daemon.clock import now
+from cprd.daemon.releasing import Releasing
+from cprd.daemon.storage.shelves import Keeper
+from cprd.errors import CprdError
+from cprd.protocol import living
+from cprd.protocol.registry import Registry, Step
+
+MOMENT = 0.3  # s
+PATIENCE = 10.0  # s that a releaser may take: files of the uid may block
+
+
+class Counting:
+    """`count` is to run as a task."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        keeper: Keeper,
+        releasing: Releasing,
+        observe: Callable[[Step], None],
+    ) -> None:
+        self._registry = registry
+        self._keeper = keeper
+        self._releasing = releasing
+        self._observe = observe
+        self._left: deque[tuple[float, int]] = deque()
+        self._wanted = trio.Event()
+
+    def left(self, generation: int) -> None:
+        """The owner of a live hold has ended."""
+        self._left.append((now() + MOMENT, generation))
+        self._wanted.set()
+
+    async def count(self) -> None:
+        """Count one hold after the other. Until cancelled."""
+        while True:
+            await self._wanted.wait()
+            self._wanted = trio.Event()
+            while self._left:
+                at, generation = self._left.popleft()
+                await trio.sleep(max(0.0, at - now()))
+                await self._count(generation)
+
+    async def _count(self, generation: int) -> None:
+        hold = self._registry.get(generation)
+        if hold is None or not hold.allows("counted"):
+            return
+        try:
+            bundle = self._keeper.bundle(generation)
+        except (CprdError, OSError):
+            return  # no descriptor left: the hold is served all the same
+        with trio.move_on_after(PATIENCE):
+            found = await self._releasing.count(hold.uid, bundle)
+            if found is not None:
+                self._observe(living.counted(self._registry, hold, *found))

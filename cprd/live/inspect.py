@@ -1,0 +1,60 @@
+"""Look at a live hold, without a claim: how much there is, and once the owner has ended, what.
+
+A living owner's queues are read by nobody: a reader would get in the owner's way. Descriptors of
+others get installed here for a moment. No question to a descriptor can block; a close can, so
+another thread closes all.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from cprd.bundle.inspect import describe_section
+from cprd.errors import Busy
+from cprd.linux.describe import describe
+from cprd.live import fence
+from cprd.live.carrier import root_of
+from cprd.live.reader import Found, read
+
+
+def describe_live(row: dict[str, Any], bundle: int) -> dict[str, Any]:
+    """Return `row` with "segments", "descriptors" and "sections" of a live hold; closes `bundle`
+    (-1: none). Only of a hold that is `held` or `quarantined` descriptors and sections are known.
+
+    Raises LimitExceeded when the descriptors do not fit in the process."""
+    row |= {"descriptors": [], "sections": [], "segments": 0}
+    if bundle < 0:
+        return row
+    root = -1
+    try:
+        root = root_of(bundle)
+        row["segments"] = fence.segments(root)
+        if row["phase"] not in ("held", "quarantined"):  # somebody changes, or reads
+            return row
+        found = read(root)
+    except Busy as error:  # damaged, or of another version
+        row["reason"] = row["reason"] or str(error)
+        return row
+    finally:
+        os.close(bundle)
+        if root >= 0:
+            os.close(root)
+    try:
+        row["descriptors"] = [
+            {"name": name, "id": id, "what": describe(fd)} for name, id, fd in found.state.fds()
+        ]
+        row["sections"] = [describe_section(key, one) for key, one in found.state.sections()]
+        row["sections"] += [
+            {"key": name, "kind": "memory", "bytes": os.fstat(fd).st_size}
+            for name, fd in found.memories.items()
+        ]
+    finally:
+        threading.Thread(target=_let_go, args=(found,), daemon=True).start()
+    return row
+
+
+def _let_go(found: Found) -> None:
+    found.state.close()
+    found.close()
