@@ -163,7 +163,8 @@ def test_a_cancellation_at_each_step_loses_nothing(
         steps, before = count, open_fds()
         assert steps > 6
         cancelled = 0
-        for at in range(1, steps + 1):
+        for step in range(1, steps + 1):
+            at = step
             cancelled += run(work())
             until(lambda: open_fds() == before, lambda: f"{open_fds()} descriptors, not {before}")
         assert cancelled >= steps // 2
