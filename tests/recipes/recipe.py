@@ -69,6 +69,11 @@ class Recipe:
         self.kill(number)
         self.start()
 
+    def tasks(self) -> int:
+        """How many threads the process has. (One of them, at least, watches cprd.)"""
+        assert self.process is not None
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+
     def connect(self) -> socket.socket:
         """A connection, once somebody listens."""
         reached: list[socket.socket] = []
