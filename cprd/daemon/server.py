@@ -190,10 +190,14 @@ class Server:
         self._reserve = -1
         try:
             sock, _ = listener.accept()
+            sock.shutdown(socket.SHUT_RDWR)  # seen at once; a releasing process may have no room
             uid, _ = processes.credentials(sock)
-            self.releasing.close(uid, [sock.detach()])
+            if not take_no_rights(sock):  # descriptors may have come
+                self.releasing.close(uid, [sock.detach()])
         except OSError:
             pass
+        else:
+            sock.close()
         self._open_reserve()
 
     def _open_reserve(self) -> None:
