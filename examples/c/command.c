@@ -1,6 +1,7 @@
 /* cprd-c: each verb of cprd.h, from a shell. */
 #define _GNU_SOURCE
 #include "cprd.h"
+#include "cprd_live.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -15,12 +16,18 @@ static const char usage[] =
     "cprd-c save NAME [--replace] [--prepare] [--abort] [--ttl=S] [--after-exit] [--store]\n"
     "cprd-c load NAME [--wait=S] [--lease=S] [--begin] [--reject=WHY] [--next]\n"
     "cprd-c wait NAME [--wait=S]      cprd-c drop|release NAME [--force]      cprd-c list\n"
+    "cprd-c own TX RX HOLD [--take=ROOT]      a live hold without cprd: inherited ends of its root\n"
     "save, and load with --next, read a state from stdin:\n"
-    "    fd NAME ID NUMBER | raw KEY FILE | packed KEY FILE | memfd KEY NUMBER\n";
+    "    fd NAME ID NUMBER | raw KEY FILE | packed KEY FILE | memfd KEY NUMBER\n"
+    "own reads changes from stdin, and answers each with a line:\n"
+    "    save NAME ID NUMBER | replace NAME ID NUMBER | delete NAME ID | raw KEY FILE\n"
+    "    packed KEY FILE | drop KEY | memory NAME SIZE | write NAME SIZE BYTE | forget NAME\n"
+    "    clear | batch (changes up to the line \"commit\" are a single one)\n";
 
 struct options {
     int prepare, abort, force, begin, next;
     const char *reject;
+    int take;
     struct cprd_save_options save;
     struct cprd_load_options load;
 };
@@ -147,6 +154,89 @@ static void print_row(void *context, const struct cprd_row *row) {
            (unsigned long long)row->fds, (unsigned long long)row->bytes);
 }
 
+/* -- live holds -------------------------------------------------------------------------------- */
+
+enum { BATCH = 4096 };
+static struct cprd_live_change batch[BATCH];
+static size_t gathered;
+
+/* A line as a change; what it needs is allocated. 0: not a change. */
+static int change_of(const char *line, struct cprd_live_change *c) {
+    char verb[16], name[256], rest[4096];
+    *c = (struct cprd_live_change){.fd = -1};
+    if (sscanf(line, "%15s %255s %4095[^\n]", verb, name, rest) < 2) return 0;
+    if (sscanf(line, "save %255s %d %d", name, &c->id, &c->fd) == 3) c->op = CPRD_SAVE_FD;
+    else if (sscanf(line, "replace %255s %d %d", name, &c->id, &c->fd) == 3) c->op = CPRD_REPLACE_FD;
+    else if (sscanf(line, "delete %255s %d", name, &c->id) == 2) c->op = CPRD_DELETE_FD;
+    else if (!strcmp(verb, "drop")) c->op = CPRD_DELETE_SECTION;
+    else if (!strcmp(verb, "forget")) c->op = CPRD_DELETE_MEMORY;
+    else if (!strcmp(verb, "raw") || !strcmp(verb, "packed")) {
+        c->op = CPRD_SAVE_SECTION, c->packed = verb[0] == 'p';
+        if (!(c->data = slurp(rest, &c->size))) return perror(rest), exit(1), 0;
+    } else return 0;
+    c->name = strdup(name);
+    return 1;
+}
+
+static void let_go(struct cprd_live_change *c) { free((void *)c->name), free((void *)c->data); }
+
+/* One line of a live hold's owner. -1: a change of a batch that goes on. */
+static int act(cprd_live *l, const char *line, int *gathers) {
+    struct cprd_live_change one;
+    char name[256];
+    size_t size;
+    void *memory;
+    int byte, rc;
+    if (!strcmp(line, "batch\n")) return *gathers = 1, -1;
+    if (!strcmp(line, "clear\n")) return cprd_live_clear(l);
+    if (!strcmp(line, "commit\n")) {
+        rc = cprd_live_change(l, batch, gathered);
+        while (gathered) let_go(&batch[--gathered]);
+        return *gathers = 0, rc;
+    }
+    if (sscanf(line, "memory %255s %zu", name, &size) == 2)
+        return cprd_live_memory(l, name, size, &memory);
+    if (sscanf(line, "write %255s %zu %d", name, &size, &byte) == 3) {
+        rc = cprd_live_memory(l, name, size, &memory);
+        if (!rc) memset(memory, byte, size);
+        return rc;
+    }
+    if (!change_of(line, &one)) exit(wrong(line));
+    if (*gathers && gathered < BATCH) return batch[gathered++] = one, -1;
+    rc = cprd_live_change(l, &one, 1);
+    let_go(&one);
+    return rc;
+}
+
+static int changes(cprd_live *l) {
+    char line[8192];
+    int gathers = 0, rc;
+    while (fgets(line, sizeof line, stdin)) {
+        if ((rc = act(l, line, &gathers)) < 0) continue;
+        if (rc) printf("%s: %s\n", cprd_code_name(rc), cprd_last()->text);
+        else printf("ok\n");
+        fflush(stdout);
+    }
+    return 0;
+}
+
+static int own(int tx, int rx, uint64_t hold, int take) {
+    cprd_live *l;
+    if (take < 0) {
+        if (cprd_live_begin(tx, rx, hold, &l)) return failed();
+    } else {
+        if (cprd_live_read(take, &l)) return failed();
+        print_state(cprd_live_state(l));
+        if (cprd_live_take(l, tx, rx, hold)) return failed();
+        puts("taken"), fflush(stdout);
+        if (cprd_live_settle(l)) return failed();
+    }
+    puts("ok"), fflush(stdout);
+    int rc = changes(l);
+    cprd_live_close(l);
+    return rc;
+}
+
 static int parse(char **words, struct options *o) {
     for (; *words; words++) {
         char *value = strchr(*words, '=');
@@ -163,13 +253,14 @@ static int parse(char **words, struct options *o) {
         else if (value && !strncmp(*words, "--wait=", 7)) o->load.wait = atof(value);
         else if (value && !strncmp(*words, "--lease=", 8)) o->load.lease = atof(value);
         else if (value && !strncmp(*words, "--reject=", 9)) o->reject = value;
+        else if (value && !strncmp(*words, "--take=", 7)) o->take = atoi(value);
         else return 0;
     }
     return 1;
 }
 
 int main(int argc, char **argv) {
-    struct options o = {.force = 0};
+    struct options o = {.take = -1};
     struct rlimit limit;
     cprd *c;
     int rc = 0;
@@ -177,6 +268,9 @@ int main(int argc, char **argv) {
         limit.rlim_cur = limit.rlim_max; /* what is loaded has to fit; nothing here select()s */
         setrlimit(RLIMIT_NOFILE, &limit);
     }
+    if (argc > 4 && !strcmp(argv[1], "own"))
+        return parse(argv + 5, &o) ? own(atoi(argv[2]), atoi(argv[3]), strtoull(argv[4], NULL, 10),
+                                         o.take) : wrong("unknown option");
     const char *verb = argc > 1 ? argv[1] : "", *name = argc > 2 ? argv[2] : "";
     if (argc < 2 || (argc < 3 && strcmp(verb, "list"))) return wrong("which verb, which NAME?");
     if (argc > 3 && !parse(argv + 3, &o)) return wrong("unknown option");

@@ -11,20 +11,16 @@
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "cprd_internal.h"
-#include "cprd_msgpack.h"
+#include "cprd_request.h"
 
 enum {
     VERSION = 2,
-    MAX_ANSWER = 64 * 1024,
     MAX_REQUEST = 16 * 1024,
     INLINE = 16 * 1024, /* bytes of a section; a larger one gets a memfd */
     MAX_MANIFEST = 256 << 20,
-    HEADER = 32,
     LEAF = 1,
     NODE = 2,
     LOST = -1 /* the connection ended: the request may be sent again on another one */
@@ -32,14 +28,6 @@ enum {
 static const double MUTE = 20, RETRY_FOR = 15, SERVED = 1; /* s */
 
 /* -- a bundle ---------------------------------------------------------------------------------- */
-
-struct packed { /* a state apart from the queue of the root; owns `made` */
-    unsigned char header[HEADER];
-    int *fds, *made; /* of the root, borrowed; what packing opened */
-    size_t parked, made_count, fd_count;
-    uint64_t size;
-    int depth;
-};
 
 static void make_header(unsigned char *h, int depth, size_t here, size_t total, uint64_t size,
                         uint64_t index) {
@@ -254,7 +242,7 @@ static int read_manifest(cprd_state *s, struct reader *r, const int *fds, size_t
 }
 
 /* `bundle` is borrowed, and stays as it is. */
-static int unpack(int bundle, cprd_state **out) {
+int cprd__unpack(int bundle, cprd_state **out) {
     unsigned char h[HEADER];
     struct stat there;
     int off = -1;
@@ -294,31 +282,6 @@ static int unpack(int bundle, cprd_state **out) {
 
 /* -- requests ---------------------------------------------------------------------------------- */
 
-struct cprd {
-    int sock;
-    pid_t owner;      /* not its forked children */
-    uint64_t id, pid; /* of the last request; of this process, as cprd sees it */
-    double timeout;
-    char path[sizeof(((struct sockaddr_un *)0)->sun_path)];
-    unsigned char in[MAX_ANSWER + 1];
-};
-struct call {
-    const char *verb;
-    bytes fields;
-    int count;
-    double wait; /* s; the daemon lets the request wait so long */
-    const struct packed *packed;
-    const cprd_state *state;
-};
-struct answer { /* `fd` is the reader's to close */
-    int code, fd, stored;
-    uint64_t id, generation, attempts, pid, version, more;
-    unsigned char token[16];
-    double lease;
-    char last_reject[1025];
-    struct reader holds;
-};
-
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -326,7 +289,7 @@ static double now(void) {
 }
 static void pause_for(double seconds) { poll(NULL, 0, (int)(seconds * 1000)); }
 
-static void hang_up(cprd *c) {
+void cprd__hang_up(cprd *c) {
     if (c->sock >= 0) close(c->sock);
     c->sock = -1;
 }
@@ -351,6 +314,9 @@ static void read_fields(struct reader *r, struct answer *a) {
         else if (is(&key, "version")) a->version = v.number;
         else if (is(&key, "more")) a->more = v.kind == UINT ? v.number : 0;
         else if (is(&key, "lease")) a->lease = seconds_of(&v);
+        else if (is(&key, "found")) a->found = v.number != 0;
+        else if (is(&key, "live")) a->live = v.number != 0;
+        else if (is(&key, "last_end")) copy_text(a->last_end, sizeof a->last_end, &v);
         else if (is(&key, "kept")) a->stored = is(&v, "store");
         else if (is(&key, "last_reject")) copy_text(a->last_reject, sizeof a->last_reject, &v);
         else if (is(&key, "token") && v.size == 16) memcpy(a->token, v.data, 16);
@@ -456,7 +422,7 @@ static int greet(cprd *c, double until) {
     setsockopt(c->sock, SOL_SOCKET, SO_SNDTIMEO, &time, sizeof time); /* of connect() */
     if (connect(c->sock, (struct sockaddr *)&address, sizeof address)) {
         int error = errno;
-        hang_up(c);
+        cprd__hang_up(c);
         if (error == EACCES || error == EPERM)
             return fail(CPRD_DENIED, "no permission to connect to %s", c->path);
         return fail(CPRD_UNAVAILABLE, "no cprd answers at %s (%s): start it, or name its socket"
@@ -474,8 +440,8 @@ static int greet(cprd *c, double until) {
         rc = fail(CPRD_PROTOCOL_ERROR, "cprd speaks version %d of the protocol, this program %d",
                   (int)a.version, VERSION);
     if (!rc && a.fd >= 0) close(a.fd);
-    if (rc) hang_up(c);
-    else c->pid = a.pid;
+    if (rc) cprd__hang_up(c);
+    else c->pid = a.pid, c->connects++;
     return rc;
 }
 
@@ -496,7 +462,7 @@ static int ask_parked(cprd *c, const struct call *call, double until, struct ans
 }
 
 /* A request is repeated on another connection where one is lost: its nonce makes it one request. */
-static int request(cprd *c, struct call *call, struct answer *a) {
+int cprd__request(cprd *c, struct call *call, struct answer *a) {
     double began = now(), until = began + call->wait + c->timeout, give_up = 0;
     int rc = c->owner == getpid() ? CPRD_OK
              : fail(CPRD_INVALID_INPUT, "this connection belongs to the parent process");
@@ -509,7 +475,7 @@ static int request(cprd *c, struct call *call, struct answer *a) {
                               : ask(c, call, until, tried - began, a);
             if (!rc) break;
         }
-        hang_up(c);
+        cprd__hang_up(c);
         if (rc != LOST && rc != CPRD_UNAVAILABLE) break;
         if (now() - tried > SERVED || !give_up) /* the daemon was there in between */
             give_up = now() + (c->timeout < RETRY_FOR ? c->timeout : RETRY_FOR);
@@ -544,7 +510,7 @@ int cprd_connect(const char *path, cprd **out) {
 }
 
 void cprd_close(cprd *c) {
-    if (c) hang_up(c);
+    if (c) cprd__hang_up(c);
     free(c);
 }
 void cprd_set_timeout(cprd *c, double seconds) { c->timeout = seconds; }
@@ -552,13 +518,6 @@ int cprd_socket(const cprd *c) { return c->sock; }
 
 /* -- verbs ------------------------------------------------------------------------------------- */
 
-struct ticket { /* the right to speak for a claim or a prepared save */
-    cprd *c;
-    char *name;
-    uint64_t generation;
-    unsigned char token[16], nonces[2][16]; /* of its two ends: the same words are one request */
-    int stored, over;
-};
 struct cprd_prepared { struct ticket ticket; };
 struct cprd_claim {
     struct ticket ticket;
@@ -569,14 +528,14 @@ struct cprd_claim {
     char last_reject[1025];
 };
 
-static void field_nonce(struct call *call, const unsigned char *nonce) {
+void cprd__field_nonce(struct call *call, const unsigned char *nonce) {
     unsigned char fresh[16];
     if (!nonce && getrandom(fresh, sizeof fresh, 0) != sizeof fresh) call->fields.failed = 1;
     field(&call->fields, &call->count, "nonce");
     put_binary(&call->fields, nonce ? nonce : fresh, sizeof fresh);
 }
 
-static struct call call_of(const struct ticket *t, const char *verb) {
+struct call cprd__call_of(const struct ticket *t, const char *verb) {
     struct call call = {.verb = verb};
     field_text(&call.fields, &call.count, "name", t->name);
     field_uint(&call.fields, &call.count, "generation", t->generation);
@@ -584,7 +543,7 @@ static struct call call_of(const struct ticket *t, const char *verb) {
     return call;
 }
 
-static int set_ticket(struct ticket *t, cprd *c, const char *name, const struct answer *a) {
+int cprd__set_ticket(struct ticket *t, cprd *c, const char *name, const struct answer *a) {
     *t = (struct ticket){.c = c, .name = strdup(name), .generation = a->generation,
                          .stored = a->stored};
     memcpy(t->token, a->token, sizeof t->token);
@@ -610,7 +569,15 @@ static void seen_ended(cprd *c, const char *name, uint64_t generation, const str
     field_text(&call.fields, &call.count, "name", name);
     field_uint(&call.fields, &call.count, "generation", generation);
     field_uint(&call.fields, &call.count, "pid", p->pid);
-    request(c, &call, &a);
+    cprd__request(c, &call, &a);
+}
+
+void cprd__fields_of_bundle(struct call *call, const struct packed *p) {
+    bytes *f = &call->fields;
+    field_uint(f, &call->count, "fds", p->fd_count), field_uint(f, &call->count, "bytes", p->size);
+    field_uint(f, &call->count, "parked", p->parked);
+    field_uint(f, &call->count, "depth", (uint64_t)p->depth);
+    call->packed = p;
 }
 
 /* What save, prepare and confirm_next have in common. `call` has the other fields. */
@@ -628,19 +595,16 @@ static int save(cprd *c, struct call call, const char *name, cprd_state *s,
     if (rc) free(call.fields.at);
     else {
         bytes *f = &call.fields;
-        field_uint(f, &call.count, "fds", packed.fd_count);
-        field_uint(f, &call.count, "bytes", packed.size);
-        field_uint(f, &call.count, "parked", packed.parked);
-        field_uint(f, &call.count, "depth", (uint64_t)packed.depth);
+        cprd__fields_of_bundle(&call, &packed);
         if (o->ttl > 0) field_double(f, &call.count, "ttl", o->ttl);
         else field(f, &call.count, "ttl"), put_nil(f);
         field_text(f, &call.count, "after_exit", when[after]);
         field_uint(f, &call.count, "pid", p.pid), field_uint(f, &call.count, "inode", p.inode);
         field_bool(f, &call.count, "queue", 0);
-        field_nonce(&call, NULL);
-        call.packed = &packed, call.state = s;
+        cprd__field_nonce(&call, NULL);
+        call.state = s;
         point("save:packed");
-        rc = request(c, &call, a);
+        rc = cprd__request(c, &call, a);
         if (!rc) seen_ended(c, name, a->generation, &p, o->process);
     }
     packed_free(&packed); /* after the answer: the daemon's copy is never the last one */
@@ -679,17 +643,17 @@ int cprd_prepare(cprd *c, const char *name, cprd_state *s, const struct cprd_sav
     *out = NULL;
     cprd_prepared *p = calloc(1, sizeof *p);
     int rc = p ? save_as(c, "prepare", name, s, options, &a) : no_memory();
-    if (!rc) rc = set_ticket(&p->ticket, c, name, &a);
+    if (!rc) rc = cprd__set_ticket(&p->ticket, c, name, &a);
     if (rc) cprd_prepared_free(p);
     else *out = p;
     return rc;
 }
 
 /* One of the two ends of a ticket. */
-static int end(struct ticket *t, const char *verb, const char *why, int damaged, struct answer *a) {
+int cprd__end(struct ticket *t, const char *verb, const char *why, int damaged, struct answer *a) {
     if (t->over) return fail(CPRD_FENCED, "%s: '%s' has been ended already", verb, t->name);
-    struct call call = call_of(t, verb);
-    field_nonce(&call, t->nonces[why || !strcmp(verb, "abort")]);
+    struct call call = cprd__call_of(t, verb);
+    cprd__field_nonce(&call, t->nonces[why || !strcmp(verb, "abort")]);
     if (why) {
         char cut[1025];
         size_t size = (size_t)snprintf(cut, sizeof cut, "%s", why);
@@ -697,7 +661,7 @@ static int end(struct ticket *t, const char *verb, const char *why, int damaged,
         field_text(&call.fields, &call.count, "why", cut);
         field_bool(&call.fields, &call.count, "damaged", damaged);
     }
-    int rc = request(t->c, &call, a);
+    int rc = cprd__request(t->c, &call, a);
     if (!rc) t->over = 1;
     return rc;
 }
@@ -705,7 +669,7 @@ static int end(struct ticket *t, const char *verb, const char *why, int damaged,
 int cprd_commit(cprd_prepared *p, struct cprd_saved *out) {
     struct answer a;
     point("commit:before");
-    int rc = end(&p->ticket, "commit", NULL, 0, &a);
+    int rc = cprd__end(&p->ticket, "commit", NULL, 0, &a);
     if (rc) return rc;
     point("commit:answered");
     set_saved(out, p->ticket.generation, a.stored);
@@ -714,7 +678,7 @@ int cprd_commit(cprd_prepared *p, struct cprd_saved *out) {
 
 int cprd_abort(cprd_prepared *p) {
     struct answer a;
-    return end(&p->ticket, "abort", NULL, 0, &a);
+    return cprd__end(&p->ticket, "abort", NULL, 0, &a);
 }
 
 void cprd_prepared_free(cprd_prepared *p) {
@@ -740,16 +704,16 @@ int cprd_load(cprd *c, const char *name, const struct cprd_load_options *o, cprd
     field_double(&call.fields, &call.count, "lease", o->lease > 0 ? o->lease : 30);
     if (o->generation) field_uint(&call.fields, &call.count, "generation", o->generation);
     else field(&call.fields, &call.count, "generation"), put_nil(&call.fields);
-    field_nonce(&call, NULL);
+    cprd__field_nonce(&call, NULL);
     if (rc) free(call.fields.at);
-    else if (!(rc = request(c, &call, &a)) && !(rc = set_ticket(&claim->ticket, c, name, &a))) {
+    else if (!(rc = cprd__request(c, &call, &a)) && !(rc = cprd__set_ticket(&claim->ticket, c, name, &a))) {
         claim->bundle = a.fd, claim->attempts = a.attempts;
         strcpy(claim->last_reject, a.last_reject);
         point("load:claimed");
-        rc = unpack(a.fd, &claim->state);
+        rc = cprd__unpack(a.fd, &claim->state);
         if (!rc) point("load:unpacked");
         struct cprd_error why = last;
-        if (rc) end(&claim->ticket, "reject", why.text, rc == CPRD_DAMAGED, &ignored), last = why;
+        if (rc) cprd__end(&claim->ticket, "reject", why.text, rc == CPRD_DAMAGED, &ignored), last = why;
     }
     if (rc) claim->ticket.over = 1, cprd_claim_close(claim);
     else *out = claim;
@@ -763,10 +727,10 @@ const char *cprd_claim_last_reject(const cprd_claim *claim) { return claim->last
 
 int cprd_renew(cprd_claim *claim, double lease) {
     struct answer a;
-    struct call call = call_of(&claim->ticket, "renew");
+    struct call call = cprd__call_of(&claim->ticket, "renew");
     if (lease > 0) field_double(&call.fields, &call.count, "lease", lease);
     else field(&call.fields, &call.count, "lease"), put_nil(&call.fields);
-    return request(claim->ticket.c, &call, &a);
+    return cprd__request(claim->ticket.c, &call, &a);
 }
 
 int cprd_begin(cprd_claim *claim, int process) {
@@ -777,13 +741,13 @@ int cprd_begin(cprd_claim *claim, int process) {
         rc = fail(CPRD_INVALID_INPUT, "begin: the process that is to act has ended");
     if (rc) return rc;
     point("begin:before");
-    struct call call = call_of(&claim->ticket, "begin");
+    struct call call = cprd__call_of(&claim->ticket, "begin");
     field_uint(&call.fields, &call.count, "pid", p.pid);
     field_uint(&call.fields, &call.count, "inode", p.inode);
-    field_nonce(&call, NULL);
+    cprd__field_nonce(&call, NULL);
     int before = claim->begun;
     claim->begun = 1;
-    rc = request(claim->ticket.c, &call, &a);
+    rc = cprd__request(claim->ticket.c, &call, &a);
     if (rc == CPRD_INVALID_INPUT || rc == CPRD_LIMIT_EXCEEDED || rc == CPRD_FENCED)
         claim->begun = before; /* refused: nothing has begun by this */
     if (rc) return rc;
@@ -802,7 +766,7 @@ static void confirmed(cprd_claim *claim) {
 int cprd_confirm(cprd_claim *claim) {
     struct answer a;
     point("confirm:before");
-    int rc = end(&claim->ticket, "confirm", NULL, 0, &a);
+    int rc = cprd__end(&claim->ticket, "confirm", NULL, 0, &a);
     if (!rc) confirmed(claim);
     return rc;
 }
@@ -814,7 +778,7 @@ int cprd_confirm_next(cprd_claim *claim, cprd_state *next, const struct cprd_sav
     struct answer a;
     if (t->over) return fail(CPRD_FENCED, "confirm: '%s' has been ended already", t->name);
     point("confirm:before");
-    int rc = save(t->c, call_of(t, "confirm_next"), t->name, next, options ? options : &none, &a);
+    int rc = save(t->c, cprd__call_of(t, "confirm_next"), t->name, next, options ? options : &none, &a);
     if (rc) return rc;
     t->over = 1;
     set_saved(out, a.generation, a.stored);
@@ -825,7 +789,7 @@ int cprd_confirm_next(cprd_claim *claim, cprd_state *next, const struct cprd_sav
 int cprd_reject(cprd_claim *claim, const char *why) {
     struct answer a;
     point("reject:before");
-    int rc = end(&claim->ticket, "reject", why, 0, &a);
+    int rc = cprd__end(&claim->ticket, "reject", why, 0, &a);
     if (!rc) point("reject:answered");
     return rc;
 }
@@ -835,7 +799,7 @@ void cprd_claim_close(cprd_claim *claim) {
     struct answer a;
     if (!claim) return;
     if (!claim->ticket.over && !claim->begun)
-        end(&claim->ticket, "reject", "closed without confirm", 0, &a);
+        cprd__end(&claim->ticket, "reject", "closed without confirm", 0, &a);
     last = before;
     if (claim->bundle >= 0) close(claim->bundle);
     cprd_state_free(claim->state);
@@ -852,7 +816,7 @@ int cprd_wait(cprd *c, const char *name, double seconds, uint64_t *generation) {
     own->timeout = c->timeout;
     field_text(&call.fields, &call.count, "name", name);
     if (!(seconds > 0)) field_double(&call.fields, &call.count, "timeout", 0);
-    rc = request(own, &call, &a);
+    rc = cprd__request(own, &call, &a);
     if (!rc && generation) *generation = a.generation;
     cprd_close(own);
     return rc;
@@ -863,8 +827,8 @@ static int force_out(cprd *c, const char *verb, const char *name, int force) {
     struct call call = {.verb = verb};
     field_text(&call.fields, &call.count, "name", name);
     field_bool(&call.fields, &call.count, "force", force);
-    field_nonce(&call, NULL);
-    return request(c, &call, &a);
+    cprd__field_nonce(&call, NULL);
+    return cprd__request(c, &call, &a);
 }
 int cprd_drop(cprd *c, const char *name, int force) { return force_out(c, "drop", name, force); }
 int cprd_release(cprd *c, const char *name, int force) {
@@ -878,7 +842,7 @@ int cprd_list(cprd *c, void (*each)(void *context, const struct cprd_row *row), 
         field(&call.fields, &call.count, "after");
         if (a.more) put_number(&call.fields, 0xcf, a.more, 8);
         else put_nil(&call.fields);
-        int rc = request(c, &call, &a);
+        int rc = cprd__request(c, &call, &a);
         if (rc) return rc;
         struct reader r = a.holds;
         for (uint64_t rows = next(&r).number; rows-- && !r.bad;) {

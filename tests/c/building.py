@@ -21,8 +21,9 @@ NEEDED = {
 KINDS = {
     "plain": [],
     "pause": ["PAUSE=1"],
-    "sanitized": ["SANITIZE=1", "CFLAGS=-O1 -g"],
-    "sanitized pause": ["SANITIZE=1", "PAUSE=1", "CFLAGS=-O1 -g"],
+    "sanitized": ["SANITIZE=1", "CFLAGS=-g"],
+    "small": ["PAUSE=1", "SMALL=1"],
+    "sanitized small": ["SANITIZE=1", "PAUSE=1", "SMALL=1", "CFLAGS=-g"],
 }
 
 

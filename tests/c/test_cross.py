@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
+import resource
+import subprocess
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,8 +126,6 @@ def test_a_sealed_memfd_travels_as_a_section(
         )
         assert "InvalidInput: section 'm'" in said
         assert "all four seals" in said
-        import fcntl
-
         fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, SEALS)
         programs.run(daemon.path, "save", "web", stdin=f"memfd m {memfd}\n", fds=(memfd,))
         with daemon.connect() as connection:
@@ -148,9 +149,6 @@ def test_what_a_state_needs_and_the_process_has_not_is_a_limit_and_no_damage(
         for number, fd in enumerate(fds):
             state.save_fd(*key(number), fd)
         connection.save("web", state)
-        import resource
-        import subprocess
-
         for limit in (100, 207):
             done = subprocess.run(
                 [programs.command, "load", "web"],

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+import cprd
 from tests.c.conftest import Build
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import PATIENCE
@@ -62,8 +63,6 @@ def test_where_the_hand_over_fails_the_guest_goes_on_where_it_is(
     vmm = Vmm(program, daemon.path)
     assert vmm.says() == "cold boot: RAM 0, device 0"
     with daemon.connect() as connection:
-        import cprd
-
         connection.save("guest", cprd.State())
         vmm.tell("save")
         assert vmm.says() == "RAM 1, device 1"  # it goes on
@@ -81,8 +80,6 @@ def test_a_hold_without_the_device_is_given_back_and_no_second_guest_starts(
     daemon: DaemonProcess, built: Build
 ) -> None:
     with daemon.connect() as connection:
-        import cprd
-
         connection.save("guest", cprd.State())
         vmm = Vmm(built("sanitized").vmm, daemon.path)
         assert vmm.end()[0] == 1
