@@ -13,7 +13,8 @@ with cprd.connect() as daemon:              # the restarted one
         sock = socket.socket(fileno=claim.state.take_fd("listener", 0))
 """
 
-from cprd.client.blocking import Claim, Daemon, Prepared, Saved, connect
+import cprd.live  # noqa: F401  # before the function of that name, which is not to be replaced later
+from cprd.client.blocking import Claim, Daemon, Prepared, Saved, connect, live
 from cprd.errors import (
     AlreadyHeld,
     Busy,
@@ -34,9 +35,11 @@ from cprd.state import State
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
+    from cprd import asyncio as asyncio
     from cprd import cpr as cpr
     from cprd import trio as trio
     from cprd import vmstate as vmstate
+    from cprd.client.blocking_live import LiveState as LiveState
     from cprd.protocol.rows import Greeting as Greeting
     from cprd.protocol.rows import Row as Row
     from cprd.protocol.rows import Shown as Shown
@@ -44,11 +47,13 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """cprd.trio, cprd.cpr, cprd.vmstate, and the shapes of rows: imported when asked for."""
+        """Other modules of cprd, cprd.LiveState and the shapes of rows: imported when asked for."""
         from importlib import import_module
 
-        if name in ("cpr", "trio", "vmstate"):
+        if name in ("asyncio", "cpr", "trio", "vmstate"):
             return import_module(f"cprd.{name}")
+        if name == "LiveState":
+            return import_module("cprd.client.blocking_live").LiveState
         if name in ("Greeting", "Row", "Shown", "Status"):
             return getattr(import_module("cprd.protocol.rows"), name)
         raise AttributeError(f"module 'cprd' has no attribute {name!r}")
@@ -76,4 +81,5 @@ __all__ = [
     "Timeout",
     "Unavailable",
     "connect",
+    "live",
 ]

@@ -13,21 +13,27 @@ from __future__ import annotations
 import os
 import time
 from _socket import socket
+from collections.abc import Callable
 from typing import Any
 
 from cprd.client import exchange
-from cprd.client.awaiting import Claim, Connection, Daemon, Opening, Prepared
+from cprd.client.awaiting import Claim, Connection, Daemon, LiveState, Opening, Prepared, begin
 from cprd.client.claim import Saved, check_timeout
 from cprd.client.exchange import Answer, Common, Step
-from cprd.client.sockets import open_socket, receive_now, send_now
+from cprd.client.sockets import is_lost, open_socket, receive_now, send_now
 from cprd.errors import absent
+from cprd.protocol import messages
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cprd.client.exchange import Steps
 
 try:
     import trio
 except ModuleNotFoundError as error:
     raise ImportError(absent("trio", "cprd.trio")) from error
 
-__all__ = ["Claim", "Daemon", "Prepared", "Saved", "connect"]
+__all__ = ["Claim", "Daemon", "LiveState", "Prepared", "Saved", "connect", "live"]
 
 
 def connect(
@@ -40,6 +46,24 @@ def connect(
         connection = _Connection(exchange.where(path), Common(timeout))
         await connection.drive(exchange.connect(connection))
         return Daemon(connection)
+
+    return Opening(open)
+
+
+def live(
+    name: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    wait: float = 0.0,
+    lease: float = messages.LEASE,
+    timeout: float | None = None,
+) -> Opening[LiveState]:
+    """As cprd.live: to await, or to enter."""
+
+    async def open() -> LiveState:
+        check_timeout(timeout)
+        connection = _Connection(exchange.where(path), Common(timeout))
+        return await begin(connection, name, wait, lease, None)
 
     return Opening(open)
 
@@ -73,12 +97,32 @@ class _Connection(Connection):
                 return await self._receive(room=step.what[1])
             if step.kind == "receive":
                 return await self._receive()
+            if step.kind == "watch":
+                return await self._watch()
             if step.kind == "work":
                 return await trio.to_thread.run_sync(step.what)
             await trio.sleep_forever()
         if step.kind != "sleep":
             raise TimeoutError
         return None
+
+    def start(self, steps: Steps[None]) -> Callable[[], None]:
+        """Drive `steps` in a task of the run itself, which ends with the run at the latest."""
+        scope = trio.CancelScope()
+
+        async def drive() -> None:
+            with scope:
+                await self.drive(steps)
+
+        trio.lowlevel.spawn_system_task(drive)
+        return scope.cancel
+
+    async def _watch(self) -> None:
+        while self.sock is not None and not is_lost(self.sock):
+            try:
+                await trio.lowlevel.wait_readable(self.sock.fileno())
+            except trio.ClosedResourceError:
+                return
 
     async def _send(self, data: bytes) -> None:
         assert self.sock is not None

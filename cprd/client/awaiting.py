@@ -7,9 +7,11 @@ from types import TracebackType
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar, cast
 
 from cprd.client import claim as claims
+from cprd.client import live as lives
 from cprd.client import verbs
 from cprd.client.claim import Saved
 from cprd.client.exchange import Line, Step, run
+from cprd.client.livestate import LiveVerbs
 from cprd.errors import Unavailable
 from cprd.protocol import messages
 from cprd.protocol.rows import Greeting, IfExists, Row, Shown, Status
@@ -184,6 +186,21 @@ class Daemon:
         finally:
             line.take_back(other, user)
 
+    def live(
+        self,
+        name: str,
+        *,
+        wait: float = 0.0,
+        lease: float = messages.LEASE,
+        timeout: float | None = None,
+    ) -> Opening[LiveState]:
+        """As cprd.Daemon.live: to await, or to enter."""
+
+        async def open() -> LiveState:
+            return await begin(self._open().apart(), name, wait, lease, timeout)
+
+        return Opening(open)
+
     async def list(self, *, timeout: float | None = None) -> list[Row]:
         """As cprd.Daemon.list."""
         return await self._open().run(verbs.rows(timeout))
@@ -245,10 +262,11 @@ class Claim(claims.ClaimFace):
         after_exit: bool | int | HasFileno = True,
         ttl: float | None = None,
         *,
+        strict: bool = False,
         timeout: float | None = None,
     ) -> Saved | None:
         """As cprd.Claim.confirm."""
-        return await self._line.run(self._claim.confirm(next, after_exit, ttl, timeout))
+        return await self._line.run(self._claim.confirm(next, after_exit, ttl, strict, timeout))
 
     async def reject(self, why: str = "", *, timeout: float | None = None) -> None:
         """As cprd.Claim.reject."""
@@ -272,3 +290,46 @@ class Claim(claims.ClaimFace):
     ) -> None:
         if self._line.mine():
             await self._line.run(self._claim.leave(error))
+
+
+class LiveState(LiveVerbs):
+    """As cprd.LiveState, as an async block; changes need no await. A cancelled block before
+    confirm() gives back what was left. What may block (letting go of a lingering socket or of a
+    file) is done in a thread. Not closed by garbage collection: enter it, or close."""
+
+    _line: Connection
+
+    async def confirm(self, *, strict: bool = False, timeout: float | None = None) -> None:
+        """As cprd.LiveState.confirm."""
+        await self._line.run(self._live.confirm(strict, timeout))
+
+    async def end(self, *, timeout: float | None = None) -> None:
+        """As cprd.LiveState.end; files are let go of in a thread."""
+        await self._line.run(self._live.end(timeout))
+
+    async def close(self) -> None:
+        """As cprd.LiveState.close."""
+        if self._live.open and self._line.mine():
+            await self._line.run(self._live.close())
+
+    aclose = close
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live.open and self._line.mine():
+            await self._line.run(self._live.leave(error))
+
+
+async def begin(
+    line: Connection, name: str, wait: float, lease: float, timeout: float | None
+) -> LiveState:
+    """The verb live() on a line of its own."""
+    verb = lives.begin(line, LiveState, name, wait, lease, timeout, lives.elsewhere)
+    return await line.run(verb)

@@ -14,7 +14,7 @@ from cprd.client import claim as claims
 from cprd.client import exchange, verbs
 from cprd.client.claim import Saved
 from cprd.client.exchange import Common, Line, Step
-from cprd.client.sockets import open_socket, receive_now, send_now
+from cprd.client.sockets import is_lost, open_socket, receive_now, send_now
 from cprd.errors import Unavailable
 from cprd.protocol import messages
 from cprd.state import State
@@ -22,9 +22,11 @@ from cprd.state import State
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     from _socket import socket
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Any, Literal, Self, TypeVar
 
+    from cprd.client.blocking_live import LiveState
     from cprd.client.exchange import Steps, Verb
     from cprd.protocol.rows import Greeting, IfExists, Row, Shown, Status
     from cprd.state import HasFileno
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 POLLIN, POLLOUT = 1, 4  # as select says, which is imported late
 
-__all__ = ["Claim", "Daemon", "Prepared", "Saved", "connect"]
+__all__ = ["Claim", "Daemon", "Prepared", "Saved", "connect", "live"]
 
 
 def connect(path: str | os.PathLike[str] | None = None, *, timeout: float | None = None) -> Daemon:
@@ -48,12 +50,32 @@ def connect(path: str | os.PathLike[str] | None = None, *, timeout: float | None
     return Daemon(connection)
 
 
+def live(
+    name: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    wait: float = 0.0,
+    lease: float = messages.LEASE,
+    timeout: float | None = None,
+) -> LiveState:
+    """As Daemon.live, with the cprd at `path` (as connect). `timeout`: also the default of each
+    request of the state."""
+    claims.check_timeout(timeout)
+    from cprd.client.blocking_live import begin
+
+    connection = Connection(exchange.where(path), Common(timeout))
+    return begin(connection, name, wait, lease, None)
+
+
 class Connection(Line):
     """A line whose steps block the thread that runs them."""
 
     def __init__(self, path: str, common: Common) -> None:
         super().__init__(path, common)
         self._turn = _thread.RLock()
+        self._poll: Any = None  # of the socket `_polled`
+        self._polled: socket | None = None
+        self._wake = -1  # an eventfd, of a line whose steps run in a thread
 
     def free(self) -> Self:
         """This line; or another where this thread is in the midst of a request: in a signal
@@ -85,7 +107,41 @@ class Connection(Line):
             value: T = end.value
             return value
 
+    def start(self, steps: Steps[None]) -> Callable[[], None]:
+        """Drive `steps` in a thread. Returns what ends a "watch" for good; does not block."""
+        import threading
+
+        self._wake = wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        stopped = os.dup(wake)
+
+        def drive() -> None:
+            try:
+                self.drive(steps)
+            finally:
+                self._wake = -1
+                os.close(wake)
+
+        def stop() -> None:
+            os.eventfd_write(stopped, 1)
+            os.close(stopped)
+
+        threading.Thread(target=drive, daemon=True, name="cprd").start()
+        return stop
+
+    def _watch(self) -> None:
+        """Return when the connection is lost, or `stop` was called."""
+        from select import poll
+
+        while self.sock is not None and not is_lost(self.sock):
+            waiting = poll()
+            waiting.register(self.sock, POLLIN)
+            waiting.register(self._wake, POLLIN)
+            if any(fd == self._wake for fd, _ in waiting.poll()):
+                return
+
     def _do(self, step: Step) -> Any:
+        if step.kind == "watch":
+            return self._watch()
         if step.kind == "ask":
             data, room = step.what
             self._send(data, step.until)
@@ -106,7 +162,14 @@ class Connection(Line):
     def _receive(self, until: float, *, room: bool = False) -> exchange.Answer:
         assert self.sock is not None
         while True:
-            _wait(self.sock, POLLIN, until)  # an interrupt of the wait loses no descriptor
+            if self._polled is not self.sock:
+                from select import poll  # 0.3 ms, not at import
+
+                self._poll, self._polled = poll(), self.sock
+                self._poll.register(self.sock, POLLIN)
+            # An interrupt of the wait loses no descriptor.
+            if not self._poll.poll(max(0.0, until - time.monotonic()) * 1000):
+                raise TimeoutError
             try:
                 return receive_now(self.sock, room)
             except BlockingIOError:
@@ -254,6 +317,28 @@ class Daemon:
         finally:
             line.take_back(other, user)
 
+    def live(
+        self,
+        name: str,
+        *,
+        wait: float = 0.0,
+        lease: float = messages.LEASE,
+        timeout: float | None = None,
+    ) -> LiveState:
+        """Keep a state at every change under `name`: claims what a predecessor left (saved, exited
+        or killed), or begins with nothing. "worker.*": any of that pattern that is left, or the
+        next number.
+
+        `wait`: seconds to wait, at most, while another process has the hold (a name that is not
+        held is never waited for); `lease`: seconds until an unconfirmed claim goes back. The state
+        has a connection of its own; this Daemon may be closed.
+
+        Raises Busy (`.pid`: the owner), Damaged, LimitExceeded (no room in this process; the hold
+        stays), Denied, InvalidInput, Unavailable, Timeout (beyond `wait`)."""
+        from cprd.client.blocking_live import begin
+
+        return begin(self._free().apart(), name, wait, lease, timeout)
+
     def list(self, *, timeout: float | None = None) -> list[Row]:
         """A row (a dict, see cprd.Row) for each hold of this uid; for root, of every uid. Sorted by
         uid, name, generation. Raises Unavailable, Timeout."""
@@ -352,6 +437,7 @@ class Claim(claims.ClaimFace):
         after_exit: bool | int | HasFileno = True,
         ttl: float | None = None,
         *,
+        strict: bool = False,
         timeout: float | None = None,
     ) -> Saved | None:
         """The point of no return: the hold ends, and this process acts on the state.
@@ -360,7 +446,7 @@ class Claim(claims.ClaimFace):
         process (after_exit=True) has ended, or the process of a pidfd; `ttl` as in save(). Returns
         Saved with `next`, else None. Raises Fenced: then do not act. After Unavailable and
         Timeout do not act before confirm() again has returned."""
-        return self._line.run(self._claim.confirm(next, after_exit, ttl, timeout))
+        return self._line.run(self._claim.confirm(next, after_exit, ttl, strict, timeout))
 
     def reject(self, why: str = "", *, timeout: float | None = None) -> None:
         """Give the hold back, whole, for another to try. `why`: cut at 1,024 bytes. After begin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from cprd.bundle.pack import pack
 from cprd.client.exchange import BRIEF, Call, Line, Work
@@ -125,11 +126,14 @@ class Bundle:
             yield from self._process.seen_ended(name, generation)
 
 
-def rejection(ticket: Ticket, why: str, *, damaged: bool = False) -> Call:
+def rejection(ticket: Ticket, why: str, *, damaged: bool = False, attempt: bool = True) -> Call:
     """Give a claim back because the program left. The end of the connection says the same (unless
-    the state is damaged), so the request is brief."""
+    the state is damaged), so the request is brief. `attempt`: whether the claim counts as such."""
     timeout = None if damaged else BRIEF
-    call = ticket.call("reject", timeout=timeout, why=cut(why), damaged=damaged)
+    fields: dict[str, Any] = {"why": cut(why), "damaged": damaged}
+    if not attempt:
+        fields["attempt"] = False
+    call = ticket.call("reject", timeout=timeout, **fields)
     call.until_known, call.shielded = False, True
     return call
 
@@ -186,6 +190,7 @@ class Claim:
         self.begun = False
         self.open = False
         self._stuck = False  # the daemon may have to learn of the end by that of the connection
+        self._ends = False  # with the claim, nobody has what was not taken
 
     def taken(self) -> None:
         """The program has the claim: from now on `close` is due."""
@@ -233,15 +238,23 @@ class Claim:
         next: State | None,
         after_exit: AfterExit,
         ttl: float | None,
+        strict: bool,
         timeout: float | None,
     ) -> Verb[Saved | None]:
         check_timeout(timeout)
         self._check()
+        if strict:
+            untaken = self.state.untaken()
+            if untaken:
+                raise InvalidInput(
+                    f"{named(untaken)} of {self.ticket.name!r} were never asked for; nothing was"
+                    " confirmed"
+                )
         saved = None
         if next is None:
             point("confirm:before")
             yield self.ticket.last("confirm", timeout)
-            self.ticket.over = True
+            self.ticket.over = self._ends = True
         else:
             saved = yield from self._confirm_next(next, after_exit, ttl, timeout)
         point("confirm:answered")
@@ -286,7 +299,7 @@ class Claim:
         try:
             if not self.ticket.over and self.open:
                 if error is None:
-                    yield from self.confirm(None, True, None, None)
+                    yield from self.confirm(None, True, None, False, None)
                 elif not self.begun:
                     yield from self._give_back(f"{type(error).__name__}: {error}")
         finally:
@@ -319,10 +332,16 @@ class Claim:
         self._stuck = False
 
     def let_go(self) -> None:
+        untaken = self.state.untaken() if self._ends and not self.state.closed else []
         try:
             self.state.close()
         finally:
             self._unpark()
+        if untaken:
+            warn(
+                f"{named(untaken)} of {self.ticket.name!r} were never asked for, and end with the"
+                " claim: was the state saved by a newer program?"
+            )
 
     def _unpark(self) -> None:
         bundle, self.bundle = self.bundle, -1
@@ -371,6 +390,23 @@ def check_seconds(what: str, seconds: float, limit: float, least: float = 0.0) -
         raise InvalidInput(f"{what} wants seconds, not {seconds!r}")
     if not least <= seconds <= limit:
         raise InvalidInput(f"{what} wants {least:g} to {limit:g} seconds, not {seconds!r}")
+
+
+def named(keys: list[tuple[str, int] | str]) -> str:
+    """Keys of descriptors and sections for a message, not all of many."""
+    texts = [f"section {key!r}" if isinstance(key, str) else f"{key}" for key in keys[:8]]
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    return ", ".join(texts) + more
+
+
+def warn(text: str) -> None:
+    """A RuntimeWarning at the line of the program that called cprd."""
+    import warnings
+
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("cprd"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def cut(why: str) -> str:

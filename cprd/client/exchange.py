@@ -19,7 +19,15 @@ from collections.abc import Callable, Generator
 from itertools import count
 from time import monotonic
 
-from cprd.errors import CprdError, InvalidInput, LimitExceeded, ProtocolError, Timeout, Unavailable
+from cprd.errors import (
+    Busy,
+    CprdError,
+    InvalidInput,
+    LimitExceeded,
+    ProtocolError,
+    Timeout,
+    Unavailable,
+)
 from cprd.linux.paths import default_socket
 from cprd.linux.rights import close_all
 from cprd.protocol import messages
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
     from cprd.protocol.rows import Greeting
 
     T = TypeVar("T")
-    Kind = Literal["turn", "connect", "ask", "receive", "sleep", "work"]
+    Kind = Literal["turn", "connect", "ask", "receive", "sleep", "work", "watch"]
     Steps: TypeAlias = "Generator[Step, Any, T]"
     Verb: TypeAlias = "Generator[Call | Work, Any, T]"
     Undo: TypeAlias = "Callable[[dict[str, Any]], Call]"
@@ -55,6 +63,7 @@ class Call:
 
     `timeout`: seconds until Timeout (None: the default of the connection), besides `wait`, the
     seconds for which the daemon may let the request wait.
+    `alone`: the answer is not to bring a queue for the next save.
     `until_known`: an interrupt is held back until the outcome is known.
     `undo`: makes the request that undoes this one, from the fields of the answer.
     `ends_with_connection`: the end of the connection undoes the request.
@@ -62,7 +71,16 @@ class Call:
     `number`: of the last attempt; None: never sent, or undone."""
 
     __slots__ = (
-        *("ends_with_connection", "message", "number", "park", "shielded", "timeout", "undo"),
+        *(
+            "alone",
+            "ends_with_connection",
+            "message",
+            "number",
+            "park",
+            "shielded",
+            "timeout",
+            "undo",
+        ),
         *("until_known", "wait"),
     )
 
@@ -77,8 +95,10 @@ class Call:
         undo: Undo | None = None,
         ends_with_connection: bool = False,
         shielded: bool = False,
+        alone: bool = False,
     ) -> None:
         self.message = message
+        self.alone = alone
         self.park = park
         self.timeout = timeout
         self.wait = wait
@@ -169,7 +189,8 @@ class Step:
     "turn": wait until no other request is on the line; "connect": return a new socket; "ask": send
     `what`, (bytes, room), and return the next Answer, received with the soft RLIMIT_NOFILE at the
     hard one where `room` is true; "receive": return the next Answer; "sleep": until then; "work":
-    call `what`, where blocking harms nobody. `shielded`: also in a cancelled task."""
+    call `what`, where blocking harms nobody; "watch": return once the connection is lost, or there
+    is none (sockets.is_lost). `shielded`: also in a cancelled task."""
 
     __slots__ = ("kind", "shielded", "until", "what")
 
@@ -219,6 +240,22 @@ class Common:
             ticket.over = True
 
 
+live_here: dict[tuple[str, str], ref[Any]] = {}
+"""The live holds that are open in this process, by the path of cprd and UID/NAME. Whoever asks for
+one again on another connection looks to cprd as a program that was executed by the owner."""
+
+
+def check_not_here(line: Line, name: str) -> None:
+    """Raise Busy for the name of a live hold of this process."""
+    mine = live_here.get(place_of(line, name), lambda: None)()
+    if mine is not None and mine.open and mine.line.mine():
+        raise Busy(f"{name!r} is live in this process already", pid=os.getpid(), phase="live")
+
+
+def place_of(line: Line, name: str) -> tuple[str, str]:
+    return line.path, "{}/{}".format(*messages.split_name(name, line.common.uid))
+
+
 _forks = 0  # between the process that imported this and the present process
 
 
@@ -264,6 +301,10 @@ class Line:
 
     def close_socket(self, sock: socket) -> None:
         sock.close()
+
+    def start(self, steps: Steps[None]) -> Callable[[], None]:
+        """Drive `steps` beside all else. Returns what stops that, called once."""
+        raise NotImplementedError
 
     # Users
 
@@ -473,7 +514,7 @@ def request(
                 if line.late or line.undos:
                     yield from _undo_late(line, until, shielded)
                 if call.park is not None:
-                    answer = yield from _save(line, call, call.park, until, shielded)
+                    answer = yield from _save(line, call, call.park, until, shielded, tried - began)
                 else:
                     answer = yield from _ask(line, call, until, shielded, tried - began)
                 break
@@ -509,7 +550,12 @@ def request(
 
 
 def _save(
-    line: Line, call: Call, park: Callable[[socket], None], until: float, shielded: bool
+    line: Line,
+    call: Call,
+    park: Callable[[socket], None],
+    until: float,
+    shielded: bool,
+    elapsed: float,
 ) -> Steps[Answer]:
     """Park the bundle in a queue of the daemon, then send the request that speaks of the bundle.
 
@@ -533,8 +579,10 @@ def _save(
             except BrokenPipeError:
                 raise Lost from None
         # One connection rarely saves twice: the second save asks for the queue of the next.
-        call.message["queue"] = line.saved
-        answer = yield from _ask(line, call, until, shielded)
+        call.message["queue"] = line.saved and not call.alone
+        answer = yield from _ask(line, call, until, shielded, elapsed)
+        if call.alone:
+            return answer
         line.saved = True
         if answer.fds:
             line.queue = answer.inlet()
@@ -577,6 +625,12 @@ def _ask(
     while answer.number != number and answer.number is not None:
         answer.close()
         answer = yield Step("receive", until, shielded)
+    if answer.error is None:
+        try:
+            answer.fields = messages.read_fields(call.message["verb"], answer.fields)
+        except messages.Garbled:
+            answer.close()
+            raise
     return answer
 
 

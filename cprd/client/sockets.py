@@ -108,3 +108,13 @@ def receive_now(sock: socket.socket, room: bool = False) -> Answer:
     else:
         answer.fields = said
     return answer
+
+
+def is_lost(sock: socket.socket) -> bool:
+    """Whether the daemon has hung up. Consumes nothing, and does not block."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | _DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

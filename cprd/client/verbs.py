@@ -8,8 +8,8 @@ from collections.abc import Callable
 from cprd.bundle.unpack import unpack
 from cprd.client import claim as claims
 from cprd.client.claim import Saved, Ticket, check_seconds, check_state, check_timeout, rejection
-from cprd.client.exchange import Call, Line, Work
-from cprd.errors import CprdError, Damaged, InvalidInput
+from cprd.client.exchange import Call, Line, Work, check_not_here
+from cprd.errors import CprdError, Damaged, InvalidInput, LimitExceeded
 from cprd.linux.pause import point
 from cprd.protocol import messages
 from cprd.state import State
@@ -97,6 +97,7 @@ def load(
     check_timeout(timeout)
     if generation is not None and (type(generation) is not int or not 0 <= generation < 1 << 64):
         raise InvalidInput(f"generation wants what a save returned, not {generation!r:.100}")
+    check_not_here(line, name)
     point("load:before")
     message = {"verb": "load", "name": name, "lease": lease, "nonce": messages.nonce()}
     answer = yield Call(
@@ -114,7 +115,7 @@ def load(
     try:
         bundle = answer.bundle()
         point("load:claimed")
-        state = unpack(bundle)
+        state = _left_live(bundle) if fields["live"] else unpack(bundle)
         point("load:unpacked")
         claim = claims.Claim(line, ticket, fields, bundle, state)
         return make(claim)
@@ -125,24 +126,54 @@ def load(
             state.close()
         if bundle >= 0:
             os.close(bundle)
-        yield from _give_back(ticket, fields, error)
+        yield from give_back(ticket, fields, error)
         raise
 
 
-def _give_back(ticket: Ticket, fields: dict[str, Any], error: BaseException) -> Verb[None]:
+def _left_live(bundle: int) -> State:
+    """The state of a live hold whose owner has ended; memory comes as sections "memory.NAME"."""
+    from cprd.linux.memfd import mapping, sealed_memfd
+    from cprd.live.carrier import root_of
+    from cprd.live.reader import read  # 10 ms to import
+
+    root = root_of(bundle)
+    try:
+        found = read(root)
+    finally:
+        os.close(root)
+    try:
+        for name, memfd in found.memories.items():
+            key = f"memory.{name}"
+            mapped = mapping(memfd)
+            copy = sealed_memfd(key, [memoryview(mapped)] if mapped else [])
+            try:
+                found.state.save_section_fd(key, copy)
+            finally:
+                os.close(copy)
+        found.state.forget_asked()
+    except BaseException:
+        found.state.close()
+        raise
+    finally:
+        found.close()
+    return found.state
+
+
+def give_back(ticket: Ticket, fields: dict[str, Any], error: BaseException) -> Verb[None]:
     """A state that could not be read is given back now, not with the lease. Raises Damaged, which
     names the saver."""
     if isinstance(error, GeneratorExit):
         return
     damaged = isinstance(error, Damaged)
+    counts = not isinstance(error, LimitExceeded)  # no room here says nothing about the state
     why = str(error) if isinstance(error, CprdError) else f"{type(error).__name__}: {error}"
     try:
-        yield rejection(ticket, why, damaged=damaged)
+        yield rejection(ticket, why, damaged=damaged, attempt=counts)
     except CprdError:
         pass  # the end of the connection or of the lease has to do
     if damaged:
         pid, uid = fields["saver"], fields["saver_uid"]
-        by = messages.handled_by(pid, uid, fields.get("last_claimant", 0))
+        by = messages.handled_by(pid, uid, fields["last_claimant"])
         raise Damaged(
             f"{ticket.name!r} is damaged and will not be served again: {why}; {by}",
             pid=pid or None,
@@ -176,8 +207,8 @@ def rows(timeout: float | None) -> Verb[list[Row]]:
     after: int | None = 0
     while True:
         answer = yield Call({"verb": "list", "after": after}, timeout=timeout)
-        found += [row_of(row) for row in answer.fields["holds"]]
-        after = answer.fields.get("more")
+        found += answer.fields["holds"]
+        after = answer.fields["more"]
         if after is None:
             found.sort(key=lambda row: (row["uid"], row["name"], row["generation"]))
             return found
@@ -198,23 +229,14 @@ def row_and_bundle(name: str, timeout: float | None) -> Verb[tuple[dict[str, Any
     check_name(name)
     check_timeout(timeout)
     answer = yield Call({"verb": "show", "name": name}, timeout=timeout)
-    bundle = answer.bundle() if answer.fds or answer.cut else -1
-    return dict(row_of(answer.fields["hold"])), bundle
-
-
-def row_of(fields: dict[str, Any]) -> Row:
-    """A row with None where the daemon said nothing."""
-    row: Any = {**dict.fromkeys(messages.UNSAID), **fields}
-    found: Row = row
-    return found
+    return answer.fields["hold"], answer.bundle() if answer.fds or answer.cut else -1
 
 
 def status(timeout: float | None) -> Verb[Status]:
     check_timeout(timeout)
     answer = yield Call({"verb": "status"}, timeout=timeout)
-    fields: Any = {"blind": None, **answer.fields}
-    status: Status = fields
-    return status
+    fields: Status = answer.fields
+    return fields
 
 
 def check_name(name: str) -> None:

@@ -70,8 +70,8 @@ class Server:
         soft = raise_nofile()
         self.max_connections = max(12, min(config.all_connections, soft // 16))
         self.room = Room(keeper, soft, self.max_connections)
-        # A connection has two descriptors, a hold two and up to four pidfds; a message can bring
-        # 253 at once.
+        # A connection has two descriptors, a hold one (of an earlier version two) and up to four
+        # pidfds. The rest: what is received at once, and what the daemon itself has open.
         self.max_holds = max(4, (soft - 2 * self.max_connections - 253 - 32) // 6)
 
     @property

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cprd.demo.timeline import ceiling, rates, round_up
 
 if TYPE_CHECKING:
-    from cprd.demo.timeline import Report
+    from cprd.demo.timeline import Report, Restart
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 HEIGHT = 7  # rows of the terminal's picture
@@ -29,8 +29,7 @@ def terminal(report: Report, width: int, *, ascii_only: bool = False) -> list[st
     marks = [" "] * columns
     for restart in report.restarts:
         at = min(columns - 1, int(restart.asked / report.seconds * columns))
-        plain, crashed = ("^", "x") if ascii_only else ("▲", "✗")
-        marks[at] = crashed if restart.crashed else plain
+        marks[at] = _mark(restart, ascii_only)
     lines.append(" " * MARGIN + "".join(marks).rstrip())
     lines.append(" " * MARGIN + _seconds_axis(report.seconds, columns))
     return lines
@@ -38,8 +37,16 @@ def terminal(report: Report, width: int, *, ascii_only: bool = False) -> list[st
 
 def legend(*, ascii_only: bool = False) -> str:
     """What the marks mean."""
-    plain, crashed = ("^", "x") if ascii_only else ("▲", "✗")
-    return f"answers a second; {plain} restart; {crashed} restart, its first successor killed"
+    plain, killed, crashed = "^vx" if ascii_only else "▲▼✗"
+    return (
+        f"answers a second; {plain} restart; {killed} kill -9; {crashed} restart, its first"
+        " successor killed"
+    )
+
+
+def _mark(restart: Restart, ascii_only: bool) -> str:
+    plain, killed, crashed = "^vx" if ascii_only else "▲▼✗"
+    return crashed if restart.crashed else killed if restart.killed else plain
 
 
 def _cell(filled: float, ascii_only: bool) -> str:
@@ -76,6 +83,8 @@ _STYLE = """
   .restart-mark { fill: #b26a00; }
   .crash { stroke: #c62f3b; stroke-dasharray: 3 3; }
   .crash-mark { fill: #c62f3b; }
+  .kill { stroke: #7a3db8; stroke-dasharray: 3 3; }
+  .kill-mark { fill: #7a3db8; }
   text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; }
   .title { font-size: 15px; font-weight: 600; }
   .number { font-size: 11px; font-variant-numeric: tabular-nums; }
@@ -90,6 +99,8 @@ _STYLE = """
     .restart-mark { fill: #e0a24a; }
     .crash { stroke: #ff7680; }
     .crash-mark { fill: #ff7680; }
+    .kill { stroke: #c08cf5; }
+    .kill-mark { fill: #c08cf5; }
   }
 """
 
@@ -117,7 +128,9 @@ def svg(report: Report) -> str:
 
 def headline(report: Report) -> tuple[str, str]:
     """What was done and how it went, one short line each."""
+    killed = sum(restart.killed for restart in report.restarts)
     title = f"{report.connections:,} connections, {len(report.restarts)} restarts of their server"
+    title += f", {killed} by kill -9" if killed else ""
     blackouts = sorted(report.blackouts())
     pause = f", blackout {blackouts[len(blackouts) // 2] * 1000:.0f} ms (median)"
     verdict = (
@@ -175,11 +188,11 @@ def _marks(report: Report) -> list[str]:
     parts = []
     for restart in report.restarts:
         x = _x(report, restart.asked)
-        kind = "crash" if restart.crashed else "restart"
+        kind = "crash" if restart.crashed else "kill" if restart.killed else "restart"
         parts.append(f'<path class="{kind}" d="M{x:.1f} {TOP}V{HIGH - BOTTOM}"/>')
         base = HIGH - BOTTOM + 5
         parts.append(
-            f'<path class="{kind}-mark" d="M{x:.1f} {base}l5 9h-10z"><title>restart at'
+            f'<path class="{kind}-mark" d="M{x:.1f} {base}l5 9h-10z"><title>{kind} at'
             f" {restart.asked:.2f} s</title></path>"
         )
     y = HIGH - 12
@@ -189,10 +202,15 @@ def _marks(report: Report) -> list[str]:
         f'<text class="dim number" x="{WIDE - RIGHT}" y="{y}" text-anchor="end">answers per second;'
         " the bursts that catch up are cut off at the top</text>"
     )
+    left = LEFT + 75
+    if any(restart.killed for restart in report.restarts):
+        parts.append(f'<path class="kill-mark" d="M{left} {y - 9}l5 9h-10z"/>')
+        parts.append(f'<text class="dim number" x="{left + 11}" y="{y}">kill -9</text>')
+        left += 65
     if any(restart.crashed for restart in report.restarts):
-        parts.append(f'<path class="crash-mark" d="M{LEFT + 75} {y - 9}l5 9h-10z"/>')
+        parts.append(f'<path class="crash-mark" d="M{left} {y - 9}l5 9h-10z"/>')
         parts.append(
-            f'<text class="dim number" x="{LEFT + 86}" y="{y}">restart, its first successor killed'
+            f'<text class="dim number" x="{left + 11}" y="{y}">restart, its first successor killed'
             " right after its claim</text>"
         )
     return parts

@@ -1,13 +1,13 @@
-"""A small TCP service that keeps a running tally for each client, and survives its own restarts.
+"""A small TCP service that keeps a running tally for each client, and survives its own end.
 
 A client sends numbers, one a line; each is answered with a line of two: how many numbers this
-connection has sent so far, and their sum. On SIGTERM the service stops at once, wherever each
-connection stands (half a line read, half an answer sent), leaves everything with cprd and exits.
-The next one goes on in the middle of that line.
+connection has sent so far, and their sum. Every step is kept in a live hold before the step is
+taken, so SIGTERM and SIGKILL may come at any moment, wherever each connection stands (half a line
+read, half an answer sent). The next one goes on in the middle of that line.
 
     cprd-demo-server NAME [PORT]          (or python3 -m cprd.demo.server)
 
-serves what is held under NAME, or else opens PORT. It prints "ready PORT" when it serves, and how
+serves what is kept under NAME, or else opens PORT. It prints "ready PORT" when it serves, and how
 many seconds it spent with cprd.
 """
 
@@ -21,9 +21,12 @@ import time
 from typing import TYPE_CHECKING
 
 import cprd
+from cprd.demo import position
 from cprd.errors import absent
 
 if TYPE_CHECKING:
+    from typing import Any
+
     import trio
 
 LINE = 64  # bytes; a longer one is no number of ours
@@ -33,7 +36,9 @@ _TCP = (socket.AF_INET, socket.SOCK_STREAM)
 
 
 class Tally:
-    """One client: its connection, what it was told, and the bytes on their way in and out."""
+    """One client: its connection, what it was told, and the bytes on their way in and out.
+
+    `read`, `written`: where the connection stands when all that is noted here has been done."""
 
     def __init__(self, sock: socket.socket, count: int = 0, total: int = 0) -> None:
         self.sock = sock
@@ -41,6 +46,8 @@ class Tally:
         self.total = total
         self.unread = b""  # the beginning of a line
         self.unsent = b""
+        self.read = 0
+        self.written = 0
 
     def take(self, data: bytes) -> None:
         """Add the numbers of every whole line; the answers wait in `unsent`."""
@@ -51,57 +58,83 @@ class Tally:
             self.unsent += b"%d %d\n" % (self.count, self.total)
         if len(self.unread) > LINE:
             raise ValueError("a line without an end")
+        self.read += len(data)
+
+    def note(self) -> list[Any]:
+        return [self.count, self.total, self.unread, self.unsent, self.read, self.written]
+
+    @classmethod
+    def noted(cls, sock: socket.socket, note: list[Any]) -> Tally:
+        """As its predecessor noted it, and no byte done twice: the predecessor may have been killed
+        before it read what it had noted as read, or after it sent what it had noted as unsent."""
+        tally = cls(sock, *note[:2])
+        tally.unread, tally.unsent, tally.read, tally.written = note[2:]
+        try:
+            while (left := tally.read - position.read(sock)) > 0 and sock.recv(left):
+                pass
+            sent = position.written(sock) - tally.written
+        except OSError:
+            return tally  # gone, as the first read will tell
+        tally.unsent = tally.unsent[max(0, sent) :]
+        tally.written += max(0, sent)
+        return tally
 
 
 class Service:
-    """The listener and all clients: what has to outlive the process."""
+    """The listener and all clients: what outlives the process, and where that is kept."""
 
-    def __init__(self, listener: socket.socket, clients: list[Tally]) -> None:
+    def __init__(
+        self, state: cprd.LiveState | Any, listener: socket.socket, clients: dict[int, Tally]
+    ) -> None:
+        self.state = state
         self.listener = listener
-        self.clients = set(clients)
+        self.clients = clients
 
     @classmethod
-    def fresh(cls, port: int) -> Service:
-        return cls(socket.create_server(("127.0.0.1", port), backlog=4096), [])
+    def fresh(cls, state: Any, port: int) -> Service:
+        listener = socket.create_server(("127.0.0.1", port), backlog=4096)
+        state.save_fd("listener", listener)
+        return cls(state, listener, {})
 
     @classmethod
-    def restored(cls, state: cprd.State) -> Service:
-        """Takes every descriptor of a loaded state, and owns it from now on."""
-        clients = []
+    def restored(cls, state: Any) -> Service:
+        """Takes every descriptor that was left, and owns it from now on."""
         socks = state.take_sockets("client", *_TCP)
-        for id, (count, total, unread, unsent) in enumerate(state["clients"]):
-            client = Tally(socks[id], count, total)
-            client.unread, client.unsent = unread, unsent
-            clients.append(client)
-        return cls(state.take_sockets("listener", *_TCP)[0], clients)
+        notes = {id: state[f"client.{id}"] for id in socks}
+        listener = state.take_sockets("listener", *_TCP)[0]
+        clients = {id: Tally.noted(sock, notes[id]) for id, sock in socks.items()}
+        return cls(state, listener, clients)
 
-    def state(self) -> cprd.State:
-        """Everything, borrowed from here until it is saved."""
-        state = cprd.State()
-        clients = list(self.clients)
-        state.save_fd("listener", self.listener)
-        state.save_fds("client", enumerate(client.sock for client in clients))
-        state["clients"] = [
-            (client.count, client.total, client.unread, client.unsent) for client in clients
-        ]
-        return state
+    def add(self, sock: socket.socket) -> int:
+        """Keep a new client; returns the number."""
+        id = max(self.clients, default=0) + 1
+        client = self.clients[id] = Tally(sock)
+        client.read, client.written = position.read(sock), position.written(sock)
+        with self.state.batch():
+            self.state.save_fd("client", id, sock)
+            self.state[f"client.{id}"] = client.note()
+        return id
 
+    def note(self, id: int) -> None:
+        self.state[f"client.{id}"] = self.clients[id].note()
 
-def _tcp(fd: int) -> socket.socket:
-    return socket.socket(*_TCP, fileno=fd)
+    def remove(self, id: int) -> None:
+        """Let go of a client, which is told so by the close."""
+        with self.state.batch():
+            self.state.delete_fd("client", id)
+            del self.state[f"client.{id}"]
+        self.clients.pop(id).sock.close()
 
 
 async def serve(service: Service, stopped: list[int]) -> None:
-    """Serve until SIGTERM; not empty, `stopped` says that one came before. Cancelling is the whole
-    hand-over: trio's receive and send either did their work or nothing, so at any moment `service`
-    says exactly where each client stands."""
+    """Serve until SIGTERM; not empty, `stopped` says that one came before."""
     import trio
 
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_accept, service, nursery)
-            for client in service.clients:
-                nursery.start_soon(_talk, service, client)
+            for id in service.clients:
+                nursery.start_soon(_talk, service, id)
             print("ready", service.listener.getsockname()[1], flush=True)
             if stopped:
                 nursery.cancel_scope.cancel()
@@ -112,43 +145,50 @@ async def serve(service: Service, stopped: list[int]) -> None:
 async def _accept(service: Service, nursery: trio.Nursery) -> None:
     import trio
 
-    listener = trio.socket.from_stdlib_socket(service.listener)
+    service.listener.setblocking(False)
     while True:
-        sock, _ = await listener.accept()
-        client = Tally(_tcp(sock.detach()))
-        service.clients.add(client)
-        nursery.start_soon(_talk, service, client)
+        await trio.lowlevel.wait_readable(service.listener)
+        try:
+            sock, _ = service.listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            continue
+        # Between accept and add nothing else may run: a connection in between ends with a kill.
+        nursery.start_soon(_talk, service, service.add(sock))
 
 
-async def _talk(service: Service, client: Tally) -> None:
+async def _talk(service: Service, id: int) -> None:
     """Read numbers and send answers until the client hangs up."""
     import trio
 
+    client = service.clients[id]
     sock = trio.socket.from_stdlib_socket(client.sock)
     try:
         while True:
             while client.unsent:
                 sent = await sock.send(client.unsent)
                 client.unsent = client.unsent[sent:]
-            data = await sock.recv(4096)
+                client.written += sent
+            data = await sock.recv(4096, socket.MSG_PEEK)
             if not data:
                 break
             client.take(data)
+            service.note(id)  # the point of no return: before, nothing was read
+            client.sock.recv(len(data))
     except (OSError, ValueError):
         pass  # gone, or talking something else
-    service.clients.discard(client)
-    client.sock.close()
+    service.remove(id)
 
 
 def main() -> int:
-    """The command. Exit status: 0 saved, 1 it failed, 2 usage."""
+    """The command. Exit status: 0 left to the next one, 1 it failed, 2 usage."""
     import argparse
 
     parser = argparse.ArgumentParser(
         prog="cprd-demo-server",
-        description="A small TCP service that survives its own restarts: the one of `cprctl demo`.",
+        description="A small TCP service that survives its own restarts and deaths: the one of"
+        " `cprctl demo`.",
     )
-    parser.add_argument("name", metavar="NAME", help="what it is held under")
+    parser.add_argument("name", metavar="NAME", help="what it is kept under")
     parser.add_argument("port", metavar="PORT", type=int, nargs="?", default=0, help="when cold")
     given = parser.parse_args()
     try:
@@ -160,32 +200,33 @@ def main() -> int:
 
 
 def run(name: str, port: int) -> None:
-    """Load or start, serve until SIGTERM, save. Raises CprdError, OSError (the port is taken)."""
+    """Take over or start, serve until SIGTERM. Raises CprdError, OSError (the port is taken)."""
     from importlib.util import find_spec
 
     if find_spec("trio") is None:  # not once something was taken
         raise cprd.Unavailable(absent("trio", "cprd-demo-server"))
-    begun = time.monotonic()
-    stopped: list[int] = []  # before the load: what was taken must not go down with a SIGTERM
+    stopped: list[int] = []  # a SIGTERM before serve() ends it politely, too
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
-    with cprd.connect() as daemon:
-        try:
-            with daemon.load(name) as claim:
-                if "CPRD_DEMO_CRASH" in os.environ:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                service = Service.restored(claim.state)
-        except cprd.NotHeld:
-            service = Service.fresh(port)
-    print(f"loaded {time.monotonic() - begun:.6f}")
 
     import trio
 
-    trio.run(serve, service, stopped)
+    trio.run(_live, name, port, stopped)
+
+
+async def _live(name: str, port: int, stopped: list[int]) -> None:
+    import cprd.trio
 
     begun = time.monotonic()
-    with cprd.connect() as daemon:
-        daemon.save(name, service.state())
-    print(f"saved {time.monotonic() - begun:.6f}")
+    async with cprd.trio.live(name, wait=10.0) as state:
+        if "CPRD_DEMO_CRASH" in os.environ:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if state.found:
+            service = Service.restored(state)
+            await state.confirm()
+        else:
+            service = Service.fresh(state, port)
+        print(f"loaded {time.monotonic() - begun:.6f}")
+        await serve(service, stopped)
 
 
 if __name__ == "__main__":

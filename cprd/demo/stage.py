@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ _libc = ctypes.CDLL(None)
 
 CLONE = Path(cprd.__file__).parents[1]
 NAME = "demo"
+KILLS = (1, 3, 6, 8)  # of ten restarts, by number from 0: kill -9
 STEP = 15.0  # seconds that any single step may take
 WARM_UP, TAIL = 1.0, 1.0  # seconds before the first restart and after the last
 
@@ -271,21 +273,24 @@ class _Play:
         for number in range(count):
             self.doing = "serving"
             await trio.sleep(max(0.0, WARM_UP + number * every - self.load.clock()))
-            await self._restart(crash=number == count // 2)
+            kill = number % 10 in KILLS
+            if kill:  # at any moment
+                await trio.sleep(random.uniform(0, every / 4))
+            await self._restart(kill=kill, crash=number == count // 2)
         self.doing = "serving"
         rest = self.settings.seconds - TAIL - self.load.clock()
         await trio.sleep(max(0.0, rest))
 
-    async def _restart(self, *, crash: bool) -> None:
-        """SIGTERM, wait until it is gone, start the next: what a service manager does."""
-        self.doing = "restarting the server"
+    async def _restart(self, *, kill: bool, crash: bool) -> None:
+        """SIGTERM (or SIGKILL), wait until it is gone, start the next: what a service manager does
+        (and what no server can do anything about)."""
+        self.doing = "killing the server" if kill else "restarting the server"
         asked = self.load.clock()
-        self.server.process.terminate()
+        self.server.process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
         status = await self.server.gone()
-        if status != 0:
+        if status != (-signal.SIGKILL if kill else 0):
             raise CprdError(f"the demo's server ended with status {status}, see {self.server.log}")
         gone = self.load.clock()
-        with_cprd = self.server.number(b"saved") or 0.0
         if crash:
             self.doing = "killing a fresh claimant"
             victim = self._start("-m", "cprd.demo.server", NAME, CPRD_DEMO_CRASH="1")
@@ -293,8 +298,8 @@ class _Play:
                 raise CprdError("the successor that was to be killed lived on")
         self.server = self._start("-m", "cprd.demo.server", NAME)
         await self.server.ready()
-        with_cprd += self.server.number(b"loaded") or 0.0
-        self.restarts.append(Restart(asked, gone, self.load.clock(), crash, with_cprd))
+        with_cprd = self.server.number(b"loaded") or 0.0
+        self.restarts.append(Restart(asked, gone, self.load.clock(), crash, with_cprd, kill))
 
     def _start(self, *arguments: str, **extra: str) -> Child:
         child = Child(list(arguments), self.folder, **extra)

@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 
 
 class Restart(NamedTuple):
-    """One restart: SIGTERM sent, the old server gone, the new one serving. `crashed`: one more
-    successor was killed between, right after its claim. `with_cprd`: seconds of it for save and
-    load, descriptors and all; the rest is the server's end and the start of Python and trio."""
+    """One restart: SIGTERM sent (`killed`: SIGKILL), the old server gone, the new one serving.
+    `crashed`: one more successor was killed between, right after its claim. `with_cprd`: seconds of
+    it for the take-over, descriptors and all; the rest is the start of Python and trio."""
 
     asked: float
     gone: float
     ready: float
     crashed: bool
     with_cprd: float = 0.0
+    killed: bool = False
 
 
 class Report(NamedTuple):

@@ -19,7 +19,7 @@ from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded, MissingK
 from cprd.linux.rights import close_all
 from cprd.live import puts as make
 from cprd.live.memory import Memory, check_size, make_memfd
-from cprd.live.records import Key
+from cprd.live.records import FD, Key
 from cprd.live.root import Root
 from cprd.live.segment import Put
 from cprd.live.shape import SHAPE, Shape
@@ -101,10 +101,11 @@ class Owner:
         made = make.Made()
         self._act(self._save, make.put_section(found, self._birth(found, True), value, made))
 
-    def save_section_fd(self, key: str, memfd: int | HasFileno) -> None:
-        """Keep a section that already is a sealed memfd, which is borrowed and not copied."""
+    def save_section_fd(self, key: str, memfd: int | HasFileno, *, packed: bool = False) -> None:
+        """Keep a section that already is a sealed memfd, which is borrowed and not copied.
+        `packed`: with one msgpack value in it, not raw bytes."""
         found = make.section_key(key)
-        put = make.put_section_fd(found, self._birth(found, True), number_of(memfd))
+        put = make.put_section_fd(found, self._birth(found, True), number_of(memfd), packed)
         self._change([put], ())
 
     def delete_section(self, key: str) -> None:
@@ -192,7 +193,29 @@ class Owner:
         """How many keys are kept: descriptors, sections and memory."""
         return len(self._ledger.where)
 
+    def has_fd(self, name: str, id: int) -> bool:
+        return make.fd_key(name, id) in self._ledger.where
+
+    def fd_keys(self) -> list[tuple[str, int]]:
+        """The keys of all descriptors, oldest first."""
+        with self._lock:
+            kept = [(key, seg.keys.get(key)) for key, seg in self._ledger.where.items()]
+        born = [(found[1], key) for key, found in kept if key[0] == FD and found is not None]
+        return [(key[1].decode("utf-8", "surrogateescape"), key[2]) for _, key in sorted(born)]
+
+    def sockets(self) -> set[int]:
+        """The inodes of all kept sockets. Takes a moment for each: copies are made and closed."""
+        found: set[int] = set()
+        self._act(self._writer.each_copy, lambda fd: found.update(make.socket_inode(fd)))
+        return found
+
     # For what takes a hold over
+
+    def fence(self, why: Fenced) -> None:
+        """Somebody else has the hold by now: every verb raises `why`."""
+        with self._lock:
+            if self._over is None:
+                self._end(why)
 
     def inherit(self, births: int, memories: dict[str, int]) -> Writer:
         """The writer, to be filled; births go on above `births`; owns the memfds of `memories`."""
@@ -334,11 +357,11 @@ class Batch:
         self._made.append(made)
         self._put(make.put_section(found, self._birth(found, True), value, made))
 
-    def save_section_fd(self, key: str, memfd: int | HasFileno) -> None:
+    def save_section_fd(self, key: str, memfd: int | HasFileno, *, packed: bool = False) -> None:
         found = make.section_key(key)
         self._alive.append(memfd)
         birth = self._birth(found, True)
-        self._put(make.put_section_fd(found, birth, number_of(memfd)))
+        self._put(make.put_section_fd(found, birth, number_of(memfd), packed))
 
     def delete_section(self, key: str) -> None:
         """Raises MissingKey."""

@@ -22,6 +22,7 @@ from cprd.live.records import (
     Key,
 )
 from cprd.live.segment import Put
+from cprd.state import InlineSection
 from cprd.state.sections import check_section_key, encode
 
 TYPE_CHECKING = False
@@ -102,6 +103,12 @@ def put_fd(key: Key, birth: int, fd: int, refused: Container[int], ask_linger: b
     return (SAVE, key, birth, fd, b"", may_block, own)
 
 
+def socket_inode(fd: int) -> list[int]:
+    """The inode of a socket; nothing for any other file."""
+    found = os.fstat(fd)
+    return [found.st_ino] if stat.S_ISSOCK(found.st_mode) else []
+
+
 def _lingers(fd: int) -> bool:
     """Whether the last close of a socket may wait for the peer."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
@@ -115,9 +122,9 @@ def _lingers(fd: int) -> bool:
 
 
 def put_section(key: Key, birth: int, value: Any, made: Made) -> Put:
-    """Keep a value. `made` gets the memfd of a large one, and has to live until the change is done.
-    Raises InvalidInput, LimitExceeded."""
-    section = encode(key[1].decode(), value)
+    """Keep a value; an InlineSection is one that was encoded before. `made` gets the memfd of a
+    large one, and has to live until the change is done. Raises InvalidInput, LimitExceeded."""
+    section = value if isinstance(value, InlineSection) else encode(key[1].decode(), value)
     if len(section.data) <= INLINE:
         op = PACKED if section.packed else RAW
         return (op, key, birth, -1, bytes(section.data), False, False)
@@ -126,10 +133,10 @@ def put_section(key: Key, birth: int, value: Any, made: Made) -> Put:
     return (op, key, birth, made.fd, b"", False, True)
 
 
-def put_section_fd(key: Key, birth: int, memfd: int) -> Put:
+def put_section_fd(key: Key, birth: int, memfd: int, packed: bool) -> Put:
     """Keep a section that already is a sealed memfd, which is borrowed. Raises InvalidInput."""
     check_seals(key[1].decode(), memfd)
-    return (RAW_MEMFD, key, birth, memfd, b"", False, True)
+    return (PACKED_MEMFD if packed else RAW_MEMFD, key, birth, memfd, b"", False, True)
 
 
 def put_memory(key: Key, birth: int, memfd: int) -> Put:

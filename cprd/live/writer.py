@@ -108,6 +108,16 @@ class Writer:
         """Void all records of the root by new ones that name all segments."""
         self.branches.rewrite()
 
+    def each_copy(self, look: Callable[[int], object]) -> None:
+        """Look at a copy of each descriptor that may be copied here."""
+        self.recover()
+        for segment in [*self.ledger.pool.segments.values()]:
+            if segment.kind == SHARED and segment.records and not segment.busy:
+                for key, fd in segment.peek(self.steps.copies).items():
+                    if key in segment.keys:
+                        look(fd)
+                self.steps.copies.close()
+
     def close(self) -> None:
         """Close all ends and copies; what is kept stays kept. Safe to repeat."""
         self.steps.copies.close()

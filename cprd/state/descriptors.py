@@ -16,6 +16,7 @@ import fcntl
 import operator
 import os
 import struct
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from errno import EBADF
@@ -130,6 +131,21 @@ class Descriptors:
             self._forget(name, [id])
         return fd
 
+    def take_socket(self, name: str, id: int = 0, *, blocking: bool = True) -> socket.socket:
+        """Return the descriptor under (name, id) as a socket, which the caller owns.
+
+        O_NONBLOCK belongs to the open file, and a former process may have changed the flag: the
+        socket becomes blocking, or not, as `blocking` says. Raises MissingKey; InvalidInput for
+        anything but a socket, which stays."""
+        from cprd.state.sockets import as_socket
+
+        fd = self.take_fd(name, id)
+        try:
+            return as_socket(name, id, fd, blocking)
+        except InvalidInput:
+            self.put_back_fd(name, id, fd)
+            raise
+
     def delete_fd(self, name: str, id: int = 0) -> None:
         """Forget (name, id), and close an owned descriptor. An absent key is no error."""
         owned = self._owned
@@ -215,6 +231,10 @@ class Descriptors:
         return sum(map(len, self._names.values()))
 
     # For what carries a state
+
+    def put_back_fd(self, name: str, id: int, fd: int) -> None:
+        """The end of a take_fd that came to nothing: the state owns `fd` again."""
+        self._append(name, {id: fd})
 
     def columns(self) -> tuple[bytes, array[int], array[int]]:
         """The keys as they travel: names joined by NUL, ids, descriptors. Not to be changed."""
@@ -452,9 +472,17 @@ def _refused(name: str, id: int, number: int) -> InvalidInput:
 
 
 def number_of(thing: object) -> int:
-    """The number of a descriptor, from a number or an object with fileno(). Raises InvalidInput."""
+    """The number of a descriptor, from a number or an object with fileno(). Raises InvalidInput,
+    for an ssl.SSLSocket as well."""
     if isinstance(thing, int):
         return int(thing)
+    ssl = sys.modules.get("ssl")
+    if ssl is not None and isinstance(thing, ssl.SSLSocket):
+        raise InvalidInput(
+            "an ssl.SSLSocket cannot be handed over: its keys are in the memory of this process."
+            " Save the listener, and let clients connect anew; or end TLS in a proxy that does not"
+            " restart; or unwrap() it first, where the protocol can go on without TLS"
+        )
     try:
         return int(operator.index(thing.fileno()))  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError, OSError) as error:

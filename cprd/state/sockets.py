@@ -42,6 +42,12 @@ def as_sockets(
     return made
 
 
+def as_socket(name: str, id: int, fd: int, blocking: bool) -> socket:
+    """Make a socket object of `fd`, which the object owns. Raises InvalidInput; then `fd` is as
+    before."""
+    return as_sockets(name, {id: fd}, None, None, blocking)[id]
+
+
 def _check(name: str, id: int, sock: socket, family: int | None, type: int | None) -> None:
     """Raise InvalidInput for another family or type than the program expects."""
     for what, found, wanted in (("family", sock.family, family), ("type", sock.type, type)):

@@ -128,6 +128,11 @@ class State(Descriptors, MutableMapping[str, "Any"]):
         os.lseek(section.fd, 0, os.SEEK_SET)
         return section.fd
 
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called, or the claim is over."""
+        return False
+
     def untaken(self) -> list[tuple[str, int] | str]:
         """Keys of a loaded state that the program never asked for: (name, id) of descriptors in
         order, then sections. Empty for a state that the program built."""
@@ -174,6 +179,16 @@ class State(Descriptors, MutableMapping[str, "Any"]):
         for key, section in self._sections.items():
             yield key, encode(key, section.value) if isinstance(section, Value) else section
 
+    def forget_asked(self) -> None:
+        """Nobody has asked for any key yet."""
+        self._asked.clear()
+
+    def take_sections(self) -> dict[str, InlineSection | MemfdSection]:
+        """All sections as they came; the caller owns each from now on."""
+        taken = dict(self.sections())
+        self._sections.clear()
+        return taken
+
     def _section(self, key: str) -> Section:
         try:
             return self._sections[key]
@@ -186,6 +201,10 @@ class _Closed(State):
     """A state after close()."""
 
     __slots__ = ()
+
+    @property
+    def closed(self) -> bool:
+        return True
 
     def close(self) -> None:
         pass
@@ -203,6 +222,7 @@ def _over(self: State, *_: object, **__: object) -> NoReturn:
 
 for _verb in (
     *("save_fd", "find_fd", "take_fd", "delete_fd", "save_fds", "take_fds", "take_sockets", "fds"),
+    *("take_socket", "put_back_fd", "take_sections", "forget_asked"),
     *(
         "columns",
         "has_any",

@@ -69,7 +69,7 @@ def test_restarts_and_a_killed_successor_lose_nothing(place: Path) -> None:
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out + err
     rows = dict(re.findall(r"^ (\S.*?)  +(\S.*?) *$", out, re.MULTILINE))
-    assert rows["restarts"].startswith("3, in number 2 the first successor was killed")
+    assert rows["restarts"].startswith("3, number 2 by kill -9, in number 2 the first successor")
     assert rows["answers lost"] == rows["answers wrong"] == rows["connections dropped"] == "0"
     assert int(rows["requests answered"].replace(",", "")) > 200
     blackouts = [int(number) for number in rows["blackout of each, ms"].split()]

@@ -121,12 +121,14 @@ class DaemonProcess:
         return list(self._lines)
 
     def await_log(self, text: str, *, since: int = 0) -> str:
-        """The first line from number `since` on that contains `text`, waited for."""
+        """The first line from number `since` on that contains `text` (no part of a word: "already"
+        is not "ready"), waited for."""
+        wanted = re.compile(r"(?<!\w)" + re.escape(text))
         with self._news:
             end = time.monotonic() + PATIENCE
             while True:
                 for line in self._lines[since:]:
-                    if text in line:
+                    if wanted.search(line):
                         return line
                 left = end - time.monotonic()
                 over = left <= 0 or not self._reader.is_alive()
@@ -159,7 +161,13 @@ class DaemonProcess:
     # Used again
 
     def remember(self) -> None:
-        """What it is like before anybody used it, for `as_started`."""
+        """What it is like before a test used it, for `as_started`. The first hold that ends leaves
+        a releasing process, which stays for the next."""
+        with self.connect() as daemon:
+            daemon.save("first", cprd.State())
+            daemon.drop("first")
+            until(lambda: not daemon.status()["closing"], lambda: "a close that blocks")
+        self._forget_log()
         self._first_pid = self.pid
         self._first_command, self._first_env = list(self.command), dict(self.env)
         self._first_fds = self.fds()

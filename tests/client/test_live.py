@@ -1,0 +1,671 @@
+"""The live hold as a program sees it: real processes, a real cprd, blocking and on trio."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+
+import cprd
+import cprd.trio
+from cprd import Busy, Fenced, InvalidInput, MissingKey, State
+from cprd.linux.rights import close_all
+from tests.support.child import Child, Line
+from tests.support.daemon import DaemonProcess
+from tests.support.eventfds import opened, values
+from tests.support.patience import PATIENCE, patience, until
+
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
+
+
+class Awaited:
+    """A blocking LiveState, with the verbs that ask cprd awaited, as on trio."""
+
+    def __init__(self, open: Callable[[], cprd.LiveState]) -> None:
+        self._open = open
+
+    async def __aenter__(self) -> Any:
+        self.inner = self._open()
+        self.inner.__enter__()
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        self.inner.__exit__(*exc)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.inner, name)
+        if name not in ("confirm", "end", "close"):
+            return found
+
+        async def call(*arguments: Any, **options: Any) -> Any:
+            return found(*arguments, **options)
+
+        return call
+
+    def __getitem__(self, key: str) -> Any:
+        return self.inner[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.inner[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.inner[key]
+
+    def __iter__(self) -> Any:
+        return iter(self.inner)
+
+
+Live = Callable[..., Any]
+
+
+@pytest.fixture(params=["blocking", "trio"])
+def live(request: pytest.FixtureRequest, daemon: DaemonProcess) -> Live:
+    """live(name, ...) of either client, to be entered."""
+    if request.param == "trio":
+        return lambda name, **options: cprd.trio.live(name, daemon.path, **options)
+    return lambda name, **options: Awaited(lambda: cprd.live(name, daemon.path, **options))
+
+
+def row(daemon: DaemonProcess, name: str = "chat") -> dict[str, Any] | None:
+    with daemon.connect() as client:
+        return next((dict(row) for row in client.list() if row["name"] == name), None)
+
+
+def phase(daemon: DaemonProcess, name: str = "chat") -> str | None:
+    found = row(daemon, name)
+    return None if found is None else str(found["phase"])
+
+
+def keep_and_wait(line: Line, path: str, fds: list[int]) -> None:
+    """A predecessor: keeps `fds` and sections, and waits for its end."""
+    state = cprd.live("chat", path)
+    state.confirm()
+    state.save_fds("fd", enumerate(fds))
+    state["small"] = {"a": [1, 2]}
+    state["raw"] = b"r" * 10
+    state["large"] = {"b": "c" * 10_000}
+    state.memory("journal", 4096)[:5] = b"bytes"
+    line.say("kept")
+    line.hear()
+
+
+# What is there afterwards
+
+
+async def test_a_killed_server_loses_nothing(live: Live, daemon: DaemonProcess) -> None:
+    with opened(300) as fds, Child(keep_and_wait, daemon.path, fds) as server:
+        assert server.hear() == "kept"
+        server.kill()
+        async with live("chat", wait=PATIENCE) as state:
+            assert state.found
+            assert not state.confirmed
+            assert state.attempts == 1
+            assert state.last_end in ("killed by SIGKILL", "ended")  # as far as the kernel tells
+            assert state.fd_keys() == [("fd", number) for number in range(300)]
+            assert list(state) == ["small", "raw", "large"]
+            assert state["small"] == {"a": [1, 2]}
+            assert bytes(state["raw"]) == b"r" * 10
+            assert state["large"] == {"b": "c" * 10_000}
+            taken = state.take_fd("fd", 7)
+            assert os.eventfd_read(taken) == 8
+            os.eventfd_write(taken, 8)
+            before = state.generation
+            await state.confirm(strict=False)
+            assert state.generation > before
+            assert bytes(state.memory("journal", 4096)[:5]) == b"bytes"
+            state.delete_fd("fd", 8)
+            del state["raw"]
+            state["small"] = 1
+            os.close(taken)
+        async with live("chat") as state:
+            assert values(state) == [number + 1 for number in range(300) if number != 8]
+            assert sorted(state) == ["large", "small"]
+            assert state["small"] == 1
+            await state.confirm()
+            await state.end()
+        assert phase(daemon) is None
+
+
+async def test_a_cold_start_has_the_name_at_once(live: Live, daemon: DaemonProcess) -> None:
+    async with live("chat") as state:
+        assert not state.found
+        assert state.confirmed
+        assert phase(daemon) == "live"
+        with daemon.connect() as client:
+            with pytest.raises(Busy) as caught:
+                client.load("chat")
+            assert (caught.value.pid, caught.value.phase) == (os.getpid(), "live")
+        with pytest.raises(Busy, match="in this process already"):
+            cprd.live("chat", daemon.path)
+        with Child(second_starter, daemon.path) as other:
+            assert other.hear() == f"Busy {os.getpid()}"
+            await state.confirm()  # does nothing
+            state["x"] = 1
+            other.say("wait")
+            until(lambda: other_waits(daemon), lambda: "nobody waits")
+            await state.close()
+            assert other.hear() == "found 1"
+            other.wait()
+    assert phase(daemon) == "held"
+
+
+def other_waits(daemon: DaemonProcess) -> bool:
+    """Whether the daemon has read the request of somebody who waits."""
+    with daemon.connect() as client:
+        return client.status()["connections"] >= 3
+
+
+def second_starter(line: Line, path: str) -> None:
+    try:
+        cprd.live("chat", path)
+    except Busy as error:
+        line.say(f"Busy {error.pid}")
+    line.hear()
+    with cprd.live("chat", path, wait=PATIENCE) as state:
+        state.confirm()
+        line.say(f"found {state['x']}")
+
+
+async def test_an_empty_hold_is_gone_with_its_owner(live: Live, daemon: DaemonProcess) -> None:
+    async with live("chat") as state:
+        state["x"] = 1
+        del state["x"]
+    assert phase(daemon) is None
+    with contextlib.suppress(ZeroDivisionError):
+        async with live("chat"):
+            1 / 0  # noqa: B018
+    assert phase(daemon) is None
+
+
+async def test_before_confirm_nothing_changes_and_all_goes_back(
+    live: Live, daemon: DaemonProcess
+) -> None:
+    with opened(20) as fds, Child(keep_and_wait, daemon.path, fds) as server:
+        server.hear()
+        server.kill()
+        for number in range(3):
+            with contextlib.suppress(ZeroDivisionError):
+                async with live("chat", wait=PATIENCE) as state:
+                    assert state.attempts == number + 1
+                    os.close(state.take_fd("fd", 3))
+                    changes: tuple[Callable[[], object], ...] = (
+                        lambda: state.save_fd("new", 0, 0),
+                        lambda: state.delete_fd("fd", 1),
+                        lambda: state.__setitem__("x", 1),
+                        lambda: state.__delitem__("small"),
+                        lambda: state.memory("journal", 4096),
+                        state.leave,
+                    )
+                    for change in changes:
+                        with pytest.raises(InvalidInput, match="confirm"):
+                            change()
+                    with pytest.raises(InvalidInput, match="confirm"), state.batch():
+                        raise AssertionError
+                    if number:
+                        1 / 0  # noqa: B018
+            assert phase(daemon) == "held"
+        async with live("chat") as state:
+            assert "ZeroDivisionError" in state.last_reject
+            assert values(state) == list(range(1, 21))
+            await state.confirm()
+
+
+async def test_what_was_saved_is_taken_live_and_what_was_live_is_loaded(
+    live: Live, daemon: DaemonProcess
+) -> None:
+    with opened(300) as fds, daemon.connect() as client:
+        saved = State()
+        saved.save_fds("fd", enumerate(fds))
+        saved["small"] = [1]
+        saved["middle"] = b"m" * 10_000
+        saved["large"] = {"l": "l" * 50_000}
+        client.save("chat", saved)
+        async with live("chat") as state:
+            assert state.found
+            os.close(state.take_fd("fd", 0))  # what the program does with it is its own affair
+            await state.confirm()
+            assert len(state.fd_keys()) == 300
+            state["new"] = 2
+            state.memory("journal", 8)[:] = b"01234567"
+        with client.load("chat") as claim:
+            assert values(claim.state) == list(range(1, 301))
+            assert claim.state["small"] == [1]
+            assert claim.state["new"] == 2
+            assert bytes(claim.state["middle"]) == b"m" * 10_000
+            assert claim.state["large"] == {"l": "l" * 50_000}
+            assert bytes(claim.state["memory.journal"]) == b"01234567"
+            claim.reject("not yet")
+        async with live("chat") as state:
+            await state.confirm()
+            assert bytes(state.memory("journal", 8)) == b"01234567"
+            await state.end()
+        assert client.list() == []
+
+
+async def test_what_nobody_asked_for_is_said(live: Live, daemon: DaemonProcess) -> None:
+    with opened(3) as fds, Child(keep_and_wait, daemon.path, fds) as server:
+        server.hear()
+        server.kill()
+        left = r"\('fd', 1\), \('fd', 2\), section 'raw'"
+        with pytest.raises(InvalidInput, match=left):  # noqa: PT012
+            async with live("chat", wait=PATIENCE) as state:
+                os.close(state.take_fd("fd", 0))
+                assert state["small"]
+                assert state["large"]
+                await state.confirm(strict=True)
+        async with live("chat") as state:
+            assert state.untaken()[0] == ("fd", 0)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                await state.confirm()
+            (warning,) = said
+            assert "('fd', 0), ('fd', 1)" in str(warning.message)
+            assert "stay kept" in str(warning.message)
+            await state.end()
+
+
+def test_a_claim_says_what_ended_with_it(daemon: DaemonProcess) -> None:
+    with opened(3) as fds, daemon.connect() as client:
+        state = State()
+        state.save_fds("fd", enumerate(fds))
+        state["x"] = 1
+        client.save("web", state)
+        with (  # noqa: PT012
+            pytest.raises(InvalidInput, match=r"\('fd', 1\), section 'x' of 'web' were never"),
+            client.load("web") as claim,
+        ):
+            os.close(claim.state.take_fd("fd", 0))
+            assert claim.state.find_fd("fd", 2) >= 0
+            claim.confirm(strict=True)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with client.load("web") as claim:
+                close_all(claim.state.take_fds("fd").values())
+                took = claim
+        (warning,) = said
+        assert "section 'x' of 'web' were never asked for" in str(warning.message)
+        assert warning.filename == __file__
+        with pytest.raises(InvalidInput, match="is closed"):
+            took.state["x"]
+
+
+# Verbs
+
+
+async def test_keys_of_what_is_kept_and_of_what_was_taken(live: Live) -> None:
+    with opened(4) as fds:
+        async with live("chat") as state:
+            state.save_fd("a", fds[0])
+            state.save_fd("b", 5, fds[1])
+            with pytest.raises(InvalidInput, match="is used already"):
+                state.save_fd("b", 5, fds[2])
+            state.save_fd("b", 5, fds[2], replace=True)
+            assert state.fd_keys() == [("a", 0), ("b", 5)]
+            assert state.fd_keys("b") == [("b", 5)]
+            assert state.has_fd("a")
+            assert not state.has_fd("a", 1)
+            with pytest.raises(MissingKey, match="this process has the descriptor"):
+                state.take_fd("a")
+            with pytest.raises(MissingKey, match="no descriptor under"):
+                state.take_fd("c", 1)
+            assert state.take_fd("a", default=-1) == -1
+            with pytest.raises(MissingKey, match="no section 'x'"):
+                state["x"]
+            with pytest.raises(InvalidInput, match=r"x\.a: msgpack cannot say a set"):
+                state["x"] = {"a": {1}}
+            state["x"] = {"a": 1}
+            state["x"]["a"] = 2
+            assert state["x"] == {"a": 1}  # a copy: what is kept
+            state["big"] = b"x" * 5000
+            assert os.pread(state.section_fd("big"), 3, 0) == b"xxx"
+            assert os.pread(state.section_fd("x"), 9, 0) == b"\x81\xa1a\x01"
+            memfd = os.dup(state.section_fd("big"))
+            state.save_section_fd("again", memfd)
+            os.close(memfd)
+            assert bytes(state["again"]) == b"x" * 5000
+        async with live("chat") as state:
+            assert os.eventfd_read(state.find_fd("b", 5)) == 3
+            found = [(name, id) for name, id, _ in state.fds("b")]
+            assert found == [("b", 5)]
+            assert sorted(state) == ["again", "big", "x"]
+            await state.confirm()
+            state.delete_fd("b", 5)  # the copy that nobody took is closed with the key
+            assert state.find_fd("b", 5) == -1
+            await state.end()
+
+
+async def test_a_batch_is_there_as_a_whole_or_not_at_all(live: Live, daemon: DaemonProcess) -> None:
+    with opened(6) as fds:
+        async with live("chat") as state:
+            state.save_fd("old", fds[0])
+            state["x"] = 0
+            with pytest.raises(ZeroDivisionError), state.batch():  # noqa: PT012
+                state.save_fd("new", fds[1])
+                state.delete_fd("old")
+                state["x"] = b"y" * 5000
+                assert len(state["x"]) == 5000  # this task sees what will be
+                other = threading.Thread(target=state.save_fd, args=("other", fds[2]))
+                other.start()
+                other.join()
+                1 / 0  # noqa: B018
+            assert state.fd_keys() == [("old", 0), ("other", 0)]
+            assert state["x"] == 0
+            with state.batch() as inner:
+                inner.save_fd("new", fds[1])
+                state.delete_fd("old")
+                state["x"] = b"y" * 5000
+                state["gone"] = 1
+                del state["gone"]
+                with state.batch():
+                    state["z"] = 1
+                assert list(state) == ["x", "z"]
+            assert state.fd_keys() == [("other", 0), ("new", 0)]
+            assert (len(state["x"]), state["z"]) == (5000, 1)
+            state.save_fds("many", {4: fds[4], 5: fds[5]})
+            with pytest.raises(InvalidInput):
+                state.save_fds("many", [(6, fds[1]), (5, fds[1])])
+            assert state.fd_keys("many") == [("many", 4), ("many", 5)]
+            await state.end()
+
+
+def test_threads_share_it(daemon: DaemonProcess) -> None:
+    with opened(1) as (fd,), cprd.live("chat", daemon.path) as state:
+
+        def work(name: str) -> None:
+            for number in range(200):
+                state.save_fd(name, number, fd)
+                state[f"{name}.{number % 7}"] = number
+                if number % 2:
+                    state.delete_fd(name, number)
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for name in "abcd":
+            assert state.fd_keys(name) == [(name, number) for number in range(0, 200, 2)]
+            assert state[f"{name}.3"] == 199
+        state.end()
+
+
+def test_a_forked_child_has_no_part_in_it(daemon: DaemonProcess) -> None:
+    with opened(2) as fds, cprd.live("chat", daemon.path) as state:
+        state.save_fd("a", fds[0])
+
+        def child(line: Line) -> None:
+            for use in (
+                lambda: state.save_fd("b", fds[1]),
+                lambda: state.delete_fd("a"),
+                lambda: state.take_fd("a"),
+                lambda: state.__setitem__("x", 1),
+                lambda: state["x"],
+                state.confirm,
+                state.end,
+            ):
+                with pytest.raises(InvalidInput, match=r"fork|parent"):
+                    use()
+            state.close()
+            with state:
+                pass
+            line.say("done")
+
+        with Child(child) as forked:
+            assert forked.hear() == "done"
+            assert forked.wait() == 0
+        state.save_fd("b", fds[1])
+        assert state.fd_keys() == [("a", 0), ("b", 0)]
+        state.end()
+
+
+def test_tls_is_refused_with_advice(daemon: DaemonProcess) -> None:
+    context = ssl.create_default_context()
+    one, other = socket.socketpair()
+    with one, other:
+        tls = context.wrap_socket(one, server_hostname="x", do_handshake_on_connect=False)
+        with tls, cprd.live("chat", daemon.path) as state:
+            with pytest.raises(InvalidInput, match="SSLSocket cannot be handed over: its keys"):
+                state.save_fd("client", 1, tls)
+            with pytest.raises(InvalidInput, match="Save the listener"):
+                State().save_fd("client", 1, tls)
+
+
+def test_any_left_worker_or_the_next_number(daemon: DaemonProcess) -> None:
+    with opened(1) as (fd,), contextlib.ExitStack() as stack, daemon.connect() as client:
+
+        def open() -> cprd.LiveState:
+            state = stack.enter_context(client.live("worker.*"))
+            state.confirm()
+            return state
+
+        workers = [open() for _ in range(3)]
+        assert [worker.name for worker in workers] == ["worker.1", "worker.2", "worker.3"]
+        for worker in workers:
+            worker.save_fd("x", fd)
+        workers[1].close()
+        again = open()
+        assert (again.name, again.found) == ("worker.2", True)
+        fourth = open()
+        assert (fourth.name, fourth.found) == ("worker.4", False)
+        for worker in (workers[0], workers[2], again, fourth):
+            worker.end()
+        assert client.list() == []
+
+
+# The end of a connection
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Both ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        other, _ = listener.accept()
+    one.settimeout(PATIENCE)
+    return one, other
+
+
+async def test_the_peer_sees_the_end_at_once_and_not_before(live: Live) -> None:
+    peer, mine = pair()
+    with peer:
+        async with live("chat") as state:
+            with opened(500) as fds:
+                state.save_fds("fd", enumerate(fds))
+            state.save_fd("client", 7, mine)
+            state.delete_fd("client", 7)
+            began = time.monotonic()
+            mine.close()
+            assert peer.recv(1) == b""
+            assert time.monotonic() - began < patience(0.1)
+            await state.end()
+    peer, mine = pair()
+    with peer:
+        async with live("chat") as state:
+            state.save_fd("client", 7, mine)
+            mine.close()
+            peer.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                peer.recv(1)
+        peer.settimeout(PATIENCE)
+        async with live("chat") as state:
+            with state.take_socket("client", 7) as taken:
+                assert taken.gettimeout() is None
+                await state.confirm()
+                taken.sendall(b"back")
+                assert peer.recv(4) == b"back"
+            await state.end()
+        assert peer.recv(1) == b""
+
+
+def on_trio(line: Line, path: str, sock: socket.socket) -> None:
+    """Serves on trio, and closes politely once it has left."""
+
+    async def main() -> None:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        async with cprd.trio.live("chat", path) as state:
+            state.save_fd("client", 7, sock)
+            assert await stream.receive_some(2) == b"hi"
+            state.leave()
+            with pytest.raises(InvalidInput, match="leave"):
+                state.delete_fd("client", 7)
+            with contextlib.suppress(trio.BrokenResourceError):
+                await stream.send_all(b"goodbye")
+            with contextlib.suppress(OSError, trio.BrokenResourceError):
+                await stream.send_eof()
+            await stream.aclose()
+
+    trio.run(main)
+    line.say("left")
+
+
+def on_asyncio(line: Line, path: str, sock: socket.socket) -> None:
+    """The same with streams of asyncio."""
+    import asyncio
+
+    async def main() -> None:
+        sock.setblocking(False)
+        reader, writer = await asyncio.open_connection(sock=sock)
+        with cprd.live("chat", path) as state:
+            state.save_fd("client", 7, sock)
+            assert await reader.readexactly(2) == b"hi"
+            state.leave()
+            writer.write(b"goodbye")
+            with contextlib.suppress(OSError):
+                writer.write_eof()
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    asyncio.run(main())
+    line.say("left")
+
+
+def by_threads(line: Line, path: str, sock: socket.socket) -> None:
+    """The same with a plain socket and a copy of it."""
+    copy = sock.dup()
+    with cprd.live("chat", path) as state:
+        state.save_fd("client", 7, sock)
+        assert sock.recv(2) == b"hi"
+        state.leave()
+        for each in (sock, copy):
+            with pytest.raises(BrokenPipeError):
+                each.sendall(b"goodbye")
+            each.shutdown(socket.SHUT_RDWR)
+            each.close()
+    line.say("left")
+
+
+@pytest.mark.parametrize("serve", [on_trio, on_asyncio, by_threads])
+def test_whoever_has_left_says_nothing_to_a_peer(
+    daemon: DaemonProcess, serve: Callable[..., None]
+) -> None:
+    peer, mine = pair()
+    with peer, Child(serve, daemon.path, mine) as server:
+        mine.close()
+        peer.sendall(b"hi")
+        assert server.hear() == "left"
+        assert server.wait() == 0
+        with cprd.live("chat", daemon.path, wait=PATIENCE) as state:
+            assert state.found
+            with state.take_socket("client", 7) as taken:
+                state.confirm()
+                peer.sendall(b"on")
+                assert taken.recv(2) == b"on"
+                taken.sendall(b"and on")
+                assert peer.recv(100) == b"and on"  # and nothing before it
+            state.end()
+
+
+# Taken away, put back
+
+
+def test_dropped_by_force_its_owner_is_fenced_for_good(daemon: DaemonProcess) -> None:
+    with opened(2) as fds, cprd.live("chat", daemon.path) as state:
+        state.save_fd("a", fds[0])
+        with daemon.connect() as client:
+            with pytest.raises(Busy):
+                client.drop("chat")
+            client.drop("chat", force=True)
+        for _ in range(2):
+            with pytest.raises(Fenced):
+                state.save_fd("b", fds[1])
+            with pytest.raises(Fenced):
+                state["x"] = 1
+    assert phase(daemon) is None
+
+
+async def test_a_cprd_in_memory_is_given_the_hold_back(
+    new_daemon: DaemonProcess,
+) -> None:
+    for open in (
+        lambda: cprd.trio.live("chat", new_daemon.path, wait=PATIENCE),
+        lambda: Awaited(lambda: cprd.live("chat", new_daemon.path, wait=PATIENCE)),
+    ):
+        with opened(3) as fds:
+            async with open() as state:
+                assert state.kept == "memory"
+                state.save_fd("a", fds[0])
+                for number in range(3):
+                    new_daemon.kill()
+                    state[f"while nobody was there {number}"] = number
+                    new_daemon.start()
+                    with Child(second_starter, new_daemon.path) as other:
+                        assert other.hear() == f"Busy {os.getpid()}"
+                    with trio.fail_after(PATIENCE):
+                        while not is_back(new_daemon):
+                            await trio.sleep(0.01)
+                state["more"] = 1
+            assert phase(new_daemon) == "held"
+            async with open() as state:
+                assert state.fd_keys() == [("a", 0)]
+                assert len(list(state)) == 4
+                await state.confirm()
+                await state.end()
+
+
+def is_back(daemon: DaemonProcess) -> bool:
+    found = row(daemon)
+    return found is not None and "put it back" not in found["reason"]
+
+
+def test_killed_after_its_cprd_was_it_loses_nothing(new_daemon: DaemonProcess) -> None:
+    with opened(3) as fds, Child(keep_and_wait, new_daemon.path, fds) as server:
+        server.hear()
+        new_daemon.restart()
+        until(lambda: is_back(new_daemon), lambda: "not put back")
+        server.kill()
+        with cprd.live("chat", new_daemon.path, wait=PATIENCE) as state:
+            assert [os.eventfd_read(fd) for _, _, fd in state.fds()] == [1, 2, 3]
+            assert state["small"] == {"a": [1, 2]}
+            state.confirm()
+            state.end()
+
+
+def test_an_interrupted_or_late_confirm_can_be_repeated(
+    start_daemon: Callable[..., DaemonProcess],
+) -> None:
+    daemon = start_daemon(env={"CPRD_PAUSE": "daemon:confirmed"})
+    with opened(2) as fds, Child(keep_and_wait, daemon.path, fds) as server:
+        server.hear()
+        server.kill()
+        with cprd.live("chat", daemon.path, wait=PATIENCE) as state:
+            with pytest.raises(cprd.Timeout):
+                state.confirm(timeout=0.2)
+            assert not state.confirmed
+            os.kill(daemon.pid, signal.SIGCONT)
+            state.confirm()
+            assert state.confirmed
+            state["x"] = 1
+        with cprd.live("chat", daemon.path) as state:
+            assert state["x"] == 1
+            state.confirm()
+            state.end()

@@ -1,0 +1,488 @@
+"""SIGKILL of the owner of a live hold, through the whole stack.
+
+What the successor finds is what the model says after the last change that returned, or that and the
+change in flight."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import trio
+
+import cprd
+import cprd.trio
+from cprd.linux import pause
+from cprd.linux.rights import close_all
+from tests.live.owning import Model, Op, Things
+from tests.support.daemon import DaemonProcess
+from tests.support.patience import PATIENCE, rest, until
+
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
+
+MEMORY = 4096
+
+
+def act(state: Any, things: Things, op: Op) -> None:
+    """Make one change, as tests/live/owning.py says changes."""
+    verb, *rest_ = op
+    if verb == "save":
+        state.save_fd(rest_[0], rest_[1], things.fds[rest_[2]], replace=True)
+    elif verb == "delete":
+        state.delete_fd(*rest_)
+    elif verb == "section":
+        state[rest_[0]] = rest_[1]
+    elif verb == "drop":
+        with contextlib.suppress(KeyError):
+            del state[rest_[0]]
+    elif verb == "memory":
+        state.memory(rest_[0], MEMORY)
+    elif verb == "write":
+        state.memory(rest_[0], MEMORY)[0] = rest_[1]
+    else:
+        assert verb == "batch"
+        with state.batch():
+            for part in rest_:
+                act(state, things, part)
+
+
+def seen_in(state: cprd.LiveState) -> Any:
+    """As Model.seen, memories apart: an unconfirmed successor maps none."""
+    sections = [
+        (key, bytes(value) if isinstance(value, memoryview) else value)
+        for key, value in state.items()
+    ]
+    fds = [((name, id), os.fstat(fd).st_ino) for name, id, fd in state.fds()]
+    return fds, sections
+
+
+def random_op(chance: random.Random, things: Things, depth: int = 0) -> Op:
+    kind = chance.random()
+    key = (chance.choice("ab"), chance.randrange(6))
+    if kind < 0.4:
+        return ("save", *key, chance.randrange(len(things.fds)))
+    if kind < 0.6:
+        return ("delete", *key)
+    if kind < 0.78:
+        size = chance.choice((3, 3, 300, 5000))
+        return ("section", chance.choice("xyz"), [chance.randrange(1000), "v" * size])
+    if kind < 0.84 or depth:
+        return ("drop", chance.choice("xyz"))
+    if kind < 0.9:
+        return ("write", chance.choice("mn"), chance.randrange(256))
+    return ("batch", *(random_op(chance, things, 1) for _ in range(chance.randrange(2, 9))))
+
+
+class Owner:
+    """A forked process that takes the hold, and makes the changes of `script`. It says in shared
+    memory whether it has confirmed, and how many changes have returned."""
+
+    def __init__(
+        self,
+        client: str,
+        path: str,
+        things: Things,
+        script: list[Op],
+        *,
+        kill_at: str = "",
+        from_begin: bool = False,
+    ) -> None:
+        """`kill_at`: a pause point, which counts from the begin of live() or of the changes."""
+        self._shared = mmap.mmap(-1, mmap.PAGESIZE)
+        self.status: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            if from_begin:
+                pause.arm(kill_at)
+            if client == "trio":
+                trio.run(self._on_trio, path, things, script, "" if from_begin else kill_at)
+            else:
+                with cprd.live("chat", path, wait=PATIENCE) as state:
+                    state.confirm()
+                    self._run(state, things, script, "" if from_begin else kill_at)
+                    os._exit(0)  # and not by a polite end
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+
+    async def _on_trio(self, path: str, things: Things, script: list[Op], kill_at: str) -> None:
+        async with cprd.trio.live("chat", path, wait=PATIENCE) as state:
+            await state.confirm()
+            self._run(state, things, script, kill_at)
+            os._exit(0)
+
+    def _run(self, state: Any, things: Things, script: list[Op], kill_at: str) -> None:
+        self._say(0, 1)
+        if kill_at:
+            pause.arm(kill_at)
+        for number, op in enumerate(script):
+            act(state, things, op)
+            self._say(1, number + 1)
+
+    def _say(self, place: int, number: int) -> None:
+        struct.pack_into("I", self._shared, 4 * place, number)
+
+    @property
+    def confirmed(self) -> bool:
+        return bool(struct.unpack_from("I", self._shared)[0])
+
+    @property
+    def done(self) -> int:
+        """How many changes have returned."""
+        return int(struct.unpack_from("I", self._shared, 4)[0])
+
+    def await_end(self) -> bool:
+        """Wait for a pause point (True) or for the end (False), at the latest kill."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            flags = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
+            found = os.waitid(os.P_PID, self.pid, flags)
+            if found is not None:
+                if found.si_code == os.CLD_STOPPED:
+                    return True
+                assert (found.si_code, found.si_status) == (os.CLD_EXITED, 0), "the owner failed"
+                return False
+            rest(0.0005)
+        raise AssertionError("the owner hangs")
+
+    def kill(self) -> None:
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            _, self.status = os.waitpid(self.pid, 0)
+
+    def close(self) -> None:
+        self.kill()
+        self._shared.close()
+
+
+@contextlib.contextmanager
+def things_of(pipes: int = 12, memfds: int = 2) -> Iterator[Things]:
+    things = Things(pipes, memfds)
+    try:
+        yield things
+    finally:
+        things.close()
+
+
+def check(path: str, models: list[Model]) -> int:
+    """Which of the models the hold is; without a confirm: nothing changes."""
+    with cprd.live("chat", path, wait=PATIENCE) as state:
+        seen = seen_in(state)
+    wanted = [([*model.fds.items()], [*model.sections.items()]) for model in models]
+    assert seen in wanted, f"found {seen}, wanted one of {wanted}"
+    return wanted.index(seen)
+
+
+def empty(path: str) -> None:
+    with cprd.live("chat", path, wait=PATIENCE) as state, contextlib.suppress(cprd.CprdError):
+        state.confirm()
+        state.end()
+
+
+def sweep(client: str, path: str, things: Things, script: list[Op], every: int) -> int:
+    """Kill at each `every`-th point of live, confirm and the script, in a hold that is there
+    before. How many kills."""
+    before = Model(things)
+    first: list[Op] = [("save", "a", n, n) for n in range(5)] + [("section", "x", 1)]
+    kills, at = 0, 1
+    while True:
+        owner = Owner("blocking", path, things, first)
+        assert not owner.await_end()
+        owner.close()
+        for op in first:
+            before.apply(op)
+        owner = Owner(client, path, things, script, kill_at=f"#{at}", from_begin=True)
+        try:
+            stopped = owner.await_end()
+            owner.kill()
+            models = [before.copy()]
+            for op in script:
+                models.append(models[-1].copy())
+                models[-1].apply(op)
+            done = owner.done
+            check(path, models[done : done + 2])
+        finally:
+            owner.close()
+        empty(path)
+        if not stopped:
+            assert done == len(script)
+            return kills
+        kills += 1
+        at += every
+        before = Model(things)
+
+
+SCRIPT: list[Op] = [
+    ("save", "a", 0, 7),
+    ("delete", "a", 1),
+    ("section", "y", ["v" * 5000]),
+    ("batch", ("save", "b", 1, 8), ("delete", "a", 2), ("section", "x", 2), ("save", "b", 2, 12)),
+    ("write", "m", 7),
+    ("save", "c", 0, 13),
+    ("delete", "c", 0),
+    ("drop", "y"),
+    ("delete", "b", 1),
+]
+
+
+@pytest.mark.parametrize("client", ["blocking", "trio"])
+def test_killed_at_pause_points_from_live_to_the_last_change(
+    daemon: DaemonProcess, client: str
+) -> None:
+    with things_of() as things:
+        kills = sweep(client, daemon.path, things, SCRIPT, every=2)
+        print(f"{client}: {kills} kills")
+        assert kills > 25
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("client", ["blocking", "trio"])
+def test_killed_at_every_pause_point(daemon: DaemonProcess, client: str) -> None:
+    with things_of() as things:
+        print(f"{client}: {sweep(client, daemon.path, things, SCRIPT, every=1)} kills")
+
+
+def hunted(client: str, path: str, kills: int, seed: int) -> tuple[int, int]:
+    """An owner after the other, killed at random moments, one in three soon after its start. How
+    many died unconfirmed, and with how many changes behind them in all."""
+    chance = random.Random(seed)
+    unconfirmed = changes = 0
+    with things_of() as things:
+        model = Model(things)
+        for _ in range(kills):
+            script = [random_op(chance, things) for _ in range(2000)]
+            owner = Owner(client, path, things, script)
+            try:
+                if chance.random() < 0.67:
+                    until(lambda owner=owner: owner.confirmed, lambda: "not confirmed")  # type: ignore[misc]
+                    rest(chance.random() * 0.02)
+                else:
+                    rest(chance.random() * 0.03)
+                owner.kill()
+                models = [model]
+                done = owner.done
+                for op in script[:done]:
+                    model.apply(op)
+                if done < len(script):
+                    models.append(model.copy())
+                    models[-1].apply(script[done])
+                changes += done
+                unconfirmed += not owner.confirmed
+                if after_death(path, "chat") is None:  # killed before anything was kept
+                    assert not model.fds
+                    assert not model.sections
+                    continue
+                model = models[check(path, models)]
+            finally:
+                owner.close()
+        empty(path)
+    return unconfirmed, changes
+
+
+def after_death(path: str, name: str) -> str | None:
+    """The phase, once cprd knows of a death. So many deaths in a row are a quarantine, which is
+    undone."""
+    found: list[str | None] = []
+
+    def known() -> bool:
+        with cprd.connect(path) as client:
+            found.append({row["name"]: row["phase"] for row in client.list()}.get(name))
+            if found[-1] == "quarantined":
+                client.release(name)
+        return found[-1] in (None, "held")
+
+    until(known, lambda: f"{found[-1]}")
+    return found[-1]
+
+
+@pytest.mark.parametrize("client", ["blocking", "trio"])
+def test_killed_at_random_moments(daemon: DaemonProcess, client: str) -> None:
+    unconfirmed, changes = hunted(client, daemon.path, 12, seed=len(client))
+    print(f"{client}: {unconfirmed} of 12 unconfirmed, {changes} changes")
+    assert changes > 100
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("client", ["blocking", "trio"])
+def test_killed_at_a_thousand_random_moments(daemon: DaemonProcess, client: str) -> None:
+    print(client, hunted(client, daemon.path, 1000, seed=11))
+
+
+# Connections
+
+
+def serve(path: str, port: int) -> None:
+    """A server of lines "N\\n", which answers "TALLY N\\n" once the tally is kept: a repeated line
+    gets the answer that is kept. Ends by being killed."""
+    with cprd.live("tally", path, wait=PATIENCE) as state:
+        if state.has_fd("listener"):
+            listener = state.take_socket("listener", blocking=False)
+        else:
+            listener = socket.create_server(("127.0.0.1", port), backlog=4096)
+            listener.setblocking(False)
+        clients = state.take_sockets("client", blocking=False)
+        tallies = {id: state[f"client.{id}"] for id in clients}
+        state.confirm()
+        if not state.has_fd("listener"):
+            state.save_fd("listener", listener)
+        poll = select.epoll()
+        poll.register(listener, select.EPOLLIN)
+        by_fd = {}
+        for id, sock in clients.items():
+            by_fd[sock.fileno()] = (id, sock)
+            poll.register(sock, select.EPOLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == listener.fileno():
+                    with contextlib.suppress(BlockingIOError):
+                        sock, _ = listener.accept()
+                        sock.setblocking(False)
+                        id = max(tallies, default=0) + 1
+                        with state.batch():
+                            state.save_fd("client", id, sock)
+                            state[f"client.{id}"] = tallies[id] = [0, 0]
+                        by_fd[sock.fileno()] = (id, sock)
+                        poll.register(sock, select.EPOLLIN)
+                    continue
+                id, sock = by_fd[fd]
+                line = sock.recv(100, socket.MSG_PEEK)
+                number = int(line)
+                last, tally = tallies[id]
+                if number != last:
+                    tallies[id] = [number, tally + number]
+                    state[f"client.{id}"] = tallies[id]
+                sock.recv(len(line))
+                sock.sendall(b"%d %d\n" % (tallies[id][1], number))
+
+
+class Servers:
+    """One server after the other, each forked."""
+
+    def __init__(self, path: str, port: int) -> None:
+        self.path, self.port = path, port
+        self.pid = 0
+
+    def start(self) -> None:
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                serve(self.path, self.port)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(1)
+
+    def kill(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            _, status = os.waitpid(self.pid, 0)
+            self.pid = 0
+            assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "the server failed"
+            after_death(self.path, "tally")
+
+
+def clients_through_kills(path: str, connections: int, kills: int) -> None:
+    """Half of the kills come right at the take-over."""
+    chance = random.Random(connections)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    servers = Servers(path, port)
+    socks: list[socket.socket] = []
+    try:
+        servers.start()
+        first = Reached(port)
+        until(first.there, lambda: "no server")
+        socks.append(first.sock)
+        address = ("127.0.0.1", port)
+        socks += [
+            socket.create_connection(address, timeout=PATIENCE) for _ in range(1, connections)
+        ]
+        sums = [1] * connections
+        last = [1] * connections
+        for sock in socks:  # accepted and kept: a kill between the two ends a connection
+            sock.sendall(b"1\n")
+            assert answer(sock) == b"1 1\n"
+        for round in range(kills + 1):
+            asked = chance.sample(range(connections), max(1, connections // 2))
+            for index in asked:
+                last[index] += 1
+                sums[index] += last[index]
+                socks[index].sendall(b"%d\n" % last[index])
+            if round == kills:
+                pass
+            elif round % 2:
+                servers.kill()
+                servers.start()
+                rest(chance.random() * 0.02)  # at its take-over, or before, or soon after
+                servers.kill()
+                servers.start()
+            else:
+                rest(chance.random() * 0.02)
+                servers.kill()
+                servers.start()
+            for index in asked:
+                wanted = b"%d %d\n" % (sums[index], last[index])
+                assert answer(socks[index]) == wanted, f"round {round}, client {index}"
+    finally:
+        servers.kill()
+        close_all([sock.detach() for sock in socks])
+    with cprd.live("tally", path, wait=PATIENCE) as state:
+        assert len(state.fd_keys("client")) == connections
+        found = sorted(state[key][1] for key in state)
+        assert found == sorted(sums)
+        state.confirm()
+        state.end()
+
+
+def answer(sock: socket.socket) -> bytes:
+    """The last of the answers that were sent: one may have been sent twice."""
+    data = b""
+    while not data.endswith(b"\n"):
+        data += sock.recv(1000)
+    lines = data.splitlines(keepends=True)
+    assert len(set(lines)) == 1
+    return lines[0]
+
+
+class Reached:
+    """A connection to a server that is about to listen."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.sock: Any = None
+
+    def there(self) -> bool:
+        with contextlib.suppress(OSError):
+            self.sock = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        return self.sock is not None
+
+
+def test_200_connections_live_through_6_kills(daemon: DaemonProcess) -> None:
+    clients_through_kills(daemon.path, 200, 6)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_2000_connections_live_through_20_kills(daemon: DaemonProcess) -> None:
+    clients_through_kills(daemon.path, 2000, 20)
