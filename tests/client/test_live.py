@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import ssl
+import struct
 import threading
 import time
 import warnings
@@ -582,6 +584,60 @@ def test_whoever_has_left_says_nothing_to_a_peer(
                 assert taken.recv(2) == b"on"
                 taken.sendall(b"and on")
                 assert peer.recv(100) == b"and on"  # and nothing before it
+            state.end()
+
+
+async def test_letting_go_of_a_lingering_socket_blocks_no_loop(daemon: DaemonProcess) -> None:
+    peer, mine = pair()
+    with peer:
+        async with cprd.trio.live("chat", daemon.path) as state:
+            mine.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3))
+            mine.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    mine.send(b"x" * 65536)
+            state.save_fd("client", 7, mine)
+            mine.close()  # before delete_fd, which is now the last close, and waits for the peer
+            began = time.monotonic()
+            state.delete_fd("client", 7)
+            assert time.monotonic() - began < 1
+            state["other"] = 1
+            assert state.fd_keys() == []
+            while peer.recv(1 << 20):
+                pass
+            await state.end()
+
+
+async def test_cancelled_while_waiting_it_has_nothing(daemon: DaemonProcess) -> None:
+    with opened(1) as fds, Child(keep_and_wait, daemon.path, fds) as server:
+        server.hear()
+        with trio.move_on_after(0.1) as scope:
+            await cprd.trio.live("chat", daemon.path, wait=PATIENCE)
+        assert scope.cancelled_caught
+        with pytest.raises(Busy, match="in use by pid"):
+            await cprd.trio.live("chat", daemon.path, wait=0.05)
+        server.kill()
+        async with cprd.trio.live("chat", daemon.path, wait=PATIENCE) as state:
+            assert state.attempts == 1
+            await state.confirm()
+            await state.end()
+
+
+def test_what_does_not_fit_costs_no_attempt(daemon: DaemonProcess) -> None:
+    with opened(300) as fds, Child(keep_and_wait, daemon.path, fds) as server:
+        server.hear()
+        server.kill()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+        try:
+            for _ in range(3):
+                with pytest.raises(cprd.LimitExceeded, match="RLIMIT_NOFILE"):
+                    cprd.live("chat", daemon.path, wait=PATIENCE)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with cprd.live("chat", daemon.path) as state:
+            assert state.attempts == 1
+            state.confirm()
             state.end()
 
 
