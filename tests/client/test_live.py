@@ -659,6 +659,73 @@ def test_dropped_by_force_its_owner_is_fenced_for_good(daemon: DaemonProcess) ->
     assert phase(daemon) is None
 
 
+def change_until_fenced(line: Line, path: str) -> None:
+    state = cprd.live("chat", path)
+    state["n"] = 0
+    line.say("began")
+    number = 0
+    try:
+        while True:
+            number += 1
+            state["n"] = number
+            if number == 100:
+                line.say("going on")
+    except Fenced:
+        line.say(f"fenced {number}")
+    with pytest.raises(Fenced):
+        state.save_fd("a", 0)
+
+
+def test_stopped_while_dropped_it_acknowledges_nothing_afterwards(daemon: DaemonProcess) -> None:
+    with Child(change_until_fenced, daemon.path) as owner:
+        assert owner.hear() == "began"
+        assert owner.hear() == "going on"
+        os.kill(owner.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, owner.pid, os.WSTOPPED | os.WNOWAIT)
+        with daemon.connect() as client:
+            client.drop("chat", force=True)
+        with cprd.live("chat", daemon.path) as state:  # the name is free, for another
+            assert not state.found
+            state["n"] = "mine"
+            os.kill(owner.pid, signal.SIGCONT)
+            assert owner.hear().startswith("fenced ")
+            assert owner.wait() == 0
+            assert state["n"] == "mine"
+            state.end()
+
+
+def test_a_cprd_that_is_stopped_or_upgraded_delays_no_change(new_daemon: DaemonProcess) -> None:
+    with opened(50) as fds, Child(keep_on_command, new_daemon.path, fds) as owner:
+        assert owner.hear() == "began"
+        os.kill(new_daemon.pid, signal.SIGSTOP)
+        owner.say("10")
+        assert owner.hear() == "kept 10"
+        os.kill(new_daemon.pid, signal.SIGCONT)
+        seen = len(new_daemon.log())
+        os.kill(new_daemon.pid, signal.SIGHUP)
+        owner.say("20")
+        assert owner.hear() == "kept 20"
+        new_daemon.await_log("ready ", since=seen)
+        owner.say("30")
+        assert owner.hear() == "kept 30"
+        owner.kill()
+        with cprd.live("chat", new_daemon.path, wait=PATIENCE) as state:
+            assert [os.eventfd_read(fd) for _, _, fd in state.fds()] == [*range(1, 31)]
+            state.confirm()
+            state.end()
+
+
+def keep_on_command(line: Line, path: str, fds: list[int]) -> None:
+    """Keeps the first N descriptors each time that N is told."""
+    state = cprd.live("chat", path)
+    line.say("began")
+    while True:
+        wanted = int(line.hear())
+        for number in range(len(state.fd_keys()), wanted):
+            state.save_fd("fd", number, fds[number])
+        line.say(f"kept {wanted}")
+
+
 async def test_a_cprd_in_memory_is_given_the_hold_back(
     new_daemon: DaemonProcess,
 ) -> None:
