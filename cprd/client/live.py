@@ -281,15 +281,19 @@ class Live:
         owner = self.writer()
         from cprd.linux.inert import silence
 
-        sockets = owner.sockets()
-        self._unwatch()
         self.over = InvalidInput(
             f"leave() was called: {self.ticket.name!r} belongs to the next process from now on"
         )
+        self.owner = None  # no other thread keeps a socket more
+        try:
+            silence(owner.sockets())
+        except (CprdError, OSError) as error:
+            self.over, self.owner = None, owner
+            if isinstance(error, OSError):
+                raise LimitExceeded(f"leave(): no descriptor left ({error.strerror})") from None
+            raise
         self._left = True
-        self.owner = None
         owner.close()
-        silence(sockets)
 
     # Within
 
