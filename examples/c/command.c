@@ -16,18 +16,19 @@ static const char usage[] =
     "cprd-c save NAME [--replace] [--prepare] [--abort] [--ttl=S] [--after-exit] [--store]\n"
     "cprd-c load NAME [--wait=S] [--lease=S] [--begin] [--reject=WHY] [--next]\n"
     "cprd-c wait NAME [--wait=S]      cprd-c drop|release NAME [--force]      cprd-c list\n"
+    "cprd-c live NAME [--wait=S] [--lease=S] [--unconfirmed]\n"
     "cprd-c own TX RX HOLD [--take=ROOT]      a live hold without cprd: inherited ends of its root\n"
     "save, and load with --next, read a state from stdin:\n"
     "    fd NAME ID NUMBER | raw KEY FILE | packed KEY FILE | memfd KEY NUMBER\n"
-    "own reads changes from stdin, and answers each with a line:\n"
+    "live and own read changes from stdin, and answers each with a line:\n"
     "    save NAME ID NUMBER | replace NAME ID NUMBER | delete NAME ID | raw KEY FILE\n"
     "    packed KEY FILE | drop KEY | memory NAME SIZE | write NAME SIZE BYTE | forget NAME\n"
-    "    clear | batch (changes up to the line \"commit\" are a single one)\n";
+    "    clear | check | confirm | end | batch (changes up to the line \"commit\" are a single one)\n";
 
 struct options {
     int prepare, abort, force, begin, next;
     const char *reject;
-    int take;
+    int take, unconfirmed;
     struct cprd_save_options save;
     struct cprd_load_options load;
 };
@@ -189,6 +190,9 @@ static int act(cprd_live *l, const char *line, int *gathers) {
     int byte, rc;
     if (!strcmp(line, "batch\n")) return *gathers = 1, -1;
     if (!strcmp(line, "clear\n")) return cprd_live_clear(l);
+    if (!strcmp(line, "check\n")) return cprd_live_check(l);
+    if (!strcmp(line, "confirm\n")) return cprd_live_confirm(l);
+    if (!strcmp(line, "end\n")) return cprd_live_end(l);
     if (!strcmp(line, "commit\n")) {
         rc = cprd_live_change(l, batch, gathered);
         while (gathered) let_go(&batch[--gathered]);
@@ -220,6 +224,17 @@ static int changes(cprd_live *l) {
     return 0;
 }
 
+static int live(cprd *c, const char *name, const struct options *o) {
+    cprd_live *l;
+    if (cprd_live_open(c, name, &o->load, &l)) return failed();
+    if (cprd_live_found(l)) print_state(cprd_live_state(l));
+    if (!o->unconfirmed && cprd_live_confirm(l)) return failed();
+    puts(cprd_live_found(l) ? "taken\nok" : "ok"), fflush(stdout);
+    int rc = changes(l);
+    cprd_live_close(l);
+    return rc;
+}
+
 static int own(int tx, int rx, uint64_t hold, int take) {
     cprd_live *l;
     if (take < 0) {
@@ -249,6 +264,7 @@ static int parse(char **words, struct options *o) {
         else if (!strcmp(*words, "--force")) o->force = 1;
         else if (!strcmp(*words, "--begin")) o->begin = 1;
         else if (!strcmp(*words, "--next")) o->next = 1;
+        else if (!strcmp(*words, "--unconfirmed")) o->unconfirmed = 1;
         else if (value && !strncmp(*words, "--ttl=", 6)) o->save.ttl = atof(value);
         else if (value && !strncmp(*words, "--wait=", 7)) o->load.wait = atof(value);
         else if (value && !strncmp(*words, "--lease=", 8)) o->load.lease = atof(value);
@@ -277,6 +293,7 @@ int main(int argc, char **argv) {
     if (cprd_connect(NULL, &c)) return failed();
     if (!strcmp(verb, "save")) rc = save(c, name, &o);
     else if (!strcmp(verb, "load")) rc = load(c, name, &o);
+    else if (!strcmp(verb, "live")) rc = live(c, name, &o);
     else if (!strcmp(verb, "wait")) rc = cprd_wait(c, name, o.load.wait, NULL) ? failed() : 0;
     else if (!strcmp(verb, "drop")) rc = cprd_drop(c, name, o.force) ? failed() : 0;
     else if (!strcmp(verb, "release")) rc = cprd_release(c, name, o.force) ? failed() : 0;

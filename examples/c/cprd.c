@@ -249,6 +249,8 @@ int cprd__unpack(int bundle, cprd_state **out) {
     setsockopt(bundle, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof off);
     if (recv(bundle, h, HEADER, MSG_PEEK | MSG_DONTWAIT) != HEADER || h[7] > 2)
         return fail(CPRD_DAMAGED, "not a bundle: no header is queued in it");
+    if (number_at(h + 4, 2) == 2 && h[6] == 3)
+        return fail(CPRD_BUSY, "what is held is a live hold: cprd_live_open() takes it");
     size_t total = number_at(h + 12, 4), count = 0, taken = 0;
     if (total + 8 > cprd__soft_limit())
         return fail(CPRD_LIMIT_EXCEEDED, "%zu descriptors do not fit in this process: its soft"
@@ -431,8 +433,6 @@ static int greet(cprd *c, double until) {
     }
     fcntl(c->sock, F_SETFL, O_APPEND); /* means nothing to a socket: check_fds knows it by that */
     field_uint(&hello.fields, &hello.count, "version", VERSION);
-    field(&hello.fields, &hello.count, "limits");
-    put(&hello.fields, "\x81\xa6" "answer\xce\0\1\0\0", 13);
     int rc = ask(c, &hello, until, 0, &a);
     free(hello.fields.at);
     if (!rc && a.code) rc = a.code;
@@ -597,10 +597,8 @@ static int save(cprd *c, struct call call, const char *name, cprd_state *s,
         bytes *f = &call.fields;
         cprd__fields_of_bundle(&call, &packed);
         if (o->ttl > 0) field_double(f, &call.count, "ttl", o->ttl);
-        else field(f, &call.count, "ttl"), put_nil(f);
         field_text(f, &call.count, "after_exit", when[after]);
         field_uint(f, &call.count, "pid", p.pid), field_uint(f, &call.count, "inode", p.inode);
-        field_bool(f, &call.count, "queue", 0);
         cprd__field_nonce(&call, NULL);
         call.state = s;
         point("save:packed");
@@ -619,7 +617,6 @@ static int save_as(cprd *c, const char *verb, const char *name, cprd_state *s,
     field_text(&call.fields, &call.count, "name", name);
     field_text(&call.fields, &call.count, "if_exists", o->replace ? "replace" : "error");
     if (o->require_store) field_text(&call.fields, &call.count, "require", "store");
-    else field(&call.fields, &call.count, "require"), put_nil(&call.fields);
     int rc = save(c, call, name, s, o, a);
     if (!rc) point("save:answered");
     return rc;
@@ -659,7 +656,8 @@ int cprd__end(struct ticket *t, const char *verb, const char *why, int damaged, 
         size_t size = (size_t)snprintf(cut, sizeof cut, "%s", why);
         for (size = strlen(cut); size && !is_utf8((unsigned char *)cut, size);) cut[--size] = 0;
         field_text(&call.fields, &call.count, "why", cut);
-        field_bool(&call.fields, &call.count, "damaged", damaged);
+        if (damaged > 0) field_bool(&call.fields, &call.count, "damaged", 1);
+        if (damaged < 0) field_bool(&call.fields, &call.count, "attempt", 0);
     }
     int rc = cprd__request(t->c, &call, a);
     if (!rc) t->over = 1;
@@ -700,10 +698,8 @@ int cprd_load(cprd *c, const char *name, const struct cprd_load_options *o, cprd
     point("load:before");
     call.wait = o->wait;
     field_text(&call.fields, &call.count, "name", name);
-    if (!(o->wait > 0)) field_double(&call.fields, &call.count, "wait", 0);
-    field_double(&call.fields, &call.count, "lease", o->lease > 0 ? o->lease : 30);
+    if (o->lease > 0) field_double(&call.fields, &call.count, "lease", o->lease);
     if (o->generation) field_uint(&call.fields, &call.count, "generation", o->generation);
-    else field(&call.fields, &call.count, "generation"), put_nil(&call.fields);
     cprd__field_nonce(&call, NULL);
     if (rc) free(call.fields.at);
     else if (!(rc = cprd__request(c, &call, &a)) && !(rc = cprd__set_ticket(&claim->ticket, c, name, &a))) {
@@ -713,7 +709,9 @@ int cprd_load(cprd *c, const char *name, const struct cprd_load_options *o, cprd
         rc = cprd__unpack(a.fd, &claim->state);
         if (!rc) point("load:unpacked");
         struct cprd_error why = last;
-        if (rc) cprd__end(&claim->ticket, "reject", why.text, rc == CPRD_DAMAGED, &ignored), last = why;
+        /* No attempt is counted where this process had no room, or is too old. */
+        int damaged = rc == CPRD_DAMAGED ? 1 : -1;
+        if (rc) cprd__end(&claim->ticket, "reject", why.text, damaged, &ignored), last = why;
     }
     if (rc) claim->ticket.over = 1, cprd_claim_close(claim);
     else *out = claim;
@@ -729,7 +727,6 @@ int cprd_renew(cprd_claim *claim, double lease) {
     struct answer a;
     struct call call = cprd__call_of(&claim->ticket, "renew");
     if (lease > 0) field_double(&call.fields, &call.count, "lease", lease);
-    else field(&call.fields, &call.count, "lease"), put_nil(&call.fields);
     return cprd__request(claim->ticket.c, &call, &a);
 }
 
@@ -839,9 +836,7 @@ int cprd_list(cprd *c, void (*each)(void *context, const struct cprd_row *row), 
     struct answer a = {.more = 0};
     do {
         struct call call = {.verb = "list"};
-        field(&call.fields, &call.count, "after");
-        if (a.more) put_number(&call.fields, 0xcf, a.more, 8);
-        else put_nil(&call.fields);
+        if (a.more) field_uint(&call.fields, &call.count, "after", a.more);
         int rc = cprd__request(c, &call, &a);
         if (rc) return rc;
         struct reader r = a.holds;

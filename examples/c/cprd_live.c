@@ -197,7 +197,7 @@ static int guard(const cprd_live *l) {
     if (l->owner != getpid())
         return fail(CPRD_INVALID_INPUT, "a live hold belongs to the process that opened it, not to"
                     " a forked child: open it after the last fork");
-    if (l->root.tx < 0)
+    if (l->root.tx < 0 || l->unconfirmed)
         return fail(CPRD_INVALID_INPUT, "the predecessor's hold is not confirmed yet");
     return CPRD_OK;
 }
@@ -492,8 +492,3 @@ int cprd_live_begin(int tx, int rx, uint64_t hold, cprd_live **out) {
     else *out = l;
     return rc;
 }
-
-/* -- with cprd: to come ---*/
-int cprd_live_found(const cprd_live *l) { return l->state != NULL; }
-cprd_state *cprd_live_state(cprd_live *l) { return l->state; }
-void cprd_live_close(cprd_live *l) { cprd__live_free(l); }

@@ -58,7 +58,7 @@ struct cprd_live {
     size_t slots, used;
     uint64_t hold, seq, birth;
     uint32_t next_id;
-    int owner, over; /* pid; why nothing can be changed any more */
+    int owner, over, unconfirmed; /* pid; why nothing can be changed any more; or not yet */
     struct map *maps;
     cprd_state *state; /* what was read */
     struct cprd__hold *wire;
