@@ -105,7 +105,9 @@ int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *o,
     cprd__field_nonce(&call, NULL);
     point("live:before");
     if (rc) free(call.fields.at);
-    else if (!(rc = cprd__request(c, &call, &a)) && !(rc = cprd__set_ticket(&w->ticket, c, name, &a))) {
+    else rc = cprd__request(c, &call, &a);
+    if (!rc) rc = cprd__set_ticket(&w->ticket, c, name, &a);
+    if (!rc) {
         point("live:answered");
         w->found = a.found, w->live = a.live, w->bundle = a.fd, w->connects = c->connects;
         w->known = !a.found, l->unconfirmed = a.found;

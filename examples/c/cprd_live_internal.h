@@ -68,7 +68,9 @@ static inline int carries(int op) {
     return op == SAVE || op == RAW_MEMFD || op == PACKED_MEMFD || op == MAPPED;
 }
 static inline size_t entry_size(const struct kept *k) { return 18u + k->length + k->size; }
-static inline int is_useless(const struct segment *s) { return s->tx < 0 && !s->count && !s->dirty; }
+static inline int is_useless(const struct segment *s) {
+    return s->tx < 0 && !s->count && !s->dirty;
+}
 
 struct message { /* one record that was peeked, with its descriptors */
     unsigned char *data;
