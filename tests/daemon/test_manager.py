@@ -64,7 +64,7 @@ def reload(daemon: DaemonProcess) -> None:
     seen = len(daemon.log())
     os.kill(daemon.pid, signal.SIGHUP)
     daemon.await_log("re-executing", since=seen)
-    daemon.await_log("ready ", since=seen)
+    daemon.await_log("ready pid=", since=seen)
 
 
 def test_a_manager_that_answers_has_what_is_held_before_the_first_client(
