@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,12 @@ def places(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
 
 def changed(vector: Vector) -> Iterator[Vector]:
     """Copies with one byte flipped, dropped or doubled."""
-    changes = (lambda b: [b ^ 1], lambda b: [b ^ 0x80], lambda b: [255 - b], lambda b: [])
+    changes: tuple[Callable[[int], list[int]], ...] = (
+        lambda b: [b ^ 1],
+        lambda b: [b ^ 0x80],
+        lambda b: [255 - b],
+        lambda b: [],
+    )
     for number, (there, key) in enumerate(places(vector)):
         data = bytes.fromhex(there[key])
         for at, change in itertools.product(range(min(len(data), LONGEST)), changes):
