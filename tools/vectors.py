@@ -175,7 +175,7 @@ ANSWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "drop": ("", {"generation": GENERATION, **_KEPT}),
     "wait": ("", {"generation": GENERATION}),
     "list": ("all rows: without `more`", {"holds": [_ROW]}),
-    "show": ("and the bundle, unless the hold is damaged or unreadable", {"hold": _ROW}),
+    "show": ("and the bundle", {"hold": _ROW}),
     "status": (
         "",
         {
@@ -227,7 +227,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         return {"hex": bytes(value).hex()}
     if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
+        return {key: plain(value[key]) for key in sorted(value)}
     return [plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
@@ -30,8 +31,8 @@ def test_the_code_writes_these_bytes_and_no_others() -> None:
     """Other bytes want another version, and files of that version beside these."""
     made = vectors.every()
     assert vectors.changed(made) == []
-    assert {name: vectors.text_of(content) for name, content in made.items()} == {
-        name: (vectors.PLACE / f"{name}.json").read_text(encoding="utf-8") for name in made
+    assert {name: json.loads(vectors.text_of(content)) for name, content in made.items()} == {
+        name: stored(name) for name in made
     }
 
 
