@@ -58,8 +58,8 @@ def _received(sock: _socket.socket, size: int, how: int) -> tuple[bytes, list[in
 
 
 def empty(fd: int) -> None:
-    """Drop everything queued in a SEQPACKET socket of AF_UNIX; nothing of anything else. Blocks as
-    long as a dropped file does."""
+    """Drop everything in a queue; nothing of anything else. Blocks as long as a dropped file
+    does."""
     sock = _queue(fd)
     if sock is None:
         return
@@ -73,7 +73,7 @@ def empty(fd: int) -> None:
 
 def records(fd: int, only: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
     """The records of a queue with their descriptors, which are closed after each turn. Nothing is
-    taken out. Nothing at all for anything but a SEQPACKET socket of AF_UNIX."""
+    taken out. Nothing at all for what is no queue."""
     sock = _queue(fd)
     if sock is None:
         return
@@ -99,7 +99,8 @@ def records(fd: int, only: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
 
 
 def _queue(fd: int) -> _socket.socket | None:
-    """A copy of a SEQPACKET socket of AF_UNIX; None for anything else."""
+    """A copy of a queue: a SEQPACKET socket of AF_UNIX, or a datagram socket that is connected to
+    itself, as slots are. None for anything else."""
     copy = os.dup(fd)
     try:
         sock = _socket.socket(fileno=copy)
@@ -108,10 +109,20 @@ def _queue(fd: int) -> _socket.socket | None:
         return None
     of = sock.getsockopt(_socket.SOL_SOCKET, _SO_DOMAIN)
     kind = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_TYPE)
-    if (of, kind) == (_socket.AF_UNIX, _socket.SOCK_SEQPACKET):
+    if of == _socket.AF_UNIX and (kind == _socket.SOCK_SEQPACKET or _is_loop(sock, kind)):
         return sock
     sock.close()
     return None
+
+
+def _is_loop(sock: _socket.socket, kind: int) -> bool:
+    if kind != _socket.SOCK_DGRAM:
+        return False
+    try:
+        name = sock.getsockname()
+        return bool(name) and sock.getpeername() == name
+    except OSError:
+        return False
 
 
 def shut(fd: int) -> None:
