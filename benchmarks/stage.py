@@ -11,27 +11,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @contextlib.contextmanager
-def private_cprd() -> Iterator[tuple[str, int]]:
-    """A cprd of our own: (path of its socket, pid)."""
+def private_cprd(env: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
+    """A cprd of our own, with `env` besides: (path of its socket, pid)."""
     with tempfile.TemporaryDirectory(prefix="cprd-bench.") as place:
         path = os.path.join(place, "cprd.sock")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("CPRD_", "LISTEN_"))}
         process = subprocess.Popen(
             [sys.executable, "-m", "cprd.daemon.command", "--socket", path],
             stderr=subprocess.PIPE,
-            env={**kept, "PYTHONPATH": ROOT},
+            env={**kept, "PYTHONPATH": ROOT, **(env or {})},
         )
         try:
             assert process.stderr is not None
-            if b" ready " not in process.stderr.readline():
-                raise SystemExit("cprd did not start")
+            while b" ready " not in (line := process.stderr.readline()):
+                if not line:
+                    raise SystemExit("cprd did not start")
             # Its log goes to somebody who reads it, as a service's does.
             reader = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
             process.stderr.close()

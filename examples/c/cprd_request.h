@@ -50,8 +50,8 @@ struct ticket { /* the right to speak for a claim or a prepared save */
     int stored, over;
 };
 
-/* Sends a request, again where the connection is lost, and frees its fields. Returns what cprd says,
- * UNAVAILABLE or TIMEOUT. The caller closes a->fd where there is one. */
+/* Sends a request, again where the connection is lost, and frees its fields. Returns what cprd
+ * says, UNAVAILABLE or TIMEOUT. The caller closes a->fd where there is one. */
 int cprd__request(cprd *c, struct call *call, struct answer *a);
 struct call cprd__call_of(const struct ticket *t, const char *verb);
 int cprd__set_ticket(struct ticket *t, cprd *c, const char *name, const struct answer *a);

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import ssl
+import struct
 import threading
 import time
 import warnings
@@ -585,6 +587,60 @@ def test_whoever_has_left_says_nothing_to_a_peer(
             state.end()
 
 
+async def test_letting_go_of_a_lingering_socket_blocks_no_loop(daemon: DaemonProcess) -> None:
+    peer, mine = pair()
+    with peer:
+        async with cprd.trio.live("chat", daemon.path) as state:
+            mine.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3))
+            mine.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    mine.send(b"x" * 65536)
+            state.save_fd("client", 7, mine)
+            mine.close()  # before delete_fd, which is now the last close, and waits for the peer
+            began = time.monotonic()
+            state.delete_fd("client", 7)
+            assert time.monotonic() - began < 1
+            state["other"] = 1
+            assert state.fd_keys() == []
+            while peer.recv(1 << 20):
+                pass
+            await state.end()
+
+
+async def test_cancelled_while_waiting_it_has_nothing(daemon: DaemonProcess) -> None:
+    with opened(1) as fds, Child(keep_and_wait, daemon.path, fds) as server:
+        server.hear()
+        with trio.move_on_after(0.1) as scope:
+            await cprd.trio.live("chat", daemon.path, wait=PATIENCE)
+        assert scope.cancelled_caught
+        with pytest.raises(Busy, match="in use by pid"):
+            await cprd.trio.live("chat", daemon.path, wait=0.05)
+        server.kill()
+        async with cprd.trio.live("chat", daemon.path, wait=PATIENCE) as state:
+            assert state.attempts == 1
+            await state.confirm()
+            await state.end()
+
+
+def test_what_does_not_fit_costs_no_attempt(daemon: DaemonProcess) -> None:
+    with opened(300) as fds, Child(keep_and_wait, daemon.path, fds) as server:
+        server.hear()
+        server.kill()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+        try:
+            for _ in range(3):
+                with pytest.raises(cprd.LimitExceeded, match="RLIMIT_NOFILE"):
+                    cprd.live("chat", daemon.path, wait=PATIENCE)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with cprd.live("chat", daemon.path) as state:
+            assert state.attempts == 1
+            state.confirm()
+            state.end()
+
+
 # Taken away, put back
 
 
@@ -601,6 +657,73 @@ def test_dropped_by_force_its_owner_is_fenced_for_good(daemon: DaemonProcess) ->
             with pytest.raises(Fenced):
                 state["x"] = 1
     assert phase(daemon) is None
+
+
+def change_until_fenced(line: Line, path: str) -> None:
+    state = cprd.live("chat", path)
+    state["n"] = 0
+    line.say("began")
+    number = 0
+    try:
+        while True:
+            number += 1
+            state["n"] = number
+            if number == 100:
+                line.say("going on")
+    except Fenced:
+        line.say(f"fenced {number}")
+    with pytest.raises(Fenced):
+        state.save_fd("a", 0)
+
+
+def test_stopped_while_dropped_it_acknowledges_nothing_afterwards(daemon: DaemonProcess) -> None:
+    with Child(change_until_fenced, daemon.path) as owner:
+        assert owner.hear() == "began"
+        assert owner.hear() == "going on"
+        os.kill(owner.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, owner.pid, os.WSTOPPED | os.WNOWAIT)
+        with daemon.connect() as client:
+            client.drop("chat", force=True)
+        with cprd.live("chat", daemon.path) as state:  # the name is free, for another
+            assert not state.found
+            state["n"] = "mine"
+            os.kill(owner.pid, signal.SIGCONT)
+            assert owner.hear().startswith("fenced ")
+            assert owner.wait() == 0
+            assert state["n"] == "mine"
+            state.end()
+
+
+def test_a_cprd_that_is_stopped_or_upgraded_delays_no_change(new_daemon: DaemonProcess) -> None:
+    with opened(50) as fds, Child(keep_on_command, new_daemon.path, fds) as owner:
+        assert owner.hear() == "began"
+        os.kill(new_daemon.pid, signal.SIGSTOP)
+        owner.say("10")
+        assert owner.hear() == "kept 10"
+        os.kill(new_daemon.pid, signal.SIGCONT)
+        seen = len(new_daemon.log())
+        os.kill(new_daemon.pid, signal.SIGHUP)
+        owner.say("20")
+        assert owner.hear() == "kept 20"
+        new_daemon.await_log("ready ", since=seen)
+        owner.say("30")
+        assert owner.hear() == "kept 30"
+        owner.kill()
+        with cprd.live("chat", new_daemon.path, wait=PATIENCE) as state:
+            assert [os.eventfd_read(fd) for _, _, fd in state.fds()] == [*range(1, 31)]
+            state.confirm()
+            state.end()
+
+
+def keep_on_command(line: Line, path: str, fds: list[int]) -> None:
+    """Keeps the first N descriptors each time that N is told."""
+    state = cprd.live("chat", path)
+    line.say("began")
+    while True:
+        wanted = int(line.hear())
+        for number in range(len(state.fd_keys()), wanted):
+            state.save_fd("fd", number, fds[number])
+        line.say(f"kept {wanted}")
 
 
 async def test_a_cprd_in_memory_is_given_the_hold_back(

@@ -510,7 +510,7 @@ def mix(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
     with monkeypatch.context() as newer:
         newer.setattr(shelf, "VERSION", 2)
         desk.save("b", 2)
-        newer.setattr(slot, "VERSION", 4)
+        newer.setattr(slot, "VERSION", 9)
         desk.save("c", 3)
     return desk
 
@@ -587,7 +587,7 @@ def test_what_lies_on_a_shelf_that_is_left_alone_is_neither_lost_nor_doubled(
     close(own)
 
     # The newer one comes back: it finds both, as one.
-    monkeypatch.setattr(slot, "VERSION", 4)
+    monkeypatch.setattr(slot, "VERSION", 9)
     newer, blind = restarted(desks[-1])
     assert not blind
     assert phases(newer) == {"a": UNREADABLE, "b": UNREADABLE, "c": HELD, "d": UNREADABLE}

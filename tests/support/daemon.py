@@ -70,7 +70,7 @@ class DaemonProcess:
         self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, env=self.env, cwd="/")
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
-        self.await_log("ready ", since=seen)
+        self.await_log("ready pid=", since=seen)
 
     def stop(self) -> int:
         """SIGTERM, and wait for its end. Returns its exit status."""
@@ -161,13 +161,7 @@ class DaemonProcess:
     # Used again
 
     def remember(self) -> None:
-        """What it is like before a test used it, for `as_started`. The first hold that ends leaves
-        a releasing process, which stays for the next."""
-        with self.connect() as daemon:
-            daemon.save("first", cprd.State())
-            daemon.drop("first")
-            until(lambda: not daemon.status()["closing"], lambda: "a close that blocks")
-        self._forget_log()
+        """What it is like before anybody used it, for `as_started`."""
         self._first_pid = self.pid
         self._first_command, self._first_env = list(self.command), dict(self.env)
         self._first_fds = self.fds()
