@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -61,13 +62,46 @@ def median(measured: list[tuple[float, float]], which: int) -> float:
     return statistics.median(pair[which] for pair in measured)
 
 
-def verdict(what: str, value: float, bound: float, unit: str, detail: str) -> bool:
-    """Print one figure; whether it is within its bound."""
-    good = value <= bound
-    limit = "no bound" if bound == math.inf else f"at most {bound:g}{unit}"
-    print(f"{what}: {value:.2f}{unit} ({limit}){'' if good else '  MISSED'}")
+def spread(values: Sequence[float], scale: float, unit: str) -> str:
+    """Median and middle half of `values`, times `scale`."""
+    low, middle, high = statistics.quantiles([value * scale for value in values], n=4)
+    digits = 0 if middle >= 100 else 2
+    return f"{middle:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+class Figure(NamedTuple):
+    """One result, for a table: `bound` is the most, or the least where `at_least`."""
+
+    what: str
+    value: float
+    bound: float
+    unit: str
+    detail: str
+    at_least: bool
+
+    @property
+    def good(self) -> bool:
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    @property
+    def limit(self) -> str:
+        if self.bound == math.inf:
+            return "no bound"
+        return f"at {'least' if self.at_least else 'most'} {self.bound:g}{self.unit}"
+
+
+figures: list[Figure] = []  # of this process, in order
+
+
+def verdict(
+    what: str, value: float, bound: float, unit: str, detail: str, *, at_least: bool = False
+) -> bool:
+    """Print one figure, and keep it in `figures`; whether it is within its bound."""
+    figure = Figure(what, value, bound, unit, detail, at_least)
+    figures.append(figure)
+    print(f"{what}: {value:.2f}{unit} ({figure.limit}){'' if figure.good else '  MISSED'}")
     print(f"    {detail}", flush=True)
-    return good
+    return figure.good
 
 
 def qemu_options(description: str | None, pairs: int) -> argparse.Namespace:

@@ -35,6 +35,7 @@ from cprd.state import State
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
+    from cprd import asyncio as asyncio
     from cprd import cpr as cpr
     from cprd import trio as trio
     from cprd import vmstate as vmstate
@@ -46,11 +47,10 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """cprd.trio, cprd.cpr, cprd.vmstate, cprd.LiveState and the shapes of rows: imported when
-        asked for."""
+        """Other modules of cprd, cprd.LiveState and the shapes of rows: imported when asked for."""
         from importlib import import_module
 
-        if name in ("cpr", "trio", "vmstate"):
+        if name in ("asyncio", "cpr", "trio", "vmstate"):
             return import_module(f"cprd.{name}")
         if name == "LiveState":
             return import_module("cprd.client.blocking_live").LiveState

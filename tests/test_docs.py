@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import cprd
+import cprd.asyncio
 import cprd.trio
 from cprd.errors import CODES
 from cprd.protocol.lifecycle import TRANSITIONS
@@ -34,7 +35,7 @@ def test_the_table_of_transitions_is_the_one_in_the_code() -> None:
 
 
 def test_every_verb_is_documented_with_its_fields() -> None:
-    page = (CHECKOUT / "docs/protocol.md").read_text()
+    page = (CHECKOUT / "docs/protocol.md").read_text().partition("## All verbs")[2]
     asked: dict[str, set[str]] = {}
     answered: dict[str, set[str]] = {}
     row = r"^\| (`[^|]+`) \| ([^|]*)\| ([^|]*)\|$"
@@ -81,11 +82,21 @@ def test_the_python_page_has_every_public_name_with_its_parameters() -> None:
         ("LiveState", "confirm"),
     ):
         assert hasattr(getattr(cprd.trio, name), wait)
+    of_asyncio = set(re.findall(r"^\| `(?:await )?(\w+\(.*\))` \|", page, re.M))
+    functions = {getattr(cprd.asyncio, name) for name in cprd.asyncio.__all__}
+    functions = {each for each in functions if inspect.isfunction(each)} - {
+        cprd.asyncio.connect,
+        cprd.asyncio.live,
+    }
+    assert of_asyncio == {
+        f"{each.__name__}{_parameters(each)}".replace("b''", 'b""') for each in functions
+    }
 
 
 def test_the_clients_have_the_same_methods_with_the_same_parameters() -> None:
     for name in ("Claim", "Daemon", "LiveState", "Prepared"):
         blocking, on_trio = getattr(cprd, name), getattr(cprd.trio, name)
+        assert getattr(cprd.asyncio, name) is on_trio
         public = {key for key in vars(blocking) if key[0] != "_"}
         assert public | {"aclose"} >= {key for key in vars(on_trio) if key[0] != "_"} >= public
         for key in public:
@@ -93,6 +104,8 @@ def test_the_clients_have_the_same_methods_with_the_same_parameters() -> None:
                 assert _parameters(getattr(blocking, key)) == _parameters(getattr(on_trio, key))
     assert _parameters(cprd.connect) == _parameters(cprd.trio.connect)
     assert _parameters(cprd.live) == _parameters(cprd.trio.live)
+    assert _parameters(cprd.connect) == _parameters(cprd.asyncio.connect)
+    assert _parameters(cprd.live) == _parameters(cprd.asyncio.live)
 
 
 def _parameters(function: Callable[..., object]) -> str:
@@ -127,7 +140,8 @@ def test_the_parts_of_cprd_are_imported_when_they_are_asked_for() -> None:
     code = """
 import sys, cprd
 assert not {"trio", "cprd.trio", "cprd.cpr", "cprd.vmstate"} & set(sys.modules)
-cprd.trio.connect, cprd.cpr.save_fd, cprd.vmstate
+assert not {"asyncio", "cprd.asyncio"} & set(sys.modules)
+cprd.asyncio.adopt, cprd.trio.connect, cprd.cpr.save_fd, cprd.vmstate
 assert sys.modules["cprd.trio"] is cprd.trio
 assert not hasattr(cprd, "nonsense")
 from cprd import *

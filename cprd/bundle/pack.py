@@ -33,6 +33,7 @@ from cprd.state import MemfdSection, State
 Columns = tuple[bytes, "array[int]", "array[int]"]
 Root = tuple[bytes, Sequence[int], int]  # header, descriptors borrowed, depth
 FEW = 1024  # descriptors, of which each is looked at before packing
+_fcntl, _GETFL, _APPEND = fcntl.fcntl, fcntl.F_GETFL, os.O_APPEND
 _UNIX, _SEQPACKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
 
@@ -218,17 +219,14 @@ def _refuse_cycles(columns: Columns, forbidden: Sequence[int]) -> None:
     the 3 us of a readlink. Neither touches the file itself, which could block."""
     if not forbidden:
         return
-    bad = set()
-    for fd in forbidden:
-        try:
-            bad.add(os.readlink(f"/proc/self/fd/{fd}"))
-        except OSError:
-            pass  # closed by another thread meanwhile
+    bad: set[str] | None = None  # looked up when a descriptor looks suspect
     for number, fd in enumerate(columns[2]):
         try:
             if fd not in forbidden:
-                if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
+                if not _fcntl(fd, _GETFL) & _APPEND:
                     continue
+                if bad is None:
+                    bad = _links(forbidden)
                 if os.readlink(f"/proc/self/fd/{fd}") not in bad:
                     continue
         except (OSError, ValueError):
@@ -237,6 +235,17 @@ def _refuse_cycles(columns: Columns, forbidden: Sequence[int]) -> None:
             f"{_key(columns, number)}: fd {fd} is a connection to cprd itself; a bundle may not"
             " come to hold itself"
         )
+
+
+def _links(fds: Sequence[int]) -> set[str]:
+    """The names of sockets, by inode."""
+    links = set()
+    for fd in fds:
+        try:
+            links.add(os.readlink(f"/proc/self/fd/{fd}"))
+        except OSError:
+            pass  # closed by another thread meanwhile
+    return links
 
 
 def _key(columns: Columns, number: int) -> str:

@@ -151,7 +151,7 @@ def _for_owner(args: argparse.Namespace, uid: int) -> list[str]:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from cprd.qemu import signals
+    from cprd.qemu import servers, signals
     from cprd.qemu.errors import ChangedUser
     from cprd.qemu.examine import about_command_line, drift_of, examine
     from cprd.qemu.process import command_line
@@ -167,6 +167,7 @@ def run_check(args: argparse.Namespace) -> int:
             pid = monitor.process.pid if monitor.process is not None else 0
             words = command_line(pid) if pid else []
             upgrade, notes = about_command_line(words, pid) if words else ([], [])
+            upgrade += servers.single(monitor)
             drifted = drift_of(monitor)
             signals.check()
         finally:

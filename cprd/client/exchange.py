@@ -625,6 +625,12 @@ def _ask(
     while answer.number != number and answer.number is not None:
         answer.close()
         answer = yield Step("receive", until, shielded)
+    if answer.error is None:
+        try:
+            answer.fields = messages.read_fields(call.message["verb"], answer.fields)
+        except messages.Garbled:
+            answer.close()
+            raise
     return answer
 
 

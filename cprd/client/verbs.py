@@ -173,7 +173,7 @@ def give_back(ticket: Ticket, fields: dict[str, Any], error: BaseException) -> V
         pass  # the end of the connection or of the lease has to do
     if damaged:
         pid, uid = fields["saver"], fields["saver_uid"]
-        by = messages.handled_by(pid, uid, fields.get("last_claimant", 0))
+        by = messages.handled_by(pid, uid, fields["last_claimant"])
         raise Damaged(
             f"{ticket.name!r} is damaged and will not be served again: {why}; {by}",
             pid=pid or None,
@@ -207,8 +207,8 @@ def rows(timeout: float | None) -> Verb[list[Row]]:
     after: int | None = 0
     while True:
         answer = yield Call({"verb": "list", "after": after}, timeout=timeout)
-        found += [row_of(row) for row in answer.fields["holds"]]
-        after = answer.fields.get("more")
+        found += answer.fields["holds"]
+        after = answer.fields["more"]
         if after is None:
             found.sort(key=lambda row: (row["uid"], row["name"], row["generation"]))
             return found
@@ -229,23 +229,14 @@ def row_and_bundle(name: str, timeout: float | None) -> Verb[tuple[dict[str, Any
     check_name(name)
     check_timeout(timeout)
     answer = yield Call({"verb": "show", "name": name}, timeout=timeout)
-    bundle = answer.bundle() if answer.fds or answer.cut else -1
-    return dict(row_of(answer.fields["hold"])), bundle
-
-
-def row_of(fields: dict[str, Any]) -> Row:
-    """A row with None where the daemon said nothing."""
-    row: Any = {**dict.fromkeys(messages.UNSAID), **fields}
-    found: Row = row
-    return found
+    return answer.fields["hold"], answer.bundle() if answer.fds or answer.cut else -1
 
 
 def status(timeout: float | None) -> Verb[Status]:
     check_timeout(timeout)
     answer = yield Call({"verb": "status"}, timeout=timeout)
-    fields: Any = {"blind": None, **answer.fields}
-    status: Status = fields
-    return status
+    fields: Status = answer.fields
+    return fields
 
 
 def check_name(name: str) -> None:

@@ -20,7 +20,7 @@ from cprd.daemon.releasing import Releasing
 from cprd.daemon.turns import Turns
 from cprd.errors import LimitExceeded, ProtocolError
 from cprd.linux.processes import Watch, is_ready
-from cprd.linux.rights import scm_fds, send, take_no_rights, unread
+from cprd.linux.rights import scm_fds, send, seqpacket_pair, take_no_rights, unread
 from cprd.protocol import messages
 
 # Plain numbers: an `or` of two members of an enum takes 2 us.
@@ -70,7 +70,7 @@ class Connection:
         self.nonce = b""  # of the last request
         self.id: int | None = None  # of the last request, repeated by the answer
         self.peer_ended = False
-        self._queue = -1  # the receiving end
+        self._queue: socket.SocketType | None = None  # the receiving end
         self._handed_out = False  # a sending end, which may be unread
         self.idle_since = math.inf  # while a request is served
         self._waiting = False  # for a message or news
@@ -151,7 +151,7 @@ class Connection:
         """No message is there. Returns whether none will come; lets go of an abandoned queue: a
         client that gave up has closed the sending end."""
         self._news = False
-        if self._queue >= 0 and is_ready(self._queue):
+        if self._queue is not None and is_ready(self._queue.fileno()):
             self.drop_queue()
         return self.peer_ended or self._given_up
 
@@ -162,9 +162,9 @@ class Connection:
 
     # The queue of the next save
 
-    def queue(self) -> socket.socket:
-        """A new queue: the sending end, to be handed out and closed. The queue before, which was
-        not saved, is let go of. Raises LimitExceeded."""
+    def queue(self) -> int:
+        """A new queue: the sending end, owned by the caller, to be handed out. The queue before,
+        which was not saved, is let go of. Raises LimitExceeded."""
         if self._handed_out and unread(self.sock):
             raise LimitExceeded(
                 "queue: the one before is unread: read all answers first. A connection has one"
@@ -175,13 +175,12 @@ class Connection:
             raise LimitExceeded(
                 f"files of uid {self.peer.uid} block when they are closed: end that first"
             )
-        inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._queue = outlet.detach()
-        self._watch.add(self._queue, self._tell, 0)
+        inlet, self._queue = seqpacket_pair()
+        self._watch.add(self._queue.fileno(), self._tell, 0)
         self._handed_out = True
-        return inlet
+        return inlet.detach()
 
-    def next_queue(self) -> socket.socket | None:
+    def next_queue(self) -> int | None:
         """As `queue`; None where there is none to be had now."""
         try:
             return self.queue()
@@ -191,16 +190,20 @@ class Connection:
     def take_queue(self) -> int:
         """The receiving end of the queue, sealed: nothing can be added. Owned by the caller. Raises
         ProtocolError without a queue."""
-        fd, self._queue = self._queue, -1
-        if fd < 0:
+        queue, self._queue = self._queue, None
+        if queue is None:
             raise ProtocolError("no queue to save from: ask for a queue, and park the bundle there")
-        self._watch.remove(fd)
-        seal(fd)
-        return fd
+        self._watch.remove(queue.fileno())
+        try:
+            queue.shutdown(socket.SHUT_RD)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+        return queue.detach()
 
     def drop_queue(self) -> None:
         """Let go of a queue that was not saved."""
-        if self._queue >= 0:
+        if self._queue is not None:
             self.let_go(self.take_queue())
 
     def let_go(self, fd: int) -> None:
@@ -292,15 +295,3 @@ class Connection:
             self._watch.remove(pidfd)
             os.close(pidfd)
         self.let_go(self.sock.detach())  # nothing can be added after shutdown()
-
-
-def seal(fd: int) -> None:
-    """Let nothing be added to the queue of a socket (borrowed)."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
-    try:
-        sock.shutdown(socket.SHUT_RD)
-    except OSError as error:
-        if error.errno != errno.ENOTCONN:
-            raise
-    finally:
-        sock.detach()

@@ -160,11 +160,29 @@ def _open_process(connection: Connection, message: messages.Message, field: str)
     return processes.open_identity(pid, message["inode"])
 
 
+def _check_counts(message: messages.Message, parked: int) -> None:
+    """Raises Damaged where a root of `parked` descriptors cannot be what the request describes."""
+    most = parked * SCM_MAX_FD ** message["depth"] - 1  # one is the manifest
+    if message["fds"] > most:
+        raise Damaged(
+            f"not the bundle that the request describes: fds says {message['fds']}, and a root of"
+            f" depth {message['depth']} with {parked} descriptors has at most {most} below"
+        )
+
+
+def said(answer: messages.Message) -> messages.Message:
+    """An answer without the tokens that are none."""
+    return {field: value for field, value in answer.items() if value != b""}
+
+
 async def queue(server: Server, connection: Connection, request: Request) -> None:
     """Hand out the sending end of a new queue, for the next save."""
     del server, request
-    with connection.queue() as inlet:
-        await connection.answer(messages.ok(), (inlet.fileno(),))
+    inlet = connection.queue()
+    try:
+        await connection.answer(messages.ok(), (inlet,))
+    finally:
+        os.close(inlet)
 
 
 async def _answer_saved(
@@ -175,8 +193,10 @@ async def _answer_saved(
     if inlet is None:
         await connection.answer(answer)
         return
-    with inlet:
-        await connection.answer(answer, (inlet.fileno(),))
+    try:
+        await connection.answer(answer, (inlet,))
+    finally:
+        os.close(inlet)
 
 
 async def save(server: Server, connection: Connection, request: Request) -> None:
@@ -206,7 +226,7 @@ async def save(server: Server, connection: Connection, request: Request) -> None
     if prepare:
         connection.prepared.add(step.answer["generation"])
     point("daemon:saved")
-    answer = messages.ok(**step.answer, kept=server.keeper.kept)
+    answer = messages.ok(**said(step.answer), kept=server.keeper.kept)
     await _answer_saved(connection, message, answer)
 
 
@@ -431,7 +451,7 @@ async def confirm_next(server: Server, connection: Connection, request: Request)
     if step.answer["token"]:
         server.steps.own_live(connection, step.answer["generation"])
     _confirmed(connection, ticket)
-    answer = messages.ok(**step.answer, kept=server.keeper.kept)
+    answer = messages.ok(**said(step.answer), kept=server.keeper.kept)
     await _answer_saved(connection, request.message, answer)
 
 

@@ -58,8 +58,11 @@ def _received(sock: _socket.socket, size: int, how: int) -> tuple[bytes, list[in
 
 
 def empty(fd: int) -> None:
-    """Drop everything queued in a socket. Blocks as long as a dropped file does."""
-    sock = _socket.socket(fileno=os.dup(fd))
+    """Drop everything queued in a SEQPACKET socket of AF_UNIX; nothing of anything else. Blocks as
+    long as a dropped file does."""
+    sock = _queue(fd)
+    if sock is None:
+        return
     try:
         while sock.recv(1, _socket.MSG_DONTWAIT):
             pass
@@ -97,12 +100,14 @@ def records(fd: int, only: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
 
 def _queue(fd: int) -> _socket.socket | None:
     """A copy of a SEQPACKET socket of AF_UNIX; None for anything else."""
+    copy = os.dup(fd)
     try:
-        sock = _socket.socket(fileno=os.dup(fd))
-        of = sock.getsockopt(_socket.SOL_SOCKET, _SO_DOMAIN)
-        kind = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_TYPE)
+        sock = _socket.socket(fileno=copy)
     except OSError:
+        os.close(copy)
         return None
+    of = sock.getsockopt(_socket.SOL_SOCKET, _SO_DOMAIN)
+    kind = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_TYPE)
     if (of, kind) == (_socket.AF_UNIX, _socket.SOCK_SEQPACKET):
         return sock
     sock.close()
@@ -140,12 +145,15 @@ def count(bundle: int) -> bytes:
             for _, segments in records(root):
                 for segment in segments:
                     found[os.fstat(segment).st_ino] = _scm_fds(segment)
-            said = COUNTED.pack(_scm_fds(root), sum(found.values()))
+            queue = _queue(root)
+            if queue is not None:
+                queue.close()
+                said = COUNTED.pack(_scm_fds(root), sum(found.values()))
     return said
 
 
 def _scm_fds(fd: int) -> int:
-    """Count the descriptors queued in a socket, without a read; 0 for anything else."""
+    """Count the descriptors queued in a UNIX socket, without a read; 0 for anything else."""
     info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         _, _, found = os.read(info, 4096).partition(b"scm_fds:")

@@ -275,8 +275,10 @@ class Releasing:
         while True:
             with trio.move_on_after(self._pause):
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
-            await trio.sleep(GATHERED)
+            if not self._restless:
+                await trio.sleep(GATHERED)
             self.collect()
+            await trio.lowlevel.checkpoint()
 
     @property
     def _pause(self) -> float:

@@ -26,28 +26,30 @@ class Room:
         self.limit = limit
         self._keeper = keeper
         self._answers = answers
+        self._on_next_shelf = 0
         self._total = limit  # so that the first request looks
         self._of: Counter[int] = Counter()
 
     def check(self, uid: int) -> None:
         """Raises LimitExceeded where a new record of `uid` has no room. Otherwise counts it."""
         if self._why_not(uid):
-            self._total, self._of = self._keeper.in_flight()
-            if self._short(uid) and self._keeper.shelf.in_flight > 2 * self._on_shelves:
+            self._look()
+            if self._short(uid) and self._keeper.shelf.in_flight > 2 * self._on_next_shelf:
                 self._keeper.compact()  # without the slots of ended holds
-                self._total, self._of = self._keeper.in_flight()
+                self._look()
             if why := self._why_not(uid):
                 raise LimitExceeded(f"{why}: raise LimitNOFILE= of cprd.service, or drop holds")
         self._total += A_RECORD
         self._of[uid] += A_RECORD
+        self._on_next_shelf += ON_A_SHELF
 
-    @property
-    def _on_shelves(self) -> int:
-        return ON_A_SHELF * len(self._keeper.slots)
+    def _look(self) -> None:
+        self._total, self._of = self._keeper.in_flight()
+        self._on_next_shelf = self._keeper.on_next_shelf
 
     def _left(self, uid: int) -> int:
         """What nothing but answers, the next shelf and root may use is not left."""
-        left = self.limit - min(self._answers, self.limit // 4) - self._on_shelves - self._total
+        left = self.limit - min(self._answers, self.limit // 4) - self._on_next_shelf - self._total
         return left if uid == 0 else left - int(FOR_ROOT * self.limit)
 
     def _short(self, uid: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 from collections.abc import AsyncIterator
 from typing import NoReturn
@@ -41,7 +40,7 @@ class Running:
         self.releasing = Releasing()
         self.releasing.adopt(given.passed)
         first = int(now() * 1e9)
-        self.registry = Registry(settings.quota, first, lambda: 1 + secrets.randbelow(1 << 16))
+        self.registry = Registry(settings.quota, first, _step)
         address = _notify_socket()
         self.keeper = Keeper(self.releasing, now, self.registry.replies, managed=bool(address))
         notes = Notes(_place_of_notes(given))
@@ -152,6 +151,11 @@ class Running:
             lost_unless_restarted=at_stop or None,
             why=why,
         )
+
+
+def _step() -> int:
+    """From one generation to the next, at random."""
+    return 1 + int.from_bytes(os.urandom(2), "little")
 
 
 def _place_of_notes(given: reexec.Given) -> str:

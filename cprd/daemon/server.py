@@ -70,8 +70,8 @@ class Server:
         soft = raise_nofile()
         self.max_connections = max(12, min(config.all_connections, soft // 16))
         self.room = Room(keeper, soft, self.max_connections)
-        # A connection has two descriptors, a hold two and up to four pidfds; a message can bring
-        # 253 at once.
+        # A connection has two descriptors, a hold one (of an earlier version two) and up to four
+        # pidfds. The rest: what is received at once, and what the daemon itself has open.
         self.max_holds = max(4, (soft - 2 * self.max_connections - 253 - 32) // 6)
 
     @property
@@ -191,10 +191,14 @@ class Server:
         self._reserve = -1
         try:
             sock, _ = listener.accept()
+            sock.shutdown(socket.SHUT_RDWR)  # seen at once; a releasing process may have no room
             uid, _ = processes.credentials(sock)
-            self.releasing.close(uid, [sock.detach()])
+            if not take_no_rights(sock):  # descriptors may have come
+                self.releasing.close(uid, [sock.detach()])
         except OSError:
             pass
+        else:
+            sock.close()
         self._open_reserve()
 
     def _open_reserve(self) -> None:

@@ -58,6 +58,8 @@ class Steps:
         self.connections = connections
         self.pidfds = Pidfds(self._process_ended)
         self.waiters = Waiters()
+        # By generation and token: the connection that last spoke for a claim.
+        self._owners: dict[tuple[int, bytes], Connection] = {}
         self._deadline_moved = trio.Event()  # to before `_sleeps_until`
         self._sleeps_until = 0.0
 
@@ -137,19 +139,13 @@ class Steps:
         `bundle_fd` is borrowed. `pidfds` (new only, by generation and role) are owned from now
         on, whatever comes of the step."""
         added = pidfds or {}
-        known = {
-            hold.generation: {
-                **self.pidfds.of(hold.generation),
-                **added.get(hold.generation, {}),
-            }
-            for hold in step.put
-        }
-        wanted = {
-            hold.generation: {
-                role: fd for role, fd in known[hold.generation].items() if role in hold.roles
-            }
-            for hold in step.put
-        }
+        known: dict[int, Roles] = {}
+        wanted: dict[int, Roles] = {}
+        for hold in step.put:
+            generation, roles = hold.generation, hold.roles
+            fds = {**self.pidfds.of(generation), **added.get(generation, {})}
+            known[generation] = fds
+            wanted[generation] = {role: fd for role, fd in fds.items() if role in roles}
         try:
             for hold in step.put:
                 if hold.phase == LIVE and "owner" in wanted[hold.generation]:
@@ -161,8 +157,8 @@ class Steps:
             for hold in step.put:
                 if self.registry.get(hold.generation) is None:
                     self.notes.remove(hold.generation)
-            for roles in added.values():
-                close_all(roles.values())
+            for new in added.values():
+                close_all(new.values())
             raise
         self._apply(step, known)
 
@@ -324,16 +320,24 @@ class Steps:
 
     def own_claim(self, connection: Connection, generation: int, token: bytes) -> None:
         """The end of this connection, and of no other, ends the claim from now on."""
-        if (generation, token) not in connection.claims:
-            for other in self.connections:
-                other.claims.discard((generation, token))
-            connection.claims.add((generation, token))
+        claim = (generation, token)
+        other = self._owners.get(claim)
+        if other is not connection:
+            if other is not None:
+                other.claims.discard(claim)
+            self._owners[claim] = connection
+        connection.claims.add(claim)
 
     def disown(self, hold: Hold) -> None:
         """The token of `hold` is over: the end of no connection matters to the hold any more."""
-        if hold.token:
+        if not hold.token:
+            return
+        claim = (hold.generation, hold.token)
+        owner = self._owners.pop(claim, None)
+        if owner is not None:
+            owner.claims.discard(claim)
+        if hold.allows("commit"):
             for connection in self.connections:
-                connection.claims.discard((hold.generation, hold.token))
                 connection.prepared.discard(hold.generation)
                 connection.owned.discard(hold.generation)
 

@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from cprd.errors import CprdError
+from cprd.linux import unix_diag
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h, Linux 5.14
 SO_MEMINFO = 55
 _SIOCUNIXFILE = 0x89E0  # linux/un.h
-_NETLINK_SOCK_DIAG = 4
-_DIAG_REQUEST = struct.Struct("=IHHIIBBHIIIII")  # nlmsghdr, unix_diag_req
-_SHOW_FILE, _SHOW_QUEUE = 0x2, 0x10  # UDIAG_SHOW_VFS, UDIAG_SHOW_RQLEN
-_DIAG_FILE, _DIAG_QUEUE = 1, 4  # UNIX_DIAG_VFS, UNIX_DIAG_RQLEN
 _KINDS: dict[int, str] = {
     socket.SOCK_STREAM: "stream",
     socket.SOCK_DGRAM: "dgram",
@@ -169,7 +166,7 @@ def leads_to(path: str, fd: int, known: Facts) -> bool:
         finally:
             os.close(file)
         return (bound.st_dev, bound.st_ino) == (found.st_dev, found.st_ino)
-    raw = _diag(known.inode, _SHOW_FILE).get(_DIAG_FILE)
+    raw = unix_diag.ask(known.inode, unix_diag.SHOW_FILE).get(unix_diag.FILE)
     if raw is None:
         return same_text and os.path.isabs(known.path) and somebody_at(path, known.kind)
     inode, device = struct.unpack("=II", raw)
@@ -177,36 +174,6 @@ def leads_to(path: str, fd: int, known: Facts) -> bool:
         return False
     # The kernel's number of a device differs from stat()'s on btrfs and overlayfs.
     return same_text or os.makedev(device >> 20, device & 0xFFFFF) == found.st_dev
-
-
-def _diag(inode: int, show: int) -> dict[int, bytes]:
-    """Ask unix_diag about a UNIX socket of this network namespace: attribute -> value; empty
-    without an answer."""
-    length = _DIAG_REQUEST.size
-    every = 0xFFFFFFFF  # all states; INET_DIAG_NOCOOKIE
-    request = _DIAG_REQUEST.pack(
-        *(length, 20, 1, 1, 0),  # SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST
-        *(socket.AF_UNIX, 0, 0, every, inode & 0xFFFFFFFF, show, every, every),
-    )
-    try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
-            netlink.settimeout(1.0)
-            netlink.send(request)
-            answer = netlink.recv(8192)
-    except OSError:
-        return {}
-    size, kind = struct.unpack_from("=IH", answer)
-    if kind != 20:  # NLMSG_ERROR: there is none
-        return {}
-    found = {}
-    at = 32
-    while at + 4 <= size:
-        length, name = struct.unpack_from("=HH", answer, at)
-        if length < 4:
-            break
-        found[name] = answer[at + 4 : at + length]
-        at += (length + 3) & ~3
-    return found
 
 
 def somebody_at(path: str, kind: int) -> bool:
@@ -236,7 +203,7 @@ def connections(fd: int, known: Facts) -> int:
     if not known.listening:
         return 0
     if known.family == socket.AF_UNIX:
-        raw = _diag(known.inode, _SHOW_QUEUE).get(_DIAG_QUEUE, bytes(4))
+        raw = unix_diag.ask(known.inode, unix_diag.SHOW_QUEUE).get(unix_diag.QUEUE, bytes(4))
         return int(struct.unpack_from("=I", raw)[0])
     sock = socket.socket(fileno=fd)
     try:

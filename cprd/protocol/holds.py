@@ -129,15 +129,21 @@ class Holds:
     def put(self, hold: Hold) -> None:
         """Add a record, or replace the record of the same generation."""
         self.remove(hold.generation)
-        records = sorted((*self.of(hold.key), hold), key=lambda record: record.generation)
-        self._by_key[hold.key] = tuple(records)
+        key = hold.key
+        others = self._by_key.get(key)
+        if others is None:
+            self._by_key[key] = (hold,)
+        else:
+            records = sorted((*others, hold), key=lambda record: record.generation)
+            self._by_key[key] = tuple(records)
         self._by_generation[hold.generation] = hold
         usage = self._usage.setdefault(hold.uid, Usage())
         usage.holds += 1
         usage.fds += hold.fds
         self.pass_generation(hold.generation)
-        if hold.ends_at is not None:
-            heapq.heappush(self._deadlines, (hold.ends_at, hold.generation))
+        ends_at = hold.ends_at
+        if ends_at is not None:
+            heapq.heappush(self._deadlines, (ends_at, hold.generation))
             if len(self._deadlines) > 64 + 4 * len(self._by_generation):
                 ends = ((record.ends_at, record.generation) for record in self)
                 self._deadlines = [(at, number) for at, number in ends if at is not None]
@@ -152,11 +158,12 @@ class Holds:
         old = self._by_generation.pop(generation, None)
         if old is None:
             return
-        rest = tuple(record for record in self.of(old.key) if record.generation != generation)
-        if rest:
-            self._by_key[old.key] = rest
-        else:
+        records = self._by_key[old.key]
+        if len(records) == 1:
             del self._by_key[old.key]
+        else:
+            rest = (record for record in records if record.generation != generation)
+            self._by_key[old.key] = tuple(rest)
         usage = self._usage[old.uid]
         usage.holds -= 1
         usage.fds -= old.fds

@@ -6,8 +6,9 @@ pid namespace).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cprd.errors import Busy
 from cprd.protocol.messages import pid_text
@@ -215,6 +216,19 @@ class Hold:
             "live": self.live,
             "last_end": self.last_end,
         }
+
+
+_FIELDS = tuple(field.name for field in fields(Hold))
+_AT = {name: at for at, name in enumerate(_FIELDS)}
+_values = attrgetter(*_FIELDS)
+
+
+def changed(hold: Hold, **changes: Any) -> Hold:
+    """Another record with `changes`: dataclasses.replace in half of the time."""
+    values = list(_values(hold))
+    for name, value in changes.items():
+        values[_AT[name]] = value
+    return Hold(*values)
 
 
 def ending_event(old: Hold, saver: int, predecessor: int) -> str:

@@ -73,7 +73,7 @@ class Field:
 
     A bool is an int in Python, and never meant as a number here."""
 
-    __slots__ = ("_fits", "_make", "default", "required", "wants")
+    __slots__ = ("default", "fits", "make", "required", "wants")
 
     def __init__(
         self, wants: str, fits: Callable[[Any], bool], make: Callable[[Any], Any] | None = None
@@ -81,17 +81,17 @@ class Field:
         self.wants = wants
         self.default: Any = None
         self.required = True
-        self._fits = fits
-        self._make = make
+        self.fits = fits
+        self.make = make
 
     def __call__(self, value: Any) -> Any:
-        if not self._fits(value):
+        if not self.fits(value):
             raise ValueError(self.wants)
-        return value if self._make is None else self._make(value)
+        return value if self.make is None else self.make(value)
 
     def optional(self, default: Any) -> Field:
         """The same field, which may be left out."""
-        field = Field(self.wants, self._fits, self._make)
+        field = Field(self.wants, self.fits, self.make)
         field.default, field.required = default, False
         return field
 
@@ -99,7 +99,10 @@ class Field:
 def _text(limit: int) -> Field:
     return Field(
         f"a string of at most {limit} bytes",
-        lambda value: isinstance(value, str) and len(value.encode("utf-8", "replace")) <= limit,
+        lambda value: (
+            isinstance(value, str)
+            and (len(value) if value.isascii() else len(value.encode("utf-8", "replace"))) <= limit
+        ),
     )
 
 
@@ -172,13 +175,10 @@ REQUESTS: dict[str, dict[str, Field]] = {
     "renew": {**_CLAIM, "lease": _seconds(MAX_LEASE, MIN_LEASE).optional(None)},  # as before
     "begin": {**_CLAIM, **_NONCE, **_PROCESS},  # pid 0: no process is named
     "confirm": {**_CLAIM, **_NONCE},
-    "confirm_next": {**_CLAIM, **_BUNDLE, "live": _FLAG, **_NONCE},  # live: a root is parked
+    "confirm_next": {**_CLAIM, **_BUNDLE, "live": _FLAG, **_NONCE},
     "reject": {
-        **_CLAIM,
-        **_NONCE,
-        "why": _text(MAX_REASON).optional(""),
-        "damaged": _FLAG,
-        "attempt": _FLAG.optional(True),  # whether the claim counts as an attempt
+        **{**_CLAIM, **_NONCE, "why": _text(MAX_REASON).optional(""), "damaged": _FLAG},
+        "attempt": _FLAG.optional(True),  # False: the claim does not count as an attempt
     },
     "live": {
         "name": _NAME,
@@ -200,44 +200,75 @@ REQUESTS: dict[str, dict[str, Field]] = {
 """Verb -> fields. A request may have an `id` besides; fields that are not known are ignored, as
 they are in answers."""
 
-_KEPT = ("kept",)
-_SAVED = ("generation", "token", "kept")
-_CHANGED = ("generation", "kept")
-_LOADED = (
-    *("generation", "token", "attempts", "last_reject", "lease", "saver", "saver_uid"),
-    *("last_claimant", "live", "last_end", "kept"),
-)
-ANSWERS: dict[str, tuple[str, ...]] = {
-    "hello": ("version", "server", "uid", "pid", "lease_by", "kept", "limits"),
-    "queue": (),
-    "save": _SAVED,
-    "prepare": _SAVED,
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _is_list_of_maps(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_map, value))
+
+
+_STRING = _text(MAX_ANSWER)
+_NUMBER = Field("a number", lambda value: type(value) in (int, float), float)
+_MAP = Field("a map with strings as keys", _is_map)
+_KEPT = {"kept": _STRING}
+_CHANGED = {"generation": _U64, **_KEPT}
+_TOKEN = {"token": _bytes(NONCE)}
+_LOADED: dict[str, Field] = {
+    **{**_CHANGED, **_TOKEN, "attempts": _U64, "last_reject": _STRING.optional("")},
+    **{"lease": _NUMBER, "saver": _PID, "saver_uid": _U64, "last_claimant": _PID.optional(0)},
+    **{"live": _FLAG, "last_end": _STRING.optional("")},
+}
+ANSWERS: dict[str, dict[str, Field]] = {
+    "hello": {
+        **{"version": _count(1 << 16), "server": _STRING, "uid": _U64, "pid": _PID},
+        **{"lease_by": Field("an array", lambda value: isinstance(value, list)), **_KEPT},
+        "limits": _MAP,
+    },
+    "queue": {},
+    "save": _CHANGED,
+    "prepare": {**_CHANGED, **_TOKEN},
     "commit": _CHANGED,
     "abort": _KEPT,
     "load": _LOADED,
-    "renew": ("lease",),
+    "renew": {"lease": _NUMBER},
     "begin": _KEPT,
     "confirm": _KEPT,
-    "confirm_next": _SAVED,
+    "confirm_next": {**_CHANGED, "token": _bytes(NONCE).optional(b"")},  # of a live hold
     "reject": _KEPT,
-    "live": ("found", *_LOADED),
-    "put_back": _SAVED,
+    "live": {
+        **{"found": Field("true or false", lambda value: isinstance(value, bool)), **_LOADED},
+        **{"attempts": _U64.optional(0), "lease": _NUMBER.optional(0.0)},
+        **{"saver": _PID.optional(0), "saver_uid": _U64.optional(0)},  # of what was found
+    },
+    "put_back": {**_CHANGED, **_TOKEN},
     "end": _KEPT,
     "release": _CHANGED,
     "drop": _CHANGED,
-    "ended": (),
-    "wait": ("generation",),
-    "list": ("holds", "more"),
-    "show": ("hold",),
-    "status": (
-        *("server", "pid", "uptime", "kept", "blind", "phases", "uids", "connections"),
-        *("refused_accepts", "closing", "limits"),
-    ),
+    "ended": {},
+    "wait": {"generation": _U64},
+    "list": {
+        "holds": Field("an array of maps", _is_list_of_maps),
+        "more": _U64.optional(None),
+    },
+    "show": {"hold": _MAP},
+    "status": {
+        **{"server": _STRING, "pid": _PID, "uptime": _NUMBER, **_KEPT},
+        **{"blind": _STRING.optional(None), "phases": _MAP, "uids": _MAP, "connections": _U64},
+        **{"refused_accepts": _U64, "closing": _MAP, "limits": _MAP},
+    },
 }
-"""Verb -> fields of the "ok" map. What is not there (more, blind, ...) is left out."""
+"""Verb -> fields of the "ok" map. Fields with a default are left out where there is none."""
 
-UNSAID = ("expires", "claimant", "acting", "in_use_by")
-"""Fields of a row that are left out where there is none."""
+ROW: dict[str, Field] = {
+    **{"name": _STRING, "generation": _U64, "phase": _STRING, "uid": _U64, "fds": _U64},
+    **{"bytes": _U64, "age": _NUMBER, "expires": _NUMBER.optional(None), "attempts": _U64},
+    **{"reason": _STRING.optional(""), "last_reject": _STRING.optional("")},
+    **{"claimant": _PID.optional(None), "acting": _PID.optional(None)},
+    **{"in_use_by": _PID.optional(None), "live": _FLAG, "last_end": _STRING.optional("")},
+}
+"""Fields of a hold, in the answers to list and show."""
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
@@ -307,33 +338,48 @@ def read_request(data: bytes) -> Message:
     verb = message.get("verb")
     if not isinstance(verb, str):  # whose text may be deep
         raise BadRequest("the field 'verb' wants the name of a verb")
-    fields = REQUESTS.get(verb)
+    fields = _WITH_ID.get(verb)
     if fields is None:
         raise BadRequest(f"unknown verb {verb!r:.100}; this cprd speaks version {VERSION}")
-    read: Message = {"verb": verb}
-    for field, check in (*fields.items(), ("id", _ID)):
-        value = message.get(field)
-        if value is not None:
-            try:
-                read[field] = check(value)
-            except ValueError as error:
-                raise BadRequest(f"{verb}: the field {field!r} wants {error}") from None
-        elif check.required:
-            raise BadRequest(f"{verb}: the field {field!r} is missing")
-        else:
-            read[field] = check.default
+    try:
+        read = _read(message, fields)
+    except ValueError as error:
+        raise BadRequest(f"{verb}: {error}") from None
+    read["verb"] = verb
     return read
+
+
+def _read(message: Message, fields: Mapping[str, Field]) -> Message:
+    """All `fields`, and no others. Raises ValueError that names a field."""
+    read: Message = {}
+    get = message.get
+    for name, field in fields.items():
+        value = get(name)
+        if value is None:
+            if field.required:
+                raise ValueError(f"the field {name!r} is missing")
+            read[name] = field.default
+        elif field.fits(value):
+            make = field.make
+            read[name] = value if make is None else make(value)
+        else:
+            raise ValueError(f"the field {name!r} wants {field.wants}")
+    return read
+
+
+_WITH_ID = {verb: {**fields, "id": _ID} for verb, fields in REQUESTS.items()}
 
 
 def essence(request: Mapping[str, Any]) -> Message:
     """The verb of a request and the fields that are no defaults: the same whether a default was
     said or left out, and in a later version that has more fields."""
     fields = REQUESTS[request["verb"]]
-    return {
-        key: value
-        for key, value in request.items()
-        if key not in fields or fields[key].required or value != fields[key].default
-    }
+    said = {}
+    for key, value in request.items():
+        field = fields.get(key)
+        if field is None or field.required or value != field.default:
+            said[key] = value
+    return said
 
 
 class Garbled(ProtocolError):
@@ -358,16 +404,23 @@ def parse_answer(data: bytes) -> tuple[int | None, Message | CprdError]:
         if id is not None:
             _U64(id)
         if "ok" in message:
-            return id, _map(message["ok"])
+            return id, _MAP(message["ok"])
     except (ProtocolError, ValueError) as error:
         raise Garbled(f"not an answer: {error}") from None
     return id, _error(message)
 
 
-def _map(value: Any) -> Message:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("a map with strings as keys")
-    return value
+def read_fields(verb: str, fields: Message) -> Message:
+    """All fields of an answer to `verb`, with defaults. Raises Garbled."""
+    try:
+        read = _read(fields, ANSWERS[verb])
+        if verb == "list":
+            read["holds"] = [_read(row, ROW) for row in read["holds"]]
+        elif verb == "show":
+            read["hold"] = _read(read["hold"], ROW)
+    except ValueError as error:
+        raise Garbled(f"not an answer to {verb}: {error}") from None
+    return read
 
 
 def _error(message: Message) -> CprdError:

@@ -12,7 +12,7 @@ that the record meant.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -26,6 +26,7 @@ from cprd.protocol.lifecycle import (
     TRANSITIONS,
     Hold,
     busy,
+    changed,
     ending_event,
     why_not,
 )
@@ -144,7 +145,7 @@ class Registry(Holds):
         hold = self.new(caller, key, offer)
         if token:
             phase = TRANSITIONS[NOTHING, "prepare"]
-            hold = replace(hold, phase=phase, token=token, expires=None, ttl_left=offer.ttl)
+            hold = changed(hold, phase=phase, token=token, expires=None, ttl_left=offer.ttl)
         answer = {"generation": hold.generation, "token": token}
         return Step(answer=answer, ended=ended, put=(hold,))
 
@@ -192,7 +193,7 @@ class Registry(Holds):
     def commit(self, caller: Caller, by: Ticket) -> Step:
         """prepared -> held; older records of the name end. Raises Fenced."""
         hold = self.mine(by, "commit")
-        new = replace(
+        new = changed(
             hold,
             phase=hold.after("commit"),
             token=b"",
@@ -223,7 +224,7 @@ class Registry(Holds):
             return Step()
         reason = f"its saver ({pid_text(hold.saver)}) ended between prepare and commit"
         phase = hold.after("saver gone")
-        return Step(put=(replace(hold, phase=phase, token=b"", reason=reason),))
+        return Step(put=(changed(hold, phase=phase, token=b"", reason=reason),))
 
     def predecessor_gone(self, now: float, generation: int) -> Step:
         """The process that `after_exit` named has ended: the hold can be loaded, and the ttl
@@ -231,9 +232,9 @@ class Registry(Holds):
         hold = self.get(generation)
         if hold is None or hold.after_exit < 0:
             return Step()
-        new = replace(hold, after_exit=-1)
+        new = changed(hold, after_exit=-1)
         if new.allows("ttl over") and new.expires is None:
-            new = replace(new, expires=_expires(now, hold.ttl_left, runs=True), ttl_left=None)
+            new = changed(new, expires=_expires(now, hold.ttl_left, runs=True), ttl_left=None)
         return Step(put=(new,))
 
     # Loading
@@ -266,7 +267,7 @@ class Registry(Holds):
                 f"{key[1]!r} has generation {hold.generation} by now; {generation} was asked for"
             )
         now = caller.now
-        new = replace(
+        new = changed(
             hold,
             phase=hold.after("load"),
             attempts=hold.attempts + 1,
@@ -297,7 +298,7 @@ class Registry(Holds):
         if not hold.allows("lease over"):
             return Step(answer={"lease": 0.0})
         lease = hold.lease if lease is None else lease
-        new = replace(hold, lease=lease, deadline=caller.now + lease)
+        new = changed(hold, lease=lease, deadline=caller.now + lease)
         return Step(answer={"lease": lease}, put=(new,))
 
     @once
@@ -307,7 +308,7 @@ class Registry(Holds):
         hold = self.mine(by, "begin")
         acting = acting or hold.acting
         who = f"; {pid_text(acting)} acts on it" if acting else ""
-        new = replace(
+        new = changed(
             hold,
             phase=hold.after("begin"),
             begun=True,
@@ -324,7 +325,7 @@ class Registry(Holds):
         if hold is None or not hold.acting:
             return Step()
         reason = f"{hold.reason}; {pid_text(hold.acting)} has ended since"
-        return Step(put=(replace(hold, acting=0, reason=reason),))
+        return Step(put=(changed(hold, acting=0, reason=reason),))
 
     @once
     def confirm(self, caller: Caller, by: Ticket) -> Step:
@@ -347,7 +348,7 @@ class Registry(Holds):
             self.check_quota(by.key[0], offer.fds, (hold,))
         new = self.new(caller, by.key, offer)
         if offer.live:
-            new = replace(new, token=token, took=hold.generation, deaths=hold.deaths)
+            new = changed(new, token=token, took=hold.generation, deaths=hold.deaths)
         answer = {"generation": new.generation, "token": new.token}
         ended = end_of(hold, "confirm next")._replace(heir=hold.live and new.live)
         return Step(answer=answer, ended=(ended,), put=(new,))
@@ -370,7 +371,7 @@ class Registry(Holds):
         if damaged:
             return self.found_damaged(by.generation, why)
         back = _back(caller.now, hold, "reject", why or "rejected without a reason")
-        return Step(put=(replace(back, attempts=back.attempts - (not attempt)),))
+        return Step(put=(changed(back, attempts=back.attempts - (not attempt)),))
 
     def claimant_gone(self, now: float, generation: int, token: bytes, how: str) -> Step:
         """The connection or the process of a claimant ended without confirm.
@@ -388,7 +389,7 @@ class Registry(Holds):
         who = f"; {pid_text(hold.acting)} acts on it" if hold.acting else ""
         reason = f"{pid_text(hold.claimant)} began to act on it, and then {how}, unconfirmed{who}"
         last = hold.claimant
-        new = replace(hold, phase=phase, reason=reason, claimant=0, last_claimant=last)
+        new = changed(hold, phase=phase, reason=reason, claimant=0, last_claimant=last)
         return Step(put=(new,))
 
     def expire(self, now: float) -> Step | None:
@@ -406,7 +407,7 @@ class Registry(Holds):
         hold = self.get(generation)
         if hold is None or not hold.allows("found damaged"):
             return Step()
-        new = replace(
+        new = changed(
             hold,
             phase=hold.after("found damaged"),
             reason=f"{why[:1024]}; {handled_by(hold.saver, hold.saved_by, hold.last_claimant)}",
@@ -496,9 +497,9 @@ class Registry(Holds):
 
 def remembering(caller: Caller, step: Step, answer: dict[str, Any]) -> Step:
     if not caller.nonce:
-        return replace(step, by=caller)
+        return Step(step.answer, step.ended, step.put, None, caller)
     reply = Reply(caller.uid, caller.nonce, answer, caller.now, caller.digest)
-    return replace(step, reply=reply, by=caller)
+    return Step(step.answer, step.ended, step.put, reply, caller)
 
 
 def end_of(hold: Hold, event: str) -> Ended:
@@ -508,7 +509,7 @@ def end_of(hold: Hold, event: str) -> Ended:
 
 def _back(now: float, hold: Hold, event: str, why: str) -> Hold:
     """The record of a hold that can be loaded again."""
-    return replace(
+    return changed(
         hold,
         phase=hold.after(event),
         last_reject=why[:1024],

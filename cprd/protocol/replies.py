@@ -45,6 +45,10 @@ class Reply:
     generation: int = 0  # of the hold that the request ended; 0: none, or not known
     name: str = field(default="", compare=False)  # with an empty digest: of the hold, if known
 
+    def about(self, generation: int) -> Reply:
+        """The same reply, as one about an ended hold."""
+        return Reply(self.uid, self.nonce, self.answer, self.at, self.digest, generation, self.name)
+
     def stored(self) -> dict[str, Any]:
         """A map for msgpack."""
         of = {"uid": self.uid, "nonce": self.nonce, "answer": self.answer, "at": self.at}
@@ -70,18 +74,23 @@ def restored(stored: Mapping[str, Any], name: str = "") -> Reply:
     return Reply(uid, nonce, answer, float(at), digest, generation, name)
 
 
+_ByUid = dict[int, OrderedDict[bytes, Reply]]
+
+
 class Replies:
     """All that may be asked for again, by uid and nonce, older first."""
 
     def __init__(self) -> None:
-        self._pending: dict[int, OrderedDict[bytes, Reply]] = {}  # may not have arrived
-        self._arrived: dict[int, OrderedDict[bytes, Reply]] = {}
+        self._pending: _ByUid = {}  # may not have arrived
+        self._arrived: _ByUid = {}
 
     def recall(self, uid: int, nonce: bytes, digest: bytes, verb: str, name: str) -> Reply | None:
         """The reply to this very request; None when the nonce is new. Raises ProtocolError when
         the nonce came with another request."""
-        found = (of[uid].get(nonce) for of in (self._pending, self._arrived) if uid in of)
-        reply = next(filter(None, found), None)
+        reply = None
+        for kind in (self._pending, self._arrived):
+            if reply is None and uid in kind:
+                reply = kind[uid].get(nonce)
         if reply is not None and not reply.answers(digest, verb, name):
             raise ProtocolError(
                 f"{verb}: this nonce came with another request before; a nonce is {len(nonce)} new"
@@ -91,20 +100,25 @@ class Replies:
 
     def remember(self, reply: Reply) -> None:
         self._drop(self._arrived, reply.uid, reply.nonce)
-        pending = self._pending.setdefault(reply.uid, OrderedDict())
-        pending[reply.nonce] = reply
-        self._prune(reply.uid, reply.at)
+        self._keep(self._pending, MOST, reply)
 
     def arrived(self, uid: int, nonce: bytes) -> None:
         """The client has read the answer, and will hardly repeat the request."""
         reply = self._drop(self._pending, uid, nonce)
         if reply is not None:
-            self._arrived.setdefault(uid, OrderedDict())[nonce] = reply
-            self._prune(uid, reply.at)
+            self._keep(self._arrived, MOST_ARRIVED, reply)
+
+    def _keep(self, kind: _ByUid, most: int, reply: Reply) -> None:
+        of = kind.get(reply.uid)
+        if of is None:
+            of = kind[reply.uid] = OrderedDict()
+        of[reply.nonce] = reply
+        self._prune(kind, most, reply.uid, reply.at)
 
     def forget_old(self, now: float) -> None:
-        for uid in {*self._pending, *self._arrived}:
-            self._prune(uid, now)
+        for kind, most in ((self._pending, MOST), (self._arrived, MOST_ARRIVED)):
+            for uid in tuple(kind):
+                self._prune(kind, most, uid, now)
 
     def pending(self, now: float) -> list[Reply]:
         """Replies that may not have arrived, older first."""
@@ -118,20 +132,23 @@ class Replies:
             for of in kind.values():
                 yield from of.values()
 
-    def _prune(self, uid: int, now: float) -> None:
-        for kind, most in ((self._pending, MOST), (self._arrived, MOST_ARRIVED)):
-            while uid in kind:
-                nonce, oldest = next(iter(kind[uid].items()))
-                if len(kind[uid]) <= most and now - oldest.at <= KEPT_FOR:
-                    break
-                self._drop(kind, uid, nonce)
+    def _prune(self, kind: _ByUid, most: int, uid: int, now: float) -> None:
+        replies = kind[uid]
+        while replies:
+            oldest = next(iter(replies))
+            if len(replies) <= most and now - replies[oldest].at <= KEPT_FOR:
+                return
+            del replies[oldest]
+        del kind[uid]
 
     @staticmethod
-    def _drop(kind: dict[int, OrderedDict[bytes, Reply]], uid: int, nonce: bytes) -> Reply | None:
+    def _drop(kind: _ByUid, uid: int, nonce: bytes) -> Reply | None:
         replies = kind.get(uid)
-        reply = replies.pop(nonce, None) if replies is not None else None
+        if replies is None or nonce not in replies:
+            return None
+        reply = replies.pop(nonce)
         if not replies:
-            kind.pop(uid, None)
+            del kind[uid]
         return reply
 
 

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from cprd.errors import InvalidInput
-from cprd.qemu import drift, inventory
+from cprd.qemu import drift, inventory, servers
 from cprd.qemu.command import Command, is_on, keyed
 from cprd.qemu.errors import MonitorRefused, Refused
 from cprd.qemu.files import OpenFiles
@@ -249,13 +249,16 @@ class Conflict:
 
 def about_command_line(words: list[str], pid: int = 0) -> tuple[list[str], list[str]]:
     """(obstacles to an overlapping upgrade, notes), by the words of a command; and, for the QEMU
-    `pid` that runs with these words, by the kernel: TCP sockets that no option explains."""
+    `pid` that runs with these words, by the kernel: TCP sockets that no option explains. (Of a QEMU
+    to come also the servers without a place; of a QEMU that runs servers.single knows them.)"""
     try:
         command = Command(words, running=True)
     except InvalidInput:
         return [], []
     conflicts = list(_conflicts(command))
     upgrade = [conflict.text for conflict in conflicts]
+    if not pid:
+        upgrade += servers.taken(command)
     for address, port in sorted(set(tcp_ports(pid))) if pid else ():
         if not any(conflict.explains(port) for conflict in conflicts):
             shown = f"[{address}]" if ":" in address else address
@@ -280,25 +283,6 @@ def _notes(command: Command) -> Iterator[str]:
             yield f"{name}: its descriptor does not travel; the next QEMU opens it by name"
         if options[""] == "bridge":
             yield f"{name}: the next QEMU gets a tap of its own; the bridge has to learn that"
-
-
-def _servers(command: Command) -> Iterator[Conflict]:
-    """Servers for a single QEMU: each takes one client, and ends with that client."""
-    clients = {
-        name: options.get("path", "")
-        for name, options in command.chardevs().items()
-        if options[""] == "socket" and not is_on(options, "server")
-    }
-    for option in ("tpmdev", "netdev", "device"):
-        for value in command.values(option):
-            options = keyed(value)
-            path = clients.get(options.get("chardev", ""))
-            alone = options[""] in ("emulator", "vhost-user") or "vhost-user" in options[""]
-            if path is not None and alone:
-                yield Conflict(
-                    f"-{option} {options['']} is connected to {path or 'a server'}, which serves a"
-                    " single QEMU: save, start that server anew, and start"
-                )
 
 
 def _networks(command: Command) -> Iterator[tuple[str, dict[str, str]]]:
@@ -337,7 +321,6 @@ def _conflicts(command: Command) -> Iterator[Conflict]:
             said = options.get("addr.port", "")
             yield Conflict(f"-netdev {options['']},addr.port={said} {_LISTENS}", _last_number(said))
     yield from _tcp_listeners(command)
-    yield from _servers(command)
     for value in command.values("device"):
         options = keyed(value)
         if options[""].startswith("vhost-vsock"):

@@ -201,11 +201,11 @@ class Handover:
     def take_back_source(self) -> str:
         """Leave the source as it was found; returns the place of its guest, for people.
 
-        A QEMU that gives a whole stream up resumes by itself, also when another process has taken
-        the lock of an image meanwhile, and aborts then (10.0). Such a QEMU completes instead, and
-        its guest goes on by `cont`, which QEMU refuses as long as the lock is taken."""
+        A QEMU that gives its stream up resumes by itself, also when another process has taken the
+        lock of an image meanwhile, and aborts then (10.0). Such a QEMU completes instead, and its
+        guest goes on by `cont`, which QEMU refuses as long as the lock is taken."""
         try:
-            if self.source.is_whole and taken_by_others(self.source.process.pid):
+            if taken_by_others(self.source.process.pid) and self.source.finish_main():
                 return self._stand()
             return self.source.take_back()
         except CprdError as lost:

@@ -121,7 +121,7 @@ def command_line(pid: int) -> list[str]:
 def unix_paths(pid: int) -> list[str]:
     """The paths of the UNIX sockets at which a process listens, as bound: relative to its working
     directory or not, and in its own root."""
-    inodes = _sockets(pid)
+    inodes = sockets_of(pid)
     found = []
     for line in _lines(pid, "unix"):
         # Num RefCount Protocol Flags Type St Inode Path; there is none when it is not bound, and @
@@ -136,7 +136,7 @@ def unix_paths(pid: int) -> list[str]:
 
 def tcp_ports(pid: int) -> list[tuple[str, int]]:
     """(address, port) of the TCP sockets at which a process listens."""
-    inodes = _sockets(pid)
+    inodes = sockets_of(pid)
     found = []
     for table in ("tcp", "tcp6"):
         for line in _lines(pid, table):
@@ -154,8 +154,8 @@ def deleted_files(pid: int) -> list[str]:
     return [link.removesuffix(mark) for link in _links(pid) if link.endswith(mark)]
 
 
-def _sockets(pid: int) -> set[str]:
-    """The inodes of its sockets."""
+def sockets_of(pid: int) -> set[str]:
+    """The inodes of the sockets of a process."""
     return {link[8:-1] for link in _links(pid) if link.startswith("socket:[")}
 
 

@@ -26,17 +26,15 @@ from cprd.qemu.errors import (
 from cprd.qemu.hold import LIVE, Held, Origin, is_unfinished
 from cprd.qemu.private import PrivateDirectory, beside
 from cprd.qemu.process import Process
-from cprd.qemu.signals import Deadline
 from cprd.qemu.sockets import refuse_taken
 from cprd.qemu.spawn import Guard
 from cprd.qemu.stream import capabilities
+from cprd.qemu.tell import tell
 
 if TYPE_CHECKING:
     from cprd.qemu.command import Command
     from cprd.qemu.monitor import Request
     from cprd.qemu.target import Target
-
-CONFIRM = 60.0  # s that cprd may be away once the guest runs
 
 
 def restore(
@@ -254,20 +252,25 @@ class _Restore:
         point("qemu-start:cpr")
         # A hold of an older cprctl may want what has to be set before the stream arrives.
         wanted = capabilities(self.held.main)
-        rest = memoryview(self.held.main) if wanted else target.fill_main(self.held.main)
         words = self.command.words[self.command.program :]
         same = bool(words) and self.held.machine.get("command") == words
+        # Other words may make a machine that the stream does not fit: then QEMU (11.1) ends before
+        # anybody could say how the machines differ.
+        early = same and not wanted
+        rest = target.fill_main(self.held.main) if early else memoryview(self.held.main)
         inventory = self._inventory
         asked = target.ask_early(inventory.DISKS if same else inventory.QUESTIONS)
         target.await_devices()
-        if wanted:
-            target.greet()
-            target.set_capabilities(wanted)
-        target.send_main(rest)
-        point("qemu-start:main")
-        if not wanted:
-            target.greet()
+        if early:
+            target.send_main(rest)
+            point("qemu-start:main")
+        target.greet()
         self._refuse_another_machine(target, asked)
+        if not early:
+            if wanted:
+                target.set_capabilities(wanted)
+            target.send_main(rest)
+            point("qemu-start:main")
         target.await_loaded()
         point("qemu-start:loaded")
 
@@ -317,7 +320,7 @@ class _Restore:
         target.check_alive()
         now = target.let_run() if status in LIVE else status
         point("qemu-start:running")
-        self._confirm()
+        tell(self.claim.confirm)
         point("qemu-start:confirmed")
         if now == GONE:
             raise GuestEnded(
@@ -327,24 +330,6 @@ class _Restore:
             note(f"cprctl: the guest went on, and is {now!r} since")
         spawn.notify("READY=1\nSTATUS=The guest goes on.")
         target.end_monitor()
-
-    def _confirm(self) -> None:
-        """The guest runs: the state must never be served again. Tries for a while if cprd is away;
-        until cprd knows, the hold is in doubt, which nobody serves. Raises InDoubt."""
-        deadline = Deadline(CONFIRM)
-        while True:
-            try:
-                self.claim.confirm()
-                return
-            except (cprd.Unavailable, cprd.Timeout) as error:
-                if deadline.has_passed() or signals.came():
-                    raise InDoubt(
-                        f"the guest runs, and cprd could not be told ({error}): the hold stays in"
-                        " doubt until this QEMU is saved; drop it by force if you like"
-                    ) from None
-                signals.sleep(0.2)
-            except CprdError as error:
-                raise InDoubt(f"the guest runs, and cprd says: {error}") from None
 
     def _end(self, target: Target, renewing: _Renewing, guard: Guard, error: BaseException) -> None:
         """End the new QEMU, so that the state can be given back. Raises InDoubt when nobody knows

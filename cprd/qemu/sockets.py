@@ -46,7 +46,7 @@ class SharedPaths:
         self._paths: list[_Path] = []
         self.fds: list[int] = []
         here = {os.path.abspath(path) for path in also}
-        there = {_seen_from_here(old, path) for path in unix_paths(old)}
+        there = {seen_from_here(old, path) for path in unix_paths(old)}
         for path in sorted(here | there):
             found = _Path.open(path)
             if found is not None:
@@ -222,7 +222,7 @@ class _Path:
             return None
 
 
-def _seen_from_here(pid: int, path: str) -> str:
+def seen_from_here(pid: int, path: str) -> str:
     """The path for us, of a path that `pid` has bound."""
     try:
         if not path.startswith("/"):

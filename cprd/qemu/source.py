@@ -45,6 +45,7 @@ MAX_MAIN = 256 << 20  # bytes of a main stream; without RAM it has some hundred 
 _WANTED = {"events": True, "return-path": True}
 _HARMLESS = frozenset(("events", "return-path", "validate-uuid"))
 _AT_ONCE = 0.02  # s in which QEMU connects, unless something is wrong
+_REST = 2.0  # s for the rest of a main stream, after a failure
 _RESUMES = 1.0  # s in which QEMU resumes its guest after a migration that failed; it takes 1 ms
 
 
@@ -222,8 +223,21 @@ class Source:
         self._ran = self.monitor.status() in LIVE
         self._cpr.close()
         deadline = Deadline(self.timeout)
-        self._main = main = self._accept_main(self._main_listener, deadline)
-        main.setblocking(False)
+        self._main = self._accept_main(self._main_listener, deadline)
+        self._main.setblocking(False)
+        self._read_main(self._main, forward, deadline)
+
+    def finish_main(self) -> bool:
+        """After a failure in between: read the main stream to its end. Returns whether the stream
+        is whole. For a guest that stands still: gives up soon."""
+        if self._main is not None:
+            with suppress(CprdError):
+                self._read_main(self._main, None, Deadline(min(self.timeout, _REST)))
+        return self.is_whole
+
+    def _read_main(
+        self, main: socket.socket, forward: Callable[[bytes], None] | None, deadline: Deadline
+    ) -> None:
         while not stream.is_whole(self.main):
             if deadline.has_passed() or not signals.readable(main.fileno(), deadline.left()):
                 raise Timeout(

@@ -26,7 +26,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cprd.errors import CprdError, Fenced, Timeout, Unavailable
+from cprd.errors import CprdError, Fenced
 from cprd.linux.memfd import SEALS
 from cprd.linux.pause import point
 from cprd.linux.stdio import flush
@@ -42,17 +42,15 @@ from cprd.qemu.inventory import Inventory, Overrides, refuse_another
 from cprd.qemu.monitor import Monitor, event_is, machine_type, socket_path, stamp
 from cprd.qemu.private import MARK, PrivateDirectory
 from cprd.qemu.process import Process, output_of
-from cprd.qemu.signals import Deadline
 from cprd.qemu.sockets import SharedPaths
 from cprd.qemu.source import TIMEOUT, Source
 from cprd.qemu.target import GONE, KILLED, Target
+from cprd.qemu.tell import tell
 
 if TYPE_CHECKING:
     from cprd import Daemon
     from cprd.cpr import CprState
     from cprd.qemu.command import Command
-
-FORGET = 60.0  # s that cprd may be away once the guest runs
 
 
 class UpgradeResult:
@@ -469,24 +467,11 @@ class _Move:
         return Failed(f"{failure}; {self.handover.resume_source()}")
 
     def _forget(self) -> None:
-        """The guest runs elsewhere now. Until cprd knows, the hold is prepared or in doubt, which
-        nobody serves. Raises InDoubt."""
+        """The guest runs elsewhere now. Raises InDoubt."""
         prepared = self.handover.prepared
         assert prepared is not None
-        deadline = Deadline(FORGET)
-        while True:
-            try:
-                prepared.abort()
-                return
-            except Fenced:
-                return  # it is gone already: a cprd that keeps its holds in memory was restarted
-            except (Unavailable, Timeout) as error:
-                if deadline.has_passed() or signals.came():
-                    raise InDoubt(
-                        f"the guest runs, and cprd could not be told ({error}): the hold stays in"
-                        " doubt until this QEMU is saved; drop it by force if you like"
-                    ) from None
-                signals.sleep(0.2)
+        # Fenced: a cprd that keeps its holds in memory was restarted, and has nothing.
+        tell(prepared.abort, gone=(Fenced,))
 
     def _pause(self) -> float | None:
         """The seconds of the guest's pause, by the clocks of both QEMUs."""

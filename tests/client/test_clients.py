@@ -1,10 +1,11 @@
-"""Both clients, blocking and on trio, through the same battery.
+"""All clients, blocking, on trio and on asyncio, through the same battery.
 
-`Blocking` gives the blocking client the manners of the other, so that each test is written once,
-with await."""
+`Blocking` and `OnAsyncio` give a client the manners of the client on trio, so that each test is
+written once, with await."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
@@ -20,6 +21,7 @@ import trio
 import trio.testing
 
 import cprd
+import cprd.asyncio
 import cprd.trio
 from cprd import AlreadyHeld, Busy, Fenced, InvalidInput, NotHeld, State, Timeout, Unavailable
 from cprd.client import claim as claims
@@ -28,6 +30,7 @@ from cprd.protocol import messages
 from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
 from tests.support.eventfds import of, opened, values
+from tests.support.loops import runner
 from tests.support.patience import PATIENCE, patience, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -45,16 +48,41 @@ class Blocking:
             return found
 
         def call(*arguments: Any, **options: Any) -> Any:
-            return _Doing(lambda: found(*arguments, **options))
+            return self.doing(lambda: found(*arguments, **options))
 
         return call
+
+    def doing(self, do: Callable[[], Any]) -> _Doing:
+        return _Doing(do)
+
+    def leaving(self, *exc: Any) -> _Doing:
+        """The end of the block."""
+        return self.doing(lambda: self._inner.__exit__(*exc))
 
     async def __aenter__(self) -> Blocking:
         self._inner.__enter__()
         return self
 
     async def __aexit__(self, *exc: Any) -> None:
-        self._inner.__exit__(*exc)
+        await self.leaving(*exc)
+
+
+class OnAsyncio(Blocking):
+    """An object of the client on asyncio, whose loop runs while a method does."""
+
+    def __init__(self, inner: Any, runner: asyncio.Runner) -> None:
+        self._inner = inner
+        self._runner = runner
+
+    def doing(self, do: Callable[[], Any]) -> _Doing:
+        return _DoingOnAsyncio(do, self._runner)
+
+    def leaving(self, *exc: Any) -> _Doing:
+        return self.doing(lambda: self._inner.__aexit__(*(exc or (None, None, None))))
+
+    async def __aenter__(self) -> OnAsyncio:
+        await self.doing(self._inner.__aenter__)
+        return self
 
 
 class _Doing:
@@ -65,6 +93,16 @@ class _Doing:
         made = self._do()
         known = (cprd.Daemon, cprd.Claim, cprd.Prepared)
         return Blocking(made) if isinstance(made, known) else made
+
+    def interrupted(self, after: float) -> None:
+        before = signal.signal(signal.SIGALRM, _interrupted)
+        signal.setitimer(signal.ITIMER_REAL, after)
+        try:
+            with pytest.raises(Interrupt):
+                self._done()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def __await__(self) -> Generator[None, None, Any]:
         yield from ()
@@ -78,15 +116,56 @@ class _Doing:
         await self._made.__aexit__(*exc)
 
 
+class _DoingOnAsyncio(_Doing):
+    def __init__(self, do: Callable[[], Any], runner: asyncio.Runner) -> None:
+        self._do = do
+        self._runner = runner
+
+    def _done(self, cancel_after: float | None = None) -> Any:
+        async def work() -> Any:
+            task = asyncio.current_task()
+            assert task is not None
+            if cancel_after is not None:
+                asyncio.get_running_loop().call_later(cancel_after, self._cancel, task)
+            made = await maybe(self._do())
+            await asyncio.sleep(0)  # where a cancellation that was held back arrives
+            return made
+
+        made = self._runner.run(work())
+        known = (cprd.asyncio.Daemon, cprd.asyncio.Claim, cprd.asyncio.Prepared)
+        return OnAsyncio(made, self._runner) if isinstance(made, known) else made
+
+    def interrupted(self, after: float) -> None:
+        with pytest.raises(asyncio.CancelledError):
+            self._done(after)
+
+    def _cancel(self, task: asyncio.Task[Any]) -> None:
+        task.cancel()
+        HAPPENED.set()
+
+
 Connect = Callable[..., Any]
 
 
-@pytest.fixture(params=["blocking", "trio"])
-def connect(request: pytest.FixtureRequest, daemon: DaemonProcess) -> Connect:
+@pytest.fixture(
+    params=[
+        *("blocking", "trio"),
+        pytest.param("asyncio", marks=pytest.mark.full),
+        pytest.param("uvloop", marks=pytest.mark.full),
+    ]
+)
+def connect(request: pytest.FixtureRequest, daemon: DaemonProcess) -> Iterator[Connect]:
     """connect(path=None) of either client, to be awaited or entered."""
     if request.param == "trio":
-        return lambda path=daemon.path: cprd.trio.connect(path)
-    return lambda path=daemon.path: _Doing(lambda: cprd.connect(path))
+        yield lambda path=daemon.path: cprd.trio.connect(path)
+    elif request.param == "blocking":
+        yield lambda path=daemon.path: _Doing(lambda: cprd.connect(path))
+    else:
+        with runner(request.param) as running:
+            running.get_loop()
+            yield lambda path=daemon.path: _DoingOnAsyncio(
+                lambda: cprd.asyncio.connect(path), running
+            )
 
 
 def phases(daemon: DaemonProcess) -> dict[str, str]:
@@ -800,7 +879,7 @@ async def test_a_request_that_is_refused_as_no_request_leaves_the_connection(
                 yield exchange.hello()
 
             with pytest.raises(cprd.ProtocolError, match="hello was said already"):
-                await maybe(inside(client)._line.run(hello()))
+                await client_run(client, hello())
             assert inside(client).fileno() == before
             assert {row["phase"] for row in await client.list()} == {"held", "claimed"}
             await claim.renew()
@@ -812,7 +891,7 @@ async def test_an_answer_that_cannot_be_read_ends_its_connection(
     def serve(listener: socket.socket) -> None:
         with listener.accept()[0] as sock:
             sock.recv(1000)
-            greeting = messages.ok(version=messages.VERSION, uid=os.getuid())
+            greeting = messages.ok(**GREETING)
             sock.send(messages.encode(greeting))
             sock.recv(1000)
             sock.send(b"\xc1 noise")
@@ -835,6 +914,12 @@ async def test_an_answer_that_cannot_be_read_ends_its_connection(
 def inside(thing: Any) -> Any:
     """The object of the client itself."""
     return thing._inner if isinstance(thing, Blocking) else thing
+
+
+async def client_run(client: Any, verb: Any) -> Any:
+    if isinstance(client, Blocking):
+        return await client.doing(lambda: inside(client)._line.run(verb))
+    return await client._line.run(verb)
 
 
 async def maybe(result: Any) -> Any:
@@ -869,14 +954,7 @@ async def interrupted(start: Callable[[], Any], after: float = 0.1) -> None:
             await doing
         assert scope.cancel_called
         return
-    before = signal.signal(signal.SIGALRM, _interrupted)
-    signal.setitimer(signal.ITIMER_REAL, after)
-    try:
-        with pytest.raises(Interrupt):
-            await doing
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    doing.interrupted(after)
 
 
 @contextmanager
@@ -898,6 +976,10 @@ def wake(daemon: DaemonProcess) -> None:
     os.kill(daemon.pid, signal.SIGCONT)
 
 
+GREETING: dict[str, Any] = {
+    **{"version": messages.VERSION, "server": "cprd", "uid": os.getuid(), "pid": os.getpid()},
+    **{"lease_by": ["connection"], "kept": "memory", "limits": {}},
+}
 REQUESTS: dict[str, Callable[[Any, Any], Any]] = {
     "list": lambda client, _: client.list(),
     "save": lambda client, _: client.save("new", State()),
@@ -1076,7 +1158,7 @@ async def test_an_interrupted_confirm_has_an_outcome_that_is_known(
 def leave(claim: Any) -> Any:
     """The end of its block, to be awaited."""
     if isinstance(claim, Blocking):
-        return _Doing(lambda: inside(claim).__exit__(None, None, None))
+        return claim.leaving(None, None, None)
     return claim.__aexit__(None, None, None)
 
 

@@ -261,7 +261,7 @@ def test_a_daemon_without_room_says_so_loses_nothing_and_goes_on(
         client.save("web", of(fds))
         refusals: list[str] = []
         for room in range(12):
-            daemon.await_fds(baseline + 2, queues=1)  # the slot; nothing is still being closed
+            daemon.await_fds(baseline + 1, queues=1)  # the slot; nothing is still being closed
             lower(daemon, room)
             try:
                 if verb in ("save", "prepare"):
@@ -349,7 +349,11 @@ def test_a_daemon_that_cannot_accept_turns_clients_away_and_serves_on(
         with opened(2) as fds:
             client.save("web", of(fds))
         for _ in range(3):
-            daemon.await_fds(baseline + 2)  # the slot
+            # The slot; and perhaps a spare releaser, beside that which closed what was turned away.
+            until(
+                lambda: baseline + 1 <= daemon.fds() <= baseline + 2,
+                lambda: f"{daemon.fds()} descriptors in cprd",
+            )
             lower(daemon, 0)
             with pytest.raises((Unavailable, LimitExceeded)):
                 daemon.connect()

@@ -16,6 +16,7 @@ import pytest
 
 import cprd
 from cprd.errors import Fenced
+from cprd.linux.rights import send
 from cprd.protocol.lifecycle import MOST_DEATHS
 from tests.support.checkout import CHECKOUT
 from tests.support.child import Child, Line
@@ -626,3 +627,49 @@ def test_show_counts_while_the_owner_lives_and_tells_all_afterwards(
 def connection_shows(daemon: DaemonProcess) -> cprd.Shown:
     with daemon.connect() as connection:
         return connection.show(NAME)
+
+
+# Hostile owners
+
+
+def noise(*fds: int) -> int:
+    """The receiving end of a queue with what is no record."""
+    tx, rx = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    inner_tx, inner_rx = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for _ in range(20):
+        send(inner_tx, b"x" * 1000, fds)
+    for some in (fds, [inner_rx.fileno()]):
+        send(tx, b"noise", some)
+    for sock in (tx, inner_tx, inner_rx):
+        sock.close()
+    return rx.detach()
+
+
+def test_whatever_is_parked_as_a_root_disturbs_nobody(daemon: DaemonProcess, pipe: Pipe) -> None:
+    """Roots that are none are let go of all the same, and connections that lie there go on."""
+    ours, theirs = socket.socketpair()  # a stream: no queue of a live hold
+    base = daemon.fds()
+    for kind in ("pipe", "stream", "noise"):
+        for end in ("drop", "keep"):
+            root = noise(pipe.writing, theirs.fileno())  # drained with the hold
+            known = {"pipe": pipe.writing, "stream": theirs.fileno()}
+            live = Live(daemon.path, NAME, root=known.get(kind, root))
+            os.close(root)
+            with daemon.connect() as connection:
+                if end == "keep":
+                    live.end(keep=True)
+                    with Live(daemon.path, NAME) as successor:
+                        assert successor.answer["found"]
+                        with pytest.raises(cprd.Damaged):
+                            successor.read()
+                shown = connection.show(NAME)
+                assert not shown["descriptors"]
+                connection.drop(NAME, force=True)
+            live.close()
+    theirs.send(b"goes on")
+    assert ours.recv(99) == b"goes on"
+    ours.close()
+    theirs.close()
+    pipe.forget()
+    pipe.await_let_go()
+    daemon.await_fds(base, queues=1)

@@ -22,6 +22,7 @@ from cprd.bundle.unpack import unpack
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage import shelf, slot
 from cprd.daemon.storage.shelves import Keeper
+from cprd.linux.loop import loop
 from cprd.linux.memfd import SEALS
 from cprd.protocol.lifecycle import CLAIMED, HELD, IN_DOUBT, Hold
 from cprd.protocol.replies import Replies, Reply
@@ -110,6 +111,7 @@ LAST_RECORD_2 = bytes.fromhex(
 )
 SHELF_HEADER = bytes.fromhex("4350524801006881a66e756d62657207")
 SHELF_SLOTS = bytes.fromhex("4350524801007381a16e01")
+SHELF_LOOPS = bytes.fromhex("4350524801006c81a16e01")
 SHELF_OUTCOMES = bytes.fromhex(
     """
     4350524801006f81a3616c6c9185a3756964cd03e8a56e6f6e6365c410626262626262626262626262626262
@@ -232,6 +234,34 @@ def test_a_shelf_of_version_1_is_adopted_with_all_that_lies_on_it(held: int) -> 
         one.close()
 
 
+@pytest.mark.parametrize("one_socket", [True, False])
+def test_slots_of_one_socket_and_of_two_lie_on_one_shelf(held: int, one_socket: bool) -> None:
+    """Pairs of before, and sockets connected to themselves; a new shelf takes over both."""
+    pair = queue((HELD_RECORD, [held]))
+    alone = loop()
+    socket.send_fds(alone, [HELD_RECORD], [held])
+    slots = [*([] if one_socket else [(SHELF_SLOTS, [end.fileno() for end in pair])])]
+    slots += [(SHELF_LOOPS, [alone.fileno()])] if one_socket else []
+    old = queue((SHELF_HEADER, []), *slots, (SHELF_COMPLETE, []))
+    for end in (*pair, alone):
+        end.close()
+    keeper = Keeper(Releasing(), lambda: 1020.0, Replies())
+    ((hold, _),) = keeper.adopt({7: old}, frozenset())[0]
+    assert hold == HELD_HOLD
+    each = 1 if one_socket else 2
+    assert [len(slot.fds) for slot in keeper.slots.values()] == [each]
+    assert keeper.in_flight()[0] == each + 1  # and the bundle
+    keeper.compact()
+    again = Keeper(Releasing(), lambda: 1020.0, Replies())
+    shelves = {one.number: (one.outlet.dup(), one.tx.dup()) for one in keeper.shelves()}
+    assert len(again.adopt(shelves, frozenset())[0]) == 1
+    fd = again.bundle(GENERATION)
+    check(fd)
+    os.close(fd)
+    for one in (keeper, again):
+        one.close()
+
+
 def test_a_held_hold_of_version_1_is_read() -> None:
     assert slot.decode(HELD_RECORD) == (HELD_HOLD, (), [SAVED], ())
     assert slot.decode(EARLY_RECORD) == (replace(HELD_HOLD, parked=0), (), [SAVED], ())
@@ -265,7 +295,7 @@ def test_slots_that_say_version_2_have_it() -> None:
 @pytest.mark.skipif(shelf.VERSION != 1, reason="shelves have another version by now")
 def test_shelves_that_say_version_1_have_it() -> None:
     one = shelf.Shelf.create(7)
-    one.add_slots([(0, 1)])
+    one.add_slots([(0, 1), (0,)])
     one.add_outcomes([OUTCOME])
     one.complete([3, 4])
     written = []
@@ -274,7 +304,7 @@ def test_shelves_that_say_version_1_have_it() -> None:
         for fd in fds:
             os.close(fd)
     one.close()
-    assert written == [SHELF_HEADER, SHELF_SLOTS, SHELF_OUTCOMES, SHELF_COMPLETE]
+    assert written == [SHELF_HEADER, SHELF_SLOTS, SHELF_LOOPS, SHELF_OUTCOMES, SHELF_COMPLETE]
 
 
 @pytest.mark.skipif(layout.VERSION != 1, reason="bundles have another version by now")

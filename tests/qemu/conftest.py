@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -12,10 +13,13 @@ from typing import Any
 
 import pytest
 
+from tests.qemu.linux import Linux, Missing, fetch
+from tests.qemu.linux_guest import BOOTING, Guest
 from tests.qemu.machine import QEMU, Machine
 from tests.support.daemon import DaemonProcess
 
 MakeMachine = Callable[..., Machine]
+Boot = Callable[..., Guest]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -55,3 +59,36 @@ def vm(make_machine: MakeMachine) -> Machine:
     machine.start()
     machine.goes_on()
     return machine
+
+
+@pytest.fixture(scope="session")
+def linux(tmp_path_factory: pytest.TempPathFactory) -> Linux:
+    try:
+        return fetch(tmp_path_factory.mktemp("linux"))
+    except Missing as why:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(why))
+
+
+@pytest.fixture
+def boot(make_machine: MakeMachine, linux: Linux, tmp_path: Path) -> Boot:
+    def make(machine: str = "q35", sleep_at: int = 0, *more: str) -> Guest:
+        port = tmp_path / "port"
+        vm = make_machine(
+            *linux.arguments(sleep_at),
+            *("-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0"),
+            *("-device", "virtio-serial-pci", "-chardev", f"file,id=p0,path={port},append=on"),
+            *("-device", "virtserialport,chardev=p0,name=t"),
+            *more,
+            machine=machine,
+            memory="256M",
+            smp=2,
+            disk="qcow2",
+        )
+        vm.start()
+        guest = Guest(vm, port, cpus=2)
+        guest.goes_on(4, BOOTING)
+        return guest
+
+    return make

@@ -28,16 +28,22 @@ def starts(vm: Machine, words: Words, *options: str) -> None:
     vm.goes_on(3)
 
 
-def refuses(vm: Machine, words: Words, *named: str, by: str) -> None:
+def refuses(
+    vm: Machine,
+    words: Words,
+    *named: str,
+    by: str,
+    unharmed: Callable[[int], object] | None = None,
+) -> None:
     """Neither an upgrade (of a guest that runs) nor a start (of a guest that is held) takes these
-    words for the same machine; the guest is untouched."""
+    words for the same machine; the guest is untouched. `unharmed`: how a guest goes on."""
     if by == "upgrade":
         pids = vm.alive()
         done = vm.upgrade(vm.qmp, words)
         assert done.returncode == 1
         said = done.stderr
         assert vm.alive() == pids
-        vm.goes_on(3)
+        (unharmed or vm.goes_on)(3)
         assert vm.cprctl("show", vm.name).returncode == 3
     else:
         at = len(vm.said())
@@ -73,13 +79,15 @@ def over(vm: Machine) -> tuple[str, Words]:
     return path, words
 
 
-def mirrored(vm: Machine) -> tuple[str, Words]:
+def mirrored(vm: Machine, device: str = "d0") -> tuple[str, Words]:
+    """A mirror with pivot; the file, and the words that fit for the usual disk."""
     path = str(vm.place / "copy.raw")
-    vm.execute("drive-mirror", device="d0", target=path, format="raw", sync="full")
+    vm.execute("drive-mirror", device=device, target=path, format="raw", sync="full")
     vm.until(lambda: vm.execute("query-block-jobs")[0]["ready"], "ready")
-    vm.execute("block-job-complete", device="d0")
+    vm.execute("block-job-complete", device=device)
     vm.until(lambda: vm.execute("query-block-jobs") == [], "the pivot")
-    return path, replaced(str(vm.disk), path)(vm.command)
+    words = vm.command if device != "d0" else replaced(str(vm.disk), path)(vm.command)
+    return path, words
 
 
 @pytest.mark.parametrize("move", [over, mirrored])

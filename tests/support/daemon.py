@@ -121,12 +121,14 @@ class DaemonProcess:
         return list(self._lines)
 
     def await_log(self, text: str, *, since: int = 0) -> str:
-        """The first line from number `since` on that contains `text`, waited for."""
+        """The first line from number `since` on that contains `text` (no part of a word: "already"
+        is not "ready"), waited for."""
+        wanted = re.compile(r"(?<!\w)" + re.escape(text))
         with self._news:
             end = time.monotonic() + PATIENCE
             while True:
                 for line in self._lines[since:]:
-                    if text in line:
+                    if wanted.search(line):
                         return line
                 left = end - time.monotonic()
                 over = left <= 0 or not self._reader.is_alive()

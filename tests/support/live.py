@@ -37,8 +37,9 @@ class Live:
         wait: float = 0.0,
         nonce: bytes = b"",
         shape: Shape = SHAPE,
+        root: int = -1,
     ) -> None:
-        """Ask for `name`. Raises what cprd answers."""
+        """Ask for `name`. `root`: to park instead of a root. Raises what cprd answers."""
         self.shape = shape
         self.path = path
         self.name = name
@@ -47,7 +48,7 @@ class Live:
         self.found: Found | None = None
         self.bundle = -1
         self.tx, self.rx = make_pair()
-        self.root = os.dup(self.rx.fileno())
+        self.root = os.dup(self.rx.fileno() if root < 0 else root)
         try:
             fields = {"name": name, "wait": wait, "lease": 60.0}
             self.answer = self._parked("live", fields, nonce or messages.nonce())

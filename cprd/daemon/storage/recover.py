@@ -46,8 +46,8 @@ class Found:
             if self._shelves[_inode(slot.outlet.fileno())].isdisjoint(numbers)
         ]
 
-    def add_slot(self, fds: tuple[int, int], number: int, created: float) -> None:
-        """A slot, (outlet, inlet), of a counting shelf; owned from now on."""
+    def add_slot(self, fds: tuple[int, ...], number: int, created: float) -> None:
+        """A slot, (socket,) or (outlet, inlet), of a counting shelf; owned from now on."""
         slot = self._first_time(fds, number)
         if slot is None:
             return
@@ -78,7 +78,7 @@ class Found:
         self.slots[hold.generation] = slot
         self.holds[hold.generation] = hold, pidfds
 
-    def add_replaced_slot(self, fds: tuple[int, int]) -> None:
+    def add_replaced_slot(self, fds: tuple[int, ...]) -> None:
         """A slot of a replaced shelf; owned from now on.
 
         Such a slot may have ended without being drained. The owner's releaser is to drain the
@@ -97,7 +97,7 @@ class Found:
         else:
             slot.close()
 
-    def _first_time(self, fds: tuple[int, int], number: int) -> Slot | None:
+    def _first_time(self, fds: tuple[int, ...], number: int) -> Slot | None:
         """The slot, unless another shelf led to the same slot before, or a releaser drains the
         slot: to read the slot takes a copy of the bundle, one more to be let go of."""
         inode = _inode(fds[0])
@@ -107,10 +107,8 @@ class Found:
             for fd in fds:
                 os.close(fd)
             return None
-        outlet, inlet = (
-            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd) for fd in fds
-        )
-        return Slot(inlet, outlet)
+        kind = socket.SOCK_DGRAM if len(fds) == 1 else socket.SOCK_SEQPACKET
+        return Slot(*(socket.socket(socket.AF_UNIX, kind, 0, fileno=fd) for fd in fds))
 
 
 def recover(
@@ -134,12 +132,12 @@ def recover(
         one.was_durable = one.durable or number in once
         read, one.messages = shelf.read(outlet)
         one.counts = read.complete
-        one.in_flight = 2 * len(read.slots)
+        one.in_flight = sum(map(len, read.slots))
         reads.append((one, read))
         if read.complete:
             replaced.update(read.replaces)
         found.last_number = max(found.last_number, number, *read.replaces)
-    not_counting: list[tuple[int, int]] = []
+    not_counting: list[tuple[int, ...]] = []
     for one, read in reads:
         counts = one.counts and one.number not in replaced
         if read.unknown and one.number not in replaced:

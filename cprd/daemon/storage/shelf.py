@@ -1,16 +1,17 @@
 """Where all slots lie together: one parked socket pair that outlives the daemon.
 
-The queue of a shelf has a header, then slots (both ends of each), then the replies about holds that
-ended. The daemon only appends. The kernel keeps the queue as long as anybody has the pair: this
-process across exec, or systemd's descriptor store across anything.
+The queue of a shelf has a header, then slots, then the replies about holds that ended. The daemon
+only appends. The kernel keeps the queue as long as anybody has the pair: this process across exec,
+or systemd's descriptor store across anything.
 
 To write a shelf anew (`Keeper.compact`) the daemon fills an empty spare shelf and appends a record
 "complete", which names the shelves that the new shelf replaces. A shelf without such a record never
 counted, and a replaced shelf does not count any more: every moment of the change is safe.
 
 The way from a shelf to the slots is frozen for all versions: the prefix of a record, the kinds, the
-order of descriptors in a record of slots (outlet and inlet in turn), and the list in "complete". A
-cprd that cannot read all of a shelf still finds every slot, and leaves the shelf as it is.
+order of descriptors in a record of slots (of pairs outlet and inlet in turn), and the list in
+"complete". A cprd that cannot read all of a shelf still finds every slot, and leaves the shelf as
+it is.
 docs/bundle.md has the layout.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgpack
@@ -32,8 +33,9 @@ from cprd.protocol.replies import Reply, restored
 MAGIC = b"CPRH"
 VERSION = 1
 PREFIX = struct.Struct("<4sHc")
-HEADER, SLOTS, OUTCOMES, COMPLETE = b"h", b"s", b"o", b"c"
-SLOTS_A_RECORD = 100  # two descriptors each; the kernel's limit is 253
+HEADER, OUTCOMES, COMPLETE = b"h", b"o", b"c"
+PAIRS, LOOPS = b"s", b"l"  # slots of two descriptors each, and of one
+SLOTS_A_RECORD = 100  # the kernel's limit is 253 descriptors
 OUTCOMES_A_RECORD = 20  # of about 100 bytes each
 MAX_RECORD = 16384
 WANTED_BUFFER = 4 << 20  # as much as wmem_max allows is what it gets
@@ -58,6 +60,7 @@ class Shelf:
         "messages",
         "number",
         "outlet",
+        "room",
         "tx",
         "was_durable",
     )
@@ -68,6 +71,8 @@ class Shelf:
         self.outlet = outlet
         self.durable = self.was_durable = self.counts = False
         self.messages = 0
+        # About how many messages the queue can take in all.
+        self.room = tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // BYTES_A_MESSAGE
         self.in_flight = 0  # descriptors parked here
         for end in (tx, outlet):
             end.setblocking(False)
@@ -92,17 +97,17 @@ class Shelf:
         """Names of the outlet and the inlet in the store."""
         return f"{PREFIX_OF_NAMES}{self.number}.out", f"{PREFIX_OF_NAMES}{self.number}.in"
 
-    @property
-    def room(self) -> int:
-        """About how many messages the queue can take in all."""
-        return self.tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // BYTES_A_MESSAGE
-
-    def add_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Append slots, (outlet, inlet) each; borrowed. Raises ShelfFull, LimitExceeded."""
-        for start in range(0, len(pairs), SLOTS_A_RECORD):
-            part = pairs[start : start + SLOTS_A_RECORD]
-            self._append(SLOTS, {"n": len(part)}, [fd for pair in part for fd in pair])
-            point("shelf:slots")
+    def add_slots(self, slots: Iterable[tuple[int, ...]]) -> None:
+        """Append slots, (socket,) or (outlet, inlet) each; borrowed. Raises ShelfFull,
+        LimitExceeded."""
+        by_kind: dict[bytes, list[tuple[int, ...]]] = {PAIRS: [], LOOPS: []}
+        for fds in slots:
+            by_kind[LOOPS if len(fds) == 1 else PAIRS].append(fds)
+        for kind, every in by_kind.items():
+            for start in range(0, len(every), SLOTS_A_RECORD):
+                part = every[start : start + SLOTS_A_RECORD]
+                self._append(kind, {"n": len(part)}, [fd for fds in part for fd in fds])
+                point("shelf:slots")
 
     def add_outcomes(self, replies: Sequence[Reply]) -> None:
         """Append replies about holds that ended. Raises ShelfFull, LimitExceeded."""
@@ -135,12 +140,12 @@ class Shelf:
 
 
 class Read:
-    """The content of a shelf: slots as (outlet, inlet), which the reader owns."""
+    """The content of a shelf: slots as (socket,) or (outlet, inlet), which the reader owns."""
 
     __slots__ = ("complete", "replaces", "replies", "slots", "unknown", "unreadable")
 
     def __init__(self) -> None:
-        self.slots: list[tuple[int, int]] = []
+        self.slots: list[tuple[int, ...]] = []
         self.replies: list[Reply] = []
         self.complete = False
         self.replaces: list[int] = []
@@ -176,13 +181,14 @@ def _read_record(found: Read, data: bytes, fds: list[int]) -> None:
         raise _Unknown("a record that is not of a shelf")
     _, version, kind = PREFIX.unpack_from(data)
     what = f"a record of version {version}"
-    if kind not in (HEADER, SLOTS, OUTCOMES, COMPLETE):
+    if kind not in (HEADER, PAIRS, LOOPS, OUTCOMES, COMPLETE):
         raise _Unknown(f"{what} and of kind {kind!r}")
     ours = version == VERSION
-    if kind == SLOTS:
-        if len(fds) % 2 or (ours and len(fds) != 2 * _content(data)["n"]):
+    if kind in (PAIRS, LOOPS):
+        each = 2 if kind == PAIRS else 1
+        if len(fds) % each or (ours and len(fds) != each * _content(data)["n"]):
             raise _Unknown(f"{what} with {len(fds)} descriptors")
-        found.slots += zip(fds[::2], fds[1::2], strict=True)
+        found.slots += zip(*(fds[at::each] for at in range(each)), strict=True)
         fds.clear()
     elif kind == COMPLETE:
         found.complete = True
@@ -198,7 +204,7 @@ def _content(data: bytes) -> dict[str, Any]:
     return content
 
 
-def records(outlet: socket.socket, size: int) -> Iterator[tuple[bytes, list[int]]]:
+def records(outlet: socket.SocketType, size: int) -> Iterator[tuple[bytes, list[int]]]:
     """Each message of a queue with its descriptors, which the caller owns; nothing is consumed.
 
     One reader at a time: the cursor belongs to the socket. Raises LimitExceeded when a message does

@@ -17,14 +17,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from cprd.daemon import log
 from cprd.daemon.releaser import empty
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage.recover import Found, Pairs, recover
 from cprd.daemon.storage.shelf import Shelf, ShelfFull
-from cprd.daemon.storage.slot import Slot, SlotFull, fileno_pair, last_version
+from cprd.daemon.storage.slot import Slot, SlotFull, last_version
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
 from cprd.protocol.lifecycle import Hold
@@ -32,7 +31,7 @@ from cprd.protocol.registry import Ended, Step
 from cprd.protocol.replies import Replies, Reply
 
 MAX_RECORDS = 30  # in one slot, before the slot is written anew
-ON_A_SHELF = 2  # descriptors of a slot
+ON_A_SHELF = 1  # descriptors of a new slot
 MAX_PARKED = 8  # descriptors in one slot, before the slot is written anew
 FULL = "cprd's shelf is full: raise net.core.wmem_max, or drop holds"
 NOT_STORED = (
@@ -125,12 +124,18 @@ class Keeper:
             pass  # draining says so as well
         self._drain(made, hold.uid)
 
+    @property
+    def on_next_shelf(self) -> int:
+        """The descriptors of all slots."""
+        return sum(len(held.fds) for held in self.slots.values())
+
     def in_flight(self) -> tuple[int, Counter[int]]:
         """What is parked in slots and on shelves: in all, and by owner."""
         of: Counter[int] = Counter()
         parked = sum(one.in_flight for one in self.shelves())
         for held in self.slots.values():
-            of[held.uid] += held.in_flight + 2 * ON_A_SHELF  # now, and while the shelf is rewritten
+            # Now, and while the shelf is rewritten.
+            of[held.uid] += held.in_flight + 2 * len(held.fds)
             parked += held.in_flight
         return parked, of
 
@@ -143,12 +148,12 @@ class Keeper:
             dying = self.slots.get(hold.generation)
             if dying is not None:
                 dying.mark_dead(hold, replies, version=last_version(ended))
-                outcomes += [replace(one, generation=hold.generation) for one in dying.replies]
+                outcomes += [one.about(hold.generation) for one in dying.replies]
         self._add_outcomes(outcomes)
 
     def _add(self, hold: Hold, new: Slot) -> None:
         try:
-            self._append(lambda: self.shelf.add_slots([fileno_pair(new)]))
+            self._append(lambda: self.shelf.add_slots([new.fds]))
         except BaseException:
             new.close()
             raise
@@ -244,7 +249,7 @@ class Keeper:
         new = self.spare or self.new_spare()
         replaced = [self.shelf, *self.merging]
         try:
-            new.add_slots([fileno_pair(held) for held in self.slots.values()])
+            new.add_slots(held.fds for held in self.slots.values())
             new.add_outcomes(self._outcomes()[-new.room :])  # so many take a quarter of the room
             new.complete([other.number for other in (*replaced, *self.retired)])
         except BaseException as error:
@@ -364,12 +369,12 @@ class Keeper:
     def _shelve(self, found: Found, *, fresh: bool) -> None:
         """Put slots of untouchable shelves on the counting shelf as well: as safe as a new save."""
         numbers = {self.shelf.number, *(other.number for other in self.merging)}
-        pairs = [fileno_pair(slot) for slot in found.unshelved(numbers)]
+        slots = [slot.fds for slot in found.unshelved(numbers)]
         try:
             if fresh:
-                self.shelf.add_slots(pairs)
-            elif pairs:
-                self._append(lambda: self.shelf.add_slots(pairs))
+                self.shelf.add_slots(slots)
+            elif slots:
+                self._append(lambda: self.shelf.add_slots(slots))
         except (LimitExceeded, ShelfFull) as error:  # the slots stay where they are
             log.event("shelf-not-compacted", level=log.WARNING, why=str(error) or FULL)
         if fresh:

@@ -1,9 +1,11 @@
-"""One hold's place: a socket pair whose queue has the daemon's records of the hold.
+"""One hold's place: a socket whose queue has the daemon's records of the hold.
 
 The first record carries the bundle; each later record is the whole record anew, so that the last
 counts, with the replies to the last requests about the hold. A pidfd is parked once: a later record
 names the roles whose pidfds lie in earlier records.
-The queue stays as long as anything holds the pair, whatever becomes of the daemon. To end a hold
+The socket is connected to itself, so that a hold costs few sockets in flight; slots of earlier
+versions are pairs, and stay so until they are written anew. The queue stays as long as anything
+holds the socket, whatever becomes of the daemon. To end a hold
 the daemon writes a last record, then drains the slot from the front: that lets go of the bundle.
 
 A record begins with a prefix that is frozen for all versions (owner, generation, name). A cprd that
@@ -19,6 +21,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import msgpack
@@ -26,6 +29,7 @@ import msgpack
 from cprd.daemon.releaser import HANDED_ON, LIVING
 from cprd.daemon.storage.shelf import records
 from cprd.errors import LimitExceeded
+from cprd.linux.loop import loop
 from cprd.linux.pause import point
 from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
 from cprd.protocol.lifecycle import CLAIMED, Hold
@@ -47,6 +51,7 @@ _BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in (*_PREFI
 # and kept, for a cprd that does not know the field.
 _SINCE = ("saver_uid", "live", "took", "deaths", "last_end")
 _ADDED = {f.name: f.default for f in dataclasses.fields(Hold) if f.name in _SINCE}
+_body_of = attrgetter(*_BODY)
 ROLES = ("after_exit", "saver", "claimant", "acting", "owner")  # of the pidfds in a record
 
 
@@ -72,7 +77,7 @@ def encode(
 ) -> bytes:
     """A record with the pidfds of `roles`; those of the roles `before` lie in earlier records."""
     name = hold.name.encode()
-    body = {field: getattr(hold, field) for field in _BODY}
+    body = dict(zip(_BODY, _body_of(hold), strict=True))
     for field, default in _ADDED.items():
         if body[field] == default:
             del body[field]
@@ -149,21 +154,32 @@ class _Cut(Exception):
 
 
 class Slot:
-    """Owns both ends of the pair."""
+    """Owns the socket, or both ends of the pair."""
 
-    __slots__ = ("foreign", "in_flight", "known", "outlet", "records", "replies", "tx", "uid")
+    __slots__ = ("foreign", "in_flight", "inlet", "known", "outlet", "records", "replies", "uid")
 
-    def __init__(self, tx: socket.socket, outlet: socket.socket) -> None:
-        self.tx = tx
+    def __init__(self, outlet: socket.socket, inlet: socket.socket | None = None) -> None:
+        """`inlet`: of a pair."""
         self.outlet = outlet
+        self.inlet = inlet
         self.records = 0
         self.foreign: list[int] = []  # read from an ended slot; owned
         self.in_flight = 0  # descriptors parked here
         self.known: dict[str, int] = {}  # pidfds by role, as parked last
         self.uid = 0  # of the owner, once a record was written or read
         self.replies: deque[Reply] = deque(maxlen=IN_A_RECORD)  # in the last record
-        for end in (tx, outlet):
+        for end in (outlet, *([] if inlet is None else [inlet])):
             end.setblocking(False)
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """What a shelf parks, borrowed: the socket; or outlet and inlet."""
+        fd = self.outlet.fileno()
+        return (fd,) if self.inlet is None else (fd, self.inlet.fileno())
+
+    @property
+    def _tx(self) -> socket.socket:
+        return self.outlet if self.inlet is None else self.inlet
 
     @classmethod
     def create(
@@ -173,7 +189,7 @@ class Slot:
 
         Raises LimitExceeded; then nothing is left."""
         try:
-            slot = cls(*socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            slot = cls(loop())
         except OSError as error:
             raise LimitExceeded(
                 f"cprd has no descriptor left to hold with ({error.strerror}): raise LimitNOFILE="
@@ -203,7 +219,7 @@ class Slot:
         # Should this fail, a pidfd may be closed all the same, and the number be used anew.
         self.known = {}
         try:
-            send(self.tx, encode(hold, roles, every, before), fds)
+            send(self._tx, encode(hold, roles, every, before), fds)
         except OSError as error:
             if error.errno == errno.EAGAIN:
                 raise SlotFull from None
@@ -217,8 +233,8 @@ class Slot:
 
     def grow(self) -> None:
         """Let more records fit, as far as net.core.wmem_max goes."""
-        size = self.tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        self.tx.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)  # doubles it
+        size = self._tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        self._tx.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)  # doubles it
 
     def mark_dead(
         self, hold: Hold, replies: Sequence[Reply] = (), *, version: int = VERSION
@@ -231,7 +247,7 @@ class Slot:
         data = encode_last(hold, every, version)
         for attempt in (1, 2):
             try:
-                send(self.tx, data)
+                send(self._tx, data)
                 break
             except OSError as error:
                 if error.errno != errno.EAGAIN or attempt == 2:
@@ -326,7 +342,8 @@ class Slot:
         Draining the outlet lets go of all that the hold had, and blocks as long as a foreign file
         does."""
         point("slot:drain")
-        self.tx.close()
+        if self.inlet is not None:
+            self.inlet.close()
         foreign, self.foreign = self.foreign, []
         return self.outlet.detach(), foreign
 
@@ -335,12 +352,8 @@ class Slot:
         self.foreign.clear()
 
     def close(self) -> None:
-        """Close this process's copies of the pair; a shelf keeps its own."""
+        """Close this process's copies; a shelf keeps its own."""
         self._close_foreign()
-        self.tx.close()
+        if self.inlet is not None:
+            self.inlet.close()
         self.outlet.close()
-
-
-def fileno_pair(slot: Slot) -> tuple[int, int]:
-    """(outlet, tx): what a shelf parks; borrowed."""
-    return slot.outlet.fileno(), slot.tx.fileno()

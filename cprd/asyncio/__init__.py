@@ -1,0 +1,74 @@
+"""The same verbs with await, on asyncio (uvloop, too), and a server's work with connections.
+
+    async with cprd.asyncio.connect() as daemon:
+        async with daemon.load("web") as claim:
+            reader, writer = await cprd.asyncio.adopt_stream(claim.state.take_fd("client", 7))
+
+`daemon.load(...)` and `connect()` can be awaited, too: then the result is the block to enter, or to
+close(). What can block (closing foreign descriptors) is done in a thread of the loop's executor.
+
+Before the end a server calls `quiesce`, saves, and lets go of connections by `leave`, so that no
+peer hears of the end; the successor takes connections over by `adopt` or `adopt_stream`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from cprd.asyncio.adopting import adopt, adopt_stream
+from cprd.asyncio.connection import LoopConnection
+from cprd.asyncio.leaving import keep_path, leave, quiesce, socket_of, unread
+from cprd.client import exchange
+from cprd.client.awaiting import Claim, Daemon, LiveState, Opening, Prepared, begin
+from cprd.client.claim import Saved, check_timeout
+from cprd.client.exchange import Common
+from cprd.protocol import messages
+
+__all__ = [
+    "Claim",
+    "Daemon",
+    "LiveState",
+    "Prepared",
+    "Saved",
+    "adopt",
+    "adopt_stream",
+    "connect",
+    "keep_path",
+    "leave",
+    "live",
+    "quiesce",
+    "socket_of",
+    "unread",
+]
+
+
+def connect(
+    path: str | os.PathLike[str] | None = None, *, timeout: float | None = None
+) -> Opening[Daemon]:
+    """As cprd.connect: to await, or to enter. A Daemon is for the tasks of a single loop."""
+
+    async def open() -> Daemon:
+        check_timeout(timeout)
+        connection = LoopConnection(exchange.where(path), Common(timeout))
+        await connection.drive(exchange.connect(connection))
+        return Daemon(connection)
+
+    return Opening(open)
+
+
+def live(
+    name: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    wait: float = 0.0,
+    lease: float = messages.LEASE,
+    timeout: float | None = None,
+) -> Opening[LiveState]:
+    """As cprd.live: to await, or to enter. A LiveState is for the tasks of a single loop."""
+
+    async def open() -> LiveState:
+        check_timeout(timeout)
+        connection = LoopConnection(exchange.where(path), Common(timeout))
+        return await begin(connection, name, wait, lease, None)
+
+    return Opening(open)

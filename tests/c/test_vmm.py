@@ -1,0 +1,88 @@
+"""The VMM of examples/c goes from process to process, and the guest does not notice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+import cprd
+from tests.c.conftest import Build
+from tests.support.daemon import DaemonProcess
+from tests.support.patience import PATIENCE
+
+pytestmark = pytest.mark.xdist_group("c")
+
+
+class Vmm:
+    def __init__(self, program: str, path: str) -> None:
+        self.process = subprocess.Popen(
+            [program, "guest"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "CPRD_SOCKET": path},
+        )
+
+    def says(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def tell(self, word: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+
+    def end(self) -> tuple[int, str]:
+        _, said = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, said
+
+
+def test_the_guest_goes_on_in_the_next_process(daemon: DaemonProcess, built: Build) -> None:
+    program = built("sanitized").vmm
+    vmm = Vmm(program, daemon.path)
+    assert vmm.says() == "cold boot: RAM 0, device 0"
+    for generation in range(3):
+        vmm.tell("run")
+        assert vmm.says() == f"RAM {generation + 1}, device {generation + 1}"
+        vmm.tell("save")
+        assert vmm.end() == (0, "")
+        vmm = Vmm(program, daemon.path)
+        assert vmm.says() == f"restored: RAM {generation + 1}, device {generation + 1}"
+    assert vmm.end() == (0, "")
+    with daemon.connect() as connection:
+        assert connection.list() == []
+
+
+def test_where_the_hand_over_fails_the_guest_goes_on_where_it_is(
+    daemon: DaemonProcess, built: Build
+) -> None:
+    program = built("sanitized").vmm
+    vmm = Vmm(program, daemon.path)
+    assert vmm.says() == "cold boot: RAM 0, device 0"
+    with daemon.connect() as connection:
+        connection.save("guest", cprd.State())
+        vmm.tell("save")
+        assert vmm.says() == "RAM 1, device 1"  # it goes on
+        connection.drop("guest")
+        vmm.tell("save")
+        code, said = vmm.end()
+    assert code == 0
+    assert "the guest goes on here: 'guest' is held already" in said
+    vmm = Vmm(program, daemon.path)
+    assert vmm.says() == "restored: RAM 1, device 1"
+    assert vmm.end() == (0, "")
+
+
+def test_a_hold_without_the_device_is_given_back_and_no_second_guest_starts(
+    daemon: DaemonProcess, built: Build
+) -> None:
+    with daemon.connect() as connection:
+        connection.save("guest", cprd.State())
+        vmm = Vmm(built("sanitized").vmm, daemon.path)
+        assert vmm.end()[0] == 1
+        [row] = connection.list()
+        assert row["last_reject"] == "no state of the device in it"
+        connection.drop("guest")

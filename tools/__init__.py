@@ -1,0 +1,1 @@
+"""Programs for a clone, which no wheel has."""
