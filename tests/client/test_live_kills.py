@@ -321,7 +321,7 @@ def after_death(path: str, name: str) -> str | None:
 def test_killed_at_random_moments(daemon: DaemonProcess, client: str) -> None:
     unconfirmed, changes = hunted(client, daemon.path, 12, seed=len(client))
     print(f"{client}: {unconfirmed} of 12 unconfirmed, {changes} changes")
-    assert changes > 100
+    assert changes > 10
 
 
 @pytest.mark.full
