@@ -55,8 +55,9 @@ class Recipe:
         self._env = {**daemon.env, "CPRD_SOCKET": daemon.path}
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        self.process = subprocess.Popen(self._command, env=self._env)
+    def start(self, stdin: int | None = None, stdout: int | None = None) -> None:
+        """`stdin`, `stdout`: as of Popen."""
+        self.process = subprocess.Popen(self._command, env=self._env, stdin=stdin, stdout=stdout)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         assert self.process is not None
