@@ -9,6 +9,7 @@ import asyncio
 import fcntl
 import gc
 import os
+import resource
 import signal
 import socket
 import threading
@@ -684,7 +685,8 @@ async def test_a_save_that_fails_in_its_midst_leaves_nothing_open_anywhere(
                 with far, opened(1000) as many, monkeypatch.context() as patch:
                     state = of([*many, near.fileno()])
                     if how == "closed":
-                        closed = fcntl.fcntl(0, fcntl.F_DUPFD, 20_000)  # no loop takes it
+                        last = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1
+                        closed = fcntl.fcntl(0, fcntl.F_DUPFD, last)  # no loop takes it
                         state.save_fd("closed", 0, closed)
                         os.close(closed)
                     elif how.startswith("pack:"):
