@@ -222,8 +222,8 @@ static int read_manifest(cprd_state *s, struct reader *r, const int *fds, size_t
                 struct value one = next(r), key = next(r), packed = next(r), memfd = next(r),
                              data = next(r);
                 if (one.kind != ARRAY || one.number != 4 || key.kind != TEXT || r->bad ||
-                    packed.kind < BOOL || packed.kind > UINT || memfd.kind < BOOL ||
-                    memfd.kind > UINT || data.kind != BINARY ||
+                    packed.kind < BOOL || packed.kind > INT || memfd.kind < BOOL ||
+                    memfd.kind > INT || data.kind != BINARY ||
                     (memfd.number && (*taken + 1 >= count || !cprd__is_sealed(fds[*taken + 1]))))
                     r->bad = 1;
                 else if (cprd__own_section(s, (const char *)key.data, key.size, data.data,

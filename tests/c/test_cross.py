@@ -95,24 +95,28 @@ def test_a_state_comes_over_in_both_directions(
         lines.append(f"{how} {name} {tmp_path / str(number)}\n")
         listed.append([how, name, str(len(data)), f"{zlib.crc32(data):08x}"])
     for count in counts:
-        with descriptors(count) as fds, daemon.connect() as connection:
+        with descriptors(count) as fds:
+            wanted = inodes(fds)
             said = [*lines, *(f"fd {key(n)[0]} {key(n)[1]} {fd}\n" for n, fd in enumerate(fds))]
             programs.run(daemon.path, "save", "web", stdin="".join(said), fds=tuple(fds))
+        with daemon.connect() as connection:
             with connection.load("web") as claim:
                 found = [(name, id, os.fstat(fd).st_ino) for name, id, fd in claim.state.fds()]
-                assert found == inodes(fds)
+                assert found == wanted
                 for name, value in SECTIONS.items():
                     there = claim.state[name]
                     assert (bytes(there) if isinstance(value, bytes) else there) == value
                 assert [*claim.state] == [*SECTIONS]
+                taken = [claim.state.take_fd(*key(number)) for number in range(count)]
             state = cprd.State()
-            for number, fd in enumerate(fds):
+            for number, fd in enumerate(taken):
                 state.save_fd(*key(number), fd)
             for name, value in SECTIONS.items():
                 state[name] = value
             connection.save("web", state)
+            close_all(taken)
             found_in_c = programs.run(daemon.path, "load", "web")
-            assert fds_in(found_in_c) == inodes(fds)
+            assert fds_in(found_in_c) == wanted
             assert sections_in(found_in_c) == listed
             assert connection.list() == []
 
