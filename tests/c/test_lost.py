@@ -13,6 +13,7 @@ import pytest
 
 import cprd
 from cprd.linux.rights import close_all, receive, send
+from tests.c.building import Programs
 from tests.c.conftest import Build
 from tests.daemon.test_sweep import stops
 from tests.support.daemon import DaemonProcess
@@ -114,34 +115,40 @@ ENDED: dict[str, tuple[int, Left]] = {
 client is told, and this is left. By act: the number of the answer."""
 
 
-@pytest.mark.parametrize("act", ACTS)
 def test_each_answer_is_lost_once_and_everything_is_done_once(
-    daemon: DaemonProcess, between: Between, built: Build, act: str
+    daemon: DaemonProcess, between: Between, built: Build
 ) -> None:
-    words, before, after = ACTS[act]
     programs = built("sanitized")
     reading, writing = os.pipe()
     with daemon.connect() as connection:
-        number, answers = 0, 1
-        while number < answers:
-            if before:
-                state = cprd.State()
-                for id in range(before):
-                    state.save_fd("old", id, reading)
-                connection.save(NAME, state)
-            between.lose(number)
-            lost, left = ENDED.get(act, (-1, after))
-            spec = f"fd new 0 {writing}\n"
-            done = programs.start(between.path, *words, stdin=spec, fds=(writing,))
-            assert done.returncode == (number == lost), done.stderr
-            assert ("Fenced: " in done.stderr) == (number == lost)
-            await_held(connection, left if number == lost else after)
-            answers = between.answers + 1 if not number else answers
-            number += 1
-            if held(connection):
-                connection.drop(NAME, force=True)
-    assert answers >= 2  # of hello and a request
+        for act in ACTS:
+            lose_each_answer(connection, between, programs, act, (reading, writing))
     close_all([reading, writing])
+
+
+def lose_each_answer(
+    connection: cprd.Daemon, between: Between, programs: Programs, act: str, ends: tuple[int, int]
+) -> None:
+    words, before, after = ACTS[act]
+    number, answers = 0, 1
+    while number < answers:
+        if before:
+            state = cprd.State()
+            for id in range(before):
+                state.save_fd("old", id, ends[0])
+            connection.save(NAME, state)
+        between.lose(number)
+        lost, left = ENDED.get(act, (-1, after))
+        spec = f"fd new 0 {ends[1]}\n"
+        done = programs.start(between.path, *words, stdin=spec, fds=(ends[1],))
+        assert done.returncode == (number == lost), (act, number, done.stderr)
+        assert ("Fenced: " in done.stderr) == (number == lost)
+        await_held(connection, left if number == lost else after)
+        answers = between.answers + 1 if not number else answers
+        number += 1
+        if held(connection):
+            connection.drop(NAME, force=True)
+    assert answers >= 3  # of hello and a request, and one more than there are
 
 
 def test_a_live_hold_is_begun_confirmed_and_ended_once(
