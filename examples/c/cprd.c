@@ -158,7 +158,7 @@ static int check_header(const unsigned char *h, ssize_t got, int depth, uint64_t
     size_t here = number_at(h + 8, 4), total = number_at(h + 12, 4);
     if (got >= 6 && !memcmp(h, "CPRB", 4) && number_at(h + 4, 2) != 1)
         return fail(CPRD_BUSY, number_at(h + 4, 2) == 2 && h[6] == 3
-                    ? "what is held is a live hold: cprd_live_open() takes it"
+                    ? "what is held is a live hold: link cprd_hold.c, too"
                     : "a bundle of a later version; this program reads version 1: upgrade it");
     if (got != HEADER || memcmp(h, "CPRB", 4) || !here || here > CPRD_SCM_MAX || h[7] > 2 ||
         h[6] != (h[7] ? NODE : LEAF) || (h[7] ? total < here : total != here) ||
@@ -430,8 +430,11 @@ static int greet(cprd *c, double until) {
     double left = until - now() > 0.001 ? until - now() : 0.001;
     struct timeval time = {(time_t)left, (suseconds_t)((left - floor(left)) * 1e6)};
     memcpy(address.sun_path, c->path, sizeof c->path);
+    uint64_t soft, hard;
+    cprd__raise_limit(&soft, &hard);
     c->sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    if (c->sock < 0) return no_room("to connect to cprd with", errno);
+    cprd__restore_limit(soft);
+    if (c->sock < 0) return no_room("to connect to cprd with", EMFILE);
     setsockopt(c->sock, SOL_SOCKET, SO_SNDTIMEO, &time, sizeof time); /* of connect() */
     if (connect(c->sock, (struct sockaddr *)&address, sizeof address)) {
         int error = errno;
@@ -602,7 +605,12 @@ static int save(cprd *c, struct call call, const char *name, cprd_state *s,
         rc = fail(CPRD_INVALID_INPUT, "after_exit or ttl of the save options makes no sense");
     if (!rc && after == CPRD_AFTER_PROCESS) rc = name_process(c, o->process, &p);
     if (p.ended) after = CPRD_NOW;
-    if (!rc) rc = pack(s, c->sock, &packed);
+    if (!rc) { /* a program may have all open that its soft limit allows */
+        uint64_t soft, hard;
+        cprd__raise_limit(&soft, &hard);
+        rc = pack(s, c->sock, &packed);
+        cprd__restore_limit(soft);
+    }
     if (rc) free(call.fields.at);
     else {
         bytes *f = &call.fields;
@@ -719,7 +727,7 @@ int cprd_load(cprd *c, const char *name, const struct cprd_load_options *o, cprd
         claim->bundle = a.fd, claim->attempts = a.attempts;
         strcpy(claim->last_reject, a.last_reject);
         point("load:claimed");
-        rc = cprd__unpack(a.fd, &claim->state);
+        rc = (a.live && cprd__unpack_live ? cprd__unpack_live : cprd__unpack)(a.fd, &claim->state);
         if (!rc) point("load:unpacked");
         struct cprd_error why = last;
         /* No attempt is counted where this process had no room, or is too old. */

@@ -59,6 +59,8 @@ void cprd__field_nonce(struct call *call, const unsigned char *nonce); /* NULL: 
 void cprd__fields_of_bundle(struct call *call, const struct packed *p); /* `fds` to `depth` */
 int cprd__end(struct ticket *t, const char *verb, const char *why, int damaged, struct answer *a);
 int cprd__unpack(int bundle, cprd_state **out); /* borrowed, and stays as it is */
+/* As unpack, of what an owner of a live hold left; NULL where cprd_hold.c is not linked. */
+__attribute__((weak)) int cprd__unpack_live(int bundle, cprd_state **out);
 void cprd__hang_up(cprd *c);
 
 #endif
