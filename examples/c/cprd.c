@@ -416,8 +416,7 @@ static int ask(cprd *c, const struct call *call, double until, double elapsed, s
             continue;
         }
         if (count) a->fd = fds[0], cprd__close_all(fds + 1, count - 1);
-        if (seen & MSG_CTRUNC && a->fd < 0)
-            a->code = no_room("to receive a queue of cprd with (what is held stays held)", EMFILE);
+        a->cut = (seen & MSG_CTRUNC) != 0;
         return CPRD_OK;
     }
     return rc;
@@ -459,15 +458,22 @@ static int greet(cprd *c, double until) {
     return rc;
 }
 
+/* Why an answer brought no descriptor. */
+int cprd__no_fd(const struct answer *a) {
+    if (a->cut) return no_room("to receive a queue of cprd with (what is held stays held)", EMFILE);
+    return fail(CPRD_PROTOCOL_ERROR, "an answer of cprd without a descriptor");
+}
+
 /* Park the root in a queue of the daemon, then send the request that speaks of it. The sending end
  * is closed in the end: so what was parked and not saved is let go of. */
 static int ask_parked(cprd *c, const struct call *call, double until, struct answer *a) {
     const struct call queue = {.verb = "queue"};
     int rc = ask(c, &queue, until, 0, a);
     if (rc || a->code) return rc;
-    if (a->fd < 0) return fail(CPRD_PROTOCOL_ERROR, "an answer without a queue");
+    if (a->fd < 0) return a->code = cprd__no_fd(a), CPRD_OK;
     int inlet = a->fd, error = cprd__send(inlet, call->packed->header, HEADER, call->packed->fds,
                                           call->packed->parked);
+    a->fd = -1;
     if (error == EPIPE || error == ECONNRESET) rc = LOST;
     else if (error) rc = a->code = explain(error, call->state), rc = CPRD_OK;
     else point("pack:parked"), rc = ask(c, call, until, 0, a);
@@ -489,6 +495,7 @@ int cprd__request(cprd *c, struct call *call, struct answer *a) {
                               : ask(c, call, until, tried - began, a);
             if (!rc) break;
         }
+        if (rc == CPRD_INVALID_INPUT || rc == CPRD_LIMIT_EXCEEDED) break; /* nothing was sent */
         cprd__hang_up(c);
         if (rc != LOST && rc != CPRD_UNAVAILABLE) break;
         if (now() - tried > SERVED || !give_up) /* the daemon was there in between */
@@ -727,7 +734,9 @@ int cprd_load(cprd *c, const char *name, const struct cprd_load_options *o, cprd
         claim->bundle = a.fd, claim->attempts = a.attempts;
         strcpy(claim->last_reject, a.last_reject);
         point("load:claimed");
-        rc = (a.live && cprd__unpack_live ? cprd__unpack_live : cprd__unpack)(a.fd, &claim->state);
+        int (*read)(int, cprd_state **) = a.live && cprd__unpack_live ? cprd__unpack_live
+                                                                      : cprd__unpack;
+        rc = a.fd < 0 ? cprd__no_fd(&a) : read(a.fd, &claim->state);
         if (!rc) point("load:unpacked");
         struct cprd_error why = last;
         /* No attempt is counted where this process had no room, or is too old. */

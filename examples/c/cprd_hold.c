@@ -141,7 +141,7 @@ int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *o,
         point("live:answered");
         w->found = a.found, w->live = a.live, w->bundle = a.fd, w->connects = c->connects;
         w->known = !a.found, l->unconfirmed = a.found;
-        rc = w->found ? read_bundle(&l) : begin(l);
+        rc = !w->found ? begin(l) : a.fd < 0 ? cprd__no_fd(&a) : read_bundle(&l);
         struct cprd_error why = last;
         if (rc && w->found)
             cprd__end(&w->ticket, "reject", why.text, rc == CPRD_DAMAGED ? 1 : -1, &ignored);
