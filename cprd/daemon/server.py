@@ -65,7 +65,8 @@ class Server:
         self.stopping = False  # claims outlive this process: no connection's end ends them
         self.turns = Turns()
         self._refused: dict[int, tuple[float, int]] = {}  # by uid: when said, how many since
-        self._overflow_uid = processes.overflow_uid()
+        # Stands for others, and is no user's own; -1: no uid does.
+        self._overflow_uid = -1 if processes.every_uid_is_mapped() else processes.overflow_uid()
         self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         soft = raise_nofile()
         self.max_connections = max(12, min(config.all_connections, soft // 16))
