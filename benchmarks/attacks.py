@@ -28,6 +28,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 import cprd  # noqa: E402
 from cprd.protocol import messages  # noqa: E402
 
+warnings.simplefilter("ignore", RuntimeWarning)  # nobody here asks for what was saved
 OWN, ATTACKER, VICTIMS = 2000, 2001, (0, 2002)
 BOUND = 0.050  # s
 TIMES = 3.0
