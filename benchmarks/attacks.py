@@ -441,6 +441,15 @@ def interpreter() -> str:
     raise SystemExit(f"uid {OWN} can run no Python {sys.version_info.minor} that has trio")
 
 
+def answers(path: str) -> bool:
+    """Whether cprd listens: the file of the socket is there a moment before."""
+    try:
+        cprd.connect(path).close()
+    except cprd.Unavailable:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def own_cprd() -> Iterator[tuple[str, int]]:
     """A cprd with a user of its own, no capability and a hard limit of descriptors."""
@@ -466,7 +475,7 @@ def own_cprd() -> Iterator[tuple[str, int]]:
         process.stderr.close()
         try:
             end = time.monotonic() + 10
-            while not os.path.exists(path):
+            while not answers(path):
                 if time.monotonic() > end:
                     raise SystemExit("cprd did not start")
                 time.sleep(0.01)
