@@ -36,6 +36,8 @@ _RECORD = 1 << 16  # bytes at most, of records in slots and in live holds
 _TURNS = 1024  # records of one queue
 _PEEK = _socket.MSG_PEEK | _socket.MSG_DONTWAIT
 _SO_PEEK_OFF, _SO_DOMAIN = 42, 39
+FOREIGN = (_socket.SOCK_SEQPACKET,)  # what is taken for a queue in what a client has left
+SLOT = (_socket.SOCK_SEQPACKET, _socket.SOCK_DGRAM)  # a pair, or a socket connected to itself
 _SPACE = _socket.CMSG_SPACE(253 * 4)  # the kernel's limit
 
 
@@ -57,10 +59,10 @@ def _received(sock: _socket.socket, size: int, how: int) -> tuple[bytes, list[in
     return data, list(fds)
 
 
-def empty(fd: int) -> None:
-    """Drop everything queued in a SEQPACKET socket of AF_UNIX; nothing of anything else. Blocks as
-    long as a dropped file does."""
-    sock = _queue(fd)
+def empty(fd: int, kinds: tuple[int, ...]) -> None:
+    """Drop everything queued in a socket of AF_UNIX of one of `kinds`; nothing of anything else.
+    Blocks as long as a dropped file does."""
+    sock = _queue(fd, kinds)
     if sock is None:
         return
     try:
@@ -71,10 +73,12 @@ def empty(fd: int) -> None:
     sock.close()
 
 
-def records(fd: int, only: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
+def records(
+    fd: int, only: int = _TURNS, kinds: tuple[int, ...] = FOREIGN
+) -> Iterator[tuple[bytes, list[int]]]:
     """The records of a queue with their descriptors, which are closed after each turn. Nothing is
-    taken out. Nothing at all for anything but a SEQPACKET socket of AF_UNIX."""
-    sock = _queue(fd)
+    taken out. Nothing at all for anything but a socket of AF_UNIX of one of `kinds`."""
+    sock = _queue(fd, kinds)
     if sock is None:
         return
     try:
@@ -98,8 +102,8 @@ def records(fd: int, only: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
         sock.close()
 
 
-def _queue(fd: int) -> _socket.socket | None:
-    """A copy of a SEQPACKET socket of AF_UNIX; None for anything else."""
+def _queue(fd: int, kinds: tuple[int, ...] = FOREIGN) -> _socket.socket | None:
+    """A copy of a socket of AF_UNIX of one of `kinds`; None for anything else."""
     copy = os.dup(fd)
     try:
         sock = _socket.socket(fileno=copy)
@@ -108,7 +112,7 @@ def _queue(fd: int) -> _socket.socket | None:
         return None
     of = sock.getsockopt(_socket.SOL_SOCKET, _SO_DOMAIN)
     kind = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_TYPE)
-    if (of, kind) == (_socket.AF_UNIX, _socket.SOCK_SEQPACKET):
+    if of == _socket.AF_UNIX and kind in kinds:
         return sock
     sock.close()
     return None
@@ -167,7 +171,7 @@ def let_go(slot: int) -> None:
     of a queue is open still; or the root alone, whose segments another hold has."""
     bundles: list[int] = []
     version = 0
-    for data, fds in records(slot):
+    for data, fds in records(slot, kinds=SLOT):
         bundles += [os.dup(fds[0])] if fds and not bundles else []
         if len(data) >= _LAST.size and data[:4] == _MAGIC and not data[_LAST.size - 1]:
             version = _LAST.unpack_from(data)[1]
@@ -177,7 +181,7 @@ def let_go(slot: int) -> None:
                 for root in roots:
                     _let_go_of_root(root, deep=version == LIVING)
         os.close(bundle)
-    empty(slot)
+    empty(slot, SLOT)
 
 
 def _let_go_of_root(root: int, deep: bool) -> None:
@@ -186,8 +190,8 @@ def _let_go_of_root(root: int, deep: bool) -> None:
         for _, segments in records(root):
             for segment in segments:
                 shut(segment)
-                empty(segment)
-    empty(root)
+                empty(segment, FOREIGN)
+    empty(root, FOREIGN)
 
 
 def release(sock: _socket.socket) -> None:
