@@ -18,7 +18,7 @@ from array import array
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 CLOSE = b"c"  # close the descriptors of a message, once the daemon has closed its copies
 CLOSED = b"o"  # the daemon has: whoever closes last may block
@@ -29,6 +29,8 @@ FENCED = b"F"  # the acknowledgement of FENCE
 AFTER = b"a"  # close the descriptors of a message after the end of the daemon
 MOST = 200  # descriptors in a message
 LIVING, HANDED_ON = 4, 5  # versions of the last record of a slot (storage/slot.py)
+QUEUES = (_socket.SOCK_SEQPACKET,)  # the kinds of sockets in the queues of savers
+SLOTS = (_socket.SOCK_SEQPACKET, _socket.SOCK_DGRAM)  # of slots: pairs, or a socket alone
 _LAST = struct.Struct("<4sHIQB")  # the prefix of a record of a slot
 COUNTED = struct.Struct("<QQ")
 _MAGIC = b"CPRS"
@@ -57,10 +59,10 @@ def _received(sock: _socket.socket, size: int, how: int) -> tuple[bytes, list[in
     return data, list(fds)
 
 
-def empty(fd: int) -> None:
-    """Drop everything queued in a SEQPACKET socket of AF_UNIX; nothing of anything else. Blocks as
-    long as a dropped file does."""
-    sock = _queue(fd)
+def empty(fd: int, kinds: Collection[int] = QUEUES) -> None:
+    """Drop everything queued in a socket of AF_UNIX of one of `kinds`; nothing of anything else.
+    Blocks as long as a dropped file does."""
+    sock = _queue(fd, kinds)
     if sock is None:
         return
     try:
@@ -71,10 +73,12 @@ def empty(fd: int) -> None:
     sock.close()
 
 
-def records(fd: int, only: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
+def records(
+    fd: int, only: int = _TURNS, kinds: Collection[int] = QUEUES
+) -> Iterator[tuple[bytes, list[int]]]:
     """The records of a queue with their descriptors, which are closed after each turn. Nothing is
-    taken out. Nothing at all for anything but a SEQPACKET socket of AF_UNIX."""
-    sock = _queue(fd)
+    taken out. Nothing at all for anything but a socket of AF_UNIX of one of `kinds`."""
+    sock = _queue(fd, kinds)
     if sock is None:
         return
     try:
@@ -98,8 +102,8 @@ def records(fd: int, only: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
         sock.close()
 
 
-def _queue(fd: int) -> _socket.socket | None:
-    """A copy of a SEQPACKET socket of AF_UNIX; None for anything else."""
+def _queue(fd: int, kinds: Collection[int] = QUEUES) -> _socket.socket | None:
+    """A copy of a socket of AF_UNIX of one of `kinds`; None for anything else."""
     copy = os.dup(fd)
     try:
         sock = _socket.socket(fileno=copy)
@@ -108,7 +112,7 @@ def _queue(fd: int) -> _socket.socket | None:
         return None
     of = sock.getsockopt(_socket.SOL_SOCKET, _SO_DOMAIN)
     kind = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_TYPE)
-    if (of, kind) == (_socket.AF_UNIX, _socket.SOCK_SEQPACKET):
+    if of == _socket.AF_UNIX and kind in kinds:
         return sock
     sock.close()
     return None
@@ -167,7 +171,7 @@ def let_go(slot: int) -> None:
     of a queue is open still; or the root alone, whose segments another hold has."""
     bundles: list[int] = []
     version = 0
-    for data, fds in records(slot):
+    for data, fds in records(slot, kinds=SLOTS):
         bundles += [os.dup(fds[0])] if fds and not bundles else []
         if len(data) >= _LAST.size and data[:4] == _MAGIC and not data[_LAST.size - 1]:
             version = _LAST.unpack_from(data)[1]
@@ -177,7 +181,7 @@ def let_go(slot: int) -> None:
                 for root in roots:
                     _let_go_of_root(root, deep=version == LIVING)
         os.close(bundle)
-    empty(slot)
+    empty(slot, SLOTS)
 
 
 def _let_go_of_root(root: int, deep: bool) -> None:
