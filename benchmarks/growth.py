@@ -4,13 +4,15 @@
 
     descriptors   a whole hand-over (build, save, load, take, confirm) of 1 to 9,000, both ends of
                   which are this process
-    holds         a hand-over of one beside 1 to 3,000 holds
+    holds         a hand-over of one beside 1 to 2,900 holds
     bytes         a hand-over of a section of 1 KiB to 4 GiB (as far as half of the memory goes)
     connections   a hand-over of one beside 1 to 200 open connections
     live          a change of a live hold with 10 to 9,000 keys
 
-Prints medians with the middle half, and a picture of all (matplotlib). A cost is called flat when
-the largest takes at most 1.5 times the smallest; docs/performance.md says why each is what it is.
+Prints CPU time of cprd and of the client (the clock on the wall says more about what else the
+machine does), medians with the middle half, and a picture of all (matplotlib). A cost is called flat
+when the largest takes at most 1.5 times the smallest; docs/performance.md says why each is what it
+is.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cprd
 from benchmarks.live import Ours
 from benchmarks.picture import curves
-from benchmarks.stage import private_cprd
+from benchmarks.stage import cpu_seconds, private_cprd
 from cprd.linux.nofile import raise_soft_limit
 
 Points = list[tuple[float, float, float, float]]  # x, lower quartile, median, upper quartile (us)
@@ -41,13 +43,15 @@ def quartiles(x: float, seconds: list[float]) -> tuple[float, float, float, floa
     return x, low, middle, high
 
 
-def timed(rounds: int, once: Callable[[], object]) -> list[float]:
+def timed(rounds: int, once: Callable[[], object], pid: int, repeat: int = 1) -> list[float]:
+    """CPU seconds of `once`, ours and those of cprd, each the mean of `repeat` calls."""
     once()
     took = []
     for _ in range(rounds):
-        begun = time.perf_counter()
-        once()
-        took.append(time.perf_counter() - begun)
+        begun = time.process_time() + cpu_seconds(pid)
+        for _ in range(repeat):
+            once()
+        took.append((time.process_time() + cpu_seconds(pid) - begun) / repeat)
     return took
 
 
@@ -68,7 +72,7 @@ def hand_over(daemon: cprd.Daemon, state: cprd.State) -> None:
 
 def descriptors(rounds: int) -> Points:
     points: Points = []
-    with private_cprd() as (path, _), cprd.connect(path) as daemon:
+    with private_cprd() as (path, pid), cprd.connect(path) as daemon:
         for count in (1, 10, 100, 1000, 3000, 9000):
             fds = {id: os.eventfd(0) for id in range(count)}
 
@@ -81,7 +85,7 @@ def descriptors(rounds: int) -> Points:
                 for fd in taken.values():
                     os.close(fd)
 
-            points.append(quartiles(count, timed(rounds, once)))
+            points.append(quartiles(count, timed(rounds, once, pid, 20 if count <= 100 else 3)))
             for fd in fds.values():
                 os.close(fd)
     return points
@@ -93,14 +97,14 @@ def holds(rounds: int) -> Points:
         config.write(CONFIG)
         config.flush()
         options = ("--config", config.name)
-        with private_cprd(options=options) as (path, _), cprd.connect(path) as daemon:
+        with private_cprd(options=options) as (path, pid), cprd.connect(path) as daemon:
             state, held = of_one(), 0
             try:
-                for count in (1, 10, 100, 1000, 2000, 3000, 10_000):
+                for count in (1, 10, 100, 1000, 2000, 2900, 10_000):
                     while held < count:
                         daemon.save(f"standing{held}", state)
                         held += 1
-                    took = timed(10 * rounds, partial(hand_over, daemon, state))
+                    took = timed(rounds, partial(hand_over, daemon, state), pid, 20)
                     points.append(quartiles(count, took))
             except cprd.LimitExceeded as error:
                 print(f"holds: {held} at most here: {error}")
@@ -110,26 +114,33 @@ def holds(rounds: int) -> Points:
 def sections(rounds: int) -> Points:
     points: Points = []
     room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    with private_cprd() as (path, _), cprd.connect(path) as daemon:
+    with private_cprd() as (path, pid), cprd.connect(path) as daemon:
         for bits in (10, 14, 16, 20, 24, 28, 30, 32):
             if 2 << bits > room:
                 print(f"bytes: 2 ** {bits} are too many for the memory that is free")
                 break
             state = cprd.State()
             state["ram"] = bytes(1 << bits)
-            few = rounds if bits < 28 else 3
-            points.append(quartiles(1 << bits, timed(few, partial(hand_over, daemon, state))))
+            few = rounds if bits < 28 else 5
+            points.append(
+                quartiles(
+                    1 << bits,
+                    timed(few, partial(hand_over, daemon, state), pid, 20 if bits <= 20 else 1),
+                )
+            )
     return points
 
 
 def connections(rounds: int) -> Points:
     points: Points = []
-    with private_cprd() as (path, _), cprd.connect(path) as daemon:
+    with private_cprd() as (path, pid), cprd.connect(path) as daemon:
         state = of_one()
         others: list[cprd.Daemon] = []
         for count in (1, 10, 50, 100, 200):
             others += [cprd.connect(path) for _ in range(count - len(others))]
-            points.append(quartiles(count, timed(10 * rounds, partial(hand_over, daemon, state))))
+            points.append(
+                quartiles(count, timed(rounds, partial(hand_over, daemon, state), pid, 20))
+            )
         for other in others:
             other.close()
     return points
@@ -139,7 +150,11 @@ def live(rounds: int) -> Points:
     points: Points = []
     for count in (10, 100, 1000, 9000):
         ours = Ours(count)
-        found = [(kept + gone) / 1e6 for kept, gone in ours.lives(100 * rounds)]
+        found = []
+        for _ in range(rounds):
+            begun = time.process_time()
+            ours.lives(100)
+            found.append((time.process_time() - begun) / 100)
         points.append(quartiles(count, found))
         ours.close()
     return points

@@ -70,7 +70,7 @@ def curves(
         axes.set_ylim(min(low) / 3, max(high) * 3)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(label, fontsize=8)
-        axes.set_ylabel("us", fontsize=8)
+        axes.set_ylabel("us of CPU time", fontsize=8)
         axes.grid(visible=True, which="major", alpha=0.3)
     canvas.savefig(path, metadata={"Date": None})
     print(f"picture: {path}")
