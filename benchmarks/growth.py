@@ -10,8 +10,8 @@
     live          a change of a live hold with 10 to 9,000 keys
 
 Prints CPU time of cprd and of the client (the clock on the wall says more about what else the
-machine does), medians with the middle half, and a picture of all (matplotlib). A cost is called flat
-when the largest takes at most 1.5 times the smallest; docs/performance.md says why each is what it
+machine does), medians with the middle half, and a picture of all (matplotlib). A cost is called
+flat when the largest takes at most 1.5 times the smallest; docs/performance.md says why each is what it
 is.
 """
 
