@@ -11,8 +11,8 @@
 
 Prints CPU time of cprd and of the client (the clock on the wall says more about what else the
 machine does), medians with the middle half, and a picture of all (matplotlib). A cost is called
-flat when the largest takes at most 1.5 times the smallest; docs/performance.md says why each is what it
-is.
+flat when the largest takes at most 1.5 times the smallest; docs/performance.md says why each is
+what it is.
 """
 
 from __future__ import annotations
