@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from cprd.daemon import log
-from cprd.daemon.releaser import SLOT, empty
+from cprd.daemon.releaser import empty
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage.recover import Found, Pairs, recover
 from cprd.daemon.storage.shelf import Shelf, ShelfFull
@@ -357,7 +357,7 @@ class Keeper:
             if dead.foreign or dead in found.outdated:
                 self._drain(dead, dead.uid)
             else:  # drained before, to the bundle at least: only pidfds of cprd can be left
-                empty(dead.outlet.fileno(), SLOT)
+                empty(dead.outlet.fileno())
                 dead.close()
         if self.merging:
             try:
