@@ -97,7 +97,7 @@ static inline struct value next(struct reader *r) {
         }
     if (v.kind == INT && (int64_t)v.number >= 0) v.kind = UINT;
     if (v.kind == TEXT || v.kind == BINARY) {
-        if ((size_t)(r->end - r->at) < v.size) return r->bad = 1, v;
+        if ((size_t)(r->end - r->at) < v.size) return r->bad = 1, (struct value){.kind = NIL};
         v.data = r->at;
         r->at += v.size;
     }

@@ -377,6 +377,8 @@ class Puppet:
     def __init__(self, path: str) -> None:
         self.path = path
         self.says = b""
+        (hello,) = [v for v in stored(f"{WIRE}-answers") if v["name"] == "hello"]
+        self.greeting = messages.decode(bytes.fromhex(hello["hex"]), messages.MAX_ANSWER)
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(path)
         self.listener.listen(8)
@@ -389,15 +391,16 @@ class Puppet:
                 sock, _ = self.listener.accept()
             except OSError:
                 return
-            with sock, contextlib.suppress(OSError):
-                while data := sock.recv(messages.MAX_REQUEST):
-                    message = messages.decode(data, messages.MAX_REQUEST)
-                    if message["verb"] != "hello":
-                        sock.send(self.says)
-                        continue
-                    (hello,) = [v for v in stored(f"{WIRE}-answers") if v["name"] == "hello"]
-                    greeting = messages.decode(bytes.fromhex(hello["hex"]), messages.MAX_ANSWER)
-                    sock.send(messages.encode({**greeting, "id": message["id"]}))
+            threading.Thread(target=self._converse, args=(sock,), daemon=True).start()
+
+    def _converse(self, sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            while data := sock.recv(messages.MAX_REQUEST):
+                message = messages.decode(data, messages.MAX_REQUEST)
+                if message["verb"] == "hello":
+                    sock.send(messages.encode({**self.greeting, "id": message.get("id")}))
+                else:
+                    sock.send(self.says)
 
     def close(self) -> None:
         self.listener.shutdown(socket.SHUT_RDWR)
