@@ -59,7 +59,7 @@ def _received(sock: _socket.socket, size: int, how: int) -> tuple[bytes, list[in
     return data, list(fds)
 
 
-def empty(fd: int, kinds: tuple[int, ...] = _OF_CLIENTS) -> None:
+def empty(fd: int, kinds: tuple[int, ...] = _OF_SLOTS) -> None:
     """Drop everything queued in a socket of AF_UNIX of these kinds; nothing of anything else.
     Blocks as long as a dropped file does."""
     sock = _queue(fd, kinds)
@@ -181,7 +181,7 @@ def let_go(slot: int) -> None:
                 for root in roots:
                     _let_go_of_root(root, deep=version == LIVING)
         os.close(bundle)
-    empty(slot, _OF_SLOTS)
+    empty(slot)
 
 
 def _let_go_of_root(root: int, deep: bool) -> None:
@@ -190,8 +190,8 @@ def _let_go_of_root(root: int, deep: bool) -> None:
         for _, segments in records(root):
             for segment in segments:
                 shut(segment)
-                empty(segment)
-    empty(root)
+                empty(segment, _OF_CLIENTS)
+    empty(root, _OF_CLIENTS)
 
 
 def release(sock: _socket.socket) -> None:
