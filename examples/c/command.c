@@ -232,7 +232,10 @@ static int live(cprd *c, const char *name, const struct options *o) {
     cprd_live *l;
     if (cprd_live_open(c, name, &o->load, &l)) return failed();
     if (cprd_live_found(l)) print_state(cprd_live_state(l));
-    if (!o->unconfirmed && cprd_live_confirm(l)) return failed();
+    if (!o->unconfirmed && cprd_live_confirm(l)) {
+        int status = failed();
+        return cprd_live_close(l), status;
+    }
     puts(cprd_live_found(l) ? "taken\nok" : "ok"), fflush(stdout);
     int rc = changes(l);
     cprd_live_close(l);

@@ -158,7 +158,7 @@ static int check_header(const unsigned char *h, ssize_t got, int depth, uint64_t
     size_t here = number_at(h + 8, 4), total = number_at(h + 12, 4);
     if (got >= 6 && !memcmp(h, "CPRB", 4) && number_at(h + 4, 2) != 1)
         return fail(CPRD_BUSY, number_at(h + 4, 2) == 2 && h[6] == 3
-                    ? "what is held is a live hold: cprd_live_open() takes it"
+                    ? "what is held is a live hold: link cprd_hold.c, too"
                     : "a bundle of a later version; this program reads version 1: upgrade it");
     if (got != HEADER || memcmp(h, "CPRB", 4) || !here || here > CPRD_SCM_MAX || h[7] > 2 ||
         h[6] != (h[7] ? NODE : LEAF) || (h[7] ? total < here : total != here) ||
@@ -222,8 +222,8 @@ static int read_manifest(cprd_state *s, struct reader *r, const int *fds, size_t
                 struct value one = next(r), key = next(r), packed = next(r), memfd = next(r),
                              data = next(r);
                 if (one.kind != ARRAY || one.number != 4 || key.kind != TEXT || r->bad ||
-                    packed.kind < BOOL || packed.kind > UINT || memfd.kind < BOOL ||
-                    memfd.kind > UINT || data.kind != BINARY ||
+                    packed.kind < BOOL || packed.kind > INT || memfd.kind < BOOL ||
+                    memfd.kind > INT || data.kind != BINARY ||
                     (memfd.number && (*taken + 1 >= count || !cprd__is_sealed(fds[*taken + 1]))))
                     r->bad = 1;
                 else if (cprd__own_section(s, (const char *)key.data, key.size, data.data,
@@ -416,8 +416,7 @@ static int ask(cprd *c, const struct call *call, double until, double elapsed, s
             continue;
         }
         if (count) a->fd = fds[0], cprd__close_all(fds + 1, count - 1);
-        if (seen & MSG_CTRUNC && a->fd < 0)
-            a->code = no_room("to receive a queue of cprd with (what is held stays held)", EMFILE);
+        a->cut = (seen & MSG_CTRUNC) != 0;
         return CPRD_OK;
     }
     return rc;
@@ -430,8 +429,11 @@ static int greet(cprd *c, double until) {
     double left = until - now() > 0.001 ? until - now() : 0.001;
     struct timeval time = {(time_t)left, (suseconds_t)((left - floor(left)) * 1e6)};
     memcpy(address.sun_path, c->path, sizeof c->path);
+    uint64_t soft, hard;
+    cprd__raise_limit(&soft, &hard);
     c->sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    if (c->sock < 0) return no_room("to connect to cprd with", errno);
+    cprd__restore_limit(soft);
+    if (c->sock < 0) return no_room("to connect to cprd with", EMFILE);
     setsockopt(c->sock, SOL_SOCKET, SO_SNDTIMEO, &time, sizeof time); /* of connect() */
     if (connect(c->sock, (struct sockaddr *)&address, sizeof address)) {
         int error = errno;
@@ -456,15 +458,22 @@ static int greet(cprd *c, double until) {
     return rc;
 }
 
+/* Why an answer brought no descriptor. */
+int cprd__no_fd(const struct answer *a) {
+    if (a->cut) return no_room("to receive a queue of cprd with (what is held stays held)", EMFILE);
+    return fail(CPRD_PROTOCOL_ERROR, "an answer of cprd without a descriptor");
+}
+
 /* Park the root in a queue of the daemon, then send the request that speaks of it. The sending end
  * is closed in the end: so what was parked and not saved is let go of. */
 static int ask_parked(cprd *c, const struct call *call, double until, struct answer *a) {
     const struct call queue = {.verb = "queue"};
     int rc = ask(c, &queue, until, 0, a);
     if (rc || a->code) return rc;
-    if (a->fd < 0) return fail(CPRD_PROTOCOL_ERROR, "an answer without a queue");
+    if (a->fd < 0) return a->code = cprd__no_fd(a), CPRD_OK;
     int inlet = a->fd, error = cprd__send(inlet, call->packed->header, HEADER, call->packed->fds,
                                           call->packed->parked);
+    a->fd = -1;
     if (error == EPIPE || error == ECONNRESET) rc = LOST;
     else if (error) rc = a->code = explain(error, call->state), rc = CPRD_OK;
     else point("pack:parked"), rc = ask(c, call, until, 0, a);
@@ -486,6 +495,7 @@ int cprd__request(cprd *c, struct call *call, struct answer *a) {
                               : ask(c, call, until, tried - began, a);
             if (!rc) break;
         }
+        if (rc == CPRD_INVALID_INPUT || rc == CPRD_LIMIT_EXCEEDED) break; /* nothing was sent */
         cprd__hang_up(c);
         if (rc != LOST && rc != CPRD_UNAVAILABLE) break;
         if (now() - tried > SERVED || !give_up) /* the daemon was there in between */
@@ -602,7 +612,12 @@ static int save(cprd *c, struct call call, const char *name, cprd_state *s,
         rc = fail(CPRD_INVALID_INPUT, "after_exit or ttl of the save options makes no sense");
     if (!rc && after == CPRD_AFTER_PROCESS) rc = name_process(c, o->process, &p);
     if (p.ended) after = CPRD_NOW;
-    if (!rc) rc = pack(s, c->sock, &packed);
+    if (!rc) { /* a program may have all open that its soft limit allows */
+        uint64_t soft, hard;
+        cprd__raise_limit(&soft, &hard);
+        rc = pack(s, c->sock, &packed);
+        cprd__restore_limit(soft);
+    }
     if (rc) free(call.fields.at);
     else {
         bytes *f = &call.fields;
@@ -719,7 +734,9 @@ int cprd_load(cprd *c, const char *name, const struct cprd_load_options *o, cprd
         claim->bundle = a.fd, claim->attempts = a.attempts;
         strcpy(claim->last_reject, a.last_reject);
         point("load:claimed");
-        rc = cprd__unpack(a.fd, &claim->state);
+        int (*read)(int, cprd_state **) = a.live && cprd__unpack_live ? cprd__unpack_live
+                                                                      : cprd__unpack;
+        rc = a.fd < 0 ? cprd__no_fd(&a) : read(a.fd, &claim->state);
         if (!rc) point("load:unpacked");
         struct cprd_error why = last;
         /* No attempt is counted where this process had no room, or is too old. */

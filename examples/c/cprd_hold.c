@@ -2,11 +2,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "cprd_live_internal.h"
@@ -84,6 +86,34 @@ static int read_bundle(cprd_live **l) {
     return CPRD_OK;
 }
 
+int cprd__unpack_live(int bundle, cprd_state **out) {
+    cprd_live *l = NULL;
+    int root = -1, rc = peek_root(bundle, &root);
+    if (!rc) rc = cprd_live_read(root, &l), close(root);
+    for (size_t n = 0; !rc && n < l->slots; n++)
+        for (struct kept *k = l->table[n]; k && !rc; k = k->chain) {
+            char key[300];
+            struct stat there;
+            bytes content = {NULL, 0, 0, 0};
+            int memfd = -1;
+            if (k->op != MAPPED) continue;
+            int length = snprintf(key, sizeof key, "memory.%.*s", k->length, k->name);
+            void *map = fstat(k->fd, &there) ? MAP_FAILED
+                        : mmap(NULL, (size_t)there.st_size, PROT_READ, MAP_SHARED, k->fd, 0);
+            if (map == MAP_FAILED) rc = no_room("for memory", errno);
+            else {
+                content.at = map, content.size = (size_t)there.st_size;
+                rc = cprd__memfd(key, &content, &memfd);
+                munmap(map, content.size);
+            }
+            if (!rc) rc = cprd__own_section(l->state, key, (size_t)length, NULL, 0, memfd, 0);
+            if (rc && memfd >= 0) close(memfd);
+        }
+    if (!rc) *out = l->state, l->state = NULL;
+    cprd__live_free(l);
+    return rc;
+}
+
 int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *o, cprd_live **out) {
     static const struct cprd_load_options none;
     struct call call = {.verb = "live"};
@@ -111,7 +141,7 @@ int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *o,
         point("live:answered");
         w->found = a.found, w->live = a.live, w->bundle = a.fd, w->connects = c->connects;
         w->known = !a.found, l->unconfirmed = a.found;
-        rc = w->found ? read_bundle(&l) : begin(l);
+        rc = !w->found ? begin(l) : a.fd < 0 ? cprd__no_fd(&a) : read_bundle(&l);
         struct cprd_error why = last;
         if (rc && w->found)
             cprd__end(&w->ticket, "reject", why.text, rc == CPRD_DAMAGED ? 1 : -1, &ignored);

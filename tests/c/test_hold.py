@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,21 +228,21 @@ def test_a_hold_that_is_dropped_by_force_is_fenced(
         assert connection.list() == []
 
 
-def test_a_client_of_saved_states_alone_gives_a_live_hold_back(
+def test_what_an_owner_left_can_be_loaded(
     daemon: DaemonProcess, built: Build, pipes: list[int]
 ) -> None:
     programs = built("sanitized")
     owner = Owner(programs, daemon.path, pipes)
     owner.hear()
     owner.keep(pipes)
+    assert owner.tell("write m 5000 65") == "ok"
     assert "in use" in programs.run(daemon.path, "load", NAME, status=4)
     owner.kill()
-    said = programs.run(daemon.path, "load", NAME, "--wait=20", status=4)
-    assert "a live hold: cprd_live_open() takes it" in said
+    said = programs.run(daemon.path, "load", NAME, "--wait=20").splitlines()
+    assert listed(said) == inodes(pipes)
+    assert said[-1] == f"raw memory.m 5000 {zlib.crc32(b'A' * 5000):08x}"
     with daemon.connect() as connection:
-        [row] = connection.list()
-        assert (row["phase"], row["attempts"]) == ("held", 0)
-        connection.drop(NAME)
+        assert connection.list() == []
 
 
 def test_a_successor_killed_at_every_step_loses_nothing(

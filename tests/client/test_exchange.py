@@ -192,7 +192,9 @@ def test_threads_share_one_daemon(daemon: DaemonProcess) -> None:
         pass
 
     def interrupt(_: int, frame: Any) -> None:
-        if frame.f_code is blocking.Connection._receive.__code__:  # waits for an answer
+        if (
+            frame.f_code is blocking.Connection._receive.__code__
+        ):  # while a request waits for the answer
             raise Interrupt
 
     with daemon.connect() as client:
