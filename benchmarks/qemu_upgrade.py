@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/qemu_upgrade.py [--pairs N] [--machine TYPE] [--memory SIZE]
 
 Both by QEMU's clocks: STOP of the old to RESUME of the new. The yardstick: the new QEMU waits
-already, old and new speak with each other directly, with the return path.
+already, old and new speak with each other directly, with the return path. Three runs of so many
+pairs; the ratio is the median of the three.
 
 Exit status: 0 when the ratio is within its bound, 1 when not.
 """
@@ -29,19 +30,38 @@ from cprd.qemu.monitor import Monitor, event_is, migration_is, stamp
 from cprd.qemu.source import Settings
 from tests.qemu.machine import Machine
 
-RATIO = 1.4
+RATIO = 1.3
+RUNS = 3
 
 
 def main() -> int:
-    args = qemu_options(__doc__, pairs=25)
+    args = qemu_options(__doc__, pairs=15)
+    ratios, details = [], []
+    for _ in range(RUNS):
+        ours, plain = _run(args.pairs, args.machine, args.memory)
+        ratios.append(statistics.median(ours) / statistics.median(plain))
+        details.append(
+            f"x {ratios[-1]:.2f}: "
+            + ", ".join(
+                f"{what} {statistics.median(found):.2f} ms ({min(found):.2f} to {max(found):.2f})"
+                for what, found in (("cprctl", ours), ("QEMU to QEMU", plain))
+            )
+        )
+    ratio = statistics.median(ratios)
+    what = "upgrade, the guest's pause, against plain"
+    return 0 if verdict(what, ratio, RATIO, "", "; ".join(details)) else 1
+
+
+def _run(pairs: int, machine: str, memory: str) -> tuple[list[float], list[float]]:
+    """The pauses of a new VM's upgrades in ms: (ours, plain)."""
     ours: list[float] = []
     plain: list[float] = []
     with private_cprd() as (path, _), tempfile.TemporaryDirectory(prefix="cprd-vm.") as place:
-        vm = Machine(Path(place), path, machine=args.machine, memory=args.memory)
+        vm = Machine(Path(place), path, machine=machine, memory=memory)
         try:
             vm.start()
             vm.goes_on()
-            for turn in range(args.pairs + 2):
+            for turn in range(pairs + 2):
                 mine = _upgrade(vm)
                 vm.goes_on(5)
                 theirs = _plain(vm)
@@ -51,14 +71,7 @@ def main() -> int:
                     plain.append(theirs)
         finally:
             vm.close()
-    detail = ", ".join(
-        f"{what} {statistics.median(found):.2f} ms ({min(found):.2f} to {max(found):.2f})"
-        for what, found in (("cprctl", ours), ("QEMU to QEMU", plain))
-    )
-    ratio = statistics.median(ours) / statistics.median(plain)
-    return (
-        0 if verdict("upgrade, the guest's pause, against plain", ratio, RATIO, "", detail) else 1
-    )
+    return ours, plain
 
 
 def _upgrade(vm: Machine) -> float:

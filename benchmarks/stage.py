@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import statistics
@@ -11,27 +12,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @contextlib.contextmanager
-def private_cprd() -> Iterator[tuple[str, int]]:
-    """A cprd of our own: (path of its socket, pid)."""
+def private_cprd(
+    env: Mapping[str, str] | None = None, *, options: Sequence[str] = ()
+) -> Iterator[tuple[str, int]]:
+    """A cprd of our own, with `env` and `options` besides: (path of its socket, pid)."""
     with tempfile.TemporaryDirectory(prefix="cprd-bench.") as place:
         path = os.path.join(place, "cprd.sock")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("CPRD_", "LISTEN_"))}
         process = subprocess.Popen(
-            [sys.executable, "-m", "cprd.daemon.command", "--socket", path],
+            [sys.executable, "-m", "cprd.daemon.command", "--socket", path, *options],
             stderr=subprocess.PIPE,
-            env={**kept, "PYTHONPATH": ROOT},
+            env={**kept, "PYTHONPATH": ROOT, **(env or {})},
         )
         try:
             assert process.stderr is not None
-            if b" ready " not in process.stderr.readline():
-                raise SystemExit("cprd did not start")
+            while b" ready " not in (line := process.stderr.readline()):
+                if not line:
+                    raise SystemExit("cprd did not start")
             # Its log goes to somebody who reads it, as a service's does.
             reader = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
             process.stderr.close()
@@ -90,15 +94,18 @@ class Figure(NamedTuple):
         return f"at {'least' if self.at_least else 'most'} {self.bound:g}{self.unit}"
 
 
-figures: list[Figure] = []  # of this process, in order
+FIGURES = "CPRD_FIGURES"  # names a file that gets each figure, a JSON array a line
 
 
 def verdict(
     what: str, value: float, bound: float, unit: str, detail: str, *, at_least: bool = False
 ) -> bool:
-    """Print one figure, and keep it in `figures`; whether it is within its bound."""
+    """Print one figure, and append the figure to the file of $CPRD_FIGURES; whether the figure is
+    within its bound."""
     figure = Figure(what, value, bound, unit, detail, at_least)
-    figures.append(figure)
+    if name := os.environ.get(FIGURES):
+        with open(name, "a") as file:
+            print(json.dumps(figure), file=file)
     print(f"{what}: {value:.2f}{unit} ({figure.limit}){'' if figure.good else '  MISSED'}")
     print(f"    {detail}", flush=True)
     return figure.good

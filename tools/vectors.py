@@ -1,4 +1,4 @@
-"""Write tests/vectors/ anew from the code, and the examples and tables of docs/protocol.md.
+"""Write tests/vectors/ anew from the code, and the examples and tables of docs/ (pages.py).
 
 .venv/bin/python -m tools.vectors
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -31,7 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "tests/vectors"
 WIRE = f"wire-{messages.VERSION}"
 BUNDLE, LIVE = f"bundle-{layout.VERSION}", f"live-{records.VERSION}"
-PAGES = (ROOT / "docs/protocol.md", ROOT / "docs/bundle.md")
 
 NONCE, TOKEN = bytes(range(16)), bytes(range(16, 32))
 GENERATION = 1_700_000_000_000_000_001
@@ -175,7 +173,7 @@ ANSWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "drop": ("", {"generation": GENERATION, **_KEPT}),
     "wait": ("", {"generation": GENERATION}),
     "list": ("all rows: without `more`", {"holds": [_ROW]}),
-    "show": ("and the bundle, unless the hold is damaged or unreadable", {"hold": _ROW}),
+    "show": ("and the bundle", {"hold": _ROW}),
     "status": (
         "",
         {
@@ -227,13 +225,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         return {"hex": bytes(value).hex()}
     if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
+        return {key: plain(value[key]) for key in sorted(value)}
     return [plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _requests() -> Iterator[Vector]:
-    for name, (words, fields) in REQUESTS.items():
+    for number, (name, (words, fields)) in enumerate(REQUESTS.items()):
         message = {"verb": name.partition("-")[0], **fields}
+        if "nonce" in message:
+            message["nonce"] = bytes(range(number, number + 16))  # of each request another
         data = messages.encode(message)
         means = plain(messages.read_request(data))
         yield {"name": name, "words": words, "hex": data.hex(), "means": means}
@@ -518,105 +518,6 @@ def record_means(data: bytes) -> Vector:
     return means
 
 
-# The pages
-
-
-def block(file: str, vector: Vector) -> str:
-    """A vector as a page shows it: words, and bytes."""
-    lines = []
-    if file in ("request", "answer"):
-        shown = messages.decode(bytes.fromhex(vector["hex"]), messages.MAX_ANSWER)
-        lines = [f"{file} {diagnostic(shown)}"]
-    return "\n".join(["```", *lines, *_dump(vector), "```"])
-
-
-def diagnostic(value: Any) -> str:
-    """A value in words: JSON, with h'...' for bytes."""
-    if isinstance(value, bytes):
-        return f"h'{value.hex()}'"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f'"{k}": {diagnostic(v)}' for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(diagnostic, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _dump(vector: Vector, at: str = "") -> list[str]:
-    if "descriptor" in vector:
-        return [f"{at}descriptor {vector['descriptor']}"]
-    if "memfd" in vector:
-        return [f"{at}sealed memfd", *_hex(vector["memfd"], at + "  ")]
-    if "hex" in vector and "queue" not in vector:
-        return _hex(vector["hex"], at)
-    lines = []
-    for message in vector["queue"]:
-        lines += [f"{at}message", *_hex(message["hex"], at + "  ")]
-        for one in message["carries"]:
-            if "queue" in one:
-                lines.append(f"{at}  socket")
-            lines += _dump(one, at + "    " if "queue" in one else at + "  ")
-    return lines
-
-
-def _hex(data: str, at: str) -> list[str]:
-    raw = bytes.fromhex(data)
-    lines = []
-    for start in range(0, len(raw), 16):
-        part = raw[start : start + 16]
-        text = "".join(chr(c) if 32 <= c < 127 else "." for c in part)
-        lines.append(f"{at}{part.hex(' '):<47}  {text}".rstrip())
-    return lines
-
-
-def fields_table(verb: str) -> str:
-    """The fields of a request, as a table, and those of the answer."""
-    fields = messages.REQUESTS[verb]
-    answer = "; ".join(
-        f"`{name}` {_bounds(field)}" + ("" if field.required else ", optional")
-        for name, field in messages.ANSWERS[verb].items()
-    )
-    said = f"Answer: {answer or 'no fields'}."
-    if not fields:
-        return f"No fields. {said}"
-    rows = ["| field | type and bounds | default |", "|---|---|---|"]
-    for name, field in fields.items():
-        default = "required" if field.required else _default(verb, name, field.default)
-        rows.append(f"| `{name}` | {_bounds(field)} | {default} |")
-    return "\n".join([*rows, "", said])
-
-
-def _bounds(field: messages.Field) -> str:
-    """The form of a field, with powers of two in short."""
-    wants = field.wants
-    for bits in (64, 31):
-        wants = wants.replace(str((1 << bits) - 1), f"2^{bits}-1")
-    return wants.replace(str(1 << 32), "2^32").replace("'", '"').replace("3.1536e+08", "315360000")
-
-
-def _default(verb: str, name: str, default: Any) -> str:
-    if default is not None:
-        return f"`{diagnostic(default)}`"
-    return {"lease": "as before", "ttl": "no end", "generation": "any"}.get(name, "none")
-
-
-def filled(page: str, vectors: dict[str, Any]) -> str:
-    """A page with each example and table of fields between its marks written anew."""
-
-    def fill(found: re.Match[str]) -> str:
-        what, name = found[1], found[2]
-        if what == "fields":
-            text = fields_table(name)
-        else:
-            file, _, which = name.partition("/")
-            full = {"request": f"{WIRE}-requests", "answer": f"{WIRE}-answers"}
-            full |= {"bundle": BUNDLE, "live": LIVE}
-            (vector,) = [one for one in vectors[full[file]] if one["name"] == which]
-            text = block(file, vector)
-        return f"<!-- {what} {name} -->\n{text}\n<!-- end -->"
-
-    return re.sub(r"<!-- (fields|example) (\S+) -->\n.*?<!-- end -->", fill, page, flags=re.S)
-
-
 def text_of(content: Any) -> str:
     """A file of vectors: a line for each."""
     lines = ",\n".join(json.dumps(vector, ensure_ascii=False) for vector in content)
@@ -642,6 +543,8 @@ def _bytes(vector: Vector) -> Any:
 
 
 def main() -> None:
+    from tools.pages import PAGES, filled
+
     vectors = every()
     PLACE.mkdir(exist_ok=True)
     others = changed(vectors)

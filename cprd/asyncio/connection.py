@@ -62,13 +62,14 @@ class LoopConnection(Connection):
 
     def start(self, steps: Steps[None]) -> Callable[[], None]:
         """Drive `steps` in a task of the loop, which ends with the loop at the latest."""
-        task = asyncio.get_running_loop().create_task(self.drive(steps), name="cprd")
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self.drive(steps), name="cprd")
         _running.add(task)
         task.add_done_callback(_running.discard)
 
-        def stop() -> None:
-            if not task.get_loop().is_closed():
-                task.cancel()
+        def stop() -> None:  # of any thread
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(task.cancel)
 
         return stop
 

@@ -20,6 +20,7 @@ VERBS = {
     "wait": "wait until a hold can be loaded",
     "drop": "end a hold and let go of what it holds",
     "release": "serve again what is in doubt",
+    "check-bundle": "all that is wrong with a bundle, for people who write clients",
     "status": "the daemon: limits, and how much of them is used",
     "demo": "restart a server under load again and again, and watch nobody notice",
     "qemu": "hand a running guest from one QEMU to the next",
@@ -92,4 +93,4 @@ class _Verb:
 
 
 def _module(name: str) -> _Verb:
-    return import_module(f"cprd.cli.{name}")  # type: ignore[return-value]
+    return import_module(f"cprd.cli.{name.replace('-', '_')}")  # type: ignore[return-value]

@@ -7,6 +7,7 @@ import sys
 
 from cprd.bundle.pack import pack
 from cprd.client.exchange import BRIEF, Call, Line, Work
+from cprd.client.owed import owe
 from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded
 from cprd.linux.pause import point
 from cprd.protocol import messages
@@ -323,12 +324,19 @@ class Claim:
         if self.ticket.over:
             return
         self.ticket.over = self._stuck = True
+        call: Call | None = None
         try:
-            yield rejection(self.ticket, why)
+            call = rejection(self.ticket, why)
+            yield call
         except Fenced:
             pass  # it was over already
-        except CprdError:
-            return  # the end of the connection says it as well
+        except BaseException as error:
+            # The end of the connection says it as well, to a cprd that is there.
+            if call is not None:
+                owe(self.line.path, call.message)
+            if isinstance(error, CprdError):
+                return
+            raise
         self._stuck = False
 
     def let_go(self) -> None:

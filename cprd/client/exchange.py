@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator
 from itertools import count
 from time import monotonic
 
+from cprd.client.owed import owe, owed, said
 from cprd.errors import (
     Busy,
     CprdError,
@@ -422,6 +423,7 @@ def connect(line: Line) -> Steps[None]:
             yield Step("sleep", monotonic() + RETRY_EVERY, False)
         try:
             yield from _greet(line, until, False)
+            yield from _say_owed(line, until, False)
             return
         except Lost:
             continue
@@ -484,9 +486,15 @@ def _take_back(line: Line, call: Call, undo: Undo) -> Steps[None]:
     try:
         answer = yield from request(line, call, True, BRIEF)
         answer.close()
-        yield from request(line, undo(answer.fields), True, BRIEF)
+        taken_back = undo(answer.fields)
     except CprdError:
-        pass  # the end of the connection or of the lease has to do
+        return  # the end of the connection or of the lease has to do
+    try:
+        yield from request(line, taken_back, True, BRIEF)
+    except Unavailable:
+        owe(line.path, taken_back.message)
+    except CprdError:
+        pass
 
 
 def request(
@@ -513,6 +521,7 @@ def request(
                     yield from _greet(line, until, shielded)
                 if line.late or line.undos:
                     yield from _undo_late(line, until, shielded)
+                yield from _say_owed(line, until, shielded)
                 if call.park is not None:
                     answer = yield from _save(line, call, call.park, until, shielded, tried - began)
                 else:
@@ -645,6 +654,14 @@ def _undo_late(line: Line, until: float, shielded: bool) -> Steps[None]:
     while line.undos:
         yield from _ask(line, line.undos[0], until, shielded)
         del line.undos[0]
+
+
+def _say_owed(line: Line, until: float, shielded: bool) -> Steps[None]:
+    """Say what cprd could not be told before. The answer does not matter: the claim is over."""
+    for message in owed(line.path):
+        answer = yield from _ask(line, Call(message), until, shielded)
+        answer.close()
+        said(line.path, message)
 
 
 def _greet(line: Line, until: float, shielded: bool) -> Steps[None]:

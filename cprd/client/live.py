@@ -34,6 +34,7 @@ from cprd.client.exchange import (
     place_of,
     request,
 )
+from cprd.client.owed import owe
 from cprd.client.verbs import check_name, give_back, rows
 from cprd.errors import (
     Busy,
@@ -43,6 +44,7 @@ from cprd.errors import (
     InvalidInput,
     LimitExceeded,
     NotHeld,
+    Unavailable,
 )
 from cprd.linux.pause import point
 from cprd.live import carrier
@@ -273,7 +275,8 @@ class Live:
         except Fenced:
             pass  # it was over already
         except CprdError:
-            return False  # the end of the process says it as well
+            owe(self.line.path, call.message)  # the end of the process says it as well, later
+            return False
         return True
 
     def silence(self) -> None:
@@ -508,12 +511,14 @@ def _undo(live: Live, fields: dict[str, Any], error: BaseException) -> Verb[None
         owner.close()
     yield Work(live._let_go)
     if live.found:
-        yield from give_back(live.ticket, fields, error)
+        yield from give_back(live.line, live.ticket, fields, error)
     elif not isinstance(error, GeneratorExit):
+        call = live.ticket.call("end", timeout=BRIEF, keep=False)
+        call.until_known, call.shielded = False, True
         try:
-            call = live.ticket.call("end", timeout=BRIEF, keep=False)
-            call.until_known, call.shielded = False, True
             yield call
+        except Unavailable:
+            owe(live.line.path, call.message)
         except CprdError:
             pass  # the end of the process has to do
 

@@ -9,7 +9,8 @@ from cprd.bundle.unpack import unpack
 from cprd.client import claim as claims
 from cprd.client.claim import Saved, Ticket, check_seconds, check_state, check_timeout, rejection
 from cprd.client.exchange import Call, Line, Work, check_not_here
-from cprd.errors import CprdError, Damaged, InvalidInput, LimitExceeded
+from cprd.client.owed import owe
+from cprd.errors import CprdError, Damaged, InvalidInput, LimitExceeded, Unavailable
 from cprd.linux.pause import point
 from cprd.protocol import messages
 from cprd.state import State
@@ -126,7 +127,7 @@ def load(
             state.close()
         if bundle >= 0:
             os.close(bundle)
-        yield from give_back(ticket, fields, error)
+        yield from give_back(line, ticket, fields, error)
         raise
 
 
@@ -159,7 +160,9 @@ def _left_live(bundle: int) -> State:
     return found.state
 
 
-def give_back(ticket: Ticket, fields: dict[str, Any], error: BaseException) -> Verb[None]:
+def give_back(
+    line: Line, ticket: Ticket, fields: dict[str, Any], error: BaseException
+) -> Verb[None]:
     """A state that could not be read is given back now, not with the lease. Raises Damaged, which
     names the saver."""
     if isinstance(error, GeneratorExit):
@@ -167,8 +170,11 @@ def give_back(ticket: Ticket, fields: dict[str, Any], error: BaseException) -> V
     damaged = isinstance(error, Damaged)
     counts = not isinstance(error, LimitExceeded)  # no room here says nothing about the state
     why = str(error) if isinstance(error, CprdError) else f"{type(error).__name__}: {error}"
+    call = rejection(ticket, why, damaged=damaged, attempt=counts)
     try:
-        yield rejection(ticket, why, damaged=damaged, attempt=counts)
+        yield call
+    except Unavailable:
+        owe(line.path, call.message)
     except CprdError:
         pass  # the end of the connection or of the lease has to do
     if damaged:

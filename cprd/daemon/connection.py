@@ -58,7 +58,8 @@ class Connection:
         watch: Watch,
     ) -> None:
         sock.setblocking(False)
-        self._no_rights = take_no_rights(sock)
+        # What was sent before that may have brought descriptors.
+        self._no_rights = take_no_rights(sock) and _brought_none(sock)
         self.sock = sock
         self.peer = peer
         self.pidfd = pidfd
@@ -106,7 +107,7 @@ class Connection:
 
     def _take(self) -> bytes:
         """One message. Raises Intruding, OSError."""
-        if self._no_rights:  # the kernel refuses descriptors
+        if self._no_rights:  # nothing is there, and the kernel refuses what is sent
             return self.sock.recv(_MOST, _DONTWAIT)
         # First without taking: a real receive would drop descriptors, perhaps the last.
         data, _, flags, _ = self.sock.recvmsg(_MOST, 0, _PEEK)
@@ -295,3 +296,10 @@ class Connection:
             self._watch.remove(pidfd)
             os.close(pidfd)
         self.let_go(self.sock.detach())  # nothing can be added after shutdown()
+
+
+def _brought_none(sock: socket.socket) -> bool:
+    try:
+        return scm_fds(sock.fileno()) == 0
+    except OSError:
+        return False

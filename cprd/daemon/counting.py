@@ -37,23 +37,39 @@ class Counting:
         self._keeper = keeper
         self._releasing = releasing
         self._observe = observe
-        self._left: deque[tuple[float, int]] = deque()
+        self._left: dict[int, deque[tuple[float, int]]] = {}  # by uid
+        self._busy: set[int] = set()  # uids
         self._wanted = trio.Event()
 
     def left(self, generation: int) -> None:
         """The owner of a live hold has ended."""
-        self._left.append((now() + MOMENT, generation))
-        self._wanted.set()
+        hold = self._registry.get(generation)
+        if hold is not None:
+            self._left.setdefault(hold.uid, deque()).append((now() + MOMENT, generation))
+            self._wanted.set()
 
     async def count(self) -> None:
-        """Count one hold after the other. Until cancelled."""
-        while True:
-            await self._wanted.wait()
-            self._wanted = trio.Event()
-            while self._left:
-                at, generation = self._left.popleft()
+        """Count one hold of each uid after the other. Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._wanted.wait()
+                self._wanted = trio.Event()
+                for uid in self._left.keys() - self._busy:
+                    self._busy.add(uid)
+                    nursery.start_soon(self._count_all, uid)
+
+    async def _count_all(self, uid: int) -> None:
+        """Files of a uid may block: nobody else's holds wait."""
+        left = self._left[uid]
+        try:
+            while left:
+                at, generation = left.popleft()
                 await trio.sleep(max(0.0, at - now()))
                 await self._count(generation)
+        finally:
+            self._busy.discard(uid)
+            if not left:
+                del self._left[uid]
 
     async def _count(self, generation: int) -> None:
         hold = self._registry.get(generation)

@@ -7,6 +7,7 @@ import socket
 import stat
 
 from cprd.errors import Unavailable
+from cprd.linux.rights import take_no_rights
 
 BACKLOG = 128  # a client behind a loop of connect() waits for as many
 
@@ -23,6 +24,7 @@ def listen(path: str, *, private: bool) -> socket.socket:
             sock.bind(path)
         finally:
             os.umask(old)
+        take_no_rights(sock)  # nor do the connections, from the first on
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 PATIENCE = 5.0  # s without an answer, after which the manager is called mute
 AWAY = 1.0  # s until a manager that has gone is tried again
-REPORT = 10.0  # s between two looks at the status line
+REPORT = 10.0  # s between two looks at the status line, where no signs of life are wanted
 
 
 async def adrive(steps: notify.Steps[T], on_silence: Callable[[], None] | None = None) -> T:
@@ -52,7 +52,7 @@ class Reporter:
         self._manager = notify.Manager(address)
         self._status = status
         self._watchdog = watchdog
-        self._pause = REPORT if watchdog is None else min(REPORT, watchdog / 2)
+        self._pause = REPORT if watchdog is None else watchdog / 2
         self._news = trio.Event()
         self._due = self._told = 0  # READY=1: how often asked for, how often told
         self._note = ""  # before the status line, until that changes

@@ -16,7 +16,7 @@ from cprd.daemon.handlers import answer_with_bundle, caller_of, key_of
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
 from cprd.protocol import messages
-from cprd.protocol.lifecycle import DAMAGED, LIVE, Hold
+from cprd.protocol.lifecycle import LIVE, Hold
 from cprd.protocol.messages import pid_text
 from cprd.protocol.registry import Step
 
@@ -100,7 +100,7 @@ async def show(server: Server, connection: Connection, request: Request) -> None
     server.steps.refresh(key)
     hold = server.registry.top(key)
     answer = messages.ok(hold=messages.without_none(hold.row(now())))
-    if hold.generation not in server.keeper.slots or hold.phase == DAMAGED:
+    if hold.generation not in server.keeper.slots:
         await connection.answer(answer)
         return
     await answer_with_bundle(server, connection, hold, answer)

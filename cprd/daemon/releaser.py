@@ -58,11 +58,8 @@ def _received(sock: _socket.socket, size: int, how: int) -> tuple[bytes, list[in
 
 
 def empty(fd: int) -> None:
-    """Drop everything queued in a SEQPACKET socket of AF_UNIX; nothing of anything else. Blocks as
-    long as a dropped file does."""
-    sock = _queue(fd)
-    if sock is None:
-        return
+    """Drop everything queued in a socket. Blocks as long as a dropped file does."""
+    sock = _socket.socket(fileno=os.dup(fd))
     try:
         while sock.recv(1, _socket.MSG_DONTWAIT):
             pass
@@ -71,15 +68,14 @@ def empty(fd: int) -> None:
     sock.close()
 
 
-def records(fd: int, only: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
+def records(sock: _socket.socket | None, most: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
     """The records of a queue with their descriptors, which are closed after each turn. Nothing is
-    taken out. Nothing at all for anything but a SEQPACKET socket of AF_UNIX."""
-    sock = _queue(fd)
+    taken out. Closes `sock`."""
     if sock is None:
         return
     try:
         sock.setsockopt(_socket.SOL_SOCKET, _SO_PEEK_OFF, 0)
-        for _ in range(only):
+        for _ in range(most):
             try:
                 data, fds = _received(sock, _RECORD, _PEEK | _socket.MSG_CMSG_CLOEXEC)
             except ConnectionResetError:  # said once, of what the other end left unread
@@ -99,7 +95,8 @@ def records(fd: int, only: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
 
 
 def _queue(fd: int) -> _socket.socket | None:
-    """A copy of a SEQPACKET socket of AF_UNIX; None for anything else."""
+    """A copy of a SEQPACKET socket of AF_UNIX; None for anything else, for a client may park
+    anything as a part of a live hold."""
     copy = os.dup(fd)
     try:
         sock = _socket.socket(fileno=copy)
@@ -114,23 +111,25 @@ def _queue(fd: int) -> _socket.socket | None:
     return None
 
 
-def shut(fd: int) -> None:
-    """Let nobody add to a queue."""
+def shut(fd: int) -> bool:
+    """Let nobody add to a queue. Returns whether `fd` is a queue."""
     sock = _queue(fd)
-    if sock is not None:
-        try:
-            sock.shutdown(_socket.SHUT_RD)
-        except OSError:
-            pass
-        sock.close()
+    if sock is None:
+        return False
+    try:
+        sock.shutdown(_socket.SHUT_RD)
+    except OSError:
+        pass
+    sock.close()
+    return True
 
 
 def fence(bundle: int) -> None:
     """Shut the live hold in a bundle: first the root, then each segment."""
-    for _, roots in records(bundle, 1):
+    for _, roots in records(_queue(bundle), 1):
         for root in roots:
             shut(root)
-            for _, segments in records(root):
+            for _, segments in records(_queue(root)):
                 for segment in segments:
                     shut(segment)
 
@@ -139,10 +138,10 @@ def count(bundle: int) -> bytes:
     """How many descriptors the root of the live hold in a bundle has, and how many lie in the
     segments; no number where no root is found."""
     said = b"?"
-    for _, roots in records(bundle, 1):
+    for _, roots in records(_queue(bundle), 1):
         for root in roots:
             found: dict[int, int] = {}  # by inode: a root that was rewritten has some twice
-            for _, segments in records(root):
+            for _, segments in records(_queue(root)):
                 for segment in segments:
                     found[os.fstat(segment).st_ino] = _scm_fds(segment)
             queue = _queue(root)
@@ -167,13 +166,13 @@ def let_go(slot: int) -> None:
     of a queue is open still; or the root alone, whose segments another hold has."""
     bundles: list[int] = []
     version = 0
-    for data, fds in records(slot):
+    for data, fds in records(_socket.socket(fileno=os.dup(slot))):
         bundles += [os.dup(fds[0])] if fds and not bundles else []
         if len(data) >= _LAST.size and data[:4] == _MAGIC and not data[_LAST.size - 1]:
             version = _LAST.unpack_from(data)[1]
     for bundle in bundles:
         if version in (LIVING, HANDED_ON):
-            for _, roots in records(bundle, 1):
+            for _, roots in records(_queue(bundle), 1):
                 for root in roots:
                     _let_go_of_root(root, deep=version == LIVING)
         os.close(bundle)
@@ -181,12 +180,13 @@ def let_go(slot: int) -> None:
 
 
 def _let_go_of_root(root: int, deep: bool) -> None:
-    shut(root)
+    if not shut(root):
+        return
     if deep:
-        for _, segments in records(root):
+        for _, segments in records(_queue(root)):
             for segment in segments:
-                shut(segment)
-                empty(segment)
+                if shut(segment):
+                    empty(segment)
     empty(root)
 
 

@@ -28,7 +28,7 @@ from cprd.daemon.turns import Pace, Turns
 from cprd.daemon.waiters import no_descriptor
 from cprd.errors import Busy, CprdError, Denied, LimitExceeded, NotHeld, ProtocolError
 from cprd.linux import nofile, processes
-from cprd.linux.rights import take_no_rights
+from cprd.linux.rights import has_taken_no_rights, take_no_rights
 from cprd.protocol import messages
 from cprd.protocol.lifecycle import Hold
 from cprd.protocol.registry import Registry, Step
@@ -65,7 +65,8 @@ class Server:
         self.stopping = False  # claims outlive this process: no connection's end ends them
         self.turns = Turns()
         self._refused: dict[int, tuple[float, int]] = {}  # by uid: when said, how many since
-        self._overflow_uid = processes.overflow_uid()
+        # Stands for others, and is no user's own; -1: no uid does.
+        self._overflow_uid = -1 if processes.every_uid_is_mapped() else processes.overflow_uid()
         self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         soft = raise_nofile()
         self.max_connections = max(12, min(config.all_connections, soft // 16))
@@ -152,8 +153,12 @@ class Server:
         """Serve a connection in a task; turn it away at once where it is too much."""
         try:
             peer = Peer(*processes.credentials(sock))
+            gone = processes.is_ready(sock.fileno())
+            if gone and has_taken_no_rights(sock):
+                sock.close()  # at once: a loop of connect() is to delay nobody
+                return
             refused = self._why_refused(peer)
-            gone = refused is not None or processes.is_ready(sock.fileno())
+            gone = gone or refused is not None
             pidfd = -1 if gone else processes.pidfd_of(sock, peer.pid)
             watch = self.steps.pidfds.watched
             connection = Connection(sock, peer, pidfd, self.releasing, self.turns, watch)
@@ -193,7 +198,7 @@ class Server:
             sock, _ = listener.accept()
             sock.shutdown(socket.SHUT_RDWR)  # seen at once; a releasing process may have no room
             uid, _ = processes.credentials(sock)
-            if not take_no_rights(sock):  # descriptors may have come
+            if not has_taken_no_rights(sock):  # descriptors may have come
                 self.releasing.close(uid, [sock.detach()])
         except OSError:
             pass

@@ -24,7 +24,7 @@ def loop() -> socket.socket:
         program = array("B", _DROP_ALL)
         address, _ = program.buffer_info()
         sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 1, address))
-        name = b"\0cprd." + os.urandom(16)
+        name = b"\0cprd." + os.urandom(16).hex().encode()
         sock.bind(name)
         sock.connect(name)
         sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)

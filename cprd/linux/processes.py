@@ -168,6 +168,16 @@ def in_our_user_namespace(pid: int) -> bool | None:
         return None
 
 
+def every_uid_is_mapped() -> bool:
+    """Whether this user namespace has a number for every uid, as the first one of a machine has:
+    then no uid stands for another."""
+    try:
+        with open("/proc/self/uid_map") as file:
+            return sum(int(line.split()[2]) for line in file) >= (1 << 32) - 1
+    except (OSError, ValueError, IndexError):
+        return False
+
+
 def overflow_uid() -> int:
     """The uid that stands for all uids which have no mapping in this user namespace."""
     try:

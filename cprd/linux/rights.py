@@ -111,6 +111,17 @@ def take_no_rights(sock: socket.SocketType) -> bool:
     return True
 
 
+def has_taken_no_rights(sock: socket.SocketType) -> bool:
+    """Whether no descriptor can have come into the queue of an accepted socket: the listener took
+    none by the time of connect()."""
+    if _OLD_KERNEL:
+        return False
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS) == 0
+    except OSError:
+        return False
+
+
 def scm_fds(fd: int) -> int:
     """Count the descriptors queued in a socket (fdinfo, Linux 5.6) without reading it; -1 for what
     is no AF_UNIX socket. `fd` is borrowed. Does not wait for the socket's lock."""

@@ -199,6 +199,8 @@ class _Reading:
                 chosen, parts = parts, []
         by_id: dict[int, int] = {}
         for record, _, fds in chosen:
+            if len({*by_id, *record.ids}) != len(by_id) + len(record.ids):
+                raise Damaged("the root of a live hold names a segment twice")
             by_id.update(zip(record.ids, fds, strict=False))
             for op, _, key, _ in record.entries:
                 if op < DELETE:

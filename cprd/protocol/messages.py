@@ -405,6 +405,8 @@ def parse_answer(data: bytes) -> tuple[int | None, Message | CprdError]:
             _U64(id)
         if "ok" in message:
             return id, _MAP(message["ok"])
+        if not isinstance(message.get("error"), str):
+            raise ValueError("neither 'ok' nor 'error'")
     except (ProtocolError, ValueError) as error:
         raise Garbled(f"not an answer: {error}") from None
     return id, _error(message)
@@ -426,7 +428,10 @@ def read_fields(verb: str, fields: Message) -> Message:
 def _error(message: Message) -> CprdError:
     """The error of an answer. A separate function: a local name in the raising frame is a reference
     cycle, and keeps the caller's connection open."""
-    error = CODES.get(str(message.get("error")), CprdError)(str(message.get("why")))
+    why = message.get("why")
+    if not isinstance(why, str) or not why:
+        why = f"{message['error']}, and cprd gave no reason"
+    error = CODES.get(message["error"], CprdError)(why)
     if isinstance(error, Busy):
         pid, phase, until = (message.get(field) for field in ("pid", "phase", "until"))
         error.pid = pid if isinstance(pid, int) else None

@@ -29,8 +29,10 @@ def digest(request: Mapping[str, Any], *identity: int) -> bytes:
     """16 bytes that tell one request from another: verb, fields that are no defaults, and
     `identity`, which cprd sees for itself (the pid of a claimant)."""
     said = essence(request)
-    fields = sorted((key, value) for key, value in said.items() if key not in _UNTOLD)
-    return hashlib.blake2b(encode({"of": fields, "seen": identity}), digest_size=16).digest()
+    for key in _UNTOLD:
+        said.pop(key, None)
+    told = encode({"of": sorted(said.items()), "seen": identity})
+    return hashlib.blake2b(told, digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)

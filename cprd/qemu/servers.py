@@ -43,6 +43,11 @@ class Server(NamedTuple):
         vhost-user device."""
         return self.listens and not (alone and self.clients == 1)
 
+    def has_stopped_listening(self) -> bool:
+        """Whether it has clients, and takes no more. (Without any socket that we see, it may lie in
+        another network namespace.)"""
+        return bool(self.clients) and not self.listens
+
 
 def at(path: str) -> Server | None:
     """The server at a path; None where the kernel does not tell."""
@@ -173,9 +178,9 @@ def taken(command: Command) -> list[str]:
         if name in alone:
             if server is None or not server.can_take_another(alone=True):
                 said.append(_message(alone[name], path or "a server", ""))
-        elif server is not None and not server.listens and not _is_patient(options):
+        elif server is not None and server.has_stopped_listening() and not _is_patient(options):
             said.append(
-                f"-chardev {name} is to connect to {path}, where nobody listens (any more): save,"
+                f"-chardev {name} is to connect to {path}, where nobody listens any more: save,"
                 " start that server anew, and start"
             )
     return said

@@ -4,7 +4,7 @@
 accepts and reads at once; the guest runs. When cprctl hangs up on that channel, QEMU stops the
 guest (the switchover), connects to the main channel and writes the stream. QEMU then waits, paused,
 for the return path: SHUT(0) there completes the migration, a hang-up there makes the guest resume.
-(Observed on 10.0 and 11.1; docs/qemu.md has a drawing.)
+(Observed on 10.0 and 11.1.)
 
 Two things must never happen: a hang-up on the CPR channel before its end (QEMU 11.1 may crash),
 and, after a bad CPR stream, a hang-up while the main listener still listens (the guest would

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "cprd.h"
 #include "cprd_live.h"
+#include "cprd_request.h" /* for unpack, which programs do not need */
 
 #include <errno.h>
 #include <fcntl.h>
@@ -16,18 +17,21 @@ static const char usage[] =
     "cprd-c save NAME [--replace] [--prepare] [--abort] [--ttl=S] [--after-exit] [--store]\n"
     "cprd-c load NAME [--wait=S] [--lease=S] [--begin] [--reject=WHY] [--next]\n"
     "cprd-c wait NAME [--wait=S]      cprd-c drop|release NAME [--force]      cprd-c list\n"
-    "cprd-c own TX RX HOLD [--take=ROOT]      a live hold without cprd: inherited ends of its root\n"
+    "cprd-c live NAME [--wait=S] [--lease=S] [--unconfirmed]\n"
+    "cprd-c unpack BUNDLE ...      cprd-c found ROOT ...      what inherited queues hold, each\n"
+    "cprd-c own TX RX HOLD [--take=ROOT]      a live hold without cprd, by inherited ends\n"
     "save, and load with --next, read a state from stdin:\n"
     "    fd NAME ID NUMBER | raw KEY FILE | packed KEY FILE | memfd KEY NUMBER\n"
-    "own reads changes from stdin, and answers each with a line:\n"
+    "live and own read changes from stdin, and answers each with a line:\n"
     "    save NAME ID NUMBER | replace NAME ID NUMBER | delete NAME ID | raw KEY FILE\n"
     "    packed KEY FILE | drop KEY | memory NAME SIZE | write NAME SIZE BYTE | forget NAME\n"
-    "    clear | batch (changes up to the line \"commit\" are a single one)\n";
+    "    clear | check | confirm | end | batch (what follows up to \"commit\" is one change)\n";
 
 struct options {
     int prepare, abort, force, begin, next;
     const char *reject;
-    int take;
+    double timeout;
+    int take, unconfirmed;
     struct cprd_save_options save;
     struct cprd_load_options load;
 };
@@ -166,7 +170,8 @@ static int change_of(const char *line, struct cprd_live_change *c) {
     *c = (struct cprd_live_change){.fd = -1};
     if (sscanf(line, "%15s %255s %4095[^\n]", verb, name, rest) < 2) return 0;
     if (sscanf(line, "save %255s %d %d", name, &c->id, &c->fd) == 3) c->op = CPRD_SAVE_FD;
-    else if (sscanf(line, "replace %255s %d %d", name, &c->id, &c->fd) == 3) c->op = CPRD_REPLACE_FD;
+    else if (sscanf(line, "replace %255s %d %d", name, &c->id, &c->fd) == 3)
+        c->op = CPRD_REPLACE_FD;
     else if (sscanf(line, "delete %255s %d", name, &c->id) == 2) c->op = CPRD_DELETE_FD;
     else if (!strcmp(verb, "drop")) c->op = CPRD_DELETE_SECTION;
     else if (!strcmp(verb, "forget")) c->op = CPRD_DELETE_MEMORY;
@@ -189,6 +194,9 @@ static int act(cprd_live *l, const char *line, int *gathers) {
     int byte, rc;
     if (!strcmp(line, "batch\n")) return *gathers = 1, -1;
     if (!strcmp(line, "clear\n")) return cprd_live_clear(l);
+    if (!strcmp(line, "check\n")) return cprd_live_check(l);
+    if (!strcmp(line, "confirm\n")) return cprd_live_confirm(l);
+    if (!strcmp(line, "end\n")) return cprd_live_end(l);
     if (!strcmp(line, "commit\n")) {
         rc = cprd_live_change(l, batch, gathered);
         while (gathered) let_go(&batch[--gathered]);
@@ -220,6 +228,20 @@ static int changes(cprd_live *l) {
     return 0;
 }
 
+static int live(cprd *c, const char *name, const struct options *o) {
+    cprd_live *l;
+    if (cprd_live_open(c, name, &o->load, &l)) return failed();
+    if (cprd_live_found(l)) print_state(cprd_live_state(l));
+    if (!o->unconfirmed && cprd_live_confirm(l)) {
+        int status = failed();
+        return cprd_live_close(l), status;
+    }
+    puts(cprd_live_found(l) ? "taken\nok" : "ok"), fflush(stdout);
+    int rc = changes(l);
+    cprd_live_close(l);
+    return rc;
+}
+
 static int own(int tx, int rx, uint64_t hold, int take) {
     cprd_live *l;
     if (take < 0) {
@@ -237,6 +259,19 @@ static int own(int tx, int rx, uint64_t hold, int take) {
     return rc;
 }
 
+static int look(char **queues, int is_live) {
+    for (; *queues; queues++) {
+        cprd_state *s = NULL;
+        cprd_live *l = NULL;
+        int rc = is_live ? cprd_live_read(atoi(*queues), &l) : cprd__unpack(atoi(*queues), &s);
+        if (!rc) print_state(is_live ? cprd_live_state(l) : s), puts("ok");
+        else printf("%s: %s\n", cprd_code_name(rc), cprd_last()->text);
+        cprd_live_close(l);
+        cprd_state_free(s);
+    }
+    return 0;
+}
+
 static int parse(char **words, struct options *o) {
     for (; *words; words++) {
         char *value = strchr(*words, '=');
@@ -249,10 +284,12 @@ static int parse(char **words, struct options *o) {
         else if (!strcmp(*words, "--force")) o->force = 1;
         else if (!strcmp(*words, "--begin")) o->begin = 1;
         else if (!strcmp(*words, "--next")) o->next = 1;
+        else if (!strcmp(*words, "--unconfirmed")) o->unconfirmed = 1;
         else if (value && !strncmp(*words, "--ttl=", 6)) o->save.ttl = atof(value);
         else if (value && !strncmp(*words, "--wait=", 7)) o->load.wait = atof(value);
         else if (value && !strncmp(*words, "--lease=", 8)) o->load.lease = atof(value);
         else if (value && !strncmp(*words, "--reject=", 9)) o->reject = value;
+        else if (value && !strncmp(*words, "--timeout=", 10)) o->timeout = atof(value);
         else if (value && !strncmp(*words, "--take=", 7)) o->take = atoi(value);
         else return 0;
     }
@@ -273,10 +310,13 @@ int main(int argc, char **argv) {
                                          o.take) : wrong("unknown option");
     const char *verb = argc > 1 ? argv[1] : "", *name = argc > 2 ? argv[2] : "";
     if (argc < 2 || (argc < 3 && strcmp(verb, "list"))) return wrong("which verb, which NAME?");
+    if (!strcmp(verb, "unpack") || !strcmp(verb, "found")) return look(argv + 2, verb[0] == 'f');
     if (argc > 3 && !parse(argv + 3, &o)) return wrong("unknown option");
     if (cprd_connect(NULL, &c)) return failed();
+    if (o.timeout > 0) cprd_set_timeout(c, o.timeout);
     if (!strcmp(verb, "save")) rc = save(c, name, &o);
     else if (!strcmp(verb, "load")) rc = load(c, name, &o);
+    else if (!strcmp(verb, "live")) rc = live(c, name, &o);
     else if (!strcmp(verb, "wait")) rc = cprd_wait(c, name, o.load.wait, NULL) ? failed() : 0;
     else if (!strcmp(verb, "drop")) rc = cprd_drop(c, name, o.force) ? failed() : 0;
     else if (!strcmp(verb, "release")) rc = cprd_release(c, name, o.force) ? failed() : 0;

@@ -153,9 +153,23 @@ static int pack(const cprd_state *s, int connection, struct packed *p) {
     return CPRD_OK;
 }
 
+/* `got` bytes of a node's header, which should be of that depth and place. */
+static int check_header(const unsigned char *h, ssize_t got, int depth, uint64_t index) {
+    size_t here = number_at(h + 8, 4), total = number_at(h + 12, 4);
+    if (got >= 6 && !memcmp(h, "CPRB", 4) && number_at(h + 4, 2) != 1)
+        return fail(CPRD_BUSY, number_at(h + 4, 2) == 2 && h[6] == 3
+                    ? "what is held is a live hold: link cprd_hold.c, too"
+                    : "a bundle of a later version; this program reads version 1: upgrade it");
+    if (got != HEADER || memcmp(h, "CPRB", 4) || !here || here > CPRD_SCM_MAX || h[7] > 2 ||
+        h[6] != (h[7] ? NODE : LEAF) || (h[7] ? total < here : total != here) ||
+        h[7] != depth || number_at(h + 24, 8) != index)
+        return fail(CPRD_DAMAGED, "a part of the bundle has no header that makes sense");
+    return CPRD_OK;
+}
+
 /* One node of a bundle and all below it; appends to `out`, which has room for `most`. */
 static int peek_node(int fd, int depth, uint64_t index, int *out, size_t *count, size_t most) {
-    unsigned char h[HEADER + 1];
+    unsigned char h[HEADER + 1] = {0};
     int fds[CPRD_SCM_MAX], seen, off = -1, rc = CPRD_DAMAGED;
     size_t some, before = *count, used = 0;
     setsockopt(fd, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof off);
@@ -165,13 +179,10 @@ static int peek_node(int fd, int depth, uint64_t index, int *out, size_t *count,
     if (got < 0)
         return fail(CPRD_DAMAGED, "a part of the bundle cannot be read: %s", strerror(errno));
     size_t here = number_at(h + 8, 4), total = number_at(h + 12, 4);
-    if (got >= 6 && !memcmp(h, "CPRB", 4) && number_at(h + 4, 2) != 1)
-        rc = fail(CPRD_BUSY, "a bundle of version %d; this program reads version 1: upgrade it",
-                  (int)number_at(h + 4, 2));
-    else if (got != HEADER || memcmp(h, "CPRB", 4) || cprd__waiting(fd) != HEADER || !here ||
-             here > CPRD_SCM_MAX || h[6] != (depth ? NODE : LEAF) || h[7] != depth ||
-             (depth ? total < here : total != here) || number_at(h + 24, 8) != index)
-        fail(rc, "a part of the bundle does not begin with its header, or contradicts itself");
+    int fault = check_header(h, got, depth, index);
+    if (fault) rc = fault;
+    else if (cprd__waiting(fd) != HEADER)
+        fail(rc, "a part of the bundle has more than one message");
     else if (seen & MSG_CTRUNC) /* a limit of this process; what is held is whole */
         rc = no_room("to load with (what is held stays held)", EMFILE);
     else if (some != here || total > most - before)
@@ -200,7 +211,8 @@ static int read_manifest(cprd_state *s, struct reader *r, const int *fds, size_t
     if (v.kind != MAP || v.number > 16) r->bad = 1;
     for (uint64_t parts = v.number; parts-- && !r->bad;) {
         struct value part = next(r);
-        if (is(&part, "names")) names = next(r);
+        if (part.kind >= ARRAY || (part.kind == TEXT && !is_utf8(part.data, part.size))) r->bad = 1;
+        else if (is(&part, "names")) names = next(r);
         else if (is(&part, "ids")) ids = next(r);
         else if (!is(&part, "sections")) skip(r); /* of a later version, which allows that */
         else {
@@ -210,8 +222,8 @@ static int read_manifest(cprd_state *s, struct reader *r, const int *fds, size_t
                 struct value one = next(r), key = next(r), packed = next(r), memfd = next(r),
                              data = next(r);
                 if (one.kind != ARRAY || one.number != 4 || key.kind != TEXT || r->bad ||
-                    packed.kind < BOOL || packed.kind > UINT || memfd.kind < BOOL ||
-                    memfd.kind > UINT || data.kind != BINARY ||
+                    packed.kind < BOOL || packed.kind > INT || memfd.kind < BOOL ||
+                    memfd.kind > INT || data.kind != BINARY ||
                     (memfd.number && (*taken + 1 >= count || !cprd__is_sealed(fds[*taken + 1]))))
                     r->bad = 1;
                 else if (cprd__own_section(s, (const char *)key.data, key.size, data.data,
@@ -243,12 +255,13 @@ static int read_manifest(cprd_state *s, struct reader *r, const int *fds, size_t
 
 /* `bundle` is borrowed, and stays as it is. */
 int cprd__unpack(int bundle, cprd_state **out) {
-    unsigned char h[HEADER];
+    unsigned char h[HEADER + 1] = {0};
     struct stat there;
     int off = -1;
     setsockopt(bundle, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof off);
-    if (recv(bundle, h, HEADER, MSG_PEEK | MSG_DONTWAIT) != HEADER || h[7] > 2)
-        return fail(CPRD_DAMAGED, "not a bundle: no header is queued in it");
+    ssize_t got = recv(bundle, h, sizeof h, MSG_PEEK | MSG_DONTWAIT);
+    if (got < 0 && errno == ECONNRESET) got = recv(bundle, h, sizeof h, MSG_PEEK | MSG_DONTWAIT);
+    if (check_header(h, got, h[7], number_at(h + 24, 8))) return last.code;
     size_t total = number_at(h + 12, 4), count = 0, taken = 0;
     if (total + 8 > cprd__soft_limit())
         return fail(CPRD_LIMIT_EXCEEDED, "%zu descriptors do not fit in this process: its soft"
@@ -403,8 +416,7 @@ static int ask(cprd *c, const struct call *call, double until, double elapsed, s
             continue;
         }
         if (count) a->fd = fds[0], cprd__close_all(fds + 1, count - 1);
-        if (seen & MSG_CTRUNC && a->fd < 0)
-            a->code = no_room("to receive a queue of cprd with (what is held stays held)", EMFILE);
+        a->cut = (seen & MSG_CTRUNC) != 0;
         return CPRD_OK;
     }
     return rc;
@@ -417,8 +429,11 @@ static int greet(cprd *c, double until) {
     double left = until - now() > 0.001 ? until - now() : 0.001;
     struct timeval time = {(time_t)left, (suseconds_t)((left - floor(left)) * 1e6)};
     memcpy(address.sun_path, c->path, sizeof c->path);
+    uint64_t soft, hard;
+    cprd__raise_limit(&soft, &hard);
     c->sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    if (c->sock < 0) return no_room("to connect to cprd with", errno);
+    cprd__restore_limit(soft);
+    if (c->sock < 0) return no_room("to connect to cprd with", EMFILE);
     setsockopt(c->sock, SOL_SOCKET, SO_SNDTIMEO, &time, sizeof time); /* of connect() */
     if (connect(c->sock, (struct sockaddr *)&address, sizeof address)) {
         int error = errno;
@@ -431,8 +446,6 @@ static int greet(cprd *c, double until) {
     }
     fcntl(c->sock, F_SETFL, O_APPEND); /* means nothing to a socket: check_fds knows it by that */
     field_uint(&hello.fields, &hello.count, "version", VERSION);
-    field(&hello.fields, &hello.count, "limits");
-    put(&hello.fields, "\x81\xa6" "answer\xce\0\1\0\0", 13);
     int rc = ask(c, &hello, until, 0, &a);
     free(hello.fields.at);
     if (!rc && a.code) rc = a.code;
@@ -445,15 +458,22 @@ static int greet(cprd *c, double until) {
     return rc;
 }
 
+/* Why an answer brought no descriptor. */
+int cprd__no_fd(const struct answer *a) {
+    if (a->cut) return no_room("to receive a queue of cprd with (what is held stays held)", EMFILE);
+    return fail(CPRD_PROTOCOL_ERROR, "an answer of cprd without a descriptor");
+}
+
 /* Park the root in a queue of the daemon, then send the request that speaks of it. The sending end
  * is closed in the end: so what was parked and not saved is let go of. */
 static int ask_parked(cprd *c, const struct call *call, double until, struct answer *a) {
     const struct call queue = {.verb = "queue"};
     int rc = ask(c, &queue, until, 0, a);
     if (rc || a->code) return rc;
-    if (a->fd < 0) return fail(CPRD_PROTOCOL_ERROR, "an answer without a queue");
+    if (a->fd < 0) return a->code = cprd__no_fd(a), CPRD_OK;
     int inlet = a->fd, error = cprd__send(inlet, call->packed->header, HEADER, call->packed->fds,
                                           call->packed->parked);
+    a->fd = -1;
     if (error == EPIPE || error == ECONNRESET) rc = LOST;
     else if (error) rc = a->code = explain(error, call->state), rc = CPRD_OK;
     else point("pack:parked"), rc = ask(c, call, until, 0, a);
@@ -475,6 +495,7 @@ int cprd__request(cprd *c, struct call *call, struct answer *a) {
                               : ask(c, call, until, tried - began, a);
             if (!rc) break;
         }
+        if (rc == CPRD_INVALID_INPUT || rc == CPRD_LIMIT_EXCEEDED) break; /* nothing was sent */
         cprd__hang_up(c);
         if (rc != LOST && rc != CPRD_UNAVAILABLE) break;
         if (now() - tried > SERVED || !give_up) /* the daemon was there in between */
@@ -560,8 +581,8 @@ static int name_process(const cprd *c, int pidfd, struct cprd__process *p) {
 }
 
 /* Without an inode cprd may watch another process, that got the pid in between. */
-static void seen_ended(cprd *c, const char *name, uint64_t generation, const struct cprd__process *p,
-                       int pidfd) {
+static void seen_ended(cprd *c, const char *name, uint64_t generation,
+                       const struct cprd__process *p, int pidfd) {
     struct pollfd one = {pidfd, POLLIN, 0};
     if (!p->pid || p->inode || poll(&one, 1, 0) <= 0) return;
     struct answer a;
@@ -591,16 +612,19 @@ static int save(cprd *c, struct call call, const char *name, cprd_state *s,
         rc = fail(CPRD_INVALID_INPUT, "after_exit or ttl of the save options makes no sense");
     if (!rc && after == CPRD_AFTER_PROCESS) rc = name_process(c, o->process, &p);
     if (p.ended) after = CPRD_NOW;
-    if (!rc) rc = pack(s, c->sock, &packed);
+    if (!rc) { /* a program may have all open that its soft limit allows */
+        uint64_t soft, hard;
+        cprd__raise_limit(&soft, &hard);
+        rc = pack(s, c->sock, &packed);
+        cprd__restore_limit(soft);
+    }
     if (rc) free(call.fields.at);
     else {
         bytes *f = &call.fields;
         cprd__fields_of_bundle(&call, &packed);
         if (o->ttl > 0) field_double(f, &call.count, "ttl", o->ttl);
-        else field(f, &call.count, "ttl"), put_nil(f);
         field_text(f, &call.count, "after_exit", when[after]);
         field_uint(f, &call.count, "pid", p.pid), field_uint(f, &call.count, "inode", p.inode);
-        field_bool(f, &call.count, "queue", 0);
         cprd__field_nonce(&call, NULL);
         call.state = s;
         point("save:packed");
@@ -619,7 +643,6 @@ static int save_as(cprd *c, const char *verb, const char *name, cprd_state *s,
     field_text(&call.fields, &call.count, "name", name);
     field_text(&call.fields, &call.count, "if_exists", o->replace ? "replace" : "error");
     if (o->require_store) field_text(&call.fields, &call.count, "require", "store");
-    else field(&call.fields, &call.count, "require"), put_nil(&call.fields);
     int rc = save(c, call, name, s, o, a);
     if (!rc) point("save:answered");
     return rc;
@@ -659,7 +682,8 @@ int cprd__end(struct ticket *t, const char *verb, const char *why, int damaged, 
         size_t size = (size_t)snprintf(cut, sizeof cut, "%s", why);
         for (size = strlen(cut); size && !is_utf8((unsigned char *)cut, size);) cut[--size] = 0;
         field_text(&call.fields, &call.count, "why", cut);
-        field_bool(&call.fields, &call.count, "damaged", damaged);
+        if (damaged > 0) field_bool(&call.fields, &call.count, "damaged", 1);
+        if (damaged < 0) field_bool(&call.fields, &call.count, "attempt", 0);
     }
     int rc = cprd__request(t->c, &call, a);
     if (!rc) t->over = 1;
@@ -700,20 +724,24 @@ int cprd_load(cprd *c, const char *name, const struct cprd_load_options *o, cprd
     point("load:before");
     call.wait = o->wait;
     field_text(&call.fields, &call.count, "name", name);
-    if (!(o->wait > 0)) field_double(&call.fields, &call.count, "wait", 0);
-    field_double(&call.fields, &call.count, "lease", o->lease > 0 ? o->lease : 30);
+    if (o->lease > 0) field_double(&call.fields, &call.count, "lease", o->lease);
     if (o->generation) field_uint(&call.fields, &call.count, "generation", o->generation);
-    else field(&call.fields, &call.count, "generation"), put_nil(&call.fields);
     cprd__field_nonce(&call, NULL);
     if (rc) free(call.fields.at);
-    else if (!(rc = cprd__request(c, &call, &a)) && !(rc = cprd__set_ticket(&claim->ticket, c, name, &a))) {
+    else rc = cprd__request(c, &call, &a);
+    if (!rc) rc = cprd__set_ticket(&claim->ticket, c, name, &a);
+    if (!rc) {
         claim->bundle = a.fd, claim->attempts = a.attempts;
         strcpy(claim->last_reject, a.last_reject);
         point("load:claimed");
-        rc = cprd__unpack(a.fd, &claim->state);
+        int (*read)(int, cprd_state **) = a.live && cprd__unpack_live ? cprd__unpack_live
+                                                                      : cprd__unpack;
+        rc = a.fd < 0 ? cprd__no_fd(&a) : read(a.fd, &claim->state);
         if (!rc) point("load:unpacked");
         struct cprd_error why = last;
-        if (rc) cprd__end(&claim->ticket, "reject", why.text, rc == CPRD_DAMAGED, &ignored), last = why;
+        /* No attempt is counted where this process had no room, or is too old. */
+        int damaged = rc == CPRD_DAMAGED ? 1 : -1;
+        if (rc) cprd__end(&claim->ticket, "reject", why.text, damaged, &ignored), last = why;
     }
     if (rc) claim->ticket.over = 1, cprd_claim_close(claim);
     else *out = claim;
@@ -729,7 +757,6 @@ int cprd_renew(cprd_claim *claim, double lease) {
     struct answer a;
     struct call call = cprd__call_of(&claim->ticket, "renew");
     if (lease > 0) field_double(&call.fields, &call.count, "lease", lease);
-    else field(&call.fields, &call.count, "lease"), put_nil(&call.fields);
     return cprd__request(claim->ticket.c, &call, &a);
 }
 
@@ -778,7 +805,8 @@ int cprd_confirm_next(cprd_claim *claim, cprd_state *next, const struct cprd_sav
     struct answer a;
     if (t->over) return fail(CPRD_FENCED, "confirm: '%s' has been ended already", t->name);
     point("confirm:before");
-    int rc = save(t->c, cprd__call_of(t, "confirm_next"), t->name, next, options ? options : &none, &a);
+    struct call call = cprd__call_of(t, "confirm_next");
+    int rc = save(t->c, call, t->name, next, options ? options : &none, &a);
     if (rc) return rc;
     t->over = 1;
     set_saved(out, a.generation, a.stored);
@@ -839,9 +867,7 @@ int cprd_list(cprd *c, void (*each)(void *context, const struct cprd_row *row), 
     struct answer a = {.more = 0};
     do {
         struct call call = {.verb = "list"};
-        field(&call.fields, &call.count, "after");
-        if (a.more) put_number(&call.fields, 0xcf, a.more, 8);
-        else put_nil(&call.fields);
+        if (a.more) field_uint(&call.fields, &call.count, "after", a.more);
         int rc = cprd__request(c, &call, &a);
         if (rc) return rc;
         struct reader r = a.holds;

@@ -124,6 +124,8 @@ struct cprd_load_options {
     uint64_t generation; /* that hold only, else FENCED; 0: any */
 };
 
+/* What a killed owner of a live hold left can be loaded, too, where cprd_hold.c is linked; memory
+ * comes as sections "memory.NAME". */
 int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options, cprd_claim **out);
 /* Owned by the claim. Descriptors and bytes that nobody took live until cprd_claim_close. */
 cprd_state *cprd_claim_state(cprd_claim *claim);

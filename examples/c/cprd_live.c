@@ -1,4 +1,4 @@
-/* The queues of a live hold: see cprd_live.h for the use, docs/live.md for the records.
+/* The queues of a live hold: see cprd_live.h for the use, docs/bundle.md for the records.
  *
  * A change is one record: the commit. Segments that still hold what the commit made void (`dirty`)
  * are rewritten before the change returns, the segment with the commit (`holder`) last: as long as
@@ -16,7 +16,7 @@
 
 #include "cprd_live_internal.h"
 
-/* -- keys in segments ------------------------------------------------------------------------------- */
+/* -- keys in segments -------------------------------------------------------------------------- */
 
 static void mark(cprd_live *l, struct segment *s) {
     if (!s->dirty) l->dirty++;
@@ -39,7 +39,7 @@ static void enter(struct segment *s, struct kept *k) { /* room is there */
     s->keys[s->count++] = k, s->bytes += entry_size(k), k->segment = s;
 }
 
-/* -- records --------------------------------------------------------------------------------------- */
+/* -- records ----------------------------------------------------------------------------------- */
 
 /* Send one record to a segment that keeps `new`, with the descriptors `fds` (-1: none), and ends
  * `gone`. As a snapshot it says again what the segment keeps otherwise, and voids what lies there.
@@ -119,7 +119,8 @@ static int write_root(cprd_live *l, int nothing) {
         struct record r = {.kind = ROOT, .part = (uint16_t)(part + 1), .parts = (uint16_t)parts};
         r.ids = ids + at, r.fds = fds + at, r.entries = entries + first;
         r.id_count = at >= left ? 0 : left - at < PART ? left - at : PART;
-        r.fd_count = r.id_count, r.count = first >= ended ? 0 : ended - first < 64 ? ended - first : 64;
+        r.fd_count = r.id_count;
+        r.count = first >= ended ? 0 : ended - first < 64 ? ended - first : 64;
         rc = cprd__send_record(l, &l->root, &r);
     }
     free(entries), free(ids), free(fds);
@@ -152,7 +153,8 @@ static int move(cprd_live *l, struct segment *s) {
         if (!carries(keys[n]->op)) continue;
         if (!copies++) rc = cprd__peek(s->rx, &m, 0);
         if (rc == CPRD_DAMAGED) rc = cprd__fenced(l, "a queue was changed");
-        if (!rc && (fds[n] = cprd__copy_of(&m, keys[n])) < 0) rc = cprd__fenced(l, "a queue was changed");
+        if (!rc && (fds[n] = cprd__copy_of(&m, keys[n])) < 0)
+            rc = cprd__fenced(l, "a queue was changed");
     }
     if (!rc) fresh->id = ++l->next_id, rc = write_to(l, fresh, 0, keys, fds, count, NULL, 0);
     if (!rc) rc = attach(l, &fresh, 1, NULL, 0);
@@ -197,7 +199,7 @@ static int guard(const cprd_live *l) {
     if (l->owner != getpid())
         return fail(CPRD_INVALID_INPUT, "a live hold belongs to the process that opened it, not to"
                     " a forked child: open it after the last fork");
-    if (l->root.tx < 0)
+    if (l->root.tx < 0 || l->unconfirmed)
         return fail(CPRD_INVALID_INPUT, "the predecessor's hold is not confirmed yet");
     return CPRD_OK;
 }
@@ -315,7 +317,8 @@ static int add(cprd_live *l, struct puts *p, const struct cprd_live_change *c, i
     int space = map >= 0 ? MEMORY : spaces[c->op], op, fd = -1;
     int32_t id = space == FD ? c->id : 0;
     struct stat there;
-    if (!length || length > 255 || (space != FD && !is_utf8((const unsigned char *)c->name, length)))
+    if (!length || length > 255 ||
+        (space != FD && !is_utf8((const unsigned char *)c->name, length)))
         return fail(CPRD_INVALID_INPUT, "key '%.255s': wants 1 to 255 bytes", c->name);
     struct kept *old = l->slots ? *cprd__slot_of(l, space, c->name, length, id) : NULL, *k;
     if (map < 0 && (c->op == CPRD_DELETE_FD || c->op >= CPRD_DELETE_SECTION)) {
@@ -492,8 +495,3 @@ int cprd_live_begin(int tx, int rx, uint64_t hold, cprd_live **out) {
     else *out = l;
     return rc;
 }
-
-/* -- with cprd: to come ---*/
-int cprd_live_found(const cprd_live *l) { return l->state != NULL; }
-cprd_state *cprd_live_state(cprd_live *l) { return l->state; }
-void cprd_live_close(cprd_live *l) { cprd__live_free(l); }

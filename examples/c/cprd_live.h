@@ -70,7 +70,7 @@ int cprd_live_clear(cprd_live *live); /* keep nothing, in one step */
 int cprd_live_settle(cprd_live *live);
 size_t cprd_live_kept(const cprd_live *live); /* keys */
 
-/* -- without cprd: both ends of a root, a SEQPACKET pair whose receiving end somebody keeps ------ */
+/* -- without cprd: both ends of a root, a SEQPACKET pair whose receiving end somebody keeps -- */
 
 /* An empty hold. Owns `tx` and `rx`, also on failure. `hold`: a random number, not 0. */
 int cprd_live_begin(int tx, int rx, uint64_t hold, cprd_live **out);
@@ -78,7 +78,8 @@ int cprd_live_begin(int tx, int rx, uint64_t hold, cprd_live **out);
  * now on. LIMIT_EXCEEDED: does not fit in this process. */
 int cprd_live_read(int root, cprd_live **out);
 /* What was read is owned, in a new root (owned as above). No queue of the predecessor is changed
- * before cprd_live_settle or the first change: whoever keeps the root must know the new one first. */
+ * before cprd_live_settle or the first change: whoever keeps the root must have the new one by
+ * then. */
 int cprd_live_take(cprd_live *live, int tx, int rx, uint64_t hold);
 
 #ifdef __cplusplus

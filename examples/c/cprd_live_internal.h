@@ -58,7 +58,7 @@ struct cprd_live {
     size_t slots, used;
     uint64_t hold, seq, birth;
     uint32_t next_id;
-    int owner, over; /* pid; why nothing can be changed any more */
+    int owner, over, unconfirmed; /* pid; why nothing can be changed any more; or not yet */
     struct map *maps;
     cprd_state *state; /* what was read */
     struct cprd__hold *wire;
@@ -68,7 +68,9 @@ static inline int carries(int op) {
     return op == SAVE || op == RAW_MEMFD || op == PACKED_MEMFD || op == MAPPED;
 }
 static inline size_t entry_size(const struct kept *k) { return 18u + k->length + k->size; }
-static inline int is_useless(const struct segment *s) { return s->tx < 0 && !s->count && !s->dirty; }
+static inline int is_useless(const struct segment *s) {
+    return s->tx < 0 && !s->count && !s->dirty;
+}
 
 struct message { /* one record that was peeked, with its descriptors */
     unsigned char *data;

@@ -1,4 +1,4 @@
-/* A live hold's keys in a table, records as bytes and back, and a hold read after its owner's end. */
+/* A live hold's keys in a table, its records as bytes and back, and a hold that is read. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -70,7 +70,7 @@ void cprd__unlink(cprd_live *l, struct kept *k) {
     *cprd__slot(l, k) = k->chain, l->used--;
 }
 
-/* -- records, written ----------------------------------------------------------------------------------- */
+/* -- records, written -------------------------------------------------------------------------- */
 
 int cprd__fenced(cprd_live *l, const char *why) {
     l->over = CPRD_FENCED;
@@ -133,8 +133,8 @@ int cprd__send_record(cprd_live *l, struct segment *q, const struct record *r) {
         return fail(CPRD_INVALID_INPUT, "a descriptor is not open, or cannot be passed to another"
                     " process (%s)", strerror(error));
     case EMSGSIZE:
-        return fail(CPRD_LIMIT_EXCEEDED, "the change takes more than %d bytes in one record: make it"
-                    " in several; nothing was changed", MOST);
+        return fail(CPRD_LIMIT_EXCEEDED, "the change takes more than %d bytes in one record: make"
+                    " several of it; nothing was changed", MOST);
     default:
         return fail(CPRD_LIMIT_EXCEEDED, "cannot keep the descriptors (%s): all that the processes"
                     " of this uid have parked counts against RLIMIT_NOFILE (ETOOMANYREFS), a queue"
@@ -147,7 +147,8 @@ int cprd__drain(cprd_live *l, struct segment *q, size_t count) {
     char byte;
     point("live:drain");
     for (size_t n = 0; n < count; n++)
-        if (recv(q->rx, &byte, 1, MSG_DONTWAIT) <= 0) return cprd__fenced(l, "its queue was changed");
+        if (recv(q->rx, &byte, 1, MSG_DONTWAIT) <= 0)
+            return cprd__fenced(l, "its queue was changed");
     point("live:drained");
     q->records -= count, q->spent = q->records ? cost(q->last) : 0;
     return CPRD_OK;
@@ -206,8 +207,8 @@ static int decode(struct message *m) {
     const unsigned char *d = m->data, *end = d + m->size, *at = d + 40;
     if (m->size < 40 || memcmp(d, "CPRL", 4)) return wrong("a record without its header");
     if (number_at(d + 4, 2) != 1)
-        return fail(CPRD_BUSY, "a live hold of version %d; this program reads version 1: upgrade it",
-                    (int)number_at(d + 4, 2));
+        return fail(CPRD_BUSY, "a live hold of version %d; this program reads version 1: upgrade"
+                    " it", (int)number_at(d + 4, 2));
     m->kind = d[6], m->flags = d[7], m->hold = number_at(d + 8, 8), m->seq = number_at(d + 16, 8);
     m->ordinal = number_at(d + 24, 8), m->count = number_at(d + 32, 2);
     if (number_at(d + 36, 4) != m->size || m->size > MOST || m->flags > 1 || m->seq >> 62 ||
@@ -267,15 +268,16 @@ static int peek_once(int rx, struct messages *out, unsigned char *buffer) {
             ? realloc(out->at, (out->count + 1) * sizeof *more) : NULL;
         if (more) {
             struct message *m = &(out->at = more)[out->count];
-            *m = (struct message){.data = malloc((size_t)got), .fds = malloc((count + 1) * sizeof(int)),
-                                  .size = (size_t)got, .fd_count = count};
+            *m = (struct message){.size = (size_t)got, .fd_count = count};
+            m->data = malloc((size_t)got), m->fds = malloc((count + 1) * sizeof(int));
             if (m->data && m->fds) {
                 memcpy(m->data, buffer, (size_t)got), memcpy(m->fds, fds, count * sizeof(int));
                 out->count++, total += (int)got;
-                rc = seen & MSG_CTRUNC ? no_room("for a live hold (what is held stays held)", EMFILE)
-                     : seen & MSG_TRUNC ? wrong("a record that is too long") : decode(m);
-                if (!rc && out->count > 1 &&
-                    (m->ordinal != m[-1].ordinal + 1 || m->seq <= m[-1].seq || m->hold != m[-1].hold))
+                if (seen & MSG_CTRUNC)
+                    rc = no_room("for a live hold (what is held stays held)", EMFILE);
+                else rc = seen & MSG_TRUNC ? wrong("a record that is too long") : decode(m);
+                if (!rc && out->count > 1 && (m->ordinal != m[-1].ordinal + 1 ||
+                                              m->seq <= m[-1].seq || m->hold != m[-1].hold))
                     rc = wrong("a record missing");
                 continue;
             }
@@ -284,18 +286,22 @@ static int peek_once(int rx, struct messages *out, unsigned char *buffer) {
         cprd__close_all(fds, count);
         rc = got <= 0 || out->count >= 1024 ? wrong("a queue that is not in order") : no_memory();
     }
-    if (!rc && (total != waiting || cprd__waiting(rx) != waiting)) rc = wrong("a queue that changes");
+    if (!rc && (total != waiting || cprd__waiting(rx) != waiting))
+        rc = wrong("a queue that changes");
     return rc;
 }
 
 int cprd__peek(int rx, struct messages *out, int reading) {
     unsigned char *buffer = malloc(MOST + 1);
-    int off = -1, rc = buffer ? CPRD_DAMAGED : no_memory();
+    int off = -1, rc = buffer ? CPRD_DAMAGED : no_memory(), waiting = -1;
     point(reading ? "live:read" : "live:peek");
-    for (int tries = reading ? 200 : 1; rc == CPRD_DAMAGED && tries; tries--) {
+    /* A stopped owner may go on, and drain what is void: a queue that changes is read again. */
+    for (int tries = reading ? 200 : 1, same = 3; rc == CPRD_DAMAGED && tries && same; tries--) {
         cprd__messages_free(out);
         rc = peek_once(rx, out, buffer);
-        if (rc == CPRD_DAMAGED && reading) poll(NULL, 0, 1); /* a stopped owner may go on */
+        if (rc == CPRD_DAMAGED && reading) poll(NULL, 0, 1);
+        same = cprd__waiting(rx) == waiting ? same - 1 : 3;
+        waiting = cprd__waiting(rx);
     }
     setsockopt(rx, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof off);
     if (rc) cprd__messages_free(out);
@@ -360,8 +366,8 @@ static int room_for(size_t count) {
     uint64_t soft = cprd__soft_limit();
     return count + 64 <= soft ? CPRD_OK
            : fail(CPRD_LIMIT_EXCEEDED, "%zu descriptors do not fit in this process: its soft"
-                  " RLIMIT_NOFILE is %llu; raise it before (setrlimit, ulimit -n, LimitNOFILE=); what"
-                  " is held stays held", count + 64, (unsigned long long)soft);
+                  " RLIMIT_NOFILE is %llu; raise it before (setrlimit, ulimit -n, LimitNOFILE=);"
+                  " what is held stays held", count + 64, (unsigned long long)soft);
 }
 
 /* What one record says of a key: the highest seq counts. */
@@ -392,7 +398,8 @@ static int read_segment(cprd_live *l, struct segment *s) {
     int rc = cprd__peek(s->rx, &m, 1);
     for (size_t n = 0; n < m.count; n++) {
         if (m.at[n].kind == SNAPSHOT) first = n; /* voids what is before it, deletions excepted */
-        if (m.at[n].kind > SNAPSHOT || m.at[n].hold != l->hold) rc = wrong("a record of another queue");
+        if (m.at[n].kind > SNAPSHOT || m.at[n].hold != l->hold)
+            rc = wrong("a record of another queue");
     }
     for (size_t n = 0; n < m.count && !rc; n++) {
         struct message *one = &m.at[n];
@@ -490,8 +497,9 @@ static int settle_read(cprd_live *l) {
         int seals = k->space == MEMORY ? fcntl(k->fd, F_GET_SEALS) : 0;
         if (k->space == FD) rc = cprd__own_fd(l->state, k->name, k->length, k->id, k->fd);
         else if (k->space == MEMORY)
-            rc = seals >= 0 && seals & F_SEAL_SHRINK && seals & F_SEAL_GROW && !fstat(k->fd, &there) &&
-                 there.st_size ? CPRD_OK : wrong("memory that is no memfd of a fixed size");
+            rc = seals >= 0 && seals & F_SEAL_SHRINK && seals & F_SEAL_GROW &&
+                 !fstat(k->fd, &there) && there.st_size
+                 ? CPRD_OK : wrong("memory that is no memfd of a fixed size");
         else if (k->fd >= 0 && !cprd__is_sealed(k->fd)) rc = wrong("a section that is not sealed");
         else rc = cprd__own_section(l->state, k->name, k->length, k->value, k->size, k->fd,
                                     k->op == PACKED || k->op == PACKED_MEMFD);

@@ -21,7 +21,6 @@ static inline void put_binary(bytes *b, const void *data, size_t size) {
     put_number(b, 0xc6, size, 4);
     put(b, data, size);
 }
-static inline void put_nil(bytes *b) { put(b, "\xc0", 1); }
 
 /* A request's fields: each key counts. */
 static inline void field(bytes *b, int *count, const char *key) { ++*count, put_text(b, key); }
@@ -98,7 +97,7 @@ static inline struct value next(struct reader *r) {
         }
     if (v.kind == INT && (int64_t)v.number >= 0) v.kind = UINT;
     if (v.kind == TEXT || v.kind == BINARY) {
-        if ((size_t)(r->end - r->at) < v.size) return r->bad = 1, v;
+        if ((size_t)(r->end - r->at) < v.size) return r->bad = 1, (struct value){.kind = NIL};
         v.data = r->at;
         r->at += v.size;
     }

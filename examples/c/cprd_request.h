@@ -34,7 +34,7 @@ struct call {
     const cprd_state *state;
 };
 struct answer { /* `fd` is the reader's to close */
-    int code, fd, stored, found, live;
+    int code, fd, cut, stored, found, live; /* cut: no room for a descriptor here */
     uint64_t id, generation, attempts, pid, version, more;
     unsigned char token[16];
     double lease;
@@ -50,15 +50,18 @@ struct ticket { /* the right to speak for a claim or a prepared save */
     int stored, over;
 };
 
-/* Sends a request, again where the connection is lost, and frees its fields. Returns what cprd says,
- * UNAVAILABLE or TIMEOUT. The caller closes a->fd where there is one. */
+/* Sends a request, again where the connection is lost, and frees its fields. Returns what cprd
+ * says, UNAVAILABLE or TIMEOUT. The caller closes a->fd where there is one. */
 int cprd__request(cprd *c, struct call *call, struct answer *a);
 struct call cprd__call_of(const struct ticket *t, const char *verb);
 int cprd__set_ticket(struct ticket *t, cprd *c, const char *name, const struct answer *a);
 void cprd__field_nonce(struct call *call, const unsigned char *nonce); /* NULL: a fresh one */
 void cprd__fields_of_bundle(struct call *call, const struct packed *p); /* `fds` to `depth` */
+int cprd__no_fd(const struct answer *a);
 int cprd__end(struct ticket *t, const char *verb, const char *why, int damaged, struct answer *a);
 int cprd__unpack(int bundle, cprd_state **out); /* borrowed, and stays as it is */
+/* As unpack, of what an owner of a live hold left; NULL where cprd_hold.c is not linked. */
+__attribute__((weak)) int cprd__unpack_live(int bundle, cprd_state **out);
 void cprd__hang_up(cprd *c);
 
 #endif

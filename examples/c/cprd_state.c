@@ -87,7 +87,7 @@ void put(struct cprd__bytes *b, const void *data, size_t size) {
 
 /* -- descriptors ------------------------------------------------------------------------------- */
 
-static pthread_mutex_t limit_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t limit_lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 
 uint64_t cprd__soft_limit(void) {
     struct rlimit limit = {0, 0};

@@ -20,7 +20,7 @@ from cprd.client.exchange import Step
 from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
 from tests.support.eventfds import of, opened, values
-from tests.support.loops import Run, run_on
+from tests.support.loops import Run, cancelled_here, run_on
 from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -91,9 +91,13 @@ def test_a_cancelled_block_rejects(run: Run, daemon: DaemonProcess) -> None:
     async def work() -> None:
         async with cprd.asyncio.connect(daemon.path) as client:
             await client.save("web", State())
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.05), client.load("web"):
-                    await asyncio.get_running_loop().create_future()
+
+            async def claim() -> None:
+                async with client.load("web"):
+                    await cancelled_here()
+
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.create_task(claim())
             (row,) = await client.list()
             assert (row["phase"], row["attempts"]) == ("held", 1)
             assert "CancelledError" in row["last_reject"]

@@ -23,7 +23,7 @@ from cprd.client.exchange import Step
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
-from tests.support.loops import Run, run_on
+from tests.support.loops import Run, cancelled_here, run_on
 from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -67,10 +67,13 @@ def test_a_state_is_kept_at_every_change(run: Run, daemon: DaemonProcess) -> Non
 
 
 def test_a_cancelled_block_before_confirm_gives_back(run: Run, daemon: DaemonProcess) -> None:
+    async def own() -> None:
+        async with cprd.asyncio.live("web", daemon.path):
+            await cancelled_here()
+
     async def work() -> None:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05), cprd.asyncio.live("web", daemon.path):
-                await asyncio.get_running_loop().create_future()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(own())
         async with cprd.asyncio.live("web", daemon.path) as state:
             assert state.attempts == 2
             assert state["n"] == 1

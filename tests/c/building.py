@@ -39,7 +39,15 @@ class Programs:
     ) -> str:
         """What cprd-c prints, connected to the cprd at `path`; where `status` is another one than
         0, what cprd-c says on stderr. `fds` are inherited."""
-        done = subprocess.run(
+        done = self.start(path, *words, stdin=stdin, fds=fds)
+        assert done.returncode == status, (done.returncode, done.stderr)
+        return done.stderr if status else done.stdout
+
+    def start(
+        self, path: str, *words: str, stdin: str, fds: tuple[int, ...]
+    ) -> subprocess.CompletedProcess[str]:
+        """As run, whatever the status."""
+        return subprocess.run(
             [self.command, *words],
             input=stdin,
             text=True,
@@ -49,8 +57,6 @@ class Programs:
             timeout=patience(60),
             check=False,
         )
-        assert done.returncode == status, (done.returncode, done.stderr)
-        return done.stderr if status else done.stdout
 
 
 def build(place: Path, kind: str, compiler: str = "gcc") -> Programs:

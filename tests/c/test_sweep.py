@@ -79,11 +79,16 @@ def learn(programs: Programs, path: str, act: list[str], cargo: Goods, place: Pa
     return points
 
 
-@pytest.mark.parametrize(("act", "count"), [("save", 3), ("save", 260), ("prepare", 3)])
 def test_a_saver_killed_at_every_step_leaves_the_old_state_or_its_own(
-    daemon: DaemonProcess, tmp_path: Path, built: Build, act: str, count: int
+    daemon: DaemonProcess, tmp_path: Path, built: Build
 ) -> None:
-    programs = built("pause")
+    for act, count in (("save", 3), ("save", 260), ("prepare", 3)):
+        kill_saver(daemon, tmp_path, built("pause"), act, count)
+
+
+def kill_saver(
+    daemon: DaemonProcess, tmp_path: Path, programs: Programs, act: str, count: int
+) -> None:
     with daemon.connect() as connection:
         with goods("new", count) as new:
             points = learn(programs, daemon.path, SAVES[act], new, tmp_path)
@@ -116,11 +121,14 @@ def test_a_saver_killed_at_every_step_leaves_the_old_state_or_its_own(
         assert outcomes == [*wanted, *["held new"] * (len(points) - committed)]
 
 
-@pytest.mark.parametrize("act", LOADS)
 def test_a_claimant_killed_at_every_step_leaves_one_whole_state(
-    daemon: DaemonProcess, tmp_path: Path, built: Build, act: str
+    daemon: DaemonProcess, tmp_path: Path, built: Build
 ) -> None:
-    programs = built("pause")
+    for act in LOADS:
+        kill_claimant(daemon, tmp_path, built("pause"), act)
+
+
+def kill_claimant(daemon: DaemonProcess, tmp_path: Path, programs: Programs, act: str) -> None:
     with daemon.connect() as connection:
         with goods("old") as old, goods("new") as new:
             connection.save(NAME, old.state())

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 import cprd
+from tests.c.building import NEEDED, SOURCE
 from tests.c.conftest import Build
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import PATIENCE
@@ -15,10 +19,21 @@ from tests.support.patience import PATIENCE
 pytestmark = pytest.mark.xdist_group("c")
 
 
+def test_two_files_are_enough_for_saved_states(tmp_path: Path) -> None:
+    """And the compiler has no word to say."""
+    if shutil.which("cc") is None:
+        pytest.skip(f"needs cc: apt-get install {NEEDED['gcc']}")
+    sources = [str(SOURCE / name) for name in ("vmm.c", "cprd.c", "cprd_state.c")]
+    options = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(tmp_path / "vmm")]
+    subprocess.run(["cc", *options, *sources, "-lm", "-pthread"], check=True, timeout=PATIENCE)
+
+
 class Vmm:
-    def __init__(self, program: str, path: str) -> None:
+    def __init__(self, program: str, path: str, nofile: int = 0) -> None:
+        """`nofile`: the soft limit of descriptors."""
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         self.process = subprocess.Popen(
-            [program, "guest"],
+            [*(["prlimit", f"--nofile={nofile}:{hard}"] if nofile else []), program, "guest"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -86,3 +101,20 @@ def test_a_hold_without_the_device_is_given_back_and_no_second_guest_starts(
         [row] = connection.list()
         assert row["last_reject"] == "no state of the device in it"
         connection.drop("guest")
+
+
+def test_a_vmm_with_all_descriptors_in_use_is_handed_over_all_the_same(
+    daemon: DaemonProcess, built: Build
+) -> None:
+    """Standard streams, the connection, RAM and the interrupt: 0 to 5."""
+    vmm = Vmm(built("pause").vmm, daemon.path, nofile=6)
+    assert vmm.says() == "cold boot: RAM 0, device 0"
+    vmm.tell("save")
+    assert vmm.end() == (0, "")
+    vmm = Vmm(built("pause").vmm, daemon.path, nofile=6)
+    code, said = vmm.end()
+    assert code == 1
+    assert "do not fit in this process: its soft RLIMIT_NOFILE is 6" in said
+    vmm = Vmm(built("pause").vmm, daemon.path)
+    assert vmm.says() == "restored: RAM 0, device 0"
+    assert vmm.end() == (0, "")

@@ -261,7 +261,7 @@ def reaches(path: Path, inode: int) -> bool:
     """Whether who connects to `path` waits in the held listener with that inode."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
-        listing = Path("/proc/net/unix").read_text()
+        listing = Path("/proc/net/unix").read_text(errors="replace")
     return any(line.split()[6:] == [str(inode), str(path)] for line in listing.splitlines())
 
 

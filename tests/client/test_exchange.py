@@ -192,7 +192,9 @@ def test_threads_share_one_daemon(daemon: DaemonProcess) -> None:
         pass
 
     def interrupt(_: int, frame: Any) -> None:
-        if frame.f_code is blocking._wait.__code__:  # while a request waits for the answer
+        if (
+            frame.f_code is blocking.Connection._receive.__code__
+        ):  # while a request waits for the answer
             raise Interrupt
 
     with daemon.connect() as client:
@@ -328,18 +330,19 @@ def kinds(steps: Generator[Step, Any, Any], *results: Any) -> tuple[list[str], A
 
 
 def test_a_late_answer_is_passed_over() -> None:
-    steps = exchange.run(line(), verb(Call({"verb": "status"})))
-    seen, value = kinds(steps, None, answer(0, old=True), answer(1, new=True))
+    steps = exchange.run(line(), verb(Call({"verb": "wait"})))
+    seen, value = kinds(steps, None, answer(0, generation=5), answer(1, generation=6))
     assert seen == ["turn", "ask", "receive"]
-    assert value == {"new": True}
+    assert value == {"generation": 6}
 
 
 def test_a_lost_connection_is_opened_again_and_the_request_sent_again() -> None:
-    steps = exchange.run(line(), verb(Call({"verb": "status"})))
-    greeting = answer(2, version=messages.VERSION, uid=0)
-    seen, value = kinds(steps, None, Lost(), Sock(), greeting, answer(3, pid=1))
+    steps = exchange.run(line(), verb(Call({"verb": "wait"})))
+    said = {"version": messages.VERSION, "server": "", "uid": 0, "pid": 1}
+    greeting = answer(2, **said, lease_by=[], kept="memory", limits={})
+    seen, value = kinds(steps, None, Lost(), Sock(), greeting, answer(3, generation=6))
     assert seen == ["turn", "ask", "connect", "ask", "ask"]
-    assert value == {"pid": 1}
+    assert value == {"generation": 6}
 
 
 @pytest.mark.parametrize("until_known", [False, True])
@@ -353,11 +356,11 @@ def test_an_interrupt_waits_only_for_an_outcome_that_must_be_known(until_known: 
 
 
 def test_an_interrupted_request_is_undone_as_its_call_says() -> None:
-    call = Call({"verb": "load"}, undo=lambda fields: Call({"verb": "reject", **fields}))
+    call = Call({"verb": "wait"}, undo=lambda fields: Call({"verb": "reject", **fields}))
     steps = exchange.run(line(), verb(call))
     sent = []
     step = next(steps)
-    for result in (None, KeyboardInterrupt(), None, answer(2, of=7), None):
+    for result in (None, KeyboardInterrupt(), None, answer(2, generation=7), None):
         step = steps.throw(result) if isinstance(result, BaseException) else steps.send(result)
         sent += [step] if step.kind == "ask" else []
     assert [b"reject" in step.what[0] for step in sent] == [False, False, True]

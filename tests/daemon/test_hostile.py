@@ -422,7 +422,7 @@ def test_files_that_block_do_not_keep_it_from_becoming_a_new_version(
                     os.close(ours.detach())
             seen = len(daemon.log())
             os.kill(daemon.pid, signal.SIGHUP)
-            daemon.await_log("ready ", since=seen)
+            daemon.await_log("ready pid=", since=seen)
             assert [row["name"] for row in connection.list()] == ["web"]
             until(lambda: connection.status()["closing"], lambda: "nothing blocks")
         peers.close()

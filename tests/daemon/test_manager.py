@@ -14,6 +14,7 @@ import pytest
 
 import cprd
 from cprd.daemon.running import FIRST_ANSWER
+from cprd.daemon.storage.fdstore import RECHECK
 from tests.support.daemon import DaemonProcess
 from tests.support.notify_socket import NotifySocket
 from tests.support.patience import patience, rest, until
@@ -64,7 +65,7 @@ def reload(daemon: DaemonProcess) -> None:
     seen = len(daemon.log())
     os.kill(daemon.pid, signal.SIGHUP)
     daemon.await_log("re-executing", since=seen)
-    daemon.await_log("ready ", since=seen)
+    daemon.await_log("ready pid=", since=seen)
 
 
 def test_a_manager_that_answers_has_what_is_held_before_the_first_client(
@@ -128,9 +129,11 @@ def test_a_manager_that_goes_away_takes_nothing_along(
         notify.read()
         assert await_kept(daemon, "store") < 2.0 + SLACK
         assert [row["name"] for row in connection.list()] == ["held"]
-        until(lambda: any(b"READY=1" in said for said in notify.said), lambda: str(notify.said))
-        assert any(b"STATUS=1 holds" in said for said in notify.said)
-        assert any(b"WATCHDOG=1" in said for said in notify.said)
+        wanted = (b"READY=1", b"STATUS=1 holds", b"WATCHDOG=1")
+        until(
+            lambda: all(any(word in said for said in notify.said) for word in wanted),
+            lambda: str(notify.said),
+        )
     assert told(daemon, "task-failed") == 0
     assert daemon.stop() == 0
 
@@ -225,3 +228,15 @@ def test_nonsense_in_the_environment_ends_nothing(
         )
     )
     assert daemon.stop() == 0
+
+
+def test_a_reload_that_drops_what_is_stored_is_noticed(
+    start_daemon: Start, notify: NotifySocket
+) -> None:
+    notify.read()
+    daemon = start(start_daemon, notify)
+    await_kept(daemon, "store")
+    assert save_and_load(daemon) == "store"
+    notify.reload_without_a_store()
+    assert await_kept(daemon, "memory") < RECHECK / 2
+    daemon.await_log("not-stored")

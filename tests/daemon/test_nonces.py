@@ -86,7 +86,7 @@ def bundle(text: str) -> Iterator[Any]:
 def reexecuted(daemon: DaemonProcess) -> None:
     seen = len(daemon.log())
     os.kill(daemon.pid, signal.SIGHUP)
-    daemon.await_log("ready ", since=seen)
+    daemon.await_log("ready pid=", since=seen)
 
 
 def the_same(daemon: DaemonProcess) -> None:

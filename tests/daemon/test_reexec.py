@@ -88,7 +88,7 @@ def reexec(daemon: DaemonProcess) -> None:
     pid, seen = daemon.pid, len(daemon.log())
     os.kill(pid, signal.SIGHUP)
     daemon.await_log("re-executing", since=seen)
-    daemon.await_log("ready ", since=seen)
+    daemon.await_log("ready pid=", since=seen)
     assert daemon.alive()
     assert daemon.pid == pid
 
@@ -238,7 +238,7 @@ def test_a_saver_that_died_before_the_new_code_looked_is_in_doubt(
     saver.end()
     seen = len(daemon.log())
     os.kill(daemon.pid, signal.SIGCONT)
-    daemon.await_log("ready ", since=seen)
+    daemon.await_log("ready pid=", since=seen)
     until(lambda: phases(daemon) == {"web": "in-doubt"}, lambda: str(phases(daemon)))
 
 

@@ -18,7 +18,7 @@ import pytest
 
 import cprd
 from cprd.bundle.unpack import unpack
-from cprd.daemon.releaser import empty
+from cprd.daemon.releaser import let_go
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage import shelf, shelves, slot
 from cprd.daemon.storage.shelf import Shelf
@@ -46,7 +46,7 @@ class AtOnce(Releasing):
             os.close(fd)
 
     def drain(self, uid: int, fd: int) -> None:
-        empty(fd)
+        let_go(fd)
         os.close(fd)
 
 

@@ -53,7 +53,7 @@ class Versioned(DaemonProcess):
         self.versions.write_text("".join(lines))
         seen, pid = len(self.log()), self.pid
         os.kill(pid, signal.SIGHUP)
-        self.await_log("ready ", since=seen)
+        self.await_log("ready pid=", since=seen)
         assert self.pid == pid
 
 

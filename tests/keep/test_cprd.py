@@ -15,6 +15,7 @@ import pytest
 
 import cprd
 from cprd.errors import LimitExceeded
+from tests.support.child import Child, Line
 from tests.support.descriptors import open_fds
 from tests.support.goods import goods
 from tests.support.keeping import things
@@ -265,3 +266,41 @@ def test_as_pid_1_its_status_is_the_one_of_a_start_that_failed(contained: str) -
         ]
         said = subprocess.run(command, env=environment(), capture_output=True, check=False)
         assert said.returncode == 1
+
+
+@pytest.mark.parametrize("contact", ["request", "another connection"])
+@pytest.mark.parametrize("how", ["close", "an error in the block"])
+def test_a_claim_that_ends_while_cprd_is_away_ends_at_the_next_contact(
+    keeping: KeptByParent, contact: str, how: str
+) -> None:
+    """The process lives, and the lease lasts: nothing else says so to the next cprd."""
+    with things(1) as (thing,), keeping.connect() as daemon:
+        daemon.save("web", thing.state)
+        claim = daemon.load("web", lease=3600)
+        os.kill(keeping.parent.pid, signal.SIGSTOP)  # starts no other cprd meanwhile
+        try:
+            os.kill(keeping.pid, signal.SIGKILL)
+            if how == "close":
+                claim.close()
+            else:
+                with pytest.raises(ZeroDivisionError), claim:
+                    raise ZeroDivisionError
+        finally:
+            os.kill(keeping.parent.pid, signal.SIGCONT)
+        keeping.await_start()
+        with Child(tells_the_phase, keeping.path) as other:
+            assert other.hear() == "claimed"
+        if contact == "request":
+            daemon.status()
+        else:
+            keeping.connect().close()
+        with Child(tells_the_phase, keeping.path) as other:
+            assert other.hear() == "held"
+        with daemon.load("web") as claim:
+            assert thing.is_in(claim)
+
+
+def tells_the_phase(line: Line, path: str) -> None:
+    with cprd.connect(path) as daemon:
+        line.say(daemon.list()[0]["phase"])
+    line.hear()

@@ -22,7 +22,7 @@ import pytest
 from cprd import Fenced, InvalidInput, LimitExceeded, MissingKey
 from cprd.linux import pause
 from cprd.linux.rights import close_all, scm_fds
-from cprd.live import fence
+from cprd.live import fence, quick
 from cprd.live.owner import Owner
 from cprd.live.pool import MAX_OWN
 from cprd.live.reader import read
@@ -409,7 +409,7 @@ def test_a_fork_waits_until_no_copy_is_installed(monkeypatch: pytest.MonkeyPatch
                 rest(0.1)  # in which the child must not come
 
         before = open_fds()
-        monkeypatch.setattr("cprd.live.quick.point", point)
+        monkeypatch.setattr(quick, "point", point)
         owner.delete_fd("c", 1)
         thread.join(patience(10))
         assert counts == [0]

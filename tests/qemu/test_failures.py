@@ -214,9 +214,9 @@ def _changed(vm: Machine, old: str, new: str) -> list[str]:
     ("old", "new", "said"),
     [
         ("128M", "64M", "ram0"),
-        ("q35,", "pc,", "Machine type received"),
+        ("q35,", "pc,", "Machine type pc-q35"),
         ("id=ram0", "id=ram1", "ram"),
-        ("virtio-blk-pci,drive=d0", "virtio-blk-pci,drive=d0,addr=0x9", "0000:00"),
+        ("virtio-blk-pci,drive=d0", "virtio-blk-pci,drive=d0,addr=0x9", "in the old QEMU"),
         ("qemu-system-x86_64", "/nonexistent/qemu-system-x86_64", "No such file"),
         ("-nodefaults", "-nonsense", "nonsense"),
     ],

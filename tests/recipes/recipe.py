@@ -49,14 +49,15 @@ class Recipe:
         self, name: str, daemon: DaemonProcess, place: Path, *arguments: str, port: int = 0
     ) -> None:
         self.port = port or free_port()
-        self._script = place / name
-        self._script.write_text(programs()[name])
-        self._command = [sys.executable, str(self._script), str(self.port), *arguments]
+        self.script = place / name
+        self.script.write_text(programs()[name])
+        self._command = [sys.executable, str(self.script), str(self.port), *arguments]
         self._env = {**daemon.env, "CPRD_SOCKET": daemon.path}
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        self.process = subprocess.Popen(self._command, env=self._env)
+    def start(self, stdin: int | None = None, stdout: int | None = None) -> None:
+        """`stdin`, `stdout`: as of Popen."""
+        self.process = subprocess.Popen(self._command, env=self._env, stdin=stdin, stdout=stdout)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         assert self.process is not None

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("nothing_leaks")
 COUNT = 50
 
 
-async def clients_of(server: Recipe) -> None:
+async def clients_of(server: Recipe, *, halves: bool) -> None:
+    """`halves`: a frame is sent in halves, before and after the end."""
     from websockets.asyncio.client import ClientConnection, connect
     from websockets.frames import Frame, Opcode
 
@@ -38,26 +39,37 @@ async def clients_of(server: Recipe) -> None:
     ends = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)
     for number, end in enumerate(ends, 1):
         frame = Frame(Opcode.TEXT, b"in halves" * 20).serialize(mask=True)
-        clients[0].transport.write(frame[: number * 3])
-        await ask(clients[1], "after the half")
+        half = number * 3 if halves else 0
+        clients[0].transport.write(frame[:half])
+        for _ in range(3):  # the third one comes after the half
+            await ask(clients[1], "after the half")
         await asyncio.to_thread(server.kill, end)
         for client in clients[1:]:  # while nobody runs
             await client.send(f"{number}")
         server.start()
-        clients[0].transport.write(frame[number * 3 :])
+        clients[0].transport.write(frame[half:])
         await hear(clients[0], "in halves" * 20)
         await asyncio.gather(*[hear(client, f"{number}") for client in clients[1:]])
     assert [client.close_code for client in clients] == [None] * COUNT
-    async with connect(uri, compression=None) as late:
-        await ask(late, "late")
     await asyncio.gather(*[client.close() for client in clients])
     assert [client.close_code for client in clients] == [1000] * COUNT
+    late = await connect(uri, compression=None)
+    await ask(late, "late")  # by now the server has let go of the others
+    await asyncio.to_thread(server.kill)
+    late.transport.abort()
 
 
 def test_fifty_of_fifty_websockets_survive_restarts(daemon: DaemonProcess, tmp_path: Path) -> None:
     with Recipe("websockets_server.py", daemon, tmp_path) as server:
         server.connect().close()
-        asyncio.run(clients_of(server))
-        with daemon.connect() as client:
-            assert client.list()[0]["phase"] == "live"
-    assert left_in(daemon, "websockets") == ([("listener", 0)], [])
+        asyncio.run(clients_of(server, halves=True))
+    assert left_in(daemon, "websockets")[0] == [("listener", 0), ("client", COUNT + 1)]
+
+
+@pytest.mark.full
+def test_an_asgi_application_keeps_its_websockets(daemon: DaemonProcess, tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn", reason="needs uvicorn: pip install uvicorn")
+    with Recipe("asgi.py", daemon, tmp_path) as server:
+        server.connect().close()
+        asyncio.run(clients_of(server, halves=False))
+    assert left_in(daemon, "asgi")[0] == [("listener", 0), ("client", COUNT + 1)]

@@ -186,7 +186,7 @@ def reload(daemon: DaemonProcess) -> float:
     seen = len(daemon.log())
     begin = time.monotonic()
     os.kill(daemon.pid, signal.SIGHUP)
-    daemon.await_log("ready ", since=seen)
+    daemon.await_log("ready pid=", since=seen)
     with daemon.connect() as connection:
         connection.status()
     return time.monotonic() - begin

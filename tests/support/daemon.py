@@ -70,7 +70,7 @@ class DaemonProcess:
         self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, env=self.env, cwd="/")
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
-        self.await_log("ready ", since=seen)
+        self.await_log("ready pid=", since=seen)
 
     def stop(self) -> int:
         """SIGTERM, and wait for its end. Returns its exit status."""

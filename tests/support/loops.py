@@ -34,3 +34,11 @@ def run_on(loop: str) -> Run:
             return running.run(work)
 
     return run
+
+
+async def cancelled_here() -> None:
+    """Have this task cancelled in the midst of a wait."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().call_soon(task.cancel)
+    await asyncio.get_running_loop().create_future()

@@ -21,6 +21,7 @@ class NotifySocket:
         self.path = path
         self.said: list[bytes] = []
         self.stored: dict[str, list[int]] = {}  # by FDNAME
+        self._stores = True
         self._end, self._ended = os.pipe()
         self._reader: threading.Thread | None = None
         self._bind()
@@ -31,10 +32,19 @@ class NotifySocket:
 
     def read(self, *, delay: float = 0.0, stores: bool = True) -> None:
         """Begin to read, and to store as systemd does; each message `delay` seconds late."""
-        self._reader = threading.Thread(target=self._read, args=(delay, stores), daemon=True)
+        self._stores = stores
+        self._reader = threading.Thread(target=self._read, args=(delay,), daemon=True)
         self._reader.start()
 
-    def _read(self, delay: float, stores: bool) -> None:
+    def reload_without_a_store(self) -> None:
+        """Read a FileDescriptorStoreMax= of 0: what is stored is dropped, and nothing is stored any
+        more. The directory of generators is made anew before."""
+        (self.path.parent / "generator").mkdir()
+        self._stores = False
+        for name in list(self.stored):
+            self._close(self.stored.pop(name))
+
+    def _read(self, delay: float) -> None:
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         poll.register(self._end, select.POLLIN)
@@ -48,7 +58,7 @@ class NotifySocket:
             name = lines.get(b"FDNAME", b"").decode()
             if b"FDSTOREREMOVE" in lines:
                 self._close(self.stored.pop(name, []))
-            if b"FDSTORE" in lines and stores:
+            if b"FDSTORE" in lines and self._stores:
                 self.stored.setdefault(name, []).extend(fds)
                 if lines.get(b"FDPOLL") == b"1":
                     self._watch(fds)

@@ -68,6 +68,7 @@ WHOLE = "7 {'tally': 42} 2"
 def test_holds_of_several_users_survive_kill_9_restart_and_reload(machine: Machine) -> None:
     save(machine, "web")
     save(machine, "web", user="daemon")
+    save(machine, "web", user="nobody")  # /proc of others is hidden from the unit
     os.kill(machine.main_pid("cprd.service"), signal.SIGKILL)
     save(machine, "second")  # waits for the next cprd, without an error
     machine.systemctl("restart", "cprd.service")
@@ -76,6 +77,7 @@ def test_holds_of_several_users_survive_kill_9_restart_and_reload(machine: Machi
     assert machine.main_pid("cprd.service") == pid
     machine.systemctl("daemon-reexec")
     assert load(machine, "web", user="daemon") == WHOLE
+    assert load(machine, "web", user="nobody") == WHOLE
     assert load(machine, "web") == WHOLE
     assert load(machine, "second") == WHOLE
     machine.systemctl("restart", "cprd.service")

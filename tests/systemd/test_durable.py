@@ -276,11 +276,11 @@ def test_filled_by_strangers_it_loses_nothing_that_was_stored(systemd: Machine) 
 
 def test_a_downgrade_by_a_crash_and_an_upgrade_after_it_lose_nothing(systemd: Machine) -> None:
     """The newer one's shelf lies beside the older one's in the store, and neither grows there."""
-    newer = SMALL + "cprd.daemon.storage.shelf.VERSION = 3\ncprd.daemon.storage.slot.VERSION = 4\n"
+    newer = SMALL + "cprd.daemon.storage.shelf.VERSION = 3\ncprd.daemon.storage.slot.VERSION = 9\n"
     keeping = Keeping(systemd, settings=newer)
     with things(1, 2, 3) as (new, shared, old), keeping.connect() as daemon:
         daemon.save("new", new.state, require="store")
-        keeping.settings(newer.replace("cprd.daemon.storage.slot.VERSION = 4", ""))
+        keeping.settings(newer.replace("cprd.daemon.storage.slot.VERSION = 9", ""))
         keeping.kill()
         daemon.save("shared", shared.state)
         for thing in (new, shared):

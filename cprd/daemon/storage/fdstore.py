@@ -5,12 +5,15 @@ be stored (cprd.systemd.fdstore.keep). The order keeps every moment safe: a new 
 before the old shelf is taken out. The daemon's requests never wait for the store:
 a manager that is slow, mute or gone costs durability and nothing else.
 
-Stored shelves are offered again from time to time, without effect while the store has the shelves:
-a manager that reads a lower FileDescriptorStoreMax= drops shelves, and tells nobody (seen on 252).
+Stored shelves are offered again now and then, without effect while the store has the shelves: a
+manager that reads a lower FileDescriptorStoreMax= drops shelves, and tells nobody (seen on 252). A
+manager does so at a reload only, of which cprd hears (cprd.systemd.reloads): then some more looks
+follow soon.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TypeVar
 
 import trio
@@ -21,11 +24,12 @@ from cprd.daemon.storage.shelf import Shelf
 from cprd.daemon.storage.shelves import Keeper
 from cprd.errors import CprdError, Unavailable
 from cprd.linux.pause import point
-from cprd.systemd import fdstore, notify
+from cprd.systemd import fdstore, notify, reloads
 
 T = TypeVar("T")
 
-RECHECK = 3.0  # s until stored shelves are offered again
+RECHECK = 60.0  # s until stored shelves are offered again
+RELOADED = (0.5, 2.0, 5.0, 15.0)  # s after the beginning of a reload, the same: how long one takes
 FIRST_RETRY = 1.0  # s until a store without room is tried again; doubled each time
 RETRY = 60.0  # s, the longest such pause: systemd logs each try
 
@@ -40,6 +44,7 @@ class Store:
         self.asked = trio.Event()  # once the manager has answered, or has gone
         self._begun = False  # nothing asked for yet
         self._wanted = trio.Event()
+        self._looks: list[float] = []  # after a reload of the manager
         self._retry = FIRST_RETRY
         self._trouble = ""  # as said in the log: once, until things change
         # Of earlier processes nobody knows what they offered to the manager.
@@ -57,6 +62,27 @@ class Store:
 
     async def tend(self) -> None:
         """For ever: store the shelves in use, and take out the rest."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._hear_reloads)
+            await self._store()
+
+    async def _hear_reloads(self) -> None:
+        """Look again soon after the manager has begun to read the units anew. Until cancelled."""
+        with trio.open_signal_receiver(reloads.SIGNAL) as signals:
+            watched = reloads.watch(reloads.directory(self.manager.address))
+            try:
+                async for _ in signals:
+                    now = trio.current_time()
+                    self._looks = [now + seconds for seconds in RELOADED]
+                    self._wanted.set()
+            finally:
+                if watched >= 0:
+                    os.close(watched)
+
+    def _next_look(self, checked: float, pause: float) -> float:
+        return min((checked + pause, *self._looks[:1]))
+
+    async def _store(self) -> None:
         checked = trio.current_time()
         again = False
         while True:
@@ -66,9 +92,10 @@ class Store:
             self.asked.set()
             if again:
                 checked = began
-            with trio.move_on_after(max(0.0, checked + pause - trio.current_time())):
+                self._looks = [look for look in self._looks if look > began]
+            with trio.move_on_at(self._next_look(checked, pause)):
                 await self._wanted.wait()
-            again = trio.current_time() >= checked + pause
+            again = trio.current_time() >= self._next_look(checked, pause)
 
     async def _try(self, *, again: bool) -> float:
         """Bring the store up to date as far as possible; the seconds until the next look."""

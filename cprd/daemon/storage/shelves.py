@@ -23,7 +23,7 @@ from cprd.daemon.releaser import empty
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage.recover import Found, Pairs, recover
 from cprd.daemon.storage.shelf import Shelf, ShelfFull
-from cprd.daemon.storage.slot import Slot, SlotFull, last_version
+from cprd.daemon.storage.slot import NOBODY, Slot, SlotFull, last_version
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
 from cprd.protocol.lifecycle import Hold
@@ -105,7 +105,7 @@ class Keeper:
                 self._unmake(hold)
             for hold in step.put:
                 if hold.generation in self.slots:
-                    self.slots[hold.generation].known.clear()
+                    self.slots[hold.generation].known = NOBODY
             raise
         try:
             self._end(step.ended, [] if step.put else replies)

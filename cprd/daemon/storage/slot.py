@@ -19,9 +19,9 @@ import dataclasses
 import errno
 import socket
 import struct
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import msgpack
@@ -52,6 +52,7 @@ _BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in (*_PREFI
 _SINCE = ("saver_uid", "live", "took", "deaths", "last_end")
 _ADDED = {f.name: f.default for f in dataclasses.fields(Hold) if f.name in _SINCE}
 _body_of = attrgetter(*_BODY)
+NOBODY: Mapping[str, int] = MappingProxyType({})  # one for all slots without pidfds
 ROLES = ("after_exit", "saver", "claimant", "acting", "owner")  # of the pidfds in a record
 
 
@@ -163,13 +164,14 @@ class Slot:
         self.outlet = outlet
         self.inlet = inlet
         self.records = 0
-        self.foreign: list[int] = []  # read from an ended slot; owned
+        self.foreign: Sequence[int] = ()  # read from an ended slot; owned
         self.in_flight = 0  # descriptors parked here
-        self.known: dict[str, int] = {}  # pidfds by role, as parked last
+        self.known = NOBODY  # pidfds by role, as parked last
         self.uid = 0  # of the owner, once a record was written or read
-        self.replies: deque[Reply] = deque(maxlen=IN_A_RECORD)  # in the last record
+        self.replies: tuple[Reply, ...] = ()  # in the last record
         for end in (outlet, *([] if inlet is None else [inlet])):
-            end.setblocking(False)
+            if end.gettimeout() != 0.0:
+                end.setblocking(False)
 
     @property
     def fds(self) -> tuple[int, ...]:
@@ -178,7 +180,7 @@ class Slot:
         return (fd,) if self.inlet is None else (fd, self.inlet.fileno())
 
     @property
-    def _tx(self) -> socket.socket:
+    def _tx(self) -> socket.SocketType:
         return self.outlet if self.inlet is None else self.inlet
 
     @classmethod
@@ -209,7 +211,7 @@ class Slot:
     def _append(
         self, hold: Hold, pidfds: Mapping[str, int], replies: Sequence[Reply], bundle: int
     ) -> None:
-        every = deque((*self.replies, *replies), maxlen=IN_A_RECORD)
+        every = (*self.replies, *replies)[-IN_A_RECORD:]
         wanted = {role: pidfds[role] for role in ROLES if pidfds.get(role, -1) >= 0}
         before = tuple(role for role, fd in wanted.items() if self.known.get(role, -1) == fd)
         roles = tuple(role for role in wanted if role not in before)
@@ -217,14 +219,14 @@ class Slot:
         if bundle >= 0:
             fds.insert(0, bundle)
         # Should this fail, a pidfd may be closed all the same, and the number be used anew.
-        self.known = {}
+        self.known = NOBODY
         try:
             send(self._tx, encode(hold, roles, every, before), fds)
         except OSError as error:
             if error.errno == errno.EAGAIN:
                 raise SlotFull from None
             raise LimitExceeded(f"cprd cannot write its record: {error.strerror}") from None
-        self.known = wanted
+        self.known = wanted or NOBODY
         self.in_flight += len(fds)
         self.records += 1
         self.uid = hold.uid
@@ -243,7 +245,7 @@ class Slot:
         `encode_last`.
 
         Raises LimitExceeded; then nothing has changed."""
-        every = deque((*self.replies, *replies), maxlen=IN_A_RECORD)
+        every = (*self.replies, *replies)[-IN_A_RECORD:]
         data = encode_last(hold, every, version)
         for attempt in (1, 2):
             try:
@@ -288,7 +290,8 @@ class Slot:
                     unreadable = unreadable or error
                 finally:
                     first = self.records == 1
-                    self.foreign += fds if first else ()
+                    if first:
+                        self.foreign = (*self.foreign, *fds)
                     close_all(() if first else fds)
             if unreadable is not None and not ended:
                 raise unreadable
@@ -309,10 +312,10 @@ class Slot:
         if self.records == 1:
             if len(fds) != 1 + len(roles):
                 raise _Cut
-            self.foreign.append(fds.pop(0))
+            self.foreign = (*self.foreign, fds.pop(0))
         if len(roles) != len(fds) or not pidfds.keys() >= set(before):
             raise ValueError("not the descriptors that the record describes")
-        self.replies = deque(replies, maxlen=IN_A_RECORD)
+        self.replies = tuple(replies)[-IN_A_RECORD:]
         over = [role for role in pidfds if role not in before]
         close_all([pidfds.pop(role) for role in over])
         pidfds.update(zip(roles, fds, strict=True))
@@ -322,7 +325,7 @@ class Slot:
     def _read_last(self, data: bytes) -> None:
         try:
             stored = msgpack.unpackb(data[PREFIX.size :], raw=False)
-            self.replies = deque((restored(one) for one in stored), maxlen=IN_A_RECORD)
+            self.replies = tuple(restored(one) for one in stored)[-IN_A_RECORD:]
         except Exception:
             pass  # of another version
 
@@ -344,12 +347,12 @@ class Slot:
         point("slot:drain")
         if self.inlet is not None:
             self.inlet.close()
-        foreign, self.foreign = self.foreign, []
-        return self.outlet.detach(), foreign
+        foreign, self.foreign = self.foreign, ()
+        return self.outlet.detach(), list(foreign)
 
     def _close_foreign(self) -> None:
         close_all(self.foreign)
-        self.foreign.clear()
+        self.foreign = ()
 
     def close(self) -> None:
         """Close this process's copies; a shelf keeps its own."""
