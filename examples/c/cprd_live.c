@@ -178,11 +178,16 @@ static int rewrite(cprd_live *l, struct segment *s) {
 
 static int tidy(cprd_live *l) {
     int rc = CPRD_OK;
-    for (size_t n = 0; n < l->count && l->dirty && !rc; n++)
-        if (l->segments[n]->dirty && l->segments[n] != l->holder) rc = rewrite(l, l->segments[n]);
+    for (size_t n = 0; n < l->count && l->dirty && !rc; n++) {
+        if (!l->segments[n]->dirty || l->segments[n] == l->holder) continue;
+        /* Of a predecessor's ended keys, a new root says all again; of our own it would not. */
+        if (l->taken && l->root.records >= ROOT_RECORDS + 2 * (l->count / PART + l->used / 64))
+            rc = write_root(l, 0), n = (size_t)-1;
+        else rc = rewrite(l, l->segments[n]);
+    }
     if (!rc && l->holder && l->holder->dirty) rc = rewrite(l, l->holder);
     if (rc) return rc;
-    l->holder = NULL;
+    l->holder = NULL, l->taken = 0;
     if (l->ended) { /* nothing of them lies anywhere any more */
         for (size_t n = 0; n < l->slots; n++)
             for (struct kept **slot = &l->table[n], *k; (k = *slot);)
@@ -241,6 +246,10 @@ static void written(cprd_live *l, struct segment *s, int snapshot, struct kept *
         if (k->op < DELETE)
             leave(l, k, k->segment != s || (carries(k->op) && !snapshot)), l->kept--;
         if (n >= count) cprd__unlink(l, k);
+        if (k->space == FD && l->state) { /* a copy that nobody took would keep the file open */
+            int fd = cprd_take_fd(l->state, k->name, k->id);
+            if (fd >= 0) close(fd);
+        }
         cprd__kept_free(k);
     }
     l->holder = s;
@@ -484,6 +493,7 @@ static int set_root(cprd_live *l, int tx, int rx, uint64_t hold) {
 }
 
 int cprd_live_take(cprd_live *l, int tx, int rx, uint64_t hold) {
+    l->taken = 1;
     return set_root(l, tx, rx, hold);
 }
 

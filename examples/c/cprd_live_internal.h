@@ -59,6 +59,7 @@ struct cprd_live {
     uint64_t hold, seq, birth;
     uint32_t next_id;
     int owner, over, unconfirmed; /* pid; why nothing can be changed any more; or not yet */
+    int taken; /* nothing was changed since the take-over */
     struct map *maps;
     cprd_state *state; /* what was read */
     struct cprd__hold *wire;

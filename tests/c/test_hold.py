@@ -4,6 +4,7 @@ other left."""
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import zlib
 from collections.abc import Iterator
@@ -226,6 +227,25 @@ def test_a_hold_that_is_dropped_by_force_is_fenced(
         assert owner.tell(f"replace c 1 {pipes[0]}").startswith("Fenced: ")
         assert owner.end() == (0, "")
         assert connection.list() == []
+
+
+def test_a_deleted_connection_ends_though_nobody_took_it(
+    daemon: DaemonProcess, built: Build
+) -> None:
+    near, far = socket.socketpair()
+    with far:
+        far.settimeout(PATIENCE)
+        with near:
+            first = Owner(built("sanitized"), daemon.path, [near.fileno()])
+            first.hear()
+            first.keep([near.fileno()])
+        first.kill()
+        second = Owner(built("sanitized"), daemon.path, [], "--wait=20")
+        second.hear()
+        assert second.tell("delete c 0") == "ok"
+        assert far.recv(1) == b""
+        assert second.tell("end") == "ok"
+        assert second.end() == (0, "")
 
 
 def test_what_an_owner_left_can_be_loaded(
