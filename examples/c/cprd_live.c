@@ -99,6 +99,14 @@ static int attach(cprd_live *l, struct segment **fresh, size_t count, struct kep
     return rc;
 }
 
+/* How many records it takes to write the root anew. */
+static size_t root_parts(const cprd_live *l) {
+    size_t left = 0, texts = (l->ended + 63) / 64;
+    for (size_t n = 0; n < l->count; n++) left += !is_useless(l->segments[n]);
+    left = (left + PART - 1) / PART;
+    return left > texts ? left : texts ? texts : 1;
+}
+
 /* Void all records of the root by new ones, that name all segments but those of no use; with
  * `nothing`, no segment at all. Ended keys that may lie in some segment are said again. */
 static int write_root(cprd_live *l, int nothing) {
@@ -112,8 +120,7 @@ static int write_root(cprd_live *l, int nothing) {
     for (size_t n = 0; n < l->count && !rc && !nothing; n++)
         if (!is_useless(l->segments[n]))
             ids[left] = l->segments[n]->id, fds[left++] = l->segments[n]->rx;
-    size_t parts = (left + PART - 1) / PART, texts = (ended + 63) / 64;
-    parts = parts > texts ? parts : texts > 1 ? texts : 1;
+    size_t parts = nothing ? 1 : root_parts(l);
     for (size_t part = 0; part < parts && !rc; part++) {
         size_t at = part * PART, first = part * 64;
         struct record r = {.kind = ROOT, .part = (uint16_t)(part + 1), .parts = (uint16_t)parts};
@@ -181,7 +188,7 @@ static int tidy(cprd_live *l) {
     for (size_t n = 0; n < l->count && l->dirty && !rc; n++) {
         if (!l->segments[n]->dirty || l->segments[n] == l->holder) continue;
         /* Of a predecessor's ended keys, a new root says all again; of our own it would not. */
-        if (l->taken && l->root.records >= ROOT_RECORDS + 2 * (l->count / PART + l->used / 64))
+        if (l->taken && l->root.records >= ROOT_RECORDS + root_parts(l))
             rc = write_root(l, 0), n = (size_t)-1;
         else rc = rewrite(l, l->segments[n]);
     }

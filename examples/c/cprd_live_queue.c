@@ -476,7 +476,7 @@ static int settle_read(cprd_live *l) {
         for (struct kept **slot = &l->table[n], *k; (k = *slot);)
             if (k->op >= DELETE && !k->hides) *slot = k->chain, l->used--, cprd__kept_free(k);
             else {
-                if (k->op >= DELETE) l->ended = 1;
+                if (k->op >= DELETE) l->ended++;
                 else all[count++] = k;
                 slot = &k->chain;
             }

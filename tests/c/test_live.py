@@ -149,6 +149,38 @@ def test_a_successor_killed_at_every_step_loses_nothing(
                 break
 
 
+def test_a_successor_of_an_owner_killed_over_a_large_change_rewrites_its_root(
+    things: Things, tmp_path: Path, built: Build
+) -> None:
+    """Each of the many segments still holds what the change ended; moving what is left of them
+    takes more records than the root may have."""
+    save: list[Op] = [("save", "c", n, n % 24) for n in range(60)]
+    delete: Op = ("batch", *[("delete", "c", n) for n in range(0, 60, 2)])
+    log = tmp_path / "log"
+    root = Root()
+    child = Child(root, things, SMALL, [*save, delete], log=str(log))
+    child.end()
+    assert not child.stopped_or_ended()
+    child.close()
+    root.close()
+    points = log.read_text().split()
+    expected = states(things, [*save, delete])
+    sent = max(n for n, point in enumerate(points) if point == "live:sent")
+    last = points[: sent - 1]
+    for kill_at in range(len(last) - 100, len(last), 9):
+        root, done = left_by(things, [*save, delete], kill_at)
+        new = Root()
+        start = is_one_of(seen_in(read(root.kept)), expected, done).copy()
+        taker = COwner(built("small"), things, new, AFTER, tmp_path, take=root.kept)
+        root_seen(taker, start)
+        for op in AFTER:
+            start.apply(op)
+        assert seen_in(read(new.kept)) == start.seen()
+        assert parked(new) == len(start.fds)
+        root.close()
+        new.close()
+
+
 def test_what_makes_no_sense_is_refused_and_a_fenced_owner_changes_nothing(
     things: Things, tmp_path: Path, built: Build
 ) -> None:
