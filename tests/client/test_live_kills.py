@@ -449,8 +449,8 @@ def clients_through_kills(path: str, connections: int, kills: int) -> None:
                 servers.start()
             for index in asked:
                 wanted = b"%d %d\n" % (sums[index], last[index])
-                found = answer(socks[index], said[index])
-                assert found == wanted, f"round {round}, client {index}"
+                heard = answer(socks[index], said[index])
+                assert heard == wanted, f"round {round}, client {index}"
                 said[index] = wanted
     finally:
         servers.kill()
