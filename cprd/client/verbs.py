@@ -168,8 +168,7 @@ def give_back(
     if isinstance(error, GeneratorExit):
         return
     damaged = isinstance(error, Damaged)
-    # No room here says nothing about what was left live; of a saved state each load counts.
-    counts = not (fields["live"] and isinstance(error, LimitExceeded))
+    counts = not isinstance(error, LimitExceeded)  # no room here says nothing about the state
     why = str(error) if isinstance(error, CprdError) else f"{type(error).__name__}: {error}"
     call = rejection(ticket, why, damaged=damaged, attempt=counts)
     try:
