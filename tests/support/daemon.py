@@ -71,6 +71,9 @@ class DaemonProcess:
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
         self.await_log("ready pid=", since=seen)
+        end = time.monotonic() + 1.0  # without room there is none
+        while not releasers(self.pid) and time.monotonic() < end:  # or `fds` would count one more
+            time.sleep(0.002)
 
     def stop(self) -> int:
         """SIGTERM, and wait for its end. Returns its exit status."""
@@ -104,7 +107,9 @@ class DaemonProcess:
     # Its descriptors
 
     def fds(self) -> int:
-        return open_fds(self.pid)
+        """How many descriptors cprd has, apart from those by which releasers are told: an idle
+        releaser stays for some seconds."""
+        return open_fds(self.pid) - len(releasers(self.pid))
 
     def await_fds(self, count: int, queues: int = 0) -> None:
         """Wait until it has so many descriptors: it lets go of things in threads. `queues`: so many
@@ -195,6 +200,26 @@ class DaemonProcess:
             if not unread[0]:
                 self._lines.clear()
         return not unread[0]
+
+
+def releasers(pid: int) -> list[int]:
+    """The releasing processes of a cprd: what the forker, a child of cprd, has forked."""
+    return [one for forker in _children(pid) for one in _children(forker)]
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in found if _lives(child)]
+    except OSError:
+        return []
+
+
+def _lives(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def answers(path: str) -> bool:
