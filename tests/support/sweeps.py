@@ -364,8 +364,51 @@ with cprd.connect() as daemon:
 """.replace("BOUND", repr(patience(1)))
 
 
+LIVE_ROUNDS = """
+import mmap, os, random, signal, struct, sys, time, cprd
+name = sys.argv[1]
+returned = mmap.mmap(-1, 8)  # shared: the number of the last change that returned
+
+def own(end):
+    last, = struct.unpack("q", returned)
+    with cprd.live(name, wait=20) as state:
+        number = state["number"] if state.found else 0
+        assert number in (last, last + 1), (number, last)
+        assert [id for _, id, _ in state.fds()] == [number] * (number > 0), (number, [*state.fds()])
+        state.confirm()
+        until = number + 20 if end else 1 << 40
+        while number < until:
+            number += 1
+            with state.batch():
+                state["number"] = number
+                state.delete_fd("null", number - 1)
+                state.save_fd("null", number, null)
+            returned[:] = struct.pack("q", number)
+        state.end()
+
+null = os.open("/dev/null", os.O_RDONLY)
+round = 0
+while True:
+    round += 1
+    end = round % 10 == 0
+    child = os.fork()
+    if not child:
+        own(end)
+        os._exit(0)
+    if not end:
+        time.sleep(random.uniform(0, 0.03))  # anywhere: in live(), at the take-over, in a change
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (0 if end else -signal.SIGKILL), status
+    if end:
+        returned[:] = bytes(8)
+    print(".", end="", flush=True)
+"""
+
+
 class Stream:
-    """Clients in processes of their own, round after round. A dot for each round of any."""
+    """Clients in processes of their own, round after round. A dot for each round of any. Every
+    fourth has a live hold, whose owner is killed in each round."""
 
     def __init__(self, keeping: Kept, clients: int, *, user: str | None = "daemon") -> None:
         """`user`: whom every third client belongs to."""
@@ -376,7 +419,7 @@ class Stream:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # until end()
         self.clients = [
             keeping.client(
-                *(ROUNDS, f"client{number}"),
+                *(LIVE_ROUNDS if number % 4 == 1 else ROUNDS, f"client{number}"),
                 stdout=writing,
                 stderr=self.errors,
                 user=user if number % 3 == 0 else None,
