@@ -125,13 +125,18 @@ def shut(fd: int) -> bool:
 
 
 def fence(bundle: int) -> None:
-    """Shut the live hold in a bundle: first the root, then each segment."""
+    """Shut the live hold in a bundle."""
     for _, roots in records(_queue(bundle), 1):
         for root in roots:
-            shut(root)
-            for _, segments in records(_queue(root)):
-                for segment in segments:
-                    shut(segment)
+            fence_root(root)
+
+
+def fence_root(root: int) -> None:
+    """Shut a live hold: first the root, then each segment."""
+    shut(root)
+    for _, segments in records(_queue(root)):
+        for segment in segments:
+            shut(segment)
 
 
 def count(bundle: int) -> bytes:
@@ -174,12 +179,14 @@ def let_go(slot: int) -> None:
         if version in (LIVING, HANDED_ON):
             for _, roots in records(_queue(bundle), 1):
                 for root in roots:
-                    _let_go_of_root(root, deep=version == LIVING)
+                    let_go_of_root(root, deep=version == LIVING)
         os.close(bundle)
     empty(slot)
 
 
-def _let_go_of_root(root: int, deep: bool) -> None:
+def let_go_of_root(root: int, deep: bool) -> None:
+    """Drain the root of a live hold; `deep`: first the segments, whoever else has an end of them.
+    What is no queue is left alone."""
     if not shut(root):
         return
     if deep:

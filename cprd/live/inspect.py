@@ -14,7 +14,7 @@ from typing import Any
 from cprd.bundle.inspect import describe_section
 from cprd.errors import Busy
 from cprd.linux.describe import describe
-from cprd.live import fence
+from cprd.linux.rights import scm_fds
 from cprd.live.carrier import root_of
 from cprd.live.reader import Found, read
 
@@ -30,7 +30,7 @@ def describe_live(row: dict[str, Any], bundle: int) -> dict[str, Any]:
     root = -1
     try:
         root = root_of(bundle)
-        row["segments"] = fence.segments(root)
+        row["segments"] = max(0, scm_fds(root))  # while the owner rewrites the root, some twice
         if row["phase"] not in ("held", "quarantined"):  # somebody changes, or reads
             return row
         found = read(root)

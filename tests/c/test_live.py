@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from cprd.linux.rights import close_all
-from cprd.live import fence
 from cprd.live.reader import read
 from tests.c.building import Programs
 from tests.c.conftest import Build
 from tests.c.owner import COwner
-from tests.live.owning import MIDDLE, SMALL, Child, Model, Op, Root, Things, seen_in
+from tests.live.owning import MIDDLE, SMALL, Child, Model, Op, Root, Things, fenced, seen_in
 from tests.live.test_sweep import AFTER, SCRIPTS, go_on, is_one_of, parked, states
 
 pytestmark = [pytest.mark.usefixtures("nothing_leaks"), pytest.mark.xdist_group("c")]
@@ -210,7 +209,7 @@ def test_what_makes_no_sense_is_refused_and_a_fenced_owner_changes_nothing(
     assert says("save c 1 999").startswith("InvalidInput: fd 999 of (c, 1) is not open")
     assert says("memory m 4096") == "ok"
     assert says("memory m 8192").startswith("InvalidInput: memory 'm' has another size")
-    close_all(fence.fence(root.kept))
+    close_all(fenced(root.kept))
     assert says(f"save c 1 {things.fds[1]}").startswith("Fenced: ")
     assert says("delete c 0").startswith("Fenced: ")
     process.communicate()

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+from cprd.daemon import releaser
 from cprd.linux import pause
 from cprd.linux.rights import close_all
 from cprd.live.owner import Batch, Owner
@@ -36,6 +37,23 @@ SMALL = Shape(keys=2, records=2, spread=2, root_records=3, part=2)
 MIDDLE = Shape(keys=4, records=3, spread=0, root_records=5, part=3)
 MEMORY = 4096
 HOLD = 0x1122334455667788
+
+
+def fenced(root: int) -> list[int]:
+    """Fence a live hold, as a releaser does. Returns `segments_of` the root."""
+    releaser.fence_root(root)
+    return segments_of(root)
+
+
+def segments_of(root: int) -> list[int]:
+    """The segments of a live hold, each once; owned by the caller."""
+    found: dict[int, int] = {}
+    for _, segments in releaser.records(_socket.socket(fileno=os.dup(root))):
+        for fd in segments:
+            inode = os.fstat(fd).st_ino
+            if inode not in found:
+                found[inode] = os.dup(fd)
+    return [*found.values()]
 
 
 class Things:

@@ -20,15 +20,16 @@ from contextlib import contextmanager
 import pytest
 
 from cprd import Fenced, InvalidInput, LimitExceeded, MissingKey
+from cprd.daemon.releaser import let_go_of_root
 from cprd.linux import pause
 from cprd.linux.rights import close_all, scm_fds
-from cprd.live import fence, quick
+from cprd.live import quick
 from cprd.live.owner import Owner
 from cprd.live.pool import MAX_OWN
 from cprd.live.reader import read
 from cprd.live.shape import Shape
 from cprd.live.takeover import take_over
-from tests.live.owning import HOLD, SMALL, Root
+from tests.live.owning import HOLD, SMALL, Root, fenced, segments_of
 from tests.support.descriptors import open_fds
 from tests.support.patience import patience, rest
 
@@ -82,7 +83,7 @@ def is_told(peer: socket.socket, seconds: float) -> bool:
 
 def in_flight(root: Root) -> int:
     """Descriptors parked in the root, and in all segments: what the kernel counts."""
-    copies = fence._copies(root.kept)
+    copies = segments_of(root.kept)
     try:
         return len(copies) + sum(scm_fds(fd) for fd in copies)
     finally:
@@ -467,7 +468,7 @@ def test_nothing_is_acknowledged_after_a_fence(at: int) -> None:
             os._exit(status)
     assert os.read(told, 1) == b"r"
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
-    segments = fence.fence(root.kept)
+    segments = fenced(root.kept)
     found = read(root.kept)
     keys = {(name, id) for name, id, _ in found.state.fds()}
     found.state.close()
@@ -480,8 +481,7 @@ def test_nothing_is_acknowledged_after_a_fence(at: int) -> None:
     for key, there in [(("c", n), False) for n in range(0, 8, 2)] + [(("d", 0), True)]:
         if f"{key[0]}{key[1]}" in returned.decode().split():
             assert (key in keys) is there, (key, returned)
-    fence.let_go(segments)
-    fence.let_go([root.kept])
+    let_go_of_root(root.kept, deep=True)
     assert all(scm_fds(fd) == 0 for fd in segments)
     close_all([*segments, *fds, told, tell])
     root.close()
@@ -525,11 +525,10 @@ def test_a_hold_that_ends_deep_lets_go_of_everything() -> None:
         for mine, _ in made:
             mine.close()
         os.kill(pid, signal.SIGSTOP)
-        segments = fence.fence(root.kept)
-        assert fence.segments(root.kept) == len(segments) == 16
+        segments = fenced(root.kept)
+        assert scm_fds(root.kept) == len(segments) == 16
         # The owner itself has the connections open; its queues do not.
-        fence.let_go(segments)
-        fence.let_go([root.kept])
+        let_go_of_root(root.kept, deep=True)
         assert not any(scm_fds(fd) for fd in (*segments, root.kept))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

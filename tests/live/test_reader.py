@@ -12,7 +12,6 @@ import pytest
 
 from cprd import Busy, Damaged
 from cprd.linux.rights import SO_PEEK_OFF, close_all, send
-from cprd.live import fence
 from cprd.live.queue import make_pair
 from cprd.live.reader import read
 from cprd.live.records import (
@@ -32,6 +31,7 @@ from cprd.live.records import (
     deletion,
     encode,
 )
+from tests.live.owning import fenced
 from tests.support.descriptors import open_fds
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -164,7 +164,7 @@ def test_what_is_no_queue_is_damaged(queues: Queues, what: str) -> None:
         queues.attach(1, 0, queues.fd if fd is None else fd)
         with pytest.raises(Damaged, match=r"no queue|no SEQPACKET"):
             queues.read()
-        for copy in fence.fence(queues.rx.fileno()):
+        for copy in fenced(queues.rx.fileno()):
             os.close(copy)
 
 

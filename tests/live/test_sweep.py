@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from cprd.linux.rights import close_all, scm_fds
-from cprd.live import fence
 from cprd.live.owner import Owner
 from cprd.live.reader import read
 from cprd.live.shape import SHAPE, Shape
@@ -24,6 +23,7 @@ from tests.live.owning import (
     Root,
     Things,
     act,
+    fenced,
     seen_in,
 )
 
@@ -138,7 +138,7 @@ def go_on(root: Root, things: Things, shape: Shape, model: Model) -> None:
 
 def parked(root: Root) -> int:
     """How many descriptors lie in the segments of a root."""
-    segments = fence.fence(root.kept)
+    segments = fenced(root.kept)
     try:
         return sum(scm_fds(fd) for fd in segments)
     finally:
