@@ -160,6 +160,12 @@ class Live:
         self.came = self.state.columns()
         self.sections = self.state.take_sections()
 
+    @property
+    def is_void(self) -> bool:
+        """Whether a predecessor was live, and left nothing."""
+        found = self._found
+        return found is not None and not (self.sections or found.memories or found.state.fd_count)
+
     def taken(self) -> None:
         """The program has the hold: from now on `close` is due."""
         self.line.hold(self.ticket)
@@ -271,13 +277,30 @@ class Live:
             call.until_known, call.shielded = False, True
         self.ticket.over = True
         try:
-            yield call
+            try:
+                yield call
+            except Fenced:  # over already, or cprd has ended since, and the root is here alone
+                if keep and self.kept == "memory":
+                    yield from self._leave_to_next()
         except Fenced:
-            pass  # it was over already
+            pass
         except CprdError:
             owe(self.line.path, call.message)  # the end of the process says it as well, later
             return False
         return True
+
+    def _leave_to_next(self) -> Verb[None]:
+        """Put the hold back, and own no more: cprd was started anew, and nobody was faster."""
+        call = self.ticket.call("put_back", timeout=BRIEF)
+        call.park, call.alone = self.root.park, True
+        call.until_known, call.shielded = False, True
+        answer = yield call
+        self.ticket.generation = answer.fields["generation"]
+        self.ticket.token = answer.fields["token"]
+        answer.close()
+        call = self.ticket.call("end", timeout=BRIEF, keep=True)
+        call.until_known, call.shielded = False, True
+        yield call
 
     def silence(self) -> None:
         """End this process's use of the kept sockets without a word. The hold stays as it is."""
@@ -436,7 +459,9 @@ def begin(
     number = 0
     base = name.removesuffix("*")
     there = yield from rows(timeout)
-    phases = {row["name"]: row["phase"] for row in there if row["uid"] == line.common.uid}
+    uid, plain = messages.split_name(base, line.common.uid)
+    of = base.removesuffix(plain)  # UID/, or nothing
+    phases = {of + row["name"]: row["phase"] for row in there if row["uid"] == uid}
     left = [each for each in phases if _number(each, base) and phases[each] == "held"]
     left.sort(key=lambda each: _number(each, base))
     while True:
@@ -469,6 +494,22 @@ def _begin(
     timeout: float | None,
     defer: Defer | None,
 ) -> Verb[T]:
+    while True:
+        made = yield from _claim_or_begin(line, make, name, wait, lease, timeout, defer)
+        if made is not None:
+            return made
+
+
+def _claim_or_begin(
+    line: Line,
+    make: Callable[[Live], T],
+    name: str,
+    wait: float,
+    lease: float,
+    timeout: float | None,
+    defer: Defer | None,
+) -> Verb[T | None]:
+    """Returns None where an owner had left a hold with nothing in it, which has ended now."""
     check_not_here(line, name)
     root = Root()
     live: Live | None = None
@@ -491,6 +532,10 @@ def _begin(
         if live.found:
             live.read(answer.bundle(), fields["live"])
             point("live:read")
+            if live.is_void:
+                yield live.ticket.call("confirm", timeout=timeout)
+                yield Work(live._let_go)
+                return None
         else:
             live.start()
         return make(live)

@@ -21,6 +21,7 @@ import trio
 import cprd
 import cprd.trio
 from cprd import Busy, Fenced, InvalidInput, MissingKey, State
+from cprd.daemon.counting import MOMENT
 from cprd.linux.rights import close_all
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
@@ -187,6 +188,72 @@ async def test_an_empty_hold_is_gone_with_its_owner(live: Live, daemon: DaemonPr
         async with live("chat"):
             1 / 0  # noqa: B018
     assert phase(daemon) is None
+
+
+async def test_what_a_killed_owner_left_empty_is_a_cold_start(
+    live: Live, daemon: DaemonProcess
+) -> None:
+    with Child(keep_nothing, daemon.path, True) as owner:
+        owner.hear()
+        owner.kill()
+        async with live("chat") as state:  # before cprd has counted
+            assert (state.found, state.confirmed, state.attempts) == (False, True, 0)
+            state["x"] = 1
+        async with live("chat") as state:
+            assert state.found
+            await state.confirm(strict=False)
+            await state.end()
+
+
+def keep_nothing(line: Line, path: str, any_more: bool) -> None:
+    state = cprd.live("chat", path)
+    if any_more:
+        state["x"] = 1
+        del state["x"]
+    line.say("ready")
+    line.hear()
+
+
+def test_what_was_left_empty_is_gone_though_somebody_claimed_first(daemon: DaemonProcess) -> None:
+    with Child(keep_nothing, daemon.path, False) as owner, daemon.connect() as client:
+        owner.hear()
+        owner.kill()
+        claim = client.load("chat")
+        time.sleep(2 * MOMENT)  # cprd has looked, and found somebody
+        claim.reject("not today")
+        until(lambda: phase(daemon) is None, lambda: f"{row(daemon)}")
+
+
+async def test_a_close_just_after_cprd_was_restarted_loses_nothing(
+    live: Live, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cprd.client.live.Live._watch", lambda _: None)  # comes too late
+    async with live("chat") as state:
+        state["n"] = 1
+        daemon.restart()
+    assert phase(daemon) == "held"
+    async with live("chat") as state:
+        assert state["n"] == 1
+        await state.confirm()
+        state["n"] = 2
+        daemon.restart()
+        state["n"] = 3
+    async with live("chat") as state:
+        assert state["n"] == 3
+        await state.confirm()
+        daemon.restart()
+        await state.end()
+    assert phase(daemon) is None
+
+
+def test_a_pattern_of_another_uid_finds_what_is_left(daemon: DaemonProcess) -> None:
+    if os.getuid():
+        pytest.skip("only root speaks for other uids")
+    for _ in range(2):
+        with cprd.live("1000/worker.*", daemon.path) as state:
+            assert state.name == "1000/worker.1"
+            state.confirm()
+            state["n"] = 1
 
 
 async def test_before_confirm_nothing_changes_and_all_goes_back(
