@@ -233,9 +233,9 @@ class Steps:
             )
         if old is None:
             return
-        if old.phase != hold.phase and hold.live and hold.allows("counted"):
-            if old.phase == LIVE or not hold.fds:  # not counted where a claim came first
-                self.counting.left(hold.generation)
+        uncounted = old.phase == LIVE or not hold.fds  # a claim may have come first
+        if hold.live and old.phase != hold.phase and uncounted and hold.allows("counted"):
+            self.counting.left(hold.generation)
         if hold.phase == HELD and old.allows("claimant gone"):
             self.look_for_damage(hold)
         if old.token and old.token != hold.token:

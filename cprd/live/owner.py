@@ -166,7 +166,7 @@ class Owner:
         """Finish what an earlier change, or a predecessor that was killed, did not come to: let go
         of what is not kept. For a successor, as soon as cprd has confirmed. The next change does
         the same. May block as delete_fd may."""
-        self._act(self._writer.recover)
+        self._act(self._writer.settle)
 
     def close(self) -> None:
         """Stop owning, keep everything: the next owner finds it. Safe to repeat."""

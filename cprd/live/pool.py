@@ -6,6 +6,7 @@ from cprd.live.segment import OWN, ROOM, SECTION_KEYS, SECTIONS, SHARED, Put, Se
 
 SPARE = 4  # empty segments that stay for the next keys
 MAX_OWN = 512
+MOST_MERGED = 256  # segments at a take-over: about 20 ms
 
 
 class Pool:
@@ -127,7 +128,7 @@ class Pool:
     @property
     def spreads(self) -> bool:
         """Whether the next key gets a segment that has none."""
-        return self._filled < self.spread
+        return self._filled + len(self._inherited) < self.spread
 
     @property
     def is_loose(self) -> bool:
@@ -144,6 +145,22 @@ class Pool:
         if few > 2 and few > sum(map(len, self._sections[1:])):
             return _first_idle(self._sections[:1])
         return None
+
+    def scattered(self) -> list[Segment]:
+        """Segments of predecessors with few keys each, where there are many: to be merged."""
+        found: list[Segment] = []
+        for kind, most in ((SHARED, self.limit // 2), (SECTIONS, SECTION_KEYS // 2)):
+            some = [
+                segment
+                for segment in self._inherited
+                if segment.kind == kind
+                and len(segment.keys) <= most
+                and segment.size <= ROOM // 4
+                and not (segment.busy or segment.stale)
+            ]
+            if len(some) > self.spread:
+                found += some
+        return found[:MOST_MERGED]
 
     def useless(self) -> list[Segment]:
         """The segments to take out of the root, when there are many; else none."""

@@ -90,7 +90,7 @@ class Writer:
         if not self.ledger.dirty and not gone:
             return
         problem = self._tidy()
-        if gone and not self.ledger.dirty:
+        if not self.ledger.dirty:
             self.shrink()
         if problem is not None:
             raise LimitExceeded(
@@ -337,6 +337,19 @@ class Writer:
                 self.branches.rewrite(drop=useless)
         except LimitExceeded:
             self.steps.copies.close()
+
+    def settle(self) -> None:
+        """Finish what a predecessor left; merge what many predecessors left, each a little in a
+        segment, and forget the segments in which nothing is kept. Limits are no error."""
+        self.recover()
+        try:
+            for segment in self.ledger.pool.scattered():
+                self._move(segment, [])
+                self._tidy()
+        except LimitExceeded:
+            self.steps.copies.close()
+        if not self.ledger.dirty:
+            self.shrink()
 
     def _merge(self, segment: Segment) -> None:
         puts: list[Put] = [

@@ -160,6 +160,36 @@ def test_a_successor_lets_go_of_what_its_predecessor_did_not_come_to() -> None:
 # What stays
 
 
+@pytest.mark.parametrize("verb", ["section", "sections", "replace", "save"])
+def test_many_owners_leave_what_the_keys_need(verb: str) -> None:
+    """One after the other, with a few changes each."""
+    root = Root()
+    owner = Owner(root.tx, root.rx, HOLD)
+    with eventfds(1) as (fd,):
+        for number in range(200):
+            owner.save_section("count", number)
+            if verb == "sections":
+                owner.save_section(f"count.{number}", number)
+            elif verb == "replace":
+                owner.save_fd("fd", 0, fd, replace=True)
+            elif verb == "save":
+                owner.save_fd("fd", number, fd)
+            kept = owner.kept
+            assert owner.segments <= kept / 4 + 50, f"owner {number}, {kept} kept"
+            assert in_flight(root) <= 1.5 * kept + 60
+            owner.close()
+            new = Root()
+            found = read(root.kept)
+            found.state.close()
+            owner = take_over(found, *new.ends())
+            root.close()
+            root = new
+            owner.settle()
+        assert len(owner.fd_keys()) == {"replace": 1, "save": 200}.get(verb, 0)
+    owner.close()
+    root.close()
+
+
 @pytest.mark.parametrize("changes", [100_000, pytest.param(1_000_000, marks=pytest.mark.full)])
 def test_many_changes_leave_what_the_keys_need(changes: int) -> None:
     """1,000 keys, changed at random: descriptors in flight, the owner's, and its memory."""
