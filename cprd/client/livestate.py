@@ -188,7 +188,8 @@ class LiveVerbs(MutableMapping[str, "Any"]):
         return self._live.state.fds(name)
 
     def fd_keys(self, name: str | None = None) -> list[tuple[str, int]]:
-        """The keys (name, id) of all kept descriptors, oldest first: of one name, or of all."""
+        """The keys (name, id) of all kept descriptors, oldest first: of one name, or of all. Inside
+        a batch as its end will leave them."""
         live = self._live
         live.check()
         if live.owner is not None:
@@ -197,12 +198,15 @@ class LiveVerbs(MutableMapping[str, "Any"]):
             names, ids, _ = live.came
             texts = names.decode("utf-8", "surrogateescape").split("\0") if len(ids) else []
             keys = [*zip(texts, ids, strict=True)]
+        batch = self._batch() if self._batches else None
+        if batch is not None:
+            keys = batch.batch.fd_keys(keys)
         return keys if name is None else [key for key in keys if key[0] == name]
 
     def has_fd(self, name: str, id: int = 0) -> bool:
         """Whether a descriptor is kept under (name, id), taken or not."""
         owner = self._live.owner
-        if owner is None:
+        if owner is None or self._batches:
             return (name, id) in self.fd_keys()
         return owner.has_fd(name, id)
 

@@ -153,6 +153,7 @@ class Owner:
 
     def commit(self, batch: Batch) -> None:
         """Make the changes of a batch, in one step."""
+        batch.check()
         self._change([*batch.puts.values()], [*batch.gone])
 
     def clear(self) -> None:
@@ -201,7 +202,7 @@ class Owner:
         with self._lock:
             kept = [(key, seg.keys.get(key)) for key, seg in self._ledger.where.items()]
         born = [(found[1], key) for key, found in kept if key[0] == FD and found is not None]
-        return [(key[1].decode("utf-8", "surrogateescape"), key[2]) for _, key in sorted(born)]
+        return [_text(key) for _, key in sorted(born)]
 
     def sockets(self) -> set[int]:
         """The inodes of all kept sockets. Takes a moment for each: copies are made and closed."""
@@ -336,6 +337,7 @@ class Batch:
         self.gone: dict[Key, None] = {}
         self._made: list[make.Made] = []
         self._alive: list[object] = []
+        self._files: dict[Key, tuple[int, int]] = {}  # device and inode, of what was borrowed
 
     def save_fd(self, name: str, id: int, fd: int | HasFileno, *, replace: bool = False) -> None:
         """As Owner.save_fd; an object with fileno() is kept alive."""
@@ -347,6 +349,7 @@ class Batch:
         birth = self._birth(key, replace)
         self._alive.append(fd)
         self._put(make.put_fd(key, birth, number, owner._ledger.inodes, owner._ask_linger))
+        self._files[key] = _file(number)
 
     def delete_fd(self, name: str, id: int = 0) -> None:
         self._delete(make.fd_key(name, id))
@@ -371,6 +374,25 @@ class Batch:
             raise MissingKey(f"no section {key!r}")
         self._delete(found)
 
+    def fd_keys(self, kept: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        """The keys of all descriptors after the batch, of `kept` before."""
+        new = [key for key in self.puts if key[0] == FD]
+        gone = {_text(key) for key in self.gone if key[0] == FD}
+        keys = dict.fromkeys(key for key in kept if key not in gone)
+        return [*(keys | dict.fromkeys(map(_text, new)))]
+
+    def check(self) -> None:
+        """Raise InvalidInput for a descriptor that the program closed too early: by now the number
+        may be another file's."""
+        for key, file in self._files.items():
+            put = self.puts.get(key)
+            if put is not None and _file(put[3]) != file:
+                name = key[1].decode("utf-8", "replace")
+                raise InvalidInput(
+                    f"fd {put[3]} of ({name!r}, {key[2]}) was closed inside the batch: descriptors"
+                    " are borrowed until the end of the block; nothing was changed"
+                )
+
     def close(self) -> None:
         """Close what was made for the batch. Safe to repeat."""
         while self._made:
@@ -390,6 +412,20 @@ class Batch:
     def _delete(self, key: Key) -> None:
         self.puts.pop(key, None)
         self.gone[key] = None
+
+
+def _text(key: Key) -> tuple[str, int]:
+    """The name and id of a descriptor's key."""
+    return key[1].decode("utf-8", "surrogateescape"), key[2]
+
+
+def _file(fd: int) -> tuple[int, int]:
+    """Device and inode of an open file; of a closed one what no file has."""
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return -1, -1
+    return found.st_dev, found.st_ino
 
 
 def _forked() -> InvalidInput:

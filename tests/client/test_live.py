@@ -246,6 +246,41 @@ async def test_a_close_just_after_cprd_was_restarted_loses_nothing(
     assert phase(daemon) is None
 
 
+def test_inside_a_batch_all_is_as_its_end_will_leave_it(daemon: DaemonProcess) -> None:
+    with cprd.live("chat", daemon.path) as state, opened(3) as fds:
+        state.save_fd("fd", 0, fds[0])
+        state.save_fd("fd", 1, fds[1])
+        with state.batch():
+            state.delete_fd("fd", 0)
+            state.save_fd("fd", 2, fds[2])
+            state.save_fd("fd", 1, fds[0], replace=True)
+            assert not state.has_fd("fd", 0)
+            assert state.has_fd("fd", 2)
+            assert state.fd_keys() == [("fd", 1), ("fd", 2)]
+        assert state.fd_keys() == [("fd", 1), ("fd", 2)]
+        state.end()
+
+
+def test_what_is_closed_inside_a_batch_is_refused_and_not_another_file_kept(
+    daemon: DaemonProcess,
+) -> None:
+    with cprd.live("chat", daemon.path) as state, opened(1) as fds:
+        state["n"] = 1
+        for reused in (False, True):
+            with pytest.raises(InvalidInput, match="was closed inside the batch"), state.batch():
+                copy = os.open("/dev/null", os.O_RDONLY)
+                state.save_fd("fd", 0, copy)
+                state["n"] = 2
+                os.close(copy)
+                if reused:
+                    assert os.dup(fds[0]) == copy
+            if reused:
+                os.close(copy)
+        assert state["n"] == 1
+        assert not state.has_fd("fd", 0)
+        state.end()
+
+
 def test_a_pattern_of_another_uid_finds_what_is_left(daemon: DaemonProcess) -> None:
     if os.getuid():
         pytest.skip("only root speaks for other uids")
