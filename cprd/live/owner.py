@@ -207,7 +207,7 @@ class Owner:
     def sockets(self) -> set[int]:
         """The inodes of all kept sockets. Takes a moment for each: copies are made and closed."""
         found: set[int] = set()
-        self._act(self._writer.each_copy, lambda fd: found.update(make.socket_inode(fd)))
+        self._act(self._writer.sockets, found)
         return found
 
     # For what takes a hold over

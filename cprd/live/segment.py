@@ -27,8 +27,8 @@ class Segment(Queue):
     are void by a record elsewhere: the segment is to be rewritten."""
 
     __slots__ = (
-        *("changes", "counted", "filed", "id", "keys", "kind", "may_block", "size", "stale"),
-        "values",
+        *("changes", "counted", "filed", "id", "keys", "kind", "may_block", "size", "sockets"),
+        *("stale", "values"),
     )
 
     def __init__(self, id: int, tx: socket.SocketType | None, rx: socket.SocketType) -> None:
@@ -41,6 +41,7 @@ class Segment(Queue):
         self.may_block = False  # letting go of what is void may
         self.filed: dict[Segment, None] | None = None  # where the pool has it
         self.counted = 0  # keys that the pool counts
+        self.sockets: dict[Key, list[int]] = {}  # inodes, while the segment is busy
         self.changes = False  # whether a key was ever lost: more will be
         self.values = False  # whether any key was ever another than that of a descriptor
 

@@ -92,10 +92,14 @@ class Steps:
         apply(*arguments)
         self.pending = None
 
+    def defers(self, segment: Segment) -> bool:
+        """Whether another thread lets go of what is void in a segment."""
+        return self._defer is not None and segment.blocks
+
     def drain(self, queue: Queue) -> None:
         """Let go of what is void in a queue; where that may block, in another thread."""
         count = queue.void()
-        if count and self._defer is not None and isinstance(queue, Segment) and queue.blocks:
+        if count and self._defer is not None and isinstance(queue, Segment) and self.defers(queue):
             queue.busy = True
             self.unfinished.pop(queue, None)
             self._defer(partial(self._drain_elsewhere, queue, count))

@@ -17,6 +17,7 @@ from cprd.errors import LimitExceeded
 from cprd.live.ballast import Ballast
 from cprd.live.branches import Branches
 from cprd.live.ledger import Ledger
+from cprd.live.puts import socket_inode
 from cprd.live.quick import Quick
 from cprd.live.records import (
     CARRIES,
@@ -108,14 +109,17 @@ class Writer:
         """Void all records of the root by new ones that name all segments."""
         self.branches.rewrite()
 
-    def each_copy(self, look: Callable[[int], object]) -> None:
-        """Look at a copy of each descriptor that may be copied here."""
+    def sockets(self, found: set[int]) -> None:
+        """Add the inodes of all kept sockets to `found`, by a look at copies."""
         self.recover()
         for segment in [*self.ledger.pool.segments.values()]:
-            if segment.kind == SHARED and segment.records and not segment.busy:
+            if segment.busy:  # nobody can look at present
+                for key in segment.keys:
+                    found.update(segment.sockets.get(key, ()))
+            elif segment.kind == SHARED and segment.records:
                 for key, fd in segment.peek(self.steps.copies).items():
                     if key in segment.keys:
-                        look(fd)
+                        found.update(socket_inode(fd))
                 self.steps.copies.close()
 
     def close(self) -> None:
@@ -228,6 +232,8 @@ class Writer:
         kind = SNAPSHOT if snapshot else CHANGE
         self.steps.send(target, kind, entries, tuple(carried), fds, *apply)
         if snapshot:
+            if self.steps.defers(target):
+                target.sockets = dict(zip(carried, map(socket_inode, fds), strict=True))
             self.steps.copies.close()
             self.steps.drain(target)
 

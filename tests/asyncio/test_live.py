@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -113,6 +114,40 @@ def daemon_says(daemon: DaemonProcess) -> dict[str, str]:
 def drop(daemon: DaemonProcess) -> None:
     with daemon.connect() as other:
         other.drop("web", force=True)
+
+
+def test_leave_while_a_lingering_socket_is_let_go_of(run: Run, daemon: DaemonProcess) -> None:
+    """Its last close waits in a thread: the other sockets must not be forgotten."""
+    linger = struct.pack("ii", 1, 1)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        peers, mine = [], []
+        for _ in range(40):
+            peers.append(stack.enter_context(socket.create_connection(listener.getsockname())))
+            sock = stack.enter_context(listener.accept()[0])
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            sock.setblocking(False)
+            mine.append(sock)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                mine[20].send(b"x" * 65536)  # the peer does not read
+
+        async def work() -> None:
+            async with cprd.asyncio.live("web", daemon.path) as state:
+                state.save_fds("client", enumerate(mine))
+                mine.pop(20).close()
+                begin = time.monotonic()
+                state.delete_fd("client", 20)
+                state.leave()
+                assert time.monotonic() - begin < 0.9
+                for sock in mine:
+                    with pytest.raises(BrokenPipeError):
+                        sock.send(b"bye")
+
+        run(work())
+        for peer in peers:
+            peer.close()
+        drop(daemon)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "while"])

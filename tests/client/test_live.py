@@ -266,16 +266,23 @@ def test_what_is_closed_inside_a_batch_is_refused_and_not_another_file_kept(
 ) -> None:
     with cprd.live("chat", daemon.path) as state, opened(1) as fds:
         state["n"] = 1
-        for reused in (False, True):
-            with pytest.raises(InvalidInput, match="was closed inside the batch"), state.batch():
-                copy = os.open("/dev/null", os.O_RDONLY)
-                state.save_fd("fd", 0, copy)
-                state["n"] = 2
-                os.close(copy)
-                if reused:
-                    assert os.dup(fds[0]) == copy
-            if reused:
-                os.close(copy)
+        for other in (-1, fds[0]):
+            number = -1
+
+            def keep(other: int = other) -> None:
+                nonlocal number
+                with state.batch():
+                    number = os.open("/dev/null", os.O_RDONLY)
+                    state.save_fd("fd", 0, number)
+                    state["n"] = 2
+                    os.close(number)
+                    if other >= 0:
+                        os.dup2(other, number)
+
+            with pytest.raises(InvalidInput, match="was closed inside the batch"):
+                keep()
+            if other >= 0:
+                os.close(number)
         assert state["n"] == 1
         assert not state.has_fd("fd", 0)
         state.end()
