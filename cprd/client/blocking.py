@@ -15,7 +15,8 @@ from cprd.client import exchange, verbs
 from cprd.client.claim import Saved
 from cprd.client.exchange import Common, Line, Step
 from cprd.client.sockets import is_lost, open_socket, receive_now, send_now
-from cprd.errors import Unavailable
+from cprd.errors import LimitExceeded, Unavailable
+from cprd.linux.rights import close_all
 from cprd.protocol import messages
 from cprd.state import State
 
@@ -108,11 +109,22 @@ class Connection(Line):
             return value
 
     def start(self, steps: Steps[None]) -> Callable[[], None]:
-        """Drive `steps` in a thread. Returns what ends a "watch" for good; does not block."""
+        """Drive `steps` in a thread. Returns what ends a "watch" for good; does not block. Raises
+        LimitExceeded; then nothing was begun."""
         import threading
 
-        self._wake = wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        stopped = os.dup(wake)
+        made: list[int] = []
+        try:
+            made.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            made.append(os.dup(made[0]))
+        except OSError as error:
+            close_all(made)
+            raise LimitExceeded(
+                f"no descriptor left to watch cprd with ({error.strerror}): raise RLIMIT_NOFILE"
+                " (ulimit -n, LimitNOFILE=)"
+            ) from None
+        wake, stopped = made
+        self._wake = wake
 
         def drive() -> None:
             try:
@@ -125,7 +137,15 @@ class Connection(Line):
             os.eventfd_write(stopped, 1)
             os.close(stopped)
 
-        threading.Thread(target=drive, daemon=True, name="cprd").start()
+        try:
+            threading.Thread(target=drive, daemon=True, name="cprd").start()
+        except RuntimeError as error:
+            self._wake = -1
+            close_all(made)
+            raise LimitExceeded(
+                f"no thread to watch cprd with ({error}): raise RLIMIT_NPROC (ulimit -u), or"
+                " TasksMax= of the unit"
+            ) from None
         return stop
 
     def _watch(self) -> None:

@@ -167,12 +167,12 @@ class Live:
         return found is not None and not (self.sections or found.memories or found.state.fd_count)
 
     def taken(self) -> None:
-        """The program has the hold: from now on `close` is due."""
+        """The program has the hold: from now on `close` is due. Raises LimitExceeded."""
+        if self.owner is not None:
+            self._watch()
         self.line.hold(self.ticket)
         self.open = True
         live_here[place_of(self.line, self.ticket.name)] = ref(self)
-        if self.owner is not None:
-            self._watch()
 
     # Asked
 
@@ -353,7 +353,13 @@ class Live:
         self.ticket.token = fields["token"]
         self.kept = fields["kept"]
         self.owner, self._made, self._confirming = self._made, None, None
-        self._watch()
+        try:
+            self._watch()
+        except LimitExceeded as error:
+            warn(
+                f"{self.ticket.name!r} is confirmed, and would end with cprd, which keeps the hold"
+                f" in memory: {error}"
+            )
 
     def _settle(self) -> None:
         self._unpark()
@@ -396,7 +402,13 @@ class Live:
             self.watching = True
             line = self.line.apart()
             line.users.add(self)
-            self._stop = line.start(self._watched(line))
+            steps = self._watched(line)
+            try:
+                self._stop = line.start(steps)
+            except LimitExceeded:
+                self.watching = False
+                line.users.clear()
+                raise
 
     def _unwatch(self) -> None:
         self.watching = False

@@ -27,14 +27,15 @@ class Ballast:
         if self._loaded:
             return
         assert self.queue.tx is not None
-        fd = os.eventfd(0, os.EFD_CLOEXEC)
+        fd = -1
         try:
+            fd = os.eventfd(0, os.EFD_CLOEXEC)
             send(self.queue.tx, b"B", [fd] * COUNT)
             self._loaded = True
         except (OSError, LimitExceeded):
             pass
         finally:
-            close_all([fd])
+            close_all([fd] if fd >= 0 else [])
 
     def let_go(self) -> bool:
         """Make room for one message; whether there was anything to let go of."""

@@ -246,6 +246,41 @@ async def test_a_close_just_after_cprd_was_restarted_loses_nothing(
     assert phase(daemon) is None
 
 
+def test_each_number_of_free_descriptors_too_few_is_a_limit(daemon: DaemonProcess) -> None:
+    def own(line: Line) -> None:
+        free: list[int] = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        with contextlib.suppress(OSError):
+            while True:
+                free.append(os.dup(0))
+        for _ in range(20):
+            os.close(free.pop())
+            try:
+                with cprd.live("chat", daemon.path) as state:
+                    state["n"] = 1
+                    state.confirm()
+                    state.end()
+                with cprd.connect(daemon.path) as client:
+                    client.save("chat", State())
+                with warnings.catch_warnings(), cprd.live("chat", daemon.path) as state:
+                    warnings.simplefilter("error")
+                    state.confirm()
+                    state.end()
+                line.say("enough")
+                return
+            except cprd.LimitExceeded:
+                pass
+            except RuntimeWarning as error:
+                assert "is confirmed" in str(error)  # noqa: PT017
+            # The thread that watches cprd closes its own in a moment.
+            until(lambda: threading.active_count() == 1, lambda: "a thread is left")
+        line.say("never enough")
+
+    with Child(own) as owner:
+        assert owner.hear() == "enough"
+    until(lambda: phase(daemon) is None, lambda: f"{row(daemon)}")
+
+
 def test_inside_a_batch_all_is_as_its_end_will_leave_it(daemon: DaemonProcess) -> None:
     with cprd.live("chat", daemon.path) as state, opened(3) as fds:
         state.save_fd("fd", 0, fds[0])
