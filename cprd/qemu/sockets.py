@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from cprd.linux.places import open_place
 from cprd.qemu.errors import Refused
 from cprd.qemu.process import unix_paths
+from cprd.qemu.signals import Deadline, sleep
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # Paths that two QEMUs share
 
 OLD, NEW = ".old", ".new"
+_BINDING = 0.5  # s
 _NOBODY = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR)
 """Of a connection to a path where nobody listens. (EPROTOTYPE: a listener of another kind.)"""
 
@@ -69,6 +71,7 @@ class SharedPaths:
     def new_listens(self) -> None:
         """The new QEMU has made its sockets. A path that the new QEMU took gets a third name; the
         other paths are left alone. Raises Refused."""
+        self._await_new()
         for path in list(self._paths):
             if path.is_old(""):
                 path.remove(OLD, NEW)
@@ -83,6 +86,16 @@ class SharedPaths:
                     f"{path.where}: {error.strerror}: the old QEMU would remove this path when it"
                     " quits, and it cannot get a second name meanwhile"
                 ) from None
+
+    def _await_new(self) -> None:
+        """A QEMU whose monitor answers may not have bound all paths yet: a thread does so for
+        `-netdev stream`. Wait for those in the command, a moment."""
+        named = [path for path in self._paths if path.is_named(self._words)]
+        deadline = Deadline(_BINDING)
+        while any(path.is_missing() or path.is_old("") for path in named):
+            if deadline.has_passed():
+                return
+            sleep(0.005)
 
     def give_back(self) -> None:
         """The new QEMU has failed and ended: the paths are the old QEMU's again."""
@@ -167,6 +180,11 @@ class _Path:
             return found
         os.close(at)
         return None
+
+    def is_named(self, words: Sequence[str]) -> bool:
+        """Whether words of QEMU's name the path, as far as can be told."""
+        name = self.name.replace(",", ",,")
+        return any(before + name in word for word in words for before in "=:/")
 
     def is_missing(self, suffix: str = "") -> bool:
         """Whether there is no socket of that name."""

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,36 @@ def test_every_path_at_which_both_listen_is_the_new_ones(make_machine: MakeMachi
         (new,) = vm.alive()
         assert {row for row, path in paths.items() if listener(path) != new} == set()
         assert second_names(vm) == []
+
+
+@pytest.mark.parametrize("gap", [False, True])
+def test_a_path_that_is_bound_late_is_the_new_ones(tmp_path: Path, gap: bool) -> None:
+    """QEMU binds `-netdev stream` in a thread, perhaps after its monitor answers; before that it
+    removes the path, if it is slow with a gap in between."""
+    path = tmp_path / "net,work"
+    with socket.socket(socket.AF_UNIX) as old, socket.socket(socket.AF_UNIX) as new:
+        old.bind(str(path))
+        old.listen()
+        shared = SharedPaths(os.getpid(), ["-netdev", f"stream,addr.path={tmp_path}/net,,work"])
+        shared.before_new()
+
+        def bind() -> None:
+            path.unlink(missing_ok=True)
+            new.bind(str(path))
+            new.listen()
+
+        if gap:
+            path.unlink()
+        late = threading.Timer(0.05, bind)
+        late.start()
+        shared.new_listens()
+        late.join()
+        inode = path.stat().st_ino
+        path.unlink()  # as the old QEMU does when it quits
+        shared.old_has_ended()
+        assert path.stat().st_ino == inode
+        assert sorted(os.listdir(tmp_path)) == [path.name]
+        shared.close()
 
 
 def test_what_the_new_one_does_not_listen_at_is_left_alone(vm: Machine) -> None:
