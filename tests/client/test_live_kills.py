@@ -6,13 +6,11 @@ change in flight."""
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import random
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 import traceback
@@ -26,7 +24,7 @@ import cprd
 import cprd.trio
 from cprd.linux import pause
 from cprd.linux.rights import close_all
-from tests.live.owning import Model, Op, Things
+from tests.live.owning import Model, Op, Things, Told
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import PATIENCE, rest, until
 
@@ -85,7 +83,7 @@ def random_op(chance: random.Random, things: Things, depth: int = 0) -> Op:
     return ("batch", *(random_op(chance, things, 1) for _ in range(chance.randrange(2, 9))))
 
 
-class Owner:
+class Owner(Told):
     """A forked process that takes the hold, and makes the changes of `script`. It says in shared
     memory whether it has confirmed, and how many changes have returned."""
 
@@ -100,7 +98,7 @@ class Owner:
         from_begin: bool = False,
     ) -> None:
         """`kill_at`: a pause point, which counts from the begin of live() or of the changes."""
-        self._shared = mmap.mmap(-1, mmap.PAGESIZE)
+        super().__init__()
         self.status: int | None = None
         self.pid = os.fork()
         if self.pid:
@@ -136,20 +134,6 @@ class Owner:
         for number, op in enumerate(script):
             act(state, things, op)
             self._say(1, number + 1)
-
-    def _say(self, place: int, number: int) -> None:
-        # One store, which a kill cannot tear: struct.pack_into() writes zeros before the number.
-        with memoryview(self._shared) as raw, raw.cast("I") as words:
-            words[place] = number
-
-    @property
-    def confirmed(self) -> bool:
-        return bool(struct.unpack_from("I", self._shared)[0])
-
-    @property
-    def done(self) -> int:
-        """How many changes have returned."""
-        return int(struct.unpack_from("I", self._shared, 4)[0])
 
     def await_end(self) -> bool:
         """Wait for a pause point (True) or for the end (False), at the latest kill."""

@@ -349,11 +349,7 @@ def test_a_daemon_that_cannot_accept_turns_clients_away_and_serves_on(
         with opened(2) as fds:
             client.save("web", of(fds))
         for _ in range(3):
-            # The slot; and perhaps a spare releaser, beside that which closed what was turned away.
-            until(
-                lambda: baseline + 1 <= daemon.fds() <= baseline + 2,
-                lambda: f"{daemon.fds()} descriptors in cprd",
-            )
+            daemon.await_fds(baseline + 1)  # the slot
             lower(daemon, 0)
             with pytest.raises((Unavailable, LimitExceeded)):
                 daemon.connect()

@@ -190,7 +190,28 @@ class Root:
         return made[0], made[1]
 
 
-class Child:
+class Told:
+    """What a process says in shared memory before somebody kills it."""
+
+    def __init__(self) -> None:
+        self._shared: Any = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def _say(self, place: int, number: int) -> None:
+        # One store, which a kill cannot tear: struct.pack_into() writes zeros before the number.
+        with memoryview(self._shared) as raw, raw.cast("I") as words:
+            words[place] = number
+
+    @property
+    def confirmed(self) -> bool:
+        return bool(struct.unpack_from("I", self._shared)[0])
+
+    @property
+    def done(self) -> int:
+        """How many changes of the script have returned."""
+        return int(struct.unpack_from("I", self._shared, 4)[0])
+
+
+class Child(Told):
     """A forked process that owns a hold: begins with an empty one, or takes over `before`, makes
     the changes of `script`, then those that come by `tell`.
 
@@ -207,7 +228,7 @@ class Child:
         log: str = "",
         at_op: int = -1,
     ) -> None:
-        self._shared = mmap.mmap(-1, mmap.PAGESIZE)
+        super().__init__()
         told, self._tell = os.pipe()
         self._done, done = os.pipe()
         self.pid = os.fork()
@@ -261,20 +282,6 @@ class Child:
             pause.arm()
             os.write(ends[1], b"d")
 
-    def _say(self, place: int, number: int) -> None:
-        # One store, which a kill cannot tear: struct.pack_into() writes zeros before the number.
-        with memoryview(self._shared) as raw, raw.cast("I") as words:
-            words[place] = number
-
-    @property
-    def confirmed(self) -> bool:
-        return bool(struct.unpack_from("I", self._shared)[0])
-
-    @property
-    def done(self) -> int:
-        """How many changes of the script have returned."""
-        return int(struct.unpack_from("I", self._shared, 4)[0])
-
     def tell(self, op: Op, kill_at: int = 0) -> bool:
         """One more change; with `kill_at` it is killed there. Whether the change returned."""
         os.write(self._tell, pickle.dumps((op, f"#{kill_at}" if kill_at else "")))
@@ -322,7 +329,7 @@ class Child:
         # Read once more by the test after this.
         data = self._shared[:8]
         self._shared.close()
-        self._shared = data  # type: ignore[assignment]
+        self._shared = data
 
     def end(self) -> None:
         """No more changes come."""
