@@ -16,9 +16,17 @@ from _socket import socket
 from collections.abc import Callable
 from typing import Any
 
-from cprd.client import exchange
-from cprd.client.awaiting import Claim, Connection, Daemon, LiveState, Opening, Prepared, begin
-from cprd.client.claim import Saved, check_timeout
+from cprd.client.awaiting import (
+    Claim,
+    Connection,
+    Daemon,
+    LiveState,
+    Opening,
+    Prepared,
+    open_daemon,
+    open_live,
+)
+from cprd.client.claim import Saved
 from cprd.client.exchange import Answer, Common, Step
 from cprd.client.sockets import is_lost, open_socket, receive_now, send_now
 from cprd.errors import absent
@@ -40,14 +48,7 @@ def connect(
     path: str | os.PathLike[str] | None = None, *, timeout: float | None = None
 ) -> Opening[Daemon]:
     """As cprd.connect: to await, or to enter."""
-
-    async def open() -> Daemon:
-        check_timeout(timeout)
-        connection = _Connection(exchange.where(path), Common(timeout))
-        await connection.drive(exchange.connect(connection))
-        return Daemon(connection)
-
-    return Opening(open)
+    return open_daemon(_Connection, path, timeout)
 
 
 def live(
@@ -59,13 +60,7 @@ def live(
     timeout: float | None = None,
 ) -> Opening[LiveState]:
     """As cprd.live: to await, or to enter."""
-
-    async def open() -> LiveState:
-        check_timeout(timeout)
-        connection = _Connection(exchange.where(path), Common(timeout))
-        return await begin(connection, name, wait, lease, None)
-
-    return Opening(open)
+    return open_live(_Connection, name, path, wait, lease, timeout)
 
 
 class _Connection(Connection):

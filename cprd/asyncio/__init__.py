@@ -18,10 +18,16 @@ import os
 from cprd.asyncio.adopting import adopt, adopt_stream
 from cprd.asyncio.connection import LoopConnection
 from cprd.asyncio.leaving import keep_path, leave, quiesce, socket_of, unread
-from cprd.client import exchange
-from cprd.client.awaiting import Claim, Daemon, LiveState, Opening, Prepared, begin
-from cprd.client.claim import Saved, check_timeout
-from cprd.client.exchange import Common
+from cprd.client.awaiting import (
+    Claim,
+    Daemon,
+    LiveState,
+    Opening,
+    Prepared,
+    open_daemon,
+    open_live,
+)
+from cprd.client.claim import Saved
 from cprd.protocol import messages
 
 __all__ = [
@@ -46,14 +52,7 @@ def connect(
     path: str | os.PathLike[str] | None = None, *, timeout: float | None = None
 ) -> Opening[Daemon]:
     """As cprd.connect: to await, or to enter. A Daemon is for the tasks of a single loop."""
-
-    async def open() -> Daemon:
-        check_timeout(timeout)
-        connection = LoopConnection(exchange.where(path), Common(timeout))
-        await connection.drive(exchange.connect(connection))
-        return Daemon(connection)
-
-    return Opening(open)
+    return open_daemon(LoopConnection, path, timeout)
 
 
 def live(
@@ -65,10 +64,4 @@ def live(
     timeout: float | None = None,
 ) -> Opening[LiveState]:
     """As cprd.live: to await, or to enter. A LiveState is for the tasks of a single loop."""
-
-    async def open() -> LiveState:
-        check_timeout(timeout)
-        connection = LoopConnection(exchange.where(path), Common(timeout))
-        return await begin(connection, name, wait, lease, None)
-
-    return Opening(open)
+    return open_live(LoopConnection, name, path, wait, lease, timeout)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar, cast
 
 from cprd.client import claim as claims
+from cprd.client import exchange, verbs
 from cprd.client import live as lives
-from cprd.client import verbs
 from cprd.client.claim import Saved
-from cprd.client.exchange import Line, Step, run
+from cprd.client.exchange import Common, Line, Step, run
 from cprd.client.livestate import LiveVerbs
 from cprd.errors import Unavailable
 from cprd.protocol import messages
@@ -333,3 +334,38 @@ async def begin(
     """The verb live() on a line of its own."""
     verb = lives.begin(line, LiveState, name, wait, lease, timeout, lives.elsewhere)
     return await line.run(verb)
+
+
+Lines = Callable[[str, Common], Connection]
+
+
+def open_daemon(
+    make: Lines, path: str | os.PathLike[str] | None, timeout: float | None
+) -> Opening[Daemon]:
+    """connect() of a loop, whose lines `make` makes."""
+
+    async def open() -> Daemon:
+        claims.check_timeout(timeout)
+        connection = make(exchange.where(path), Common(timeout))
+        await connection.drive(exchange.connect(connection))
+        return Daemon(connection)
+
+    return Opening(open)
+
+
+def open_live(
+    make: Lines,
+    name: str,
+    path: str | os.PathLike[str] | None,
+    wait: float,
+    lease: float,
+    timeout: float | None,
+) -> Opening[LiveState]:
+    """live() of a loop, whose lines `make` makes."""
+
+    async def open() -> LiveState:
+        claims.check_timeout(timeout)
+        connection = make(exchange.where(path), Common(timeout))
+        return await begin(connection, name, wait, lease, None)
+
+    return Opening(open)

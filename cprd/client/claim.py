@@ -45,8 +45,9 @@ class Ticket:
 
     def __init__(self, name: str, fields: dict[str, Any]) -> None:
         self.name = name
-        self.generation: int = fields["generation"]
-        self.token: bytes = fields["token"]
+        self.generation: int
+        self.token: bytes
+        self.renumber(fields)
         self.over = False
         self._calls: dict[tuple[Any, ...], Call] = {}
 
@@ -55,6 +56,18 @@ class Ticket:
         message = {"verb": verb, "name": self.name, "generation": self.generation}
         message |= {"token": self.token, "nonce": messages.nonce(), **fields}
         return Call(message, timeout=timeout, until_known=True)
+
+    def parting(self, verb: str, **fields: Any) -> Call:
+        """As `call`, because the program leaves: brief, in a cancelled task, too, and an interrupt
+        does not wait for the outcome."""
+        call = self.call(verb, timeout=BRIEF, **fields)
+        call.until_known, call.shielded = False, True
+        return call
+
+    def renumber(self, fields: dict[str, Any]) -> None:
+        """Speak for the hold of an answer from now on."""
+        self.generation = fields["generation"]
+        self.token = fields["token"]
 
     def last(self, verb: str, timeout: float | None, **fields: Any) -> Call:
         """As `call`, for what ends the ticket: after a Timeout, the same words once more are the
@@ -130,12 +143,12 @@ class Bundle:
 def rejection(ticket: Ticket, why: str, *, damaged: bool = False, attempt: bool = True) -> Call:
     """Give a claim back because the program left. The end of the connection says the same (unless
     the state is damaged), so the request is brief. `attempt`: whether the claim counts as such."""
-    timeout = None if damaged else BRIEF
     fields: dict[str, Any] = {"why": cut(why), "damaged": damaged}
     if not attempt:
         fields["attempt"] = False
-    call = ticket.call("reject", timeout=timeout, **fields)
-    call.until_known, call.shielded = False, True
+    call = ticket.parting("reject", **fields)
+    if damaged:
+        call.timeout = None
     return call
 
 

@@ -55,6 +55,7 @@ from cprd.live.takeover import take_over
 from cprd.protocol import messages
 from cprd.state import InlineSection, MemfdSection, State
 from cprd.state.descriptors import duplicate
+from cprd.state.sections import close_section
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
@@ -273,8 +274,7 @@ class Live:
         if owner is None and not self._left:
             call = rejection(self.ticket, why)
         else:
-            call = self.ticket.call("end", timeout=BRIEF, keep=keep)
-            call.until_known, call.shielded = False, True
+            call = self.ticket.parting("end", keep=keep)
         self.ticket.over = True
         try:
             try:
@@ -291,16 +291,12 @@ class Live:
 
     def _leave_to_next(self) -> Verb[None]:
         """Put the hold back, and own no more: cprd was started anew, and nobody was faster."""
-        call = self.ticket.call("put_back", timeout=BRIEF)
+        call = self.ticket.parting("put_back")
         call.park, call.alone = self.root.park, True
-        call.until_known, call.shielded = False, True
         answer = yield call
-        self.ticket.generation = answer.fields["generation"]
-        self.ticket.token = answer.fields["token"]
+        self.ticket.renumber(answer.fields)
         answer.close()
-        call = self.ticket.call("end", timeout=BRIEF, keep=True)
-        call.until_known, call.shielded = False, True
-        yield call
+        yield self.ticket.parting("end", keep=True)
 
     def silence(self) -> None:
         """End this process's use of the kept sockets without a word. The hold stays as it is."""
@@ -349,8 +345,7 @@ class Live:
                 state.close()
 
     def _confirmed(self, fields: dict[str, Any]) -> None:
-        self.ticket.generation = fields["generation"]
-        self.ticket.token = fields["token"]
+        self.ticket.renumber(fields)
         self.kept = fields["kept"]
         self.owner, self._made, self._confirming = self._made, None, None
         try:
@@ -388,8 +383,7 @@ class Live:
                 self._made.close()
             self.state.close()
             for section in self.sections.values():
-                if isinstance(section, MemfdSection):
-                    section.close()
+                close_section(section)
             self.sections.clear()
         finally:
             self._unpark()
@@ -443,8 +437,7 @@ class Live:
             return True
         except CprdError:
             return False
-        self.ticket.generation = answer.fields["generation"]
-        self.ticket.token = answer.fields["token"]
+        self.ticket.renumber(answer.fields)
         answer.close()
         point("put_back:answered")
         return True
@@ -465,8 +458,15 @@ def begin(
     check_seconds("wait", wait, messages.MAX_WAIT)
     check_seconds("lease", lease, messages.MAX_LEASE, messages.MIN_LEASE)
     check_timeout(timeout)
+
+    def take(name: str, wait: float) -> Verb[T]:
+        made = None
+        while made is None:
+            made = yield from _claim_or_begin(line, make, name, wait, lease, timeout, defer)
+        return made
+
     if not name.endswith(PATTERN):
-        made = yield from _begin(line, make, name, wait, lease, timeout, defer)
+        made = yield from take(name, wait)
         return made
     number = 0
     base = name.removesuffix("*")
@@ -485,7 +485,7 @@ def begin(
             if found in phases:
                 continue
         try:
-            made = yield from _begin(line, make, found, 0.0, lease, timeout, defer)
+            made = yield from take(found, 0.0)
             return made
         except Busy:
             continue  # another was faster
@@ -495,21 +495,6 @@ def _number(name: str, base: str) -> int:
     """The number of a name that begins with `base`; 0: none."""
     rest = name.removeprefix(base)
     return int(rest) if name != rest and rest.isascii() and rest.isdigit() else 0
-
-
-def _begin(
-    line: Line,
-    make: Callable[[Live], T],
-    name: str,
-    wait: float,
-    lease: float,
-    timeout: float | None,
-    defer: Defer | None,
-) -> Verb[T]:
-    while True:
-        made = yield from _claim_or_begin(line, make, name, wait, lease, timeout, defer)
-        if made is not None:
-            return made
 
 
 def _claim_or_begin(
@@ -570,8 +555,7 @@ def _undo(live: Live, fields: dict[str, Any], error: BaseException) -> Verb[None
     if live.found:
         yield from give_back(live.line, live.ticket, fields, error)
     elif not isinstance(error, GeneratorExit):
-        call = live.ticket.call("end", timeout=BRIEF, keep=False)
-        call.until_known, call.shielded = False, True
+        call = live.ticket.parting("end", keep=False)
         try:
             yield call
         except Unavailable:

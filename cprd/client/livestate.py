@@ -19,7 +19,7 @@ from cprd.live.owner import Batch
 from cprd.live.puts import INLINE
 from cprd.state import InlineSection, MemfdSection
 from cprd.state.descriptors import UNSET, duplicate, number_of
-from cprd.state.sections import check_section_key, decode, encode
+from cprd.state.sections import check_section_key, close_section, decode, encode
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
@@ -307,7 +307,7 @@ class LiveVerbs(MutableMapping[str, "Any"]):
                 self._batches -= 1
             _gathering.reset(token)
             for section in batch.sections.values():
-                _close(section)
+                close_section(section)
             batch.close()
 
     def memory(self, name: str, size: int) -> memoryview:
@@ -375,10 +375,10 @@ class LiveVerbs(MutableMapping[str, "Any"]):
                     self._store(key, section)
                 else:
                     old, batch.sections[key] = batch.sections.get(key), section
-                    _close(old)
+                    close_section(old)
         except BaseException:
             if section is not None and self._live.sections.get(key) is not section:
-                _close(section)
+                close_section(section)
             raise
 
     def _store(self, key: str, section: Section | None) -> None:
@@ -389,7 +389,7 @@ class LiveVerbs(MutableMapping[str, "Any"]):
             old = self._live.sections.get(key)
             self._live.sections[key] = section
         if old is not section:
-            _close(old)
+            close_section(old)
 
     def _forget(self, keys: Iterable[tuple[str, int]]) -> None:
         """Close copies that a predecessor left and nobody took, of keys that are gone."""
@@ -402,8 +402,3 @@ class LiveVerbs(MutableMapping[str, "Any"]):
             live.defer(lambda: close_all(fds))
         else:
             close_all(fds)
-
-
-def _close(section: Section | None) -> None:
-    if isinstance(section, MemfdSection):
-        section.close()

@@ -20,7 +20,14 @@ from cprd.daemon.releasing import Releasing
 from cprd.daemon.turns import Turns
 from cprd.errors import LimitExceeded, ProtocolError
 from cprd.linux.processes import Watch, is_ready
-from cprd.linux.rights import scm_fds, send, seqpacket_pair, take_no_rights, unread
+from cprd.linux.rights import (
+    has_taken_no_rights,
+    scm_fds,
+    send,
+    seqpacket_pair,
+    take_no_rights,
+    unread,
+)
 from cprd.protocol import messages
 
 # Plain numbers: an `or` of two members of an enum takes 2 us.
@@ -59,15 +66,14 @@ class Connection:
     ) -> None:
         sock.setblocking(False)
         # What was sent before that may have brought descriptors.
-        self._no_rights = take_no_rights(sock) and _brought_none(sock)
+        self._no_rights = has_taken_no_rights(sock) or (take_no_rights(sock) and _has_none(sock))
         self.sock = sock
         self.peer = peer
         self.pidfd = pidfd
         self.releasing = releasing
         self.turns = turns
-        self.claims: set[tuple[int, bytes]] = set()  # (generation, token)
+        self.claims: set[tuple[int, bytes]] = set()  # (generation, token), of live holds as well
         self.prepared: set[int] = set()
-        self.owned: set[int] = set()  # generations of live holds
         self.nonce = b""  # of the last request
         self.id: int | None = None  # of the last request, repeated by the answer
         self.peer_ended = False
@@ -298,7 +304,8 @@ class Connection:
         self.let_go(self.sock.detach())  # nothing can be added after shutdown()
 
 
-def _brought_none(sock: socket.socket) -> bool:
+def _has_none(sock: socket.socket) -> bool:
+    """Whether no descriptor lies in the queue of a socket."""
     try:
         return scm_fds(sock.fileno()) == 0
     except OSError:

@@ -160,16 +160,6 @@ def _open_process(connection: Connection, message: messages.Message, field: str)
     return processes.open_identity(pid, message["inode"])
 
 
-def _check_counts(message: messages.Message, parked: int) -> None:
-    """Raises Damaged where a root of `parked` descriptors cannot be what the request describes."""
-    most = parked * SCM_MAX_FD ** message["depth"] - 1  # one is the manifest
-    if message["fds"] > most:
-        raise Damaged(
-            f"not the bundle that the request describes: fds says {message['fds']}, and a root of"
-            f" depth {message['depth']} with {parked} descriptors has at most {most} below"
-        )
-
-
 def said(answer: messages.Message) -> messages.Message:
     """An answer without the tokens that are none."""
     return {field: value for field, value in answer.items() if value != b""}
@@ -178,9 +168,13 @@ def said(answer: messages.Message) -> messages.Message:
 async def queue(server: Server, connection: Connection, request: Request) -> None:
     """Hand out the sending end of a new queue, for the next save."""
     del server, request
-    inlet = connection.queue()
+    await _hand_out(connection, messages.ok(), connection.queue())
+
+
+async def _hand_out(connection: Connection, answer: messages.Message, inlet: int) -> None:
+    """Answer with the sending end of a queue, owned from now on."""
     try:
-        await connection.answer(messages.ok(), (inlet,))
+        await connection.answer(answer, (inlet,))
     finally:
         os.close(inlet)
 
@@ -192,11 +186,8 @@ async def _answer_saved(
     inlet = connection.next_queue() if message["queue"] else None
     if inlet is None:
         await connection.answer(answer)
-        return
-    try:
-        await connection.answer(answer, (inlet,))
-    finally:
-        os.close(inlet)
+    else:
+        await _hand_out(connection, answer, inlet)
 
 
 async def save(server: Server, connection: Connection, request: Request) -> None:
@@ -244,8 +235,9 @@ async def commit(server: Server, connection: Connection, request: Request) -> No
 # Loading
 
 
-def _claim(server: Server, connection: Connection, message: messages.Message, key: Key) -> Step:
-    caller = caller_of(connection, message, connection.peer.pid)
+def _claim(
+    server: Server, connection: Connection, message: messages.Message, key: Key, caller: Caller
+) -> Step:
     step = server.registry.load(
         caller,
         key,
@@ -283,13 +275,20 @@ async def load(server: Server, connection: Connection, request: Request) -> None
 
 
 async def wait_for_turn(
-    server: Server, connection: Connection, message: messages.Message, take: Callable[[], Step]
+    server: Server,
+    connection: Connection,
+    message: messages.Message,
+    claim_as: Callable[[Caller], Step],
 ) -> None:
-    """Claim by `take`, now or when it is this request's turn, and answer with the bundle."""
+    """Claim, now or when it is this request's turn, and answer with the bundle."""
     key = key_of(connection, message)
-    repeated = server.registry.recall(caller_of(connection, message, connection.peer.pid), key)
-    # The end of cprd ends a connection as well: whoever repeats a request has executed nothing.
-    server.steps.refresh(key, None if repeated is not None else connection)
+    caller = caller_of(connection, message, connection.peer.pid)
+    server.steps.refresh(key)
+    server.steps.look_for_exec(key, connection, caller)
+
+    def take() -> Step:
+        return claim_as(caller._replace(now=now()))
+
     try:
         step = take()
     except (NotHeld, Busy) as error:
@@ -449,7 +448,7 @@ async def confirm_next(server: Server, connection: Connection, request: Request)
     finally:
         offered.close()
     if step.answer["token"]:
-        server.steps.own_live(connection, step.answer["generation"])
+        server.steps.own_claim(connection, step.answer["generation"], step.answer["token"])
     _confirmed(connection, ticket)
     answer = messages.ok(**said(step.answer), kept=server.keeper.kept)
     await _answer_saved(connection, request.message, answer)

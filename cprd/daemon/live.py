@@ -21,7 +21,7 @@ from cprd.daemon.handlers import (
 from cprd.linux.pause import point
 from cprd.protocol import living, messages
 from cprd.protocol.names import Key
-from cprd.protocol.registry import Offer, Step
+from cprd.protocol.registry import Caller, Offer, Step
 
 if TYPE_CHECKING:
     from cprd.daemon.handlers import Handler
@@ -38,9 +38,8 @@ async def live(server: Server, connection: Connection, request: Request) -> None
 
 
 def _begin_or_load(
-    server: Server, connection: Connection, message: messages.Message, key: Key
+    server: Server, connection: Connection, message: messages.Message, key: Key, caller: Caller
 ) -> Step:
-    caller = caller_of(connection, message, connection.peer.pid)
     offer = Offer(0, 0, 1, message["ttl"], live=True)
     step = living.begin_or_load(
         server.registry,
@@ -59,7 +58,7 @@ def _begin_or_load(
             offered.perform(server, step)
         finally:
             offered.close()
-    server.steps.own_live(connection, step.answer["generation"])
+    server.steps.own_claim(connection, step.answer["generation"], step.answer["token"])
     point("daemon:live")
     return step
 
@@ -76,7 +75,7 @@ async def put_back(server: Server, connection: Connection, request: Request) -> 
         offered.perform(server, step)
     finally:
         offered.close()
-    server.steps.own_live(connection, step.answer["generation"])
+    server.steps.own_claim(connection, step.answer["generation"], step.answer["token"])
     point("daemon:put-back")
     await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
 
@@ -89,7 +88,7 @@ async def end(server: Server, connection: Connection, request: Request) -> None:
     step = living.end(server.registry, caller, ticket, keep=message["keep"])
     if step.changes:
         server.steps.perform(step)
-    connection.owned.discard(ticket.generation)
+    connection.claims.discard((ticket.generation, ticket.token))
     await connection.answer(messages.ok(kept=server.keeper.kept))
 
 

@@ -268,7 +268,7 @@ class Server:
         while True:
             now = earliest = trio.current_time()
             for connection in self.connections:
-                if connection.claims or connection.prepared or connection.owned:
+                if connection.claims or connection.prepared:
                     continue
                 if connection.idle_since <= now - messages.IDLE:
                     connection.give_up()

@@ -30,7 +30,7 @@ from cprd.protocol import living
 from cprd.protocol.lifecycle import HELD, LIVE, NOT_PUT_BACK, Hold, why_not
 from cprd.protocol.messages import pid_text
 from cprd.protocol.names import Key
-from cprd.protocol.registry import Ended, Registry, Step
+from cprd.protocol.registry import Caller, Ended, Registry, Step
 
 LONGEST_SLEEP = 60.0  # s: a timer of the event loop stands still while the machine sleeps
 ORPHANED = 60.0  # s after a restart
@@ -258,16 +258,20 @@ class Steps:
 
     # Processes, connections, time
 
-    def refresh(self, key: Key, by: Connection | None = None) -> None:
-        """Learn of ended processes before the event loop tells; of the program, too, that a live
-        hold belonged to, where the process has executed another by now, `by` which it asks."""
+    def refresh(self, key: Key) -> None:
+        """Learn of ended processes before the event loop tells."""
         for hold in self.registry.of(key):
             self.pidfds.look(hold.generation)
-        if by is not None:
-            for hold in self.registry.of(key):
-                if hold.phase == LIVE and self._was_replaced(hold, by):
-                    how = "its process executed another program"
-                    self.observe(living.owner_gone(self.registry, now(), hold.generation, how))
+
+    def look_for_exec(self, key: Key, by: Connection, caller: Caller) -> None:
+        """Learn that the process of the owner of a live hold, which asks on `by`, has executed
+        another program. Whoever repeats a request has not: the end of cprd ends a connection as
+        well."""
+        for hold in self.registry.of(key):
+            replaced = hold.phase == LIVE and self._was_replaced(hold, by)
+            if replaced and self.registry.recall(caller, key) is None:
+                how = "its process executed another program"
+                self.observe(living.owner_gone(self.registry, now(), hold.generation, how))
 
     def _was_replaced(self, hold: Hold, by: Connection) -> bool:
         """Whether `by` is of the owner's process, and the connection of the owner has ended. (A
@@ -275,15 +279,8 @@ class Steps:
         owner = self.pidfds.of(hold.generation).get("owner", -1)
         if min(owner, by.pidfd) < 0 or not processes.same(owner, by.pidfd):
             return False
-        return not any(
-            hold.generation in other.owned and not other.has_hung_up for other in self.connections
-        )
-
-    def own_live(self, connection: Connection, generation: int) -> None:
-        """A live hold hangs on the connection that last spoke for it, but ends not with it."""
-        for other in self.connections:
-            other.owned.discard(generation)
-        connection.owned.add(generation)
+        other = self._owners.get((hold.generation, hold.token))
+        return other not in self.connections or other.has_hung_up
 
     def _process_ended(self, generation: int, role: str) -> None:
         hold = self.registry.get(generation)
@@ -320,7 +317,8 @@ class Steps:
                 self._process_ended(hold.generation, role)
 
     def own_claim(self, connection: Connection, generation: int, token: bytes) -> None:
-        """The end of this connection, and of no other, ends the claim from now on."""
+        """The end of this connection, and of no other, ends the claim from now on. (A live hold
+        belongs to a connection in the same way, whose end does not matter to the hold.)"""
         claim = (generation, token)
         other = self._owners.get(claim)
         if other is not connection:
@@ -340,7 +338,6 @@ class Steps:
         if hold.allows("commit"):
             for connection in self.connections:
                 connection.prepared.discard(hold.generation)
-                connection.owned.discard(hold.generation)
 
     async def end_claims(self, connection: Connection) -> None:
         """A connection ended: claims and prepared saves of the connection end, in pieces. A claim

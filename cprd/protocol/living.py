@@ -6,8 +6,8 @@ pidfd; the token is for the requests of the owner.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from dataclasses import replace
 
 from cprd.errors import Fenced
 from cprd.protocol.lifecycle import (
@@ -18,6 +18,7 @@ from cprd.protocol.lifecycle import (
     OWNER_GONE,
     SOON,
     Hold,
+    changed,
 )
 from cprd.protocol.messages import pid_text
 from cprd.protocol.names import Key
@@ -38,10 +39,10 @@ def begin_or_load(
         return Step(answer=first.answer)
     if registry.of(key):
         step = registry.load(caller, key, token=token, lease=lease)
-        return replace(step, answer={**step.answer, "found": True})
+        return dataclasses.replace(step, answer={**step.answer, "found": True})
     registry.check_hidden(key)
     registry.check_quota(key[0], 0, ())
-    hold = replace(registry.new(caller, key, offer), token=token, fds=0)
+    hold = changed(registry.new(caller, key, offer), token=token, fds=0)
     answer = {"generation": hold.generation, "token": token, "found": False}
     return remembering(caller, Step(answer=answer, put=(hold,)), answer)
 
@@ -85,7 +86,7 @@ def owner_gone(registry: Registry, now: float, generation: int, how: str) -> Ste
         f" one, {pid_text(hold.saver)}: {how}"
     )
     # No ttl runs: an operator is to look.
-    return Step(put=(replace(left, reason=reason, expires=None, ttl_left=hold.ttl_left),))
+    return Step(put=(changed(left, reason=reason, expires=None, ttl_left=hold.ttl_left),))
 
 
 def counted(registry: Registry, counted: Hold, segments: int, fds: int) -> Step:
@@ -96,12 +97,12 @@ def counted(registry: Registry, counted: Hold, segments: int, fds: int) -> Step:
         return Step()
     if not segments and hold.allows("found empty"):
         return Step(ended=(end_of(hold, "found empty"),))
-    return Step(put=(replace(hold, phase=hold.after("counted"), fds=fds),)) if fds else Step()
+    return Step(put=(changed(hold, phase=hold.after("counted"), fds=fds),)) if fds else Step()
 
 
 def _left(now: float, hold: Hold, event: str, how: str, deaths: int) -> Hold:
     """The record of a hold whose owner owns no more."""
-    return replace(
+    return changed(
         hold,
         phase=hold.after(event),
         token=b"",
@@ -118,8 +119,8 @@ def put_back(registry: Registry, caller: Caller, by: Ticket, offer: Offer) -> St
     hold = _away(registry, by)
     answer = {"generation": by.generation, "token": by.token}
     if hold is not None:
-        here = replace(hold, away=False, token=by.token, parked=offer.parked)
-        here = replace(here, phase=hold.after("put back"))
+        phase = hold.after("put back")
+        here = changed(hold, phase=phase, away=False, token=by.token, parked=offer.parked)
         return Step(answer=answer, put=(here,), by=caller)
     registry.mine(by, "put back")
     return Step(answer=answer)
@@ -127,7 +128,7 @@ def put_back(registry: Registry, caller: Caller, by: Ticket, offer: Offer) -> St
 
 def away(note: Hold) -> Hold:
     """The record of a live hold whose root the owner alone has."""
-    return replace(note, phase=LIVE, live=True, away=True)
+    return changed(note, phase=LIVE, live=True, away=True)
 
 
 def shortened(token: bytes) -> bytes:
