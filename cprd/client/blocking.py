@@ -10,6 +10,9 @@ import _thread
 import os
 import time
 
+# Not within a request: by then setuid(), chroot() or a full table may hide the module.
+from select import POLLIN, POLLOUT, poll
+
 from cprd.client import claim as claims
 from cprd.client import exchange, verbs
 from cprd.client.claim import Saved
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
     from cprd.state import HasFileno
 
     T = TypeVar("T")
-
-POLLIN, POLLOUT = 1, 4  # as select says, which is imported late
 
 __all__ = ["Claim", "Daemon", "Prepared", "Saved", "connect", "live"]
 
@@ -150,8 +151,6 @@ class Connection(Line):
 
     def _watch(self) -> None:
         """Return when the connection is lost, or `stop` was called."""
-        from select import poll
-
         while self.sock is not None and not is_lost(self.sock):
             waiting = poll()
             waiting.register(self.sock, POLLIN)
@@ -183,8 +182,6 @@ class Connection(Line):
         assert self.sock is not None
         while True:
             if self._polled is not self.sock:
-                from select import poll  # 0.3 ms, not at import
-
                 self._poll, self._polled = poll(), self.sock
                 self._poll.register(self.sock, POLLIN)
             # An interrupt of the wait loses no descriptor.
@@ -205,8 +202,6 @@ class Connection(Line):
 
 
 def _wait(sock: socket, event: int, until: float) -> None:
-    from select import poll  # 0.3 ms, not at import
-
     waiting = poll()
     waiting.register(sock, event)
     if not waiting.poll(max(0.0, until - time.monotonic()) * 1000):
