@@ -33,7 +33,7 @@ from cprd.errors import LimitExceeded
 AT_ONCE = 16  # messages to one releaser without an acknowledgement
 MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
 MOST_PENDING = 4000  # where something moves: many holds can end at once
-STILL = 1.0  # s without an acknowledgement: something blocks
+STILL = 3.0  # s without an acknowledgement: something blocks, on a busy machine too
 LINGER = 5.0  # s until an idle releaser is told to end
 GATHERED = 0.02  # s: so many acknowledgements are heard at once
 
@@ -264,7 +264,10 @@ class Releasing:
         pending = self.pending(uid)
         if pending <= MAX_PENDING:
             return False
-        return pending > MOST_PENDING or time.monotonic() - self._releasers[uid].moved > STILL
+        releaser = self._releasers[uid]
+        if pending <= MOST_PENDING and time.monotonic() - releaser.moved > STILL:
+            self._hear()  # what was acknowledged while this process was not running
+        return pending > MOST_PENDING or time.monotonic() - releaser.moved > STILL
 
     def blocked(self) -> dict[int, int]:
         """Releases under way or waiting, by uid."""

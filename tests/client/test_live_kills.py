@@ -354,8 +354,8 @@ def serve(path: str, port: int) -> None:
                         poll.register(sock, select.EPOLLIN)
                     continue
                 id, sock = by_fd[fd]
-                line = sock.recv(100, socket.MSG_PEEK)
-                number = int(line)
+                line = sock.recv(100, socket.MSG_PEEK).splitlines(keepends=True)[0]
+                number = int(line)  # answered already, where the next one lies behind
                 last, tally = tallies[id]
                 if number != last:
                     tallies[id] = [number, tally + number]

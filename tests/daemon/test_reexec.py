@@ -178,7 +178,7 @@ def test_a_waiting_load_gets_it_and_waits_no_longer_than_asked(
     with daemon.connect() as connection:
         connection.save("late", state(7))
     assert waiting.hears() == "7"
-    assert 3 <= float(in_vain.hears()) < 4.5
+    assert 3 <= float(in_vain.hears()) < 3 + patience(1.5)
 
 
 @pytest.mark.parametrize("act", ["c.begin()", "pass"])
