@@ -12,10 +12,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from cprd.cli.failing import exit_status, fail
 from cprd.cli.quick import start_arguments
-from cprd.errors import CprdError
-from cprd.linux.stdio import flush, stand_in
+from cprd.errors import Busy, CprdError, InvalidInput, NotHeld
+from cprd.linux.stdio import flush, note, stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,13 +55,13 @@ def _main(argv: Sequence[str] | None) -> int:
         status = int(args.run(args))
         sys.stdout.flush()
     except CprdError as error:
-        return fail(str(error), exit_status(error))
+        return _fail(str(error), _exit_status(error))
     except BrokenPipeError:
         _forget_stdout()
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return fail(f"{where}{error.strerror or error}", 1)
+        return _fail(f"{where}{error.strerror or error}", 1)
     except KeyboardInterrupt:
         return 130
     return status
@@ -92,6 +91,20 @@ def _verb(words: list[str]) -> str:
         elif not word.startswith("-"):
             return word
     return ""
+
+
+def _exit_status(error: CprdError) -> int:
+    if isinstance(error, NotHeld):
+        return 3
+    if isinstance(error, Busy):
+        return 4
+    return 2 if isinstance(error, InvalidInput) else 1
+
+
+def _fail(why: str, status: int) -> int:
+    """Say why on one line of stderr; returns `status`."""
+    note(f"cprctl: {' '.join(why.split())}")
+    return status
 
 
 def _forget_stdout() -> None:

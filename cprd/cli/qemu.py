@@ -107,9 +107,8 @@ def _add_stop(stop: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """As root, act as the uid that the command line names, before anything is done by path."""
-    from cprd.cli.failing import fail
     from cprd.errors import CprdError
-    from cprd.qemu.errors import OtherOwner
+    from cprd.qemu.errors import OtherOwner, one_line
 
     if args.action == "check":
         return run_check(args)
@@ -126,14 +125,16 @@ def run(args: argparse.Namespace) -> int:
         import shlex
 
         words = shlex.join(_for_owner(args, error.uid))
-        return fail(f"{error}: say whose it is: {words}", 1)
+        note(f"cprctl: {one_line(error)}: say whose it is: {words}")
+        return 1
     except CprdError as error:
         from cprd.qemu import signals
 
         status = signals.exit_status()
         if not status:
             raise
-        return fail(str(error), status)
+        note(f"cprctl: {one_line(error)}")
+        return status
 
 
 def _for_owner(args: argparse.Namespace, uid: int) -> list[str]:
