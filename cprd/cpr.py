@@ -34,13 +34,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator, Sequence
-    from typing import Literal, Protocol
+    from typing import Literal
+
+    from cprd.state import HasFileno
 
     Form = Literal["plain", "vfio", "stub"]
-
-    class HasFileno(Protocol):
-        def fileno(self) -> int: ...
-
 
 __all__ = [
     "MAGIC",

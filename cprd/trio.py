@@ -10,27 +10,16 @@ close(). What can block (closing foreign descriptors) is done in a thread.
 
 from __future__ import annotations
 
-import os
 import time
 from _socket import socket
 from collections.abc import Callable
 from typing import Any
 
-from cprd.client.awaiting import (
-    Claim,
-    Connection,
-    Daemon,
-    LiveState,
-    Opening,
-    Prepared,
-    open_daemon,
-    open_live,
-)
+from cprd.client.awaiting import Claim, Connection, Daemon, LiveState, Loop, Prepared
 from cprd.client.claim import Saved
 from cprd.client.exchange import Answer, Common, Step
 from cprd.client.sockets import is_lost, open_socket, receive_now, send_now
 from cprd.errors import absent
-from cprd.protocol import messages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,25 +31,6 @@ except ModuleNotFoundError as error:
     raise ImportError(absent("trio", "cprd.trio")) from error
 
 __all__ = ["Claim", "Daemon", "LiveState", "Prepared", "Saved", "connect", "live"]
-
-
-def connect(
-    path: str | os.PathLike[str] | None = None, *, timeout: float | None = None
-) -> Opening[Daemon]:
-    """As cprd.connect: to await, or to enter."""
-    return open_daemon(_Connection, path, timeout)
-
-
-def live(
-    name: str,
-    path: str | os.PathLike[str] | None = None,
-    *,
-    wait: float = 0.0,
-    lease: float = messages.LEASE,
-    timeout: float | None = None,
-) -> Opening[LiveState]:
-    """As cprd.live: to await, or to enter."""
-    return open_live(_Connection, name, path, wait, lease, timeout)
 
 
 class _Connection(Connection):
@@ -135,3 +105,7 @@ class _Connection(Connection):
                 return receive_now(self.sock, room)
             except BlockingIOError:
                 continue
+
+
+_loop = Loop(_Connection)
+connect, live = _loop.connect, _loop.live

@@ -13,22 +13,11 @@ peer hears of the end; the successor takes connections over by `adopt` or `adopt
 
 from __future__ import annotations
 
-import os
-
 from cprd.asyncio.adopting import adopt, adopt_stream
 from cprd.asyncio.connection import LoopConnection
 from cprd.asyncio.leaving import keep_path, leave, quiesce, socket_of, unread
-from cprd.client.awaiting import (
-    Claim,
-    Daemon,
-    LiveState,
-    Opening,
-    Prepared,
-    open_daemon,
-    open_live,
-)
+from cprd.client.awaiting import Claim, Daemon, LiveState, Loop, Prepared
 from cprd.client.claim import Saved
-from cprd.protocol import messages
 
 __all__ = [
     "Claim",
@@ -47,21 +36,5 @@ __all__ = [
     "unread",
 ]
 
-
-def connect(
-    path: str | os.PathLike[str] | None = None, *, timeout: float | None = None
-) -> Opening[Daemon]:
-    """As cprd.connect: to await, or to enter. A Daemon is for the tasks of a single loop."""
-    return open_daemon(LoopConnection, path, timeout)
-
-
-def live(
-    name: str,
-    path: str | os.PathLike[str] | None = None,
-    *,
-    wait: float = 0.0,
-    lease: float = messages.LEASE,
-    timeout: float | None = None,
-) -> Opening[LiveState]:
-    """As cprd.live: to await, or to enter. A LiveState is for the tasks of a single loop."""
-    return open_live(LoopConnection, name, path, wait, lease, timeout)
+_loop = Loop(LoopConnection)
+connect, live = _loop.connect, _loop.live

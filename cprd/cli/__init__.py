@@ -1,8 +1,8 @@
 """cprctl: one file a verb, and only the file of the verb that is asked for is imported.
 
-A verb's file has `add_parser(verbs)`, which adds its arguments and sets `run`, a function from the
-parsed arguments to an exit status: 0 done, 1 it failed (one line on stderr says why and what to
-do), 2 usage, 3 nothing held under that name, 4 busy.
+A verb's file has a docstring (the description in --help), `add_arguments(parser)`, and `run`, a
+function from the parsed arguments to an exit status: 0 done, 1 failed (one line on stderr says why
+and what to do), 2 usage, 3 nothing held under that name, 4 busy.
 """
 
 from __future__ import annotations
@@ -12,16 +12,12 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from cprd.cli.failing import exit_status, fail
 from cprd.cli.quick import start_arguments
-from cprd.errors import CprdError
-from cprd.linux.stdio import flush, stand_in
+from cprd.errors import Busy, CprdError, InvalidInput, NotHeld
+from cprd.linux.stdio import flush, note, stand_in
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
-
-    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _TAKES_COMMAND = {"load", "run", "qemu"}  # what follows "--" is theirs, whatever it looks like
 
@@ -53,19 +49,19 @@ def _main(argv: Sequence[str] | None) -> int:
     args.stand_ins = stand_ins
     try:
         if getattr(args, "owner", None) is not None and "name" in args:
-            from cprd.cli.owner import full_name
+            from cprd.cli.arguments import full_name
 
             args.name = full_name(args.name, args.owner)
         status = int(args.run(args))
         sys.stdout.flush()
     except CprdError as error:
-        return fail(str(error), exit_status(error))
+        return _fail(str(error), _exit_status(error))
     except BrokenPipeError:
         _forget_stdout()
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return fail(f"{where}{error.strerror or error}", 1)
+        return _fail(f"{where}{error.strerror or error}", 1)
     except KeyboardInterrupt:
         return 130
     return status
@@ -73,9 +69,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _arguments(verb: str, words: list[str], command: list[str] | None) -> Any:
     if command is not None and (quick := start_arguments(words)) is not None:
-        from cprd.cli.qemu import start_quickly
+        from cprd.cli.qemu import run
 
-        quick.run = start_quickly
+        quick.run = run
         return quick
     from cprd.cli.parser import Unknown, parser_of
 
@@ -97,10 +93,22 @@ def _verb(words: list[str]) -> str:
     return ""
 
 
+def _exit_status(error: CprdError) -> int:
+    if isinstance(error, NotHeld):
+        return 3
+    if isinstance(error, Busy):
+        return 4
+    return 2 if isinstance(error, InvalidInput) else 1
+
+
+def _fail(why: str, status: int) -> int:
+    """Say why on one line of stderr; returns `status`."""
+    note(f"cprctl: {' '.join(why.split())}")
+    return status
+
+
 def _forget_stdout() -> None:
     """Whoever read our output is gone: let the interpreter's last flush go nowhere."""
-    import os
-
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

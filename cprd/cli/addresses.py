@@ -203,8 +203,8 @@ def _owner(value: str) -> tuple[int, int]:
 # -- names ---------------------------------------------------------------------------------------
 
 
-def resolve(listen: Listen, *, ipv6: bool, patience: float = RESOLVE) -> Listen:
-    """`listen` with a numeric host. Blocks at most `patience` seconds for the name service.
+def resolve(listen: Listen, *, ipv6: bool) -> Listen:
+    """`listen` with a numeric host. Blocks for 5 seconds at most, for the name service.
 
     `ipv6`: whether there is IPv6 here. Raises CprdError for a name without an address."""
     if listen.family == socket.AF_UNIX:
@@ -215,7 +215,7 @@ def resolve(listen: Listen, *, ipv6: bool, patience: float = RESOLVE) -> Listen:
     if found is None:
         if listen.family == socket.AF_INET6:
             raise InvalidInput(f"--listen {listen.text}: {listen.host} is no IPv6 address")
-        found = _by_name(listen, patience)
+        found = _by_name(listen)
     family, where = found
     scope = int(where[3]) if family == socket.AF_INET6 else 0
     return listen._replace(family=family, host=str(where[0]).partition("%")[0], scope=scope)
@@ -232,16 +232,16 @@ def _address_of(listen: Listen, flags: int) -> Found | None:
     return found[0][0], found[0][4]
 
 
-def _by_name(listen: Listen, patience: float) -> Found:
+def _by_name(listen: Listen) -> Found:
     import threading
 
     answers: list[Found | None] = []
     asking = threading.Thread(target=lambda: answers.append(_address_of(listen, 0)), daemon=True)
     asking.start()
-    asking.join(patience)
+    asking.join(RESOLVE)
     if not answers:
         raise CprdError(
-            f"--listen {listen.text}: the name service did not say within {patience:g} s what"
+            f"--listen {listen.text}: the name service did not say within {RESOLVE:g} s what"
             f" {listen.host} is: give the address as a number"
         )
     if answers[0] is None:

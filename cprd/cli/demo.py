@@ -1,39 +1,36 @@
-"""cprctl demo: restart a real server under load again and again, and watch nobody notice."""
+"""cprctl demo: restart a real server under load again and again, and watch nobody notice.
+
+Starts a private cprd and a TCP server of its own (cprd/demo/server.py), keeps many connections to
+it busy, and restarts it again and again, four times of ten by kill -9 at a random moment; one
+successor is killed right after its claim. Exit status 0 only if no answer was lost or wrong and no
+connection was dropped.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import argparse
+from cprd.errors import InvalidInput, Unavailable, absent
 
+if TYPE_CHECKING:
     from rich.console import Console
 
-    from cprd.cli import Verbs
     from cprd.demo.stage import Progress, Settings
     from cprd.demo.timeline import Report
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser(
-        "demo",
-        help="restart a server under load, and watch nobody notice",
-        description="Start a private cprd and a TCP server of its own (cprd/demo/server.py), keep"
-        " many connections to it busy, and restart it again and again, four times of ten by kill -9"
-        " at a random moment; one successor is killed right after its claim. Exit status 0 only if"
-        " no answer was lost or wrong and no connection was dropped.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--connections", type=int, default=500, metavar="N")
     parser.add_argument("--restarts", type=int, default=10, metavar="N")
     parser.add_argument("--seconds", type=float, default=14.0, metavar="S", help="how long")
     parser.add_argument("--rate", type=float, metavar="R", help="requests a second, in all")
     parser.add_argument("--svg", metavar="FILE", help="save the picture")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    import sys
-
     _check_packages()
     from rich.console import Console
 
@@ -63,10 +60,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_packages() -> None:
-    from importlib.util import find_spec
-
-    from cprd.errors import Unavailable, absent
-
     for package in ("rich", "trio"):
         if find_spec(package) is None:
             raise Unavailable(absent(package, "cprctl demo"))
@@ -74,7 +67,6 @@ def _check_packages() -> None:
 
 def _settings(args: argparse.Namespace) -> Settings:
     from cprd.demo.stage import Settings
-    from cprd.errors import InvalidInput
 
     if args.connections < 1 or args.restarts < 1 or not 0 < args.seconds <= 3600:
         raise InvalidInput("--connections and --restarts want at least 1, --seconds 1 to 3600")

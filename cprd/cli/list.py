@@ -2,49 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
 
-if TYPE_CHECKING:
-    import argparse
+from cprd.cli.arguments import connect
+from cprd.cli.table import print_json, seconds, show_rows
 
-    from cprd.cli import Verbs
+HEADS = [
+    "name",
+    "generation",
+    "phase",
+    "uid",
+    "fds",
+    "bytes",
+    "age",
+    "expires",
+    "attempts",
+    "reason",
+]
 
 
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("list", help="what is held", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="an array of objects, for programs")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from cprd.cli.connection import connect
-    from cprd.cli.table import print_json, seconds, show_rows
-
     with connect(args) as daemon:
         holds = daemon.list()
     if args.json:
         print_json(holds)
-        return 0
-    heads = [
-        "name",
-        "generation",
-        "phase",
-        "uid",
-        "fds",
-        "bytes",
-        "age",
-        "expires",
-        "attempts",
-        "reason",
-    ]
-    timed = {"age", "expires"}
-    rows = [
-        [seconds(hold.get(k)) if k in timed else _word(hold.get(k)) for k in heads]
-        for hold in holds
-    ]
-    show_rows(heads, rows, right=(1, 3, 4, 5, 6, 7, 8))
+    else:
+        rows = [[_cell(head, hold.get(head)) for head in HEADS] for hold in holds]
+        show_rows(HEADS, rows, right=(1, 3, 4, 5, 6, 7, 8))
     return 0
 
 
-def _word(value: object) -> str:
+def _cell(head: str, value: object) -> str:
+    if head in ("age", "expires"):
+        return seconds(value)
     return "" if value is None else str(value)

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import argparse
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
 
+from cprd import Claim, Daemon
+from cprd.cli.arguments import DAY, SHORTEST, add_name, connect, seconds
+from cprd.cli.become import (
+    Crew,
+    Deferred,
+    RaisedLimit,
+    become,
+    check_names,
+    check_room,
+    not_become,
+    program,
+)
+from cprd.errors import Fenced, NotHeld
+from cprd.linux.child import in_a_child
 from cprd.protocol.messages import LEASE
 
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable
-
-    from cprd import Claim, Daemon
-    from cprd.cli import Verbs
-    from cprd.cli.become import Crew, RaisedLimit
-
-    Look = Callable[[], dict[str, Any]]
+Look = Callable[[], dict[str, Any]]
 
 TRIES = 5  # replaced again and again between look and claim: somebody saves in a loop
 
 
-def add_parser(verbs: Verbs) -> None:
-    from cprd.cli.owner import add_name
-    from cprd.cli.spans import DAY, SHORTEST, seconds
-
-    parser = verbs.add_parser(
-        "load",
-        help="take a hold and become a command",
-        usage="cprctl load NAME [--owner USER] [--wait S] [--lease S] -- CMD [ARG ...]",
-        description=__doc__,
-        epilog="CMD finds its descriptors as from systemd: LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "cprctl load NAME [--owner USER] [--wait S] [--lease S] -- CMD [ARG ...]"
+    parser.epilog = (
+        "CMD finds its descriptors as from systemd: LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES"
         " (NAME or NAME.ID; ':' and what is not printable as %XX), then the sections, each a sealed"
-        " memfd named section.KEY (raw bytes as they were saved, other values as msgpack).",
+        " memfd named section.KEY (raw bytes as they were saved, other values as msgpack)."
     )
     add_name(parser)
     parser.add_argument(
@@ -43,13 +46,10 @@ def add_parser(verbs: Verbs) -> None:
         metavar="S",
         help="the claim's longest life",
     )
-    parser.set_defaults(run=run, takes_command=True)
+    parser.set_defaults(takes_command=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    from cprd.cli.become import Crew, Deferred, RaisedLimit, become, not_become, program
-    from cprd.cli.connection import connect
-
     file = program(args.command)
     limit = RaisedLimit()
     crew = Crew()
@@ -72,8 +72,6 @@ def run(args: argparse.Namespace) -> int:
 def look_at(args: argparse.Namespace) -> Look:
     """How to look at what is held: from a child, on a connection of its own, so that closing
     what it saw holds nobody up and takes no room below this process's RLIMIT_NOFILE."""
-    from cprd.cli.connection import connect
-    from cprd.linux.child import in_a_child
 
     def look() -> dict[str, Any]:
         with connect(args) as daemon:
@@ -93,11 +91,6 @@ def claim_that_fits(
 ) -> Claim:
     """Claim `name` after a look: if its names fit one variable, and its descriptors below the hard
     limit. What is claimed is the generation that was looked at. Raises LimitExceeded."""
-    from time import monotonic
-
-    from cprd.cli.become import check_names, check_room
-    from cprd.errors import Fenced, NotHeld
-
     end = monotonic() + wait
     tries = TRIES
     while True:
@@ -121,8 +114,6 @@ def claim_that_fits(
 
 def save_back(args: argparse.Namespace, crew: Crew) -> str:
     """Hold everything again under its name; says so."""
-    from cprd.cli.connection import connect
-
     with connect(args) as daemon:
         saved = daemon.save(args.name, crew.as_state(), if_exists="replace")
     return f"{args.name} is held again, as generation {saved.generation}"

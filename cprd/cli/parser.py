@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from cprd.cli import Verbs
+from typing import Any, NoReturn
 
 VERBS = {
     "list": "what is held",
@@ -79,18 +74,11 @@ def parser_of(chosen: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cprctl {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", dest="verb", required=True)
     for name, summary in VERBS.items():
-        if name == chosen:
-            _module(name).add_parser(verbs)
-        else:
+        if name != chosen:
             verbs.add_parser(name, help=summary, add_help=False)
+            continue
+        module = import_module(f"cprd.cli.{name.replace('-', '_')}")
+        verb = verbs.add_parser(name, help=summary, description=module.__doc__)
+        verb.set_defaults(run=module.run)
+        module.add_arguments(verb)
     return parser
-
-
-class _Verb:
-    """The shape of a verb's module."""
-
-    add_parser: Callable[[Verbs], None]
-
-
-def _module(name: str) -> _Verb:
-    return import_module(f"cprd.cli.{name.replace('-', '_')}")  # type: ignore[return-value]

@@ -10,20 +10,19 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from cprd.cli import Verbs
     from cprd.qemu.monitor import Monitor
 
+# No argparse, and nothing that imports argparse, on the way to a start: see quick.py.
 
-def add_parser(verbs: Verbs) -> None:
-    from cprd.cli.owner import add_name
 
-    parser = verbs.add_parser("qemu", help="hand a guest from QEMU to QEMU", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from cprd.cli.arguments import add_name
+
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
 
     check = actions.add_parser("check", help="can this VM be handed over, and if not, why")
     check.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
     check.add_argument("--owner", metavar="USER", help="as root: whose QEMU that is (or a uid)")
-    check.set_defaults(run=run_check)
 
     save = actions.add_parser(
         "save",
@@ -35,7 +34,6 @@ def add_parser(verbs: Verbs) -> None:
     save.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
     save.add_argument("--replace", action="store_true", help="end what is held under NAME")
     save.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
-    save.set_defaults(run=_as_owner(run_save))
 
     start = actions.add_parser(
         "start",
@@ -57,7 +55,7 @@ def add_parser(verbs: Verbs) -> None:
         help="set the guest's clock, by the guest agent behind this socket of COMMAND",
     )
     start.add_argument("--timeout", type=float, default=60.0, metavar="S", help="to load a state")
-    start.set_defaults(run=_as_owner(run_start), takes_command=True)
+    start.set_defaults(takes_command=True)
 
     upgrade = actions.add_parser(
         "upgrade",
@@ -69,9 +67,11 @@ def add_parser(verbs: Verbs) -> None:
     upgrade.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the old QEMU")
     _add_overrides(upgrade)
     upgrade.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
-    upgrade.set_defaults(run=_as_owner(run_upgrade), takes_command=True)
+    upgrade.set_defaults(takes_command=True)
 
-    _add_stop(actions)
+    stop = actions.add_parser("stop", help="for ExecStop=: save, or else shut the guest down")
+    add_name(stop)
+    _add_stop(stop)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -87,11 +87,7 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_stop(actions: Verbs) -> None:
-    from cprd.cli.owner import add_name
-
-    stop = actions.add_parser("stop", help="for ExecStop=: save, or else shut the guest down")
-    add_name(stop)
+def _add_stop(stop: argparse.ArgumentParser) -> None:
     stop.add_argument("--qmp", required=True, metavar="PATH", help="a monitor of the QEMU")
     stop.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for each step")
     stop.add_argument(
@@ -107,40 +103,38 @@ def _add_stop(actions: Verbs) -> None:
         metavar="PATH",
         help="when this exists the machine goes down for good: shut the guest down, do not save",
     )
-    stop.set_defaults(run=_as_owner(run_stop))
 
 
-def _as_owner(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def run(args: argparse.Namespace) -> int:
     """As root, act as the uid that the command line names, before anything is done by path."""
+    from cprd.errors import CprdError
+    from cprd.qemu.errors import OtherOwner, one_line
 
-    def checked(args: argparse.Namespace) -> int:
-        from cprd.cli.failing import fail
-        from cprd.errors import CprdError
-        from cprd.qemu.errors import OtherOwner
+    if args.action == "check":
+        return run_check(args)
+    if args.action != "start":
+        from cprd.qemu.acting import act_as, owner_of
+        from cprd.qemu.monitor import socket_path
+        from cprd.qemu.sockets import mend
 
-        if getattr(args, "qmp", None) is not None:
-            from cprd.qemu.acting import act_as, owner_of
-            from cprd.qemu.monitor import socket_path
-            from cprd.qemu.sockets import mend
+        act_as(owner_of(args.name))
+        mend(socket_path(args.qmp))
+    try:
+        return _RUN[args.action](args)
+    except OtherOwner as error:
+        import shlex
 
-            act_as(owner_of(args.name))
-            mend(socket_path(args.qmp))
-        try:
-            return run(args)
-        except OtherOwner as error:
-            import shlex
+        words = shlex.join(_for_owner(args, error.uid))
+        note(f"cprctl: {one_line(error)}: say whose it is: {words}")
+        return 1
+    except CprdError as error:
+        from cprd.qemu import signals
 
-            words = shlex.join(_for_owner(args, error.uid))
-            return fail(f"{error}: say whose it is: {words}", 1)
-        except CprdError as error:
-            from cprd.qemu import signals
-
-            status = signals.exit_status()
-            if not status:
-                raise
-            return fail(str(error), status)
-
-    return checked
+        status = signals.exit_status()
+        if not status:
+            raise
+        note(f"cprctl: {one_line(error)}")
+        return status
 
 
 def _for_owner(args: argparse.Namespace, uid: int) -> list[str]:
@@ -204,7 +198,7 @@ def _monitor(args: argparse.Namespace) -> Monitor:
 
 
 def run_save(args: argparse.Namespace) -> int:
-    from cprd.cli.connection import connect
+    from cprd.cli.arguments import connect
     from cprd.qemu import signals
     from cprd.qemu.save import save
 
@@ -235,7 +229,7 @@ def run_start(args: argparse.Namespace) -> int:
 
 
 def run_upgrade(args: argparse.Namespace) -> int:
-    from cprd.cli.connection import connect
+    from cprd.cli.arguments import connect
     from cprd.qemu import signals
     from cprd.qemu.command import Command
     from cprd.qemu.inventory import Overrides
@@ -252,13 +246,13 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 def run_stop(args: argparse.Namespace) -> int:
-    from cprd.linux.paths import default_socket
+    from cprd.cli.arguments import socket_of
     from cprd.qemu import signals
     from cprd.qemu.save import save
     from cprd.qemu.stop import connect, stop
 
     def save_it() -> str:
-        with connect(args.socket or default_socket(user=args.user)) as daemon:
+        with connect(socket_of(args)) as daemon:
             kept = save(daemon, args.name, args.qmp, timeout=args.timeout)
         return f"held ({kept.status}, generation {kept.generation})"
 
@@ -270,5 +264,9 @@ def run_stop(args: argparse.Namespace) -> int:
     return 0
 
 
-start_quickly = _as_owner(run_start)
-"""`cprctl qemu start`, for arguments that were parsed by cprd.cli.quick."""
+_RUN: dict[str, Callable[[argparse.Namespace], int]] = {
+    "save": run_save,
+    "start": run_start,
+    "upgrade": run_upgrade,
+    "stop": run_stop,
+}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 class Arguments:
     """What argparse would give."""
 
+    action = "start"
     run: Callable[[Any], int]
     command: list[str] | None
     stand_ins: frozenset[int]

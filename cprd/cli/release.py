@@ -5,18 +5,12 @@ Only after making sure that nobody acts on it: a state served twice is acted on 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
 
-if TYPE_CHECKING:
-    import argparse
-
-    from cprd.cli import Verbs
+from cprd.cli.arguments import add_name, connect
 
 
-def add_parser(verbs: Verbs) -> None:
-    from cprd.cli.owner import add_name
-
-    parser = verbs.add_parser("release", help="serve again what is in doubt", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_name(parser)
     parser.add_argument(
         "--force",
@@ -24,12 +18,9 @@ def add_parser(verbs: Verbs) -> None:
         required=True,
         help="required: it says that nobody acts on this state",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from cprd.cli.connection import connect
-
     with connect(args) as daemon:
         daemon.release(args.name, force=True)
     return 0

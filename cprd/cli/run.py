@@ -9,25 +9,30 @@ serves no --listen is closed, and the length of the queue is said.
 
 from __future__ import annotations
 
+import argparse
+import os
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import combinations
+from socket import SOCK_DGRAM
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Mapping
-    from typing import Any
-
-    from cprd import Daemon, State
-    from cprd.cli import Verbs
-    from cprd.cli.addresses import Listen
-    from cprd.cli.become import Crew, Deferred, RaisedLimit
-    from cprd.cli.load import Look
-    from cprd.cli.matching import Held, Plan
-    from cprd.cli.opening import CannotListen, Opened
+from cprd import Daemon, State
+from cprd.bind import environment, object_for
+from cprd.cli.addresses import KEY, Listen, parse_all, resolve
+from cprd.cli.arguments import SHORTEST, YEARS, add_name, connect, seconds
+from cprd.cli.become import Crew, Deferred, RaisedLimit, become, not_become, program
+from cprd.cli.load import Look, claim_that_fits, look_at, save_back
+from cprd.cli.matching import NEW, Held, Plan, conflict, elsewhere, plan
+from cprd.cli.names import fd_name
+from cprd.cli.opening import CannotListen, Opened, adjust, remove
+from cprd.errors import AlreadyHeld, CprdError, InvalidInput, NotHeld, Timeout, Unavailable
+from cprd.linux.child import in_a_child
+from cprd.linux.sockets import facts, has_ipv6, leads_to, namespace, others_with, queued
+from cprd.linux.stdio import note
 
 MARK = "cprctl.run"  # the section of a hold with the keys, other than `listener`, that are ours
-SOCK_DGRAM = 2
 HOLDS = 100  # that are looked through for the one with an address
 LET_GO = 3.0  # seconds; what was confirmed is closed within one
 
@@ -46,21 +51,17 @@ class Start(NamedTuple):
     ours: set[tuple[str, int]]  # the keys that are run's own, beside `listener`
 
 
-def add_parser(verbs: Verbs) -> None:
-    from cprd.cli.owner import add_name
-    from cprd.cli.spans import SHORTEST, YEARS, seconds
-
-    parser = verbs.add_parser(
-        "run",
-        help="start a service with what is held, or cold",
-        usage="cprctl run NAME [--listen [NAME=]ADDR[,OPTION...] ...] [--bind] [--ttl S] [--cold]"
-        " [--owner USER] -- CMD [ARG ...]",
-        description=__doc__,
-        epilog="ADDR: [HOST:]PORT, udp:[HOST:]PORT, unix:PATH, seqpacket:PATH or dgram:PATH."
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "cprctl run NAME [--listen [NAME=]ADDR[,OPTION...] ...] [--bind] [--ttl S] [--cold]"
+        " [--owner USER] -- CMD [ARG ...]"
+    )
+    parser.epilog = (
+        "ADDR: [HOST:]PORT, udp:[HOST:]PORT, unix:PATH, seqpacket:PATH or dgram:PATH."
         " OPTION: mode=660, owner=USER:GROUP, backlog=N, reuseport, v6only, freebind, device=IF."
         " Without --listen every listening socket of the hold is kept. CMD finds its descriptors"
         " as from systemd: LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES; with --bind it binds by itself,"
-        " to exactly the addresses of --listen, and knows nothing of all this.",
+        " to exactly the addresses of --listen, and knows nothing of all this."
     )
     add_name(parser)
     parser.add_argument("--listen", action="append", default=[], metavar="ADDR")
@@ -76,17 +77,13 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--cold", action="store_true", help="start without cprd, and unheld, when nobody answers"
     )
-    parser.set_defaults(run=run, takes_command=True)
+    parser.set_defaults(takes_command=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    from cprd.cli.become import Crew, RaisedLimit, become, not_become, program
-    from cprd.cli.load import look_at, save_back
-    from cprd.cli.opening import Opened
-
     asked = addresses(args)
     file = program(args.command)
-    preload = _preload(args, file)
+    preload = object_for(file, args.command) if args.bind else ""
     start = Start(
         name=args.name,
         asked=asked,
@@ -115,13 +112,6 @@ def run(args: argparse.Namespace) -> int:
 def addresses(args: argparse.Namespace) -> list[Listen]:
     """The --listen arguments, with numeric hosts. Raises InvalidInput, also for two addresses where
     the kernel refuses the second, and CprdError for a name without an address."""
-    from itertools import combinations
-
-    from cprd.cli.addresses import parse_all, resolve
-    from cprd.cli.matching import conflict
-    from cprd.errors import InvalidInput
-    from cprd.linux.sockets import has_ipv6
-
     parsed = parse_all(args.listen)
     ipv6 = has_ipv6() if any(listen.both for listen in parsed) else True
     asked = [resolve(listen, ipv6=ipv6) for listen in parsed]
@@ -139,12 +129,6 @@ def addresses(args: argparse.Namespace) -> list[Listen]:
 
 def _begin(args: argparse.Namespace, start: Start) -> Deferred:
     """Fill the crew, by way of cprd or, with --cold, without."""
-    from cprd.cli.become import Deferred
-    from cprd.cli.connection import connect
-    from cprd.cli.opening import CannotListen
-    from cprd.errors import CprdError, Timeout, Unavailable
-    from cprd.linux.stdio import note
-
     try:
         daemon = connect(args)
     except (Unavailable, Timeout) as error:
@@ -163,10 +147,6 @@ def _begin(args: argparse.Namespace, start: Start) -> Deferred:
 def _holder(args: argparse.Namespace, name: str, failed: CannotListen) -> str:
     """The other hold with the address, for an error message (ss(8) shows no process); "" when
     none is found within a few seconds."""
-    from cprd.cli.connection import connect
-    from cprd.errors import CprdError
-    from cprd.linux.child import in_a_child
-
     if not failed.in_use or failed.listen.path:
         return ""
     kind, end = ("udp ", "") if failed.listen.kind == SOCK_DGRAM else ("tcp ", " listening")
@@ -197,15 +177,11 @@ def _holder(args: argparse.Namespace, name: str, failed: CannotListen) -> str:
 
 def _row_name(row: Mapping[str, Any]) -> str:
     """The name of a listed hold; UID/NAME for another user's."""
-    import os
-
     return str(row["name"]) if row["uid"] == os.geteuid() else f"{row['uid']}/{row['name']}"
 
 
 def begin(daemon: Daemon, start: Start) -> Deferred:
     """Fill the crew from the hold, or with new listeners; crew.warm says which."""
-    from cprd.errors import AlreadyHeld, CprdError, NotHeld
-
     warm = partial(_warm, daemon, start)
     try:
         return warm()
@@ -232,9 +208,6 @@ def begin(daemon: Daemon, start: Start) -> Deferred:
 
 def _warm(daemon: Daemon, start: Start) -> Deferred:
     """Claim, and confirm with the listeners as the next hold. Raises NotHeld, Busy, CprdError."""
-    from cprd.cli.become import Deferred
-    from cprd.cli.load import claim_that_fits
-
     crew, opened = start.crew, start.opened
     with claim_that_fits(daemon, start.name, start.look, start.limit) as claim:
         held, plan = _adopt(claim.state, start)
@@ -264,11 +237,6 @@ def _adopt(state: State, start: Start) -> tuple[list[Held], Plan]:
     """Move `state` into the crew: first the sockets that serve --listen arguments, in that order,
     then the rest. Listeners that are to be closed stay in `state`. Raises CprdError when a socket
     of the program is in the way of a new socket."""
-    from cprd.cli.matching import NEW, plan
-    from cprd.cli.opening import adjust
-    from cprd.errors import CprdError
-    from cprd.linux.sockets import namespace
-
     here = namespace()
     marked = {(str(name), int(id)) for name, id in state[MARK]} if MARK in state else set()
     if MARK in state:
@@ -298,10 +266,6 @@ def _adopt(state: State, start: Start) -> tuple[list[Held], Plan]:
 
 def _held(state: State, start: Start, ours: set[tuple[str, int]]) -> list[Held]:
     """The sockets among the descriptors of `state`. `ours`: keys of `cprctl run`."""
-    from cprd.cli.addresses import KEY
-    from cprd.cli.matching import Held
-    from cprd.linux.sockets import facts, leads_to
-
     paths = {listen.path for listen in start.asked if listen.is_file}
     found = []
     for name, id, fd in state.fds():
@@ -315,15 +279,10 @@ def _held(state: State, start: Start, ours: set[tuple[str, int]]) -> list[Held]:
 
 
 def _spell(held: Held) -> str:
-    from cprd.cli.names import fd_name
-
     return f"{fd_name(*held.key)} ({held.facts})"
 
 
 def _say_elsewhere(held: list[Held], here: int | None) -> None:
-    from cprd.cli.matching import elsewhere
-    from cprd.linux.stdio import note
-
     for each in held:
         if each.facts.listening and elsewhere(each.facts, here):
             note(
@@ -334,9 +293,6 @@ def _say_elsewhere(held: list[Held], here: int | None) -> None:
 
 def _say_shared(start: Start, held: list[Held]) -> None:
     """Name other processes with a listener open."""
-    from cprd.linux.sockets import others_with
-    from cprd.linux.stdio import note
-
     inodes = {each.facts.inode for each in held if each.ours or each.facts.listening}
     for pid, name in others_with(inodes).items():
         note(
@@ -348,12 +304,6 @@ def _say_shared(start: Start, held: list[Held]) -> None:
 
 def _close(state: State, held: list[Held], made: Plan) -> None:
     """Close the sockets that no --listen wants, say how much was queued, remove the files."""
-    import os
-
-    from cprd.cli.opening import remove
-    from cprd.linux.sockets import leads_to, others_with, queued
-    from cprd.linux.stdio import note
-
     for j in made.left:
         each = held[j]
         waiting = queued(each.fd, each.facts)
@@ -378,18 +328,12 @@ def _insert_new(start: Start) -> None:
 
 
 def _is_listener(start: Start, key: tuple[str, int], fd: int) -> bool:
-    from cprd.cli.addresses import KEY
-    from cprd.linux.sockets import facts
-
     known = facts(fd)
     return known is not None and (key in start.ours or key[0] == KEY or known.listening)
 
 
 def _listeners(start: Start) -> State | None:
     """The listeners as the next hold, borrowed from the crew; None without listeners."""
-    from cprd import State
-    from cprd.cli.addresses import KEY
-
     state = State()
     for key, fd in zip(start.crew.keys, start.crew.fds, strict=False):
         if _is_listener(start, key, fd):
@@ -402,8 +346,6 @@ def _listeners(start: Start) -> State | None:
 
 def _unblock(start: Start) -> None:
     """Make listeners block again, as systemd does: the last command may have set O_NONBLOCK."""
-    import os
-
     for key, fd in zip(start.crew.keys, start.crew.fds, strict=False):
         if _is_listener(start, key, fd):
             os.set_blocking(fd, True)
@@ -412,20 +354,8 @@ def _unblock(start: Start) -> None:
 # -- a command that binds by itself --------------------------------------------------------------
 
 
-def _preload(args: argparse.Namespace, file: str) -> str:
-    """The object for LD_PRELOAD; "" without --bind. Raises CprdError."""
-    if not args.bind:
-        return ""
-    from cprd.bind import object_for
-
-    return object_for(file, args.command)
-
-
 def _check_bind(start: Start) -> None:
     """Refuse, before the confirm, a hold with more than listeners. Raises CprdError."""
-    from cprd.cli.names import fd_name
-    from cprd.errors import CprdError
-
     if not start.bind:
         return
     crew = start.crew
@@ -441,9 +371,6 @@ def _check_bind(start: Start) -> None:
 
 def _variables(start: Start, preload: str) -> dict[str, str]:
     """The environment by which the preloaded object knows the listeners."""
-    from cprd.bind import environment
-    from cprd.linux.sockets import facts, leads_to
-
     paths = {listen.key: listen.path for listen in start.asked if listen.is_file}
     sockets = []
     for key, fd in zip(start.crew.keys, start.crew.fds, strict=True):
@@ -465,8 +392,6 @@ def _nothing(args: argparse.Namespace, crew: Crew) -> str:
 
 def _cold(daemon: Daemon, start: Start) -> Deferred:
     """Open the listeners and hold them. Raises AlreadyHeld, or CprdError for a bad address."""
-    from cprd.cli.become import Deferred
-
     try:
         _open_all(start)
         state = _listeners(start)
@@ -487,8 +412,6 @@ def _open_all(start: Start) -> None:
 
 def _drop(args: argparse.Namespace, crew: Crew) -> str:
     """End the hold of a cold start that failed."""
-    from cprd.cli.connection import connect
-
     if crew.fds:
         with connect(args) as daemon:
             daemon.drop(args.name)

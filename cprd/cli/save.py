@@ -6,12 +6,16 @@ hold is not served while PID lives, unless --after-exit names another process.""
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import fcntl
+import os
+import sys
 
-if TYPE_CHECKING:
-    from cprd import State
-    from cprd.cli import Verbs
-    from cprd.cli.adopting import Process
+from cprd import State
+from cprd.cli.adopting import Process
+from cprd.cli.arguments import SHORTEST, YEARS, add_name, connect, seconds
+from cprd.errors import InvalidInput
+from cprd.linux.memfd import SEALS
+from cprd.linux.stdio import note, say
 
 INLINE = 64 * 1024  # bytes; a larger file goes into a memfd of its own, in pieces
 
@@ -23,21 +27,17 @@ class _Help(argparse.HelpFormatter):
         return super()._format_action_invocation(action).replace(" [=", "[=")
 
 
-def add_parser(verbs: Verbs) -> None:
-    from cprd.cli.owner import add_name
-    from cprd.cli.spans import SHORTEST, YEARS, seconds
-
-    parser = verbs.add_parser(
-        "save",
-        help="hold descriptors of the shell, or of a running process",
-        usage="cprctl save NAME [--pid PID] --fd KEY[:ID]=N ...|--listeners [--section KEY=FILE]"
-        " [--replace] [--ttl S] [--after-exit[=PID]] [--owner USER]",
-        description=__doc__,
-        epilog="Examples: exec 7<>/dev/tcp/127.0.0.1/80; cprctl save web --fd conn=7."
-        " cprctl save redis --pid 4711 --listeners. Exit status 1 also when NAME is held already:"
-        " --replace it, or drop it.",
-        formatter_class=_Help,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "cprctl save NAME [--pid PID] --fd KEY[:ID]=N ...|--listeners [--section KEY=FILE]"
+        " [--replace] [--ttl S] [--after-exit[=PID]] [--owner USER]"
     )
+    parser.epilog = (
+        "Examples: exec 7<>/dev/tcp/127.0.0.1/80; cprctl save web --fd conn=7."
+        " cprctl save redis --pid 4711 --listeners. Exit status 1 also when NAME is held already:"
+        " --replace it, or drop it."
+    )
+    parser.formatter_class = _Help
     add_name(parser)
     parser.add_argument(
         "--fd",
@@ -64,7 +64,6 @@ def add_parser(verbs: Verbs) -> None:
         metavar="=PID",
         help="not to be loaded while PID lives (without =PID: the process that started cprctl)",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,9 +76,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _adopted(args: argparse.Namespace) -> Process | None:
-    from cprd.cli.adopting import Process
-    from cprd.errors import InvalidInput
-
     if args.pid is None:
         if args.listeners:
             raise InvalidInput("--listeners: of which process? --pid PID")
@@ -90,11 +86,6 @@ def _adopted(args: argparse.Namespace) -> Process | None:
 
 
 def _save(args: argparse.Namespace, process: Process | None) -> int:
-    import os
-
-    from cprd.cli.connection import connect
-    from cprd.linux.stdio import say
-
     state, files = _state(args, process)
     if args.after_exit is None and process is not None:
         pidfd = os.dup(process.pidfd)
@@ -118,9 +109,6 @@ def _save(args: argparse.Namespace, process: Process | None) -> int:
 
 def _state(args: argparse.Namespace, process: Process | None) -> tuple[State, list[int]]:
     """The state to save, and the memfds made for it, which the caller closes."""
-    from cprd import State
-    from cprd.errors import InvalidInput
-
     if not args.fd and not args.section and not args.listeners:
         raise InvalidInput("nothing to save: give --fd KEY[:ID]=N or --section KEY=FILE")
     state = State()
@@ -148,8 +136,6 @@ def _state(args: argparse.Namespace, process: Process | None) -> tuple[State, li
 
 def fd_argument(text: str) -> tuple[str, int, int]:
     """KEY[:ID]=N as (name, id, descriptor). Raises InvalidInput."""
-    from cprd.errors import InvalidInput
-
     key, equals, number = text.rpartition("=")
     if not equals or not key or not (number.isascii() and number.isdigit()):
         raise InvalidInput(f"--fd {text}: wants KEY[:ID]=N, with N the number of a descriptor")
@@ -161,9 +147,6 @@ def fd_argument(text: str) -> tuple[str, int, int]:
 
 
 def _section(state: State, key: str, path: str, files: list[int]) -> None:
-    import os
-    import sys
-
     with open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-") as file:
         head = file.read(INLINE + 1)
         if len(head) <= INLINE:
@@ -176,25 +159,12 @@ def _section(state: State, key: str, path: str, files: list[int]) -> None:
             while rest:
                 rest = rest[os.write(memfd, rest) :]
             head = file.read(1 << 20)
-    _seal(memfd)
-    state.save_section_fd(key, memfd)
-
-
-def _seal(memfd: int) -> None:
-    import fcntl
-
-    from cprd.linux.memfd import SEALS
-
     fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, SEALS)
+    state.save_section_fd(key, memfd)
 
 
 def _process(after_exit: str | None) -> int:
     """A pidfd of the process that must be gone first, owned by the caller; -1 for none."""
-    import os
-
-    from cprd.errors import InvalidInput
-    from cprd.linux.stdio import note
-
     if after_exit is None:
         return -1
     if not after_exit:

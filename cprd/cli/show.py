@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import argparse
+from typing import Any
 
-if TYPE_CHECKING:
-    import argparse
+from cprd.cli.arguments import add_name
+from cprd.cli.load import look_at
+from cprd.cli.table import print_json, seconds, show_rows
+from cprd.linux.describe import size
+from cprd.linux.stdio import say
 
-    from cprd.cli import Verbs
 
-
-def add_parser(verbs: Verbs) -> None:
-    from cprd.cli.owner import add_name
-
-    parser = verbs.add_parser("show", help="what a hold consists of", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_name(parser)
     parser.add_argument("--json", action="store_true", help="one object, for programs")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from cprd.cli.load import look_at
-    from cprd.cli.table import print_json
-
     hold = look_at(args)()
     if args.json:
         print_json(hold)
@@ -32,10 +27,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(hold: dict[str, Any]) -> None:
-    from cprd.cli.table import seconds, show_rows
-    from cprd.linux.describe import size
-    from cprd.linux.stdio import say
-
     facts = [f"generation {hold.get('generation')}", str(hold.get("phase"))]
     facts += [f"uid {hold.get('uid')}", f"{hold.get('fds')} fds", f"age {seconds(hold.get('age'))}"]
     if hold.get("expires") is not None:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
 
-if TYPE_CHECKING:
-    import argparse
+from cprd.cli.arguments import connect
+from cprd.cli.table import print_json, seconds
+from cprd.linux.stdio import say
 
-    from cprd.cli import Verbs
 
-
-def add_parser(verbs: Verbs) -> None:
-    parser = verbs.add_parser("status", help="the daemon and its limits", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one object, for programs")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from cprd.cli.connection import connect
-    from cprd.cli.table import print_json
-    from cprd.linux.stdio import say
-
     with connect(args) as daemon:
         status = daemon.status()
     if args.json:
@@ -41,7 +34,5 @@ def _lines(prefix: str, value: object) -> list[tuple[str, str]]:
     if isinstance(value, list | tuple):
         return [line for i, item in enumerate(value) for line in _lines(f"{prefix}.{i}", item)]
     if prefix == "uptime":
-        from cprd.cli.table import seconds
-
         return [(prefix, seconds(value))]
     return [(prefix, "-" if value is None else str(value))]

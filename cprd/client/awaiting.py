@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Generator
-from types import TracebackType
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar, cast
 
 from cprd.client import claim as claims
@@ -28,12 +27,7 @@ T = TypeVar("T")
 class _Block(Protocol):
     async def __aenter__(self) -> Any: ...
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None: ...
 
 
 B = TypeVar("B", bound=_Block)
@@ -54,12 +48,7 @@ class Opening(Generic[B]):
         await self._opened.__aenter__()
         return self._opened
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         assert self._opened is not None
         await self._opened.__aexit__(kind, error, trace)
 
@@ -283,12 +272,7 @@ class Claim(claims.ClaimFace):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._line.mine():
             await self._line.run(self._claim.leave(error))
 
@@ -318,12 +302,7 @@ class LiveState(LiveVerbs):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._live.open and self._line.mine():
             await self._line.run(self._live.leave(error))
 
@@ -336,36 +315,39 @@ async def begin(
     return await line.run(verb)
 
 
-Lines = Callable[[str, Common], Connection]
+class Loop:
+    """The functions of cprd.trio and cprd.asyncio; `line` makes a connection of that loop."""
 
+    def __init__(self, line: Callable[[str, Common], Connection]) -> None:
+        self._line = line
 
-def open_daemon(
-    make: Lines, path: str | os.PathLike[str] | None, timeout: float | None
-) -> Opening[Daemon]:
-    """connect() of a loop, whose lines `make` makes."""
+    def connect(
+        self, path: str | os.PathLike[str] | None = None, *, timeout: float | None = None
+    ) -> Opening[Daemon]:
+        """As cprd.connect: to await, or to enter. A Daemon is for the tasks of a single loop."""
 
-    async def open() -> Daemon:
-        claims.check_timeout(timeout)
-        connection = make(exchange.where(path), Common(timeout))
-        await connection.drive(exchange.connect(connection))
-        return Daemon(connection)
+        async def open() -> Daemon:
+            claims.check_timeout(timeout)
+            connection = self._line(exchange.where(path), Common(timeout))
+            await connection.drive(exchange.connect(connection))
+            return Daemon(connection)
 
-    return Opening(open)
+        return Opening(open)
 
+    def live(
+        self,
+        name: str,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        wait: float = 0.0,
+        lease: float = messages.LEASE,
+        timeout: float | None = None,
+    ) -> Opening[LiveState]:
+        """As cprd.live: to await, or to enter. A LiveState is for the tasks of a single loop."""
 
-def open_live(
-    make: Lines,
-    name: str,
-    path: str | os.PathLike[str] | None,
-    wait: float,
-    lease: float,
-    timeout: float | None,
-) -> Opening[LiveState]:
-    """live() of a loop, whose lines `make` makes."""
+        async def open() -> LiveState:
+            claims.check_timeout(timeout)
+            connection = self._line(exchange.where(path), Common(timeout))
+            return await begin(connection, name, wait, lease, None)
 
-    async def open() -> LiveState:
-        claims.check_timeout(timeout)
-        connection = make(exchange.where(path), Common(timeout))
-        return await begin(connection, name, wait, lease, None)
-
-    return Opening(open)
+        return Opening(open)

@@ -27,7 +27,6 @@ TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     from _socket import socket
     from collections.abc import Callable
-    from types import TracebackType
     from typing import Any, Literal, Self, TypeVar
 
     from cprd.client.blocking_live import LiveState
@@ -479,12 +478,7 @@ class Claim(claims.ClaimFace):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._line.mine():
             self._line.run(self._claim.leave(error))
 

@@ -7,7 +7,6 @@ from cprd.client.livestate import LiveVerbs
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
     from cprd.client.blocking import Connection
@@ -47,12 +46,7 @@ class LiveState(LiveVerbs):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._live.open and self._line.mine():
             self._line.run(self._live.leave(error))
 

@@ -70,7 +70,6 @@ if TYPE_CHECKING:
 
 AGAIN = 0.2  # s between two tries to put a hold back
 PATTERN = ".*"
-LIVE_PHASES = ("held", "claimed", "live")
 
 
 class Root:

@@ -15,20 +15,31 @@ import os
 import select
 import time
 from collections import deque
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-
-from cprd.linux import journal
 
 if TYPE_CHECKING:
     import trio
 
-_journal = journal.reads(2)
 INFO, WARNING, ERROR = 6, 4, 3
 MOST = 1000  # lines that wait for a reader
 MANY = 500  # lines that are written without waiting for more
 GATHERED = 0.02  # s
 PIECE = 4096  # bytes that a pipe takes at once when it says that it takes any (PIPE_BUF)
 RETRY = 0.5  # s until a reader that did not read is tried again
+
+
+def _journal_reads(fd: int) -> bool:
+    """Whether the journal reads from `fd`: $JOURNAL_STREAM, systemd.exec(5), names the device and
+    the inode of the journal's stream. False for a stream redirected since."""
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+_journal = _journal_reads(2)
 
 Event = tuple[int, str, int, dict[str, Any]]  # when (ns of the wall clock), what, level, fields
 
@@ -55,7 +66,9 @@ def event(what: str, *, level: int = INFO, **fields: Any) -> None:
 
 def _line(event: Event) -> bytes:
     at, what, level, fields = event
-    line = f"<{level}>{what}" if _journal else f"{journal.stamp(at)} {what}"
+    millis = at // 1_000_000
+    when = f"{_second(millis // 1000)}.{millis % 1000:03d}Z"  # as in RFC 3339
+    line = f"<{level}>{what}" if _journal else f"{when} {what}"
     for key, value in fields.items():
         if value is None:
             continue
@@ -67,6 +80,11 @@ def _line(event: Event) -> bytes:
             text = ascii(text) if not text.isprintable() else '"' + text.replace('"', "'") + '"'
         line += f" {key}={text}"
     return line.encode("utf-8", "replace") + b"\n"
+
+
+@lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def _plain(text: str) -> bool:

@@ -89,7 +89,7 @@ class Reporter:
                 await self._news.wait()
 
     def _message(self, ready: bool, text: str) -> bytes:
-        parts = [b"READY=1"] if ready else []
+        parts = [notify.READY] if ready else []
         if ready or text != self._said:
             if not ready:
                 self._note = ""

@@ -11,9 +11,9 @@ import os
 import socket
 import subprocess
 import sys
+from typing import NamedTuple
 
 from cprd.daemon import log
-from cprd.daemon.passed import Passed
 from cprd.errors import InvalidInput
 from cprd.linux import listen_fds
 from cprd.systemd.fdstore import PROBE
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from cprd.daemon.listener import SocketFile
-    from cprd.daemon.storage.shelves import Keeper
+    from cprd.daemon.storage.shelf import Shelf
 
 OWN_LISTENER = "cprd-own-listener"
 LOCAL = "local."  # before the names of shelves that no store has
@@ -34,6 +34,15 @@ SENT = "s."  # the same, and the releaser has it
 RELEASER = "r."  # and a uid, and the number of messages without an acknowledgement
 MOST_PASSED = 5000  # names of more than that do not fit one variable
 CHECK = 60.0  # s that --check of a new version may take
+
+
+class Passed(NamedTuple):
+    """What is still to be let go of (releasing.py). All descriptors are owned."""
+
+    releasers: list[tuple[int, int, int]]  # uid, messages without an acknowledgement, socket
+    closing: list[tuple[int, int]]  # uid, descriptor
+    draining: list[tuple[int, int]]  # the same, not sent yet
+    sent: list[tuple[int, int]]  # the same, with the releaser
 
 
 class Given:
@@ -169,11 +178,11 @@ def new_version_works() -> bool:
     return check.returncode == 0
 
 
-def become_new(keeper: Keeper, given: Given) -> NoReturn:
+def become_new(shelves: list[Shelf], given: Given) -> NoReturn:
     """Execute the program anew: the same PID; listeners, shelves and files still to be
     closed go along, everything else is closed."""
     named = [(name, sock.fileno()) for name, sock in given.listeners]
-    for shelf in keeper.shelves():
+    for shelf in shelves:
         for name, end in zip(shelf.names, (shelf.outlet, shelf.tx), strict=True):
             mark = "" if shelf.durable else ONCE if shelf.was_durable else LOCAL
             named.append((mark + name, end.fileno()))

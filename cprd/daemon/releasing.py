@@ -26,7 +26,7 @@ import trio
 
 from cprd.daemon import log
 from cprd.daemon.forker import AGAIN, Forker, inherited
-from cprd.daemon.passed import Passed
+from cprd.daemon.reexec import Passed
 from cprd.daemon.releaser import AFTER, CLOSE, CLOSED, COUNT, COUNTED, DRAIN, FENCE, FENCED, MOST
 from cprd.errors import LimitExceeded
 

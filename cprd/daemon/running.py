@@ -80,7 +80,7 @@ class Running:
     def become_new(self) -> NoReturn:
         """Execute the program anew, with everything that must stay open."""
         self.given.passed = self.releasing.pass_on()
-        reexec.become_new(self.keeper, self.given)
+        reexec.become_new(self.keeper.shelves(), self.given)
 
     def end(self) -> None:
         """Before the end of the daemon: releasers let go of what ends with the daemon, and the end

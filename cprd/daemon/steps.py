@@ -71,7 +71,7 @@ class Steps:
         if hidden:
             log.event("blind", level=log.ERROR, why=hidden)
         for old in self.registry.adopt(hold for hold, _ in left):
-            log.event("outdated", uid=old.uid, name=old.name, generation=old.generation)
+            log.event("outdated", **_named(old))
             self.keeper.forget(old)
         for hold, pidfds in left:
             if self.registry.get(hold.generation) is None:
@@ -81,14 +81,7 @@ class Steps:
             if hold.live and hold.allows("counted") and not hold.fds:
                 self.counting.left(hold.generation)
             if hold.phase != HELD:
-                log.event(
-                    "adopted",
-                    phase=hold.phase,
-                    uid=hold.uid,
-                    name=hold.name,
-                    generation=hold.generation,
-                    fds=hold.fds,
-                )
+                log.event("adopted", phase=hold.phase, **_named(hold), fds=hold.fds)
 
     def adopt_notes(self) -> None:
         """Keep names for living owners of live holds whose roots ended with an earlier daemon."""
@@ -101,15 +94,13 @@ class Steps:
                 self.notes.remove(hold.generation)
                 continue
             owner = note.owner()
-            fields: dict[str, Any] = {"uid": hold.uid, "name": hold.name}
-            fields["generation"] = hold.generation
             if owner < 0:
                 self.notes.remove(hold.generation)
-                log.event("ended", level=log.WARNING, how=NOT_PUT_BACK, **fields)
+                log.event("ended", level=log.WARNING, how=NOT_PUT_BACK, **_named(hold))
                 continue
             self.registry.put(hold)
             self.pidfds.keep(hold.generation, {"owner": owner}, hold.roles)
-            log.event("adopted", phase="live", **fields, why=why_not(hold, now()))
+            log.event("adopted", phase="live", **_named(hold), why=why_not(hold, now()))
 
     async def end_orphans(self) -> None:
         """End prepared saves when the saver cannot be watched, and has not come back in time."""
@@ -209,22 +200,13 @@ class Steps:
         hold = ended.hold
         self.disown(hold)
         self.pidfds.keep(hold.generation, self.pidfds.of(hold.generation), ())
-        log.event(
-            "ended",
-            how=ended.how,
-            uid=hold.uid,
-            name=hold.name,
-            generation=hold.generation,
-            **asked,
-        )
+        log.event("ended", how=ended.how, **_named(hold), **asked)
 
     def _after_put(self, old: Hold | None, hold: Hold, asked: Mapping[str, Any]) -> None:
         if old is None or old.phase != hold.phase:
             log.event(
                 hold.phase,
-                uid=hold.uid,
-                name=hold.name,
-                generation=hold.generation,
+                **_named(hold),
                 pid=hold.claimant or hold.saver,
                 fds=hold.fds,
                 attempts=hold.attempts or None,
@@ -297,10 +279,7 @@ class Steps:
         if role == "after_exit":
             self.observe(self.registry.predecessor_gone(now(), generation))
             return
-        gone = {
-            "saver": self.registry.saver_gone,
-            "acting": self.registry.acting_gone,
-        }
+        gone = {"saver": self.registry.saver_gone, "acting": self.registry.acting_gone}
         self.observe(gone[role](generation))
 
     def last_end(self, hold: Hold) -> str:
@@ -367,6 +346,11 @@ class Steps:
             self._deadline_moved = trio.Event()
             with trio.move_on_after(max(0.0, self._sleeps_until - start)):
                 await self._deadline_moved.wait()
+
+
+def _named(hold: Hold) -> dict[str, Any]:
+    """The fields by which the log names a hold."""
+    return {"uid": hold.uid, "name": hold.name, "generation": hold.generation}
 
 
 def _why(old: Hold | None, hold: Hold) -> str | None:

@@ -6,20 +6,19 @@ connection goes on, with all counters.
 
 from __future__ import annotations
 
-import fcntl
 import socket
 import struct
-import sys
+
+from cprd.linux.rights import queued, unread
 
 _POSITIONS = struct.Struct("<120xQQ")  # of struct tcp_info: bytes_acked, bytes_received (Linux 4.1)
-_SIOCINQ, _SIOCOUTQ = 0x541B, 0x5411
 
 
 def read(sock: socket.socket) -> int:
     """Bytes that were received from a connection, whoever called recv."""
     while True:
         received = _counted(sock)[1]
-        waiting = _queued(sock, _SIOCINQ)
+        waiting = queued(sock)
         if _counted(sock)[1] == received:  # else more came between the two questions
             return received - waiting
 
@@ -28,7 +27,7 @@ def written(sock: socket.socket) -> int:
     """Bytes that were sent into a connection."""
     while True:
         acknowledged = _counted(sock)[0]
-        unacknowledged = _queued(sock, _SIOCOUTQ)
+        unacknowledged = unread(sock)
         if _counted(sock)[0] == acknowledged:
             return acknowledged + unacknowledged
 
@@ -37,7 +36,3 @@ def _counted(sock: socket.socket) -> tuple[int, int]:
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _POSITIONS.size)
     acknowledged, received = _POSITIONS.unpack(info)
     return acknowledged, received
-
-
-def _queued(sock: socket.socket, which: int) -> int:
-    return int.from_bytes(fcntl.ioctl(sock, which, b"\0" * 4), sys.byteorder)

@@ -23,6 +23,7 @@ import errno
 import fcntl
 import os
 import socket
+import sys
 
 _ACCESS = {os.O_RDONLY: "read-only", os.O_WRONLY: "write-only", os.O_RDWR: "read-write"}
 _SEALS = (
@@ -198,13 +199,9 @@ def _tun(fd: int) -> str:
         fcntl.ioctl(fd, 0x800454D2, request)  # TUNGETIFF, linux/if_tun.h
     except OSError:
         return f"tun/tap {printable(name)}"
-    flags = int.from_bytes(request[16:18], "little" if _little_endian() else "big")
+    flags = int.from_bytes(request[16:18], sys.byteorder)
     queues = ", one of several queues" if flags & 0x100 else ""
     return f"{'tap' if flags & 2 else 'tun'} {printable(name)}{queues}"
-
-
-def _little_endian() -> bool:
-    return socket.ntohs(1) != 1
 
 
 # -- anonymous inodes ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 import struct
+import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -121,7 +122,7 @@ def _cookie(sock: socket.socket) -> int | None:
         raw = sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
     except OSError:
         return None
-    return int.from_bytes(raw, "little" if socket.ntohs(1) != 1 else "big")
+    return int.from_bytes(raw, sys.byteorder)
 
 
 def namespace() -> int | None:

@@ -186,9 +186,6 @@ class Owner:
         """Whether the next change has something to finish for an earlier one."""
         return self._writer.unfinished
 
-    def keeps(self, key: Key) -> bool:
-        return key in self._ledger.where
-
     @property
     def kept(self) -> int:
         """How many keys are kept: descriptors, sections and memory."""

@@ -1,4 +1,5 @@
-"""All holds in memory, by name and by generation, and the usage of each uid. No I/O, no clock."""
+"""All holds in memory, by name and by generation, the usage of each uid, and first answers. No I/O,
+no clock."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from cprd.errors import Busy, LimitExceeded, NotHeld
 from cprd.protocol import messages
 from cprd.protocol.lifecycle import UNREADABLE, Hold
 from cprd.protocol.names import Key
+from cprd.protocol.replies import Replies
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Holds:
         self._by_generation: dict[int, Hold] = {}
         self._usage: dict[int, Usage] = {}
         self._deadlines: list[tuple[float, int]] = []
+        self.replies = Replies()
 
     def __iter__(self) -> Iterator[Hold]:
         return iter(self._by_generation.values())

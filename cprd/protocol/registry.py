@@ -17,7 +17,7 @@ from functools import wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from cprd.errors import AlreadyHeld, Busy, Damaged, Fenced
-from cprd.protocol.holds import Holds, Quota
+from cprd.protocol.holds import Holds
 from cprd.protocol.lifecycle import (
     DAMAGED,
     HELD,
@@ -32,7 +32,7 @@ from cprd.protocol.lifecycle import (
 )
 from cprd.protocol.messages import handled_by, pid_text
 from cprd.protocol.names import Key
-from cprd.protocol.replies import Replies, Reply, newest
+from cprd.protocol.replies import Reply, newest
 
 
 class Caller(NamedTuple):
@@ -114,15 +114,6 @@ def once(verb: Verb[About, P]) -> Verb[About, P]:
 
 class Registry(Holds):
     """All holds, and the verbs. Only `apply` and `adopt` change anything."""
-
-    def __init__(
-        self,
-        quota: Quota | None = None,
-        first_generation: int = 1,
-        step: Callable[[], int] = lambda: 1,
-    ) -> None:
-        super().__init__(quota, first_generation, step)
-        self.replies = Replies()
 
     # Saving
 

@@ -4,7 +4,6 @@ words, would lack or have otherwise. Pure.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from cprd.qemu.command import keyed
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from cprd.qemu.disks import Drive
     from cprd.qemu.inventory import Inventory
 
-_UNNAMED = re.compile(r"device\[(\d+)\]$")
 _LIMIT = {"bps": "bps-total", "iops": "iops-total", "bps_max": "bps-total-max"}
 _LIMIT |= {"iops_max": "iops-total-max"}
 _TAKES_DISK = ("hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd", "pflash", "mtdblock")

@@ -186,9 +186,9 @@ class _Path:
         name = self.name.replace(",", ",,")
         return any(before + name in word for word in words for before in "=:/")
 
-    def is_missing(self, suffix: str = "") -> bool:
+    def is_missing(self) -> bool:
         """Whether there is no socket of that name."""
-        there = self._stat(suffix)
+        there = self._stat("")
         return there is None or not stat.S_ISSOCK(there.st_mode)
 
     def is_ours(self, suffix: str) -> bool:

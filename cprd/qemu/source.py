@@ -123,9 +123,8 @@ class Source:
         self._main: socket.socket | None = None
         self._settings = Settings.prepare(monitor)
 
-    def take_cpr(self, forward: Callable[[bytes, list[int]], None] | None = None) -> None:
-        """Send `migrate` and read the CPR stream to its end. The guest runs on. `forward` gets each
-        piece; its descriptors stay here.
+    def take_cpr(self) -> None:
+        """Send `migrate` and read the CPR stream to its end. The guest runs on.
 
         Raises MonitorRefused (QEMU will not), Timeout, Damaged, LimitExceeded, Refused."""
         self.monitor.forget_events()
@@ -139,7 +138,7 @@ class Source:
         deadline = Deadline(self.timeout)
         self._migrate = self.monitor.send("migrate", channels=channels)
         self._cpr = self._accept_cpr(self._cpr_listener, deadline)
-        failure = self._drain(self._cpr, forward, deadline)
+        failure = self._drain(self._cpr, deadline)
         if not isinstance(failure, Timeout):  # else it is still writing, and does not answer
             self._take_answer()
         if failure is not None:
@@ -174,12 +173,7 @@ class Source:
         if request is not None:
             self.monitor.answer(request, self.timeout)
 
-    def _drain(
-        self,
-        sock: socket.socket,
-        forward: Callable[[bytes, list[int]], None] | None,
-        deadline: Deadline,
-    ) -> CprdError | None:
+    def _drain(self, sock: socket.socket, deadline: Deadline) -> CprdError | None:
         """Read to the end, whatever comes; returns the first failure."""
         failure: CprdError | None = None
         while True:
@@ -207,11 +201,6 @@ class Source:
             self.received.feed(data, fds.tolist())
             if not data:
                 return failure
-            if forward is not None and failure is None:
-                try:
-                    forward(data, fds.tolist())
-                except (CprdError, OSError) as error:
-                    failure = error if isinstance(error, CprdError) else Damaged(str(error))
 
     def take_main(self, forward: Callable[[bytes], None] | None = None) -> None:
         """Hang up on the CPR channel: QEMU stops the guest and sends the main stream. `forward`

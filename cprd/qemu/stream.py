@@ -15,7 +15,6 @@ from cprd.errors import Damaged
 
 MAGIC = b"QEVM"
 SHUT = 1
-PONG = 2
 _HEAD = struct.Struct(">HH")
 DONE = _HEAD.pack(SHUT, 4) + bytes(4)
 """SHUT(0) on the return path: the state has arrived. The source completes, and cannot go back."""

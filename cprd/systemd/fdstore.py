@@ -17,11 +17,10 @@ import os
 import select
 
 from cprd.errors import InvalidInput
-from cprd.linux.listen_fds import number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from cprd.systemd.notify import Manager, Steps
 
@@ -51,13 +50,6 @@ def store_message(name: str) -> bytes:
 def remove_message(name: str) -> bytes:
     """Removes every entry called `name`; no such entry is fine too."""
     return b"FDSTOREREMOVE=1\nFDNAME=" + check_name(name).encode()
-
-
-def store_limit(environ: Mapping[str, str]) -> int | None:
-    """How many descriptors the manager is willing to store ($FDSTORE, systemd 254+). None: the
-    manager does not say, as before 254 with a store or without; `keep` finds out."""
-    value = environ.get("FDSTORE")
-    return None if value is None else number("FDSTORE", value)
 
 
 # Steps

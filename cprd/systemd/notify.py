@@ -1,6 +1,6 @@
 """Messages of sd_notify(3) to the service manager, and the socket for messages.
 
-- `ready`, `status`, `reloading`, ... make messages, as bytes, without I/O.
+- `status`, `reloading`, ... make messages, as bytes, without I/O.
 - `Manager` is the socket. A step that may wait for the manager is a generator, and yields a
   `Wait`: the generator neither blocks nor knows a clock. `drive` runs steps with poll and a
   deadline; the daemon has another driver.
@@ -39,22 +39,15 @@ def status(text: str) -> bytes:
     return b"STATUS=" + " ".join(text.splitlines()).encode("utf-8", "replace")
 
 
-def ready(text: str | None = None) -> bytes:
-    """The service serves: ends a start, or a reload."""
-    return b"READY=1" if text is None else b"READY=1\n" + status(text)
+def reloading() -> bytes:
+    """A reload begins; READY ends the reload. MONOTONIC_USEC, for Type=notify-reload (253+)."""
+    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    return b"RELOADING=1\nMONOTONIC_USEC=%d" % (now // 1000)
 
 
-def reloading(monotonic_ns: int | None = None, text: str | None = None) -> bytes:
-    """A reload begins; `ready` ends the reload. MONOTONIC_USEC, for Type=notify-reload (253+),
-    is now, or the given time in nanoseconds."""
-    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) if monotonic_ns is None else monotonic_ns
-    head = b"RELOADING=1\nMONOTONIC_USEC=%d" % (now // 1000)
-    return head if text is None else head + b"\n" + status(text)
-
-
-def stopping(text: str | None = None) -> bytes:
+def stopping(text: str) -> bytes:
     """The service ends."""
-    return b"STOPPING=1" if text is None else b"STOPPING=1\n" + status(text)
+    return b"STOPPING=1\n" + status(text)
 
 
 def mainpid(pid: int) -> bytes:
@@ -63,6 +56,7 @@ def mainpid(pid: int) -> bytes:
     return b"MAINPID=%d" % pid
 
 
+READY = b"READY=1"  # the service serves: ends a start, or a reload
 WATCHDOG = b"WATCHDOG=1"
 BARRIER = b"BARRIER=1"  # alone, with one descriptor: with anything else, all else is ignored
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    Exists = Callable[[Any, int], bool]
+
 MAX_BUFFER = 1 << 20
 """Bytes of one buffer or string whose length is in the stream, unless its field says otherwise."""
 MAX_COUNT = 1 << 16
@@ -42,7 +44,7 @@ def _int_field(code: str) -> Callable[..., Field]:
         name: str,
         *,
         version_id: int = 0,
-        exists: Callable[[Any, int], bool] | None = None,
+        exists: Exists | None = None,
         length_of: str = "",
     ) -> Field:
         """An integer. With `length_of` it is no attribute: it has the length of that field."""
@@ -57,21 +59,15 @@ uint32, int32 = _int_field("I"), _int_field("i")
 uint64, int64 = _int_field("Q"), _int_field("q")
 
 
-def float64(
-    name: str, *, version_id: int = 0, exists: Callable[[Any, int], bool] | None = None
-) -> Field:
+def float64(name: str, *, version_id: int = 0, exists: Exists | None = None) -> Field:
     return Field(name, Float(), version_id, exists)
 
 
-def boolean(
-    name: str, *, version_id: int = 0, exists: Callable[[Any, int], bool] | None = None
-) -> Field:
+def boolean(name: str, *, version_id: int = 0, exists: Exists | None = None) -> Field:
     return Field(name, Bool(), version_id, exists)
 
 
-def buffer(
-    name: str, size: int, *, version_id: int = 0, exists: Callable[[Any, int], bool] | None = None
-) -> Field:
+def buffer(name: str, size: int, *, version_id: int = 0, exists: Exists | None = None) -> Field:
     """Exactly `size` bytes."""
     return Field(name, Buffer(size, size), version_id, exists)
 
@@ -81,7 +77,7 @@ def vbuffer(
     length: str,
     *,
     version_id: int = 0,
-    exists: Callable[[Any, int], bool] | None = None,
+    exists: Exists | None = None,
     limit: int = MAX_BUFFER,
 ) -> Field:
     """As many bytes as the earlier integer field `length` says, at most `limit`."""
@@ -93,7 +89,7 @@ def string(
     length: str = "",
     *,
     version_id: int = 0,
-    exists: Callable[[Any, int], bool] | None = None,
+    exists: Exists | None = None,
     size: int = -1,
     limit: int = MAX_BUFFER,
 ) -> Field:
@@ -104,23 +100,17 @@ def string(
     return Field(name, String(size, limit), version_id, exists, length=length)
 
 
-def counted_string(
-    name: str, *, version_id: int = 0, exists: Callable[[Any, int], bool] | None = None
-) -> Field:
+def counted_string(name: str, *, version_id: int = 0, exists: Exists | None = None) -> Field:
     """A str of up to 255 bytes behind a u8 length, no NUL."""
     return Field(name, CountedString(), version_id, exists)
 
 
-def fd(
-    name: str, *, version_id: int = 0, exists: Callable[[Any, int], bool] | None = None
-) -> Field:
+def fd(name: str, *, version_id: int = 0, exists: Exists | None = None) -> Field:
     """A descriptor: a number, or on saving anything with fileno(). One dummy byte in the stream."""
     return Field(name, Fd(), version_id, exists)
 
 
-def unused(
-    size: int, *, version_id: int = 0, exists: Callable[[Any, int], bool] | None = None
-) -> Field:
+def unused(size: int, *, version_id: int = 0, exists: Exists | None = None) -> Field:
     """`size` bytes that once meant something."""
     return Field("unused", Unused(size), version_id, exists)
 
@@ -131,7 +121,7 @@ def struct(
     factory: Callable[[], Any] | None = SimpleNamespace,
     *,
     version_id: int = 0,
-    exists: Callable[[Any, int], bool] | None = None,
+    exists: Exists | None = None,
     struct_version: int | None = None,
 ) -> Field:
     """An object inside, of a fixed version (no version of it is in the stream). Loaded into a
@@ -145,7 +135,7 @@ def array(
     count: int = -1,
     *,
     version_id: int = 0,
-    exists: Callable[[Any, int], bool] | None = None,
+    exists: Exists | None = None,
     length: str = "",
     limit: int = MAX_COUNT,
 ) -> Field:
@@ -163,7 +153,7 @@ def struct_array(
     count: int = -1,
     *,
     version_id: int = 0,
-    exists: Callable[[Any, int], bool] | None = None,
+    exists: Exists | None = None,
     length: str = "",
     limit: int = MAX_COUNT,
     struct_version: int | None = None,
@@ -181,7 +171,7 @@ def qlist(
     factory: Callable[[], Any] = SimpleNamespace,
     *,
     version_id: int = 0,
-    exists: Callable[[Any, int], bool] | None = None,
+    exists: Exists | None = None,
     element_version: int | None = None,
     limit: int = MAX_COUNT,
 ) -> Field:

@@ -641,7 +641,7 @@ def _at_the_limit(owner: Owner) -> int:
     for id in (1, 21, 41):
         with pytest.raises(LimitExceeded, match="the change counts"):
             owner.delete_fd("c", id)
-        assert not owner.keeps((0, b"c", id))
+        assert not owner.has_fd("c", id)
     assert owner.unfinished
     greedy[0].close()
     greedy[1].close()

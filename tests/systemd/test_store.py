@@ -39,7 +39,7 @@ def read(fd):
     return os.pread(fd, 99, 0).decode()
 """
 TAIL = """
-do(manager.tell(notify.ready()))
+do(manager.tell(notify.READY))
 while True:
     signal.pause()
 """
@@ -162,7 +162,7 @@ def test_a_parked_bundle_is_whole_after_kill_9(systemd: Machine, tmp_path: Path)
     if not held:
         a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         assert do(fdstore.keep(manager, [("a", a.fileno()), ("b", b.fileno())]))
-        do(manager.tell(notify.ready()))
+        do(manager.tell(notify.READY))
         for number in range(100):
             fd = memfd(str(number))
             socket.send_fds(a, [b"record %d" % number], [fd], socket.MSG_DONTWAIT)
@@ -186,7 +186,7 @@ def test_a_probe_left_by_a_killed_process_comes_back_by_name_and_goes(
     if not held:
         witness = fdstore.Witness()
         do(fdstore.store(manager, fdstore.PROBE, witness.fileno()))
-        do(manager.tell(notify.ready()))
+        do(manager.tell(notify.READY))
         os.kill(os.getpid(), signal.SIGKILL)
     say("held", *(name for name, _ in held))
     for _, fd in held:
@@ -220,7 +220,7 @@ def test_sockets_come_first_then_the_store_newest_first(systemd: Machine, tmp_pa
     if len(held) == 2:
         odd = [("one", memfd("1")), ("two", memfd("2")), ("~/ odd", memfd("3"))]
         assert do(fdstore.keep(manager, odd))
-        do(manager.tell(notify.ready()))
+        do(manager.tell(notify.READY))
         os.kill(os.getpid(), signal.SIGKILL)
     say("held", *(f"{name}@{fd}" for name, fd in held))
     say("inheritable", *(fd for _, fd in held if os.get_inheritable(fd)))
@@ -251,7 +251,7 @@ def test_names_up_to_the_bound_come_back_and_one_byte_more_ends_the_service(
         say("left", listen_fds.names_left(names))
         fds = [os.memfd_create("m") for _ in names]
         assert do(fdstore.keep(manager, list(zip(names, fds))))
-        do(manager.tell(notify.ready()))
+        do(manager.tell(notify.READY))
         os.kill(os.getpid(), signal.SIGKILL)
     say("came back", len(held), "left", listen_fds.names_left(name for name, _ in held))
     """
@@ -273,7 +273,7 @@ def test_names_up_to_the_bound_come_back_and_one_byte_more_ends_the_service(
 def test_a_reload_lasts_until_ready_is_said_again(systemd: Machine, tmp_path: Path) -> None:
     program = """
     def again(*_):
-        do(manager.tell(notify.reloading(text="at it")))
+        do(manager.tell(notify.reloading() + b"\n" + notify.status("at it")))
         os.environ["AGAIN"] = "1"
         held.append(("own", memfd("own")))
         listen_fds.pass_on(held, os.environ)
@@ -292,7 +292,7 @@ def test_a_reload_lasts_until_ready_is_said_again(systemd: Machine, tmp_path: Pa
 
 def test_another_process_becomes_the_main_one(systemd: Machine, tmp_path: Path) -> None:
     program = """
-    do(manager.tell(notify.ready()))
+    do(manager.tell(notify.READY))
     pid = os.fork()
     if pid:
         do(manager.tell(notify.mainpid(pid)))
@@ -313,7 +313,7 @@ def test_a_stopped_manager_delays_the_caller_no_longer_than_asked(
 ) -> None:
     program = f"""
     from cprd.errors import Timeout
-    do(manager.tell(notify.ready()))
+    do(manager.tell(notify.READY))
     with open({str(tmp_path)!r} + "/go") as go:
         go.read()
     try:
@@ -355,7 +355,7 @@ def test_under_trio_many_tasks_keep_at_once(systemd: Machine, tmp_path: Path) ->
         say("room", await adrive(fdstore.probe(manager)))
     if not held:
         trio.run(main)
-        do(manager.tell(notify.ready()))
+        do(manager.tell(notify.READY))
         os.kill(os.getpid(), signal.SIGKILL)
     say("held", *sorted(f"{name}={read(fd)}" for name, fd in held))
     """

@@ -33,7 +33,7 @@ else:
     fd = os.memfd_create("m", os.MFD_ALLOW_SEALING)
     os.write(fd, b"precious")
     print("kept", notify.drive(fdstore.keep(manager, [("thing", fd)]), 10), flush=True)
-notify.drive(manager.tell(notify.ready()), 10)
+notify.drive(manager.tell(notify.READY), 10)
 
 epoll = select.epoll()
 threading.Thread(target=epoll.close).start()

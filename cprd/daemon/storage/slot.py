@@ -44,7 +44,6 @@ LEANING = 3  # a record that needs pidfds of earlier records
 OLDEST = 1  # that is read: records without digests
 PREFIX = struct.Struct("<4sHIQB")  # magic, version, uid, generation, bytes of the name that follows
 MAX_RECORD = 8192
-LIVE_FIELDS = ("live", "took", "deaths", "last_end")
 _PREFIXED = ("uid", "generation", "name")
 _BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in (*_PREFIXED, "away"))
 # Fields since then, which a record has only where they say something: the record is unreadable,
