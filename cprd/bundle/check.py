@@ -104,15 +104,16 @@ class _Look:
         if depth is not None and size:
             self.faults.add(f"{where}: {size} bytes of sections; only the root says a size")
         before = len(self.carried)
+        below = said_depth if depth is None else min(said_depth, depth)  # each level is one less
         if kind == LEAF:
             self.carried.extend(fds)
-        elif said_depth >= MAX_DEPTH:
+        elif not 0 < below < MAX_DEPTH:
             close_all(fds)
             return size
         else:
             for child, sock in enumerate(fds):
                 try:
-                    self.node(sock, f"{where}, socket {child}", said_depth - 1, child)
+                    self.node(sock, f"{where}, socket {child}", below - 1, child)
                 finally:
                     os.close(sock)
         found = len(self.carried) - before

@@ -88,10 +88,8 @@ class Opened:
         finally:
             if before >= 0:
                 os.umask(before)
-        made = os.lstat(listen.path)
-        self._files.append((listen.path, made.st_dev, made.st_ino))
-        if listen.owner is not None:  # nobody connects before it listens
-            os.chown(listen.path, *listen.owner, follow_symlinks=False)
+        made = _set_rights(sock.fileno(), listen._replace(mode=None))
+        self._files.append((listen.path, made.st_dev, made.st_ino))  # nobody connects yet
 
 
 class CannotListen(CprdError):
@@ -126,15 +124,8 @@ def adjust(fd: int, listen: Listen) -> None:
 
     Raises CprdError."""
     try:
-        if listen.is_file:
-            found = os.stat(listen.path)
-            if listen.mode is not None and stat.S_IMODE(found.st_mode) != listen.mode:
-                os.chmod(listen.path, listen.mode)
-            is_owner = (found.st_uid, found.st_gid)
-            if listen.owner and any(
-                w not in (-1, h) for w, h in zip(listen.owner, is_owner, strict=True)
-            ):
-                os.chown(listen.path, *listen.owner)
+        if listen.is_file and (listen.mode is not None or listen.owner):
+            _set_rights(fd, listen)
         sock = socket.socket(fileno=fd)
         try:
             if listen.kind != socket.SOCK_DGRAM:
@@ -145,6 +136,24 @@ def adjust(fd: int, listen: Listen) -> None:
             sock.detach()
     except OSError as error:
         raise CprdError(f"--listen {listen.text}: {error.strerror or error}") from None
+
+
+def _set_rights(fd: int, listen: Listen) -> os.stat_result:
+    """Give the file of a UNIX socket mode and owner. Returns facts of the file. Raises OSError."""
+    from cprd.linux.sockets import file_of
+
+    file = file_of(fd, listen.path)
+    try:
+        found, itself = os.fstat(file), f"/proc/self/fd/{file}"
+        if listen.mode is not None and stat.S_IMODE(found.st_mode) != listen.mode:
+            os.chmod(itself, listen.mode)
+        is_owner = (found.st_uid, found.st_gid)
+        wanted = listen.owner or (-1, -1)
+        if any(w not in (-1, h) for w, h in zip(wanted, is_owner, strict=True)):
+            os.chown(itself, *wanted)
+        return found
+    finally:
+        os.close(file)
 
 
 def remove_dead(path: str, kind: int) -> None:

@@ -7,7 +7,6 @@ out where somebody has the hold by then. A hold without content is gone with its
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 import trio
@@ -37,7 +36,7 @@ class Counting:
         self._keeper = keeper
         self._releasing = releasing
         self._observe = observe
-        self._left: dict[int, deque[tuple[float, int]]] = {}  # by uid
+        self._left: dict[int, dict[int, float]] = {}  # by uid: generation, and when
         self._busy: set[int] = set()  # uids
         self._wanted = trio.Event()
 
@@ -45,7 +44,9 @@ class Counting:
         """The owner of a live hold has ended."""
         hold = self._registry.get(generation)
         if hold is not None:
-            self._left.setdefault(hold.uid, deque()).append((now() + MOMENT, generation))
+            left = self._left.setdefault(hold.uid, {})
+            left.pop(generation, None)  # once, however often it changes hands
+            left[generation] = now() + MOMENT
             self._wanted.set()
 
     async def count(self) -> None:
@@ -63,7 +64,8 @@ class Counting:
         left = self._left[uid]
         try:
             while left:
-                at, generation = left.popleft()
+                generation = next(iter(left))
+                at = left.pop(generation)
                 await trio.sleep(max(0.0, at - now()))
                 await self._count(generation)
         finally:
@@ -73,8 +75,8 @@ class Counting:
 
     async def _count(self, generation: int) -> None:
         hold = self._registry.get(generation)
-        if hold is None or not hold.allows("counted"):
-            return
+        if hold is None or not hold.allows("counted") or self._releasing.refuses(hold.uid):
+            return  # refuses: each question that waits keeps a descriptor here
         try:
             bundle = self._keeper.bundle(generation)
         except (CprdError, OSError):

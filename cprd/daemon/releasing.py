@@ -51,6 +51,22 @@ class Work(NamedTuple):
     done: Callable[[bytes], None] | None = None  # called with the acknowledgement
 
 
+class Answer:
+    """What a releaser says at last."""
+
+    def __init__(self) -> None:
+        self._said = b""
+        self._came = trio.Event()
+
+    def comes(self, said: bytes) -> None:
+        self._said = said
+        self._came.set()
+
+    async def said(self) -> bytes:
+        await self._came.wait()
+        return self._said
+
+
 class Releaser:
     """The daemon's side of one uid's releaser."""
 
@@ -134,6 +150,7 @@ class Releasing:
         self._by_socket: dict[int, int] = {}  # uid by descriptor
         self.draining: set[int] = set()  # inodes of slots that are drained, or wait for that
         self._after: dict[int, list[int]] = {}  # by uid; owned
+        self._fences: dict[int, Answer] = {}  # open requests, by inode of the bundle
         self._epoll = select.epoll()
         # Wakes `tend`; closed with this object.
         self._stuck = io.FileIO(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "r+")
@@ -175,30 +192,32 @@ class Releasing:
     async def fence(self, uid: int, bundle: int) -> None:
         """Let the owner of a live hold change nothing any more; `bundle` is owned from now on.
         Returns once no change counts. Waits for as long as files of the uid block."""
-        if await self._asked(uid, FENCE, bundle) != FENCED:
+        inode = os.fstat(bundle).st_ino
+        fence = self._fences.get(inode)
+        if fence is None:
+            fence = self._fences[inode] = self._ask(uid, FENCE, bundle)
+        else:  # not another one: nobody is to fill this process with requests that wait
+            os.close(bundle)
+        said = await fence.said()
+        self._fences.pop(inode, None)
+        if said != FENCED:
             raise LimitExceeded("a releaser of an earlier version cannot fence: try again")
 
     async def count(self, uid: int, bundle: int) -> tuple[int, int] | None:
         """How many descriptors the root of the live hold in a bundle has, and how many lie in the
         segments; None where that cannot be seen. `bundle` is owned from now on. Waits as `fence`
         does."""
-        said = await self._asked(uid, COUNT, bundle)
+        said = await self._ask(uid, COUNT, bundle).said()
         if len(said) != COUNTED.size:
             return None
         in_root, below = COUNTED.unpack(said)
         return in_root, below
 
-    async def _asked(self, uid: int, kind: bytes, bundle: int) -> bytes:
-        answered = trio.Event()
-        answer = [b""]
-
-        def done(said: bytes) -> None:
-            answer[0] = said
-            answered.set()
-
-        self._add(uid, Work(kind, (bundle,), done))
-        await answered.wait()
-        return answer[0]
+    def _ask(self, uid: int, kind: bytes, bundle: int) -> Answer:
+        """Ask a releaser about a bundle, which is owned from now on."""
+        answer = Answer()
+        self._add(uid, Work(kind, (bundle,), answer.comes))
+        return answer
 
     def close_after(self, uid: int, fds: Iterable[int]) -> None:
         """Close descriptors, owned from now on, after the end of the daemon. `stop` must follow."""

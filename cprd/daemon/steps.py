@@ -129,7 +129,7 @@ class Steps:
 
         `bundle_fd` is borrowed. `pidfds` (new only, by generation and role) are owned from now
         on, whatever comes of the step."""
-        added = pidfds or {}
+        added = {of: self._news(of, roles) for of, roles in (pidfds or {}).items()}
         known: dict[int, Roles] = {}
         wanted: dict[int, Roles] = {}
         for hold in step.put:
@@ -152,6 +152,16 @@ class Steps:
                 close_all(new.values())
             raise
         self._apply(step, known)
+
+    def _news(self, generation: int, roles: Roles) -> Roles:
+        """Pidfds of `roles`, owned, whose processes are not known yet; the others are closed: what
+        is parked already is not parked again."""
+        known = self.pidfds.of(generation)
+        news = dict(roles)
+        for role in roles.keys() & known.keys():
+            if processes.same(known[role], roles[role]):
+                os.close(news.pop(role))
+        return news
 
     def observe(self, step: Step) -> None:
         """Perform a step that has happened anyway (a process ended, a lease is over).

@@ -158,7 +158,7 @@ def leads_to(path: str, fd: int, known: Facts) -> bool:
         return False
     same_text = os.path.realpath(path) == os.path.realpath(known.path)
     try:
-        file = fcntl.ioctl(fd, _SIOCUNIXFILE, 0)
+        file = _bound_file(fd)
     except OSError:
         pass
     else:
@@ -175,6 +175,29 @@ def leads_to(path: str, fd: int, known: Facts) -> bool:
         return False
     # The kernel's number of a device differs from stat()'s on btrfs and overlayfs.
     return same_text or os.makedev(device >> 20, device & 0xFFFFF) == found.st_dev
+
+
+def _bound_file(fd: int) -> int:
+    """Raises OSError: the kernel tells only who has CAP_NET_ADMIN."""
+    return fcntl.ioctl(fd, _SIOCUNIXFILE, 0)
+
+
+def file_of(fd: int, path: str) -> int:
+    """An O_PATH descriptor, owned by the caller, of the file that the UNIX socket `fd` is bound to,
+    whatever lies at `path` by now: another user may have the directory, and have put there a link,
+    or a file that is not theirs. Raises OSError."""
+    try:
+        return _bound_file(fd)
+    except OSError:
+        pass
+    file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    found = os.fstat(file)
+    raw = unix_diag.ask(os.fstat(fd).st_ino, unix_diag.SHOW_FILE).get(unix_diag.FILE)
+    known = raw is None or struct.unpack("=II", raw)[0] == found.st_ino & 0xFFFFFFFF
+    if known and stat.S_ISSOCK(found.st_mode):
+        return file
+    os.close(file)
+    raise OSError(errno.ESTALE, "another file lies at the path of the socket")
 
 
 def somebody_at(path: str, kind: int) -> bool:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 MOST_TURNS = 1024  # records of one queue
 RETRIES, PAUSE = 200, 0.0005  # s
+LONGEST = 1.0  # s of retries of one queue: a long one may be made to stay out of order
 SPARE = 64  # descriptors that must be free beside what is installed
 MOST_SEGMENTS = 1 << 17
 MEMORY_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -289,8 +290,11 @@ class _Reading:
     def _peek(self, fd: int, what: str) -> list[Peeked]:
         """All records of a queue, with their descriptors, which are written down as installed."""
         sock = as_queue(fd)
+        end = time.monotonic() + LONGEST
         try:
             for attempt in range(RETRIES):
+                if attempt > 2 and time.monotonic() > end:
+                    break
                 if attempt:
                     time.sleep(PAUSE)
                 fds: list[array[int]] = []

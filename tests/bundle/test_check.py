@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -21,6 +22,7 @@ from cprd.protocol import messages
 from tests.support import wire
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
+from tests.support.eventfds import opened
 from tests.support.live import Live
 from tools import vectors
 from tools.vectors import BUNDLE, LIVE, Vector, stored
@@ -56,6 +58,21 @@ def test_of_a_whole_bundle_nothing_is_said(vector: Vector) -> None:
 @pytest.mark.parametrize("vector", WRONG, ids=name_of)
 def test_what_no_reader_takes_is_found(vector: Vector) -> None:
     assert checked(vector)["wrong"]
+
+
+def test_a_tree_that_says_no_end_has_an_end() -> None:
+    """Each of 253 sockets leads to the same 253: a walk would take years."""
+    header = layout.HEADER.pack(layout.MAGIC, 1, layout.NODE, 1, 253, 253, 0, 0)
+    with contextlib.ExitStack() as stack:
+        fd = stack.enter_context(opened(1))[0]
+        for _ in range(6):
+            inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(outlet)
+            with inlet:
+                send(inlet, header, [fd] * 253)
+            fd = outlet.fileno()
+        found = check_bundle(fd)
+    assert "the root, socket 0: depth 1, where 0 belongs" in found["wrong"]
 
 
 def test_everything_is_said_at_once() -> None:

@@ -20,6 +20,8 @@ import pytest
 
 import cprd
 from cprd.cli.addresses import parse, parse_all, resolve
+from cprd.cli.opening import adjust
+from cprd.linux import sockets
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import patience, until
@@ -276,6 +278,47 @@ def test_mode_and_owner_are_those_that_are_asked_for_now(
     assert second == first
     assert stat.S_IMODE(path.stat().st_mode) == 0o666
     assert f"{path.stat().st_uid}:{path.stat().st_gid}" == owner
+
+
+@pytest.mark.parametrize("put", ["a link", "a file", "another socket"])
+@pytest.mark.parametrize("known", [True, False])
+def test_mode_and_owner_are_of_the_socket_itself_whatever_lies_at_its_path_by_now(
+    tmp_path: Path, put: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may write in the directory could have a file of somebody else given away."""
+    if not known:  # without CAP_NET_ADMIN, the kernel does not tell the file of a socket
+        monkeypatch.setattr(sockets, "_SIOCUNIXFILE", 0x89EF)
+    path, moved, secret = tmp_path / "sock", tmp_path / "moved", tmp_path / "secret"
+    owner = "12345:12346" if os.geteuid() == 0 else f"{os.geteuid()}:{os.getegid()}"
+    other = socket.socket(socket.AF_UNIX)
+    if put == "another socket":
+        other.bind(str(secret))
+    else:
+        secret.touch()
+    secret.chmod(0o600)
+    before = secret.stat()
+    with other, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        path.rename(moved)
+        if put == "a link":
+            path.symlink_to(secret)
+        else:
+            os.link(secret, path)
+        listen = parse(f"unix:{path},mode=666,owner={owner}")
+        if known and os.geteuid() == 0:
+            adjust(listener.fileno(), listen)
+            found = moved.stat()
+            assert (stat.S_IMODE(found.st_mode), f"{found.st_uid}:{found.st_gid}") == (0o666, owner)
+        else:
+            with pytest.raises(cprd.CprdError, match="another file lies at the path"):
+                adjust(listener.fileno(), listen)
+    after = secret.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_mode,
+        before.st_uid,
+        before.st_gid,
+    )
 
 
 @pytest.mark.parametrize("spelling", ["sock", "./sock", "../d/sock", "{}/../d/sock", "{}/./sock"])

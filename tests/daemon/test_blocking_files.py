@@ -18,7 +18,7 @@ import cprd
 from cprd.daemon.releasing import AT_ONCE
 from cprd.linux.rights import close_all, receive, send
 from cprd.protocol import messages
-from tests.daemon.test_hostile import raw
+from tests.daemon.test_hostile import answer, raw
 from tests.support import wire
 from tests.support.blocking import (
     Fuse,
@@ -204,6 +204,42 @@ def test_files_that_block_hold_up_nobody_wherever_they_are(
         blocker.answer()
         await_ends(plain, patience(5))
         until(lambda: not any(map(state, forked)), lambda: "a releaser is left")
+
+
+@pytest.mark.parametrize("blocker", [Lingering], indirect=True)
+def test_a_hold_that_cannot_be_taken_yet_is_fenced_once_however_often_that_is_asked(
+    new_daemon: DaemonProcess, blocker: Lingering
+) -> None:
+    """Each request to a releaser that stands still keeps a descriptor in cprd: enough of them, and
+    nobody is served any more."""
+    daemon, (uid, _), many = new_daemon, UIDS, 40
+    with contextlib.ExitStack() as stack:
+        with opened(3) as fds:
+            owner = stack.enter_context(Child(leaves, daemon.path, uid, {"live kept": [*fds]}))
+            owner.hear()
+        files = {"ended": blocker.files()}
+        with Child(leaves, daemon.path, uid, files) as leaver:
+            leaver.hear()
+            close_all(files["ended"])
+            leaver.kill()
+        root = stack.enter_context(daemon.connect())
+        root.drop(f"{uid}/ended", force=True)
+        until(lambda: root.status()["closing"] == {str(uid): 1}, lambda: "nothing blocks")
+        before = len(os.listdir(f"/proc/{daemon.pid}/fd"))
+        asking = [stack.enter_context(raw(daemon.path)) for _ in range(many)]
+        for sock in asking:
+            sock.send(
+                wire.request("drop", name=f"{uid}/live kept", force=True, nonce=os.urandom(16))
+            )
+        until(lambda: root.status()["closing"] == {str(uid): 2}, lambda: repr(root.status()))
+        with daemon.connect() as last:  # whatever was asked before has been heard by now
+            last.status()
+        assert root.status()["closing"] == {str(uid): 2}
+        assert len(os.listdir(f"/proc/{daemon.pid}/fd")) <= before + 2 * many + 4
+        blocker.answer()
+        answers = [answer(sock) for sock in asking]
+        assert sum("ok" in each for each in answers if each) == 1, answers
+        assert root.list() == []
 
 
 def leaves_live(line: Line, path: str) -> None:

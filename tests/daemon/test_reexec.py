@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 import cprd
+from tests.support.blocking import reload
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
@@ -423,3 +424,34 @@ def test_its_socket_is_never_away(daemon: DaemonProcess) -> None:
     stop.set()
     thread.join()
     assert not errors
+
+
+def parked(daemon: DaemonProcess) -> int:
+    """All that is queued in the sockets of a cprd: the slots on the shelf, and what slots have."""
+    found = 0
+    for path in Path(f"/proc/{daemon.pid}/fdinfo").iterdir():
+        with contextlib.suppress(OSError):
+            _, _, said = path.read_text().partition("scm_fds:")
+            found += int(said.split()[0]) if said else 0
+    return found
+
+
+def test_a_process_is_parked_once_however_many_records_name_it(daemon: DaemonProcess) -> None:
+    """Each copy would be one more in flight for as long as the hold lives."""
+    with contextlib.ExitStack() as stack:
+        other = stack.enter_context(subprocess.Popen(["sleep", "60"]))
+        stack.callback(other.kill)
+        process = os.pidfd_open(other.pid)
+        stack.callback(os.close, process)
+        client = stack.enter_context(daemon.connect())
+        client.save("a", cprd.State())
+        empty = parked(daemon)
+        claim = stack.enter_context(client.load("a", lease=3600))
+        claim.begin(process)
+        assert parked(daemon) == empty + 2  # this process, and the one that acts
+        for _ in range(2):  # 27 records in all: one slot has room for them
+            for _ in range(12):
+                claim.begin(process)
+            assert parked(daemon) == empty + 2
+            assert reload(daemon) < patience(5)
+            assert parked(daemon) == empty + 2

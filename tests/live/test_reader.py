@@ -6,12 +6,14 @@ import _socket
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from cprd import Busy, Damaged
 from cprd.linux.rights import SO_PEEK_OFF, close_all, send
+from cprd.live import reader
 from cprd.live.queue import make_pair
 from cprd.live.reader import read
 from cprd.live.records import (
@@ -33,6 +35,7 @@ from cprd.live.records import (
 )
 from tests.live.owning import fenced
 from tests.support.descriptors import open_fds
+from tests.support.patience import patience
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 KEY = (FD, b"c", 0)
@@ -215,3 +218,17 @@ def test_nobody_can_append_once_it_is_read(queues: Queues) -> None:
     assert queues.read() == [("c", 0)]
     tx.close()
     rx.close()
+
+
+@pytest.mark.timeout(120)
+def test_a_queue_that_stays_out_of_order_delays_its_reader_for_a_moment_only(
+    queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads the hold of another uid reads what that uid made: a pass can be long."""
+    monkeypatch.setattr(reader, "RETRIES", 1 << 40)
+    one = queues.segment(change(2, 0, key(1)), change(3, 5, key(2)))
+    queues.attach(1, 0, one)
+    begin = time.monotonic()
+    with pytest.raises(Damaged, match="segment 10 of a live hold lacks a record"):
+        queues.read()
+    assert time.monotonic() - begin < reader.LONGEST + patience(2)

@@ -259,7 +259,8 @@ class Slot:
         point("slot:dead")
 
     def read(self) -> tuple[Hold | None, dict[str, int]]:
-        """The last record, None when the hold has ended, and pidfds by role, which the caller owns.
+        """The last record, None when the hold has ended, and pidfds by role, which the caller owns,
+        and keeps open as long as the hold names their roles: later records do not park them again.
 
         Reads `replies` and `uid`, too. Of an ended slot `foreign` keeps the bundle: a releaser of
         an earlier daemon may be draining the slot, and the copy here be the last. Raises
@@ -302,6 +303,8 @@ class Slot:
             close_all(pidfds.values())
             return None, {}
         self._close_foreign()
+        if hold is not None:
+            self.known = {role: fd for role, fd in pidfds.items() if role in hold.roles} or NOBODY
         return hold, pidfds
 
     def _read_record(self, data: bytes, fds: list[int], pidfds: dict[str, int]) -> Hold:
