@@ -278,8 +278,8 @@ class Live:
         try:
             try:
                 yield call
-            except Fenced:  # over already, or cprd has ended since, and the root is here alone
-                if keep and self.kept == "memory":
+            except Fenced:  # over already, or cprd has ended since, and the hold is here alone
+                if self.kept == "memory" and (keep or owner is None):
                     yield from self._leave_to_next()
         except Fenced:
             pass
@@ -289,7 +289,10 @@ class Live:
         return True
 
     def _leave_to_next(self) -> Verb[None]:
-        """Put the hold back, and own no more: cprd was started anew, and nobody was faster."""
+        """Put the hold back, and own no more: cprd was started anew, and nobody was faster. What
+        was claimed goes back by a root of this process."""
+        if self._bundle >= 0 and self._made is None:
+            self._made = yield Work(self._make)
         call = self.ticket.parting("put_back")
         call.park, call.alone = self.root.park, True
         answer = yield call
@@ -529,7 +532,10 @@ def _claim_or_begin(
             live.read(answer.bundle(), fields["live"])
             point("live:read")
             if live.is_void:
-                yield live.ticket.call("confirm", timeout=timeout)
+                try:
+                    yield live.ticket.call("confirm", timeout=timeout)
+                except Fenced:
+                    pass  # cprd has ended since
                 yield Work(live._let_go)
                 return None
         else:

@@ -24,10 +24,10 @@ from cprd.errors import (
 from cprd.linux import processes
 from cprd.linux.pause import point
 from cprd.linux.rights import SCM_MAX_FD, close_all
-from cprd.protocol import messages, replies
+from cprd.protocol import living, messages, replies
 from cprd.protocol.lifecycle import Hold
 from cprd.protocol.names import Key, key_for
-from cprd.protocol.registry import Caller, Offer, Step, Ticket
+from cprd.protocol.registry import Caller, Offer, Registry, Step, Ticket
 
 if TYPE_CHECKING:
     from cprd.daemon.server import Server
@@ -248,7 +248,15 @@ def _claim(
     return claim(server, connection, caller, key, step)
 
 
-def claim(server: Server, connection: Connection, caller: Caller, key: Key, step: Step) -> Step:
+def claim(
+    server: Server,
+    connection: Connection,
+    caller: Caller,
+    key: Key,
+    step: Step,
+    *,
+    taken_over: bool = False,
+) -> Step:
     """Perform the step of a claim, once the bundle was found whole."""
     if step.changes:
         hold = step.put[0]
@@ -258,7 +266,7 @@ def claim(server: Server, connection: Connection, caller: Caller, key: Key, step
             server.steps.look_for_damage(before)
             server.registry.check_load(caller.now, key)
         roles = {"claimant": os.dup(connection.pidfd)} if connection.pidfd >= 0 else {}
-        server.steps.perform(step, pidfds={hold.generation: roles})
+        server.steps.perform(step, pidfds={hold.generation: roles}, taken_over=taken_over)
     server.steps.own_claim(connection, step.answer["generation"], step.answer["token"])
     claimed = server.registry.get(step.answer["generation"])
     if claimed is not None and claimed.live:
@@ -442,8 +450,8 @@ async def confirm_next(server: Server, connection: Connection, request: Request)
     ticket = ticket_of(connection, request.message)
     offered = Offered(connection, request.message, live=request.message["live"])
     try:
-        token = messages.nonce() if offered.offer.live else b""
-        step = server.registry.confirm_next(offered.caller, ticket, offered.offer, token=token)
+        confirm = living.confirm_next if offered.offer.live else Registry.confirm_next
+        step = confirm(server.registry, offered.caller, ticket, offered.offer)
         offered.perform(server, step)
     finally:
         offered.close()

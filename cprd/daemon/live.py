@@ -50,7 +50,7 @@ def _begin_or_load(
         lease=min(message["lease"], server.config.lease),
     )
     if step.answer["found"]:
-        return claim(server, connection, caller, key, step)
+        return claim(server, connection, caller, key, step, taken_over=True)
     if step.changes:
         server.check_room(step)
         offered = Offered(connection, message, live=True)

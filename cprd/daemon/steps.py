@@ -27,7 +27,7 @@ from cprd.linux import processes
 from cprd.linux.pause import point
 from cprd.linux.rights import close_all
 from cprd.protocol import living
-from cprd.protocol.lifecycle import HELD, LIVE, NOT_PUT_BACK, Hold, why_not
+from cprd.protocol.lifecycle import HELD, LIVE, NOT_PUT_BACK, Hold, changed, why_not
 from cprd.protocol.messages import pid_text
 from cprd.protocol.names import Key
 from cprd.protocol.registry import Caller, Ended, Registry, Step
@@ -88,8 +88,8 @@ class Steps:
         for note in list(self.notes.read()):
             hold = note.hold
             there = self.registry.get(hold.generation)
-            if there is not None and there.phase == LIVE:
-                continue  # the store had the root
+            if there is not None and self.notes.match(there):
+                continue  # this cprd has the root
             if self.registry.of(hold.key):  # from a store, where this hold ended, or never began
                 self.notes.remove(hold.generation)
                 continue
@@ -124,11 +124,12 @@ class Steps:
         bundle_fd: int = -1,
         pidfds: Mapping[int, Roles] | None = None,
         require_store: bool = False,
+        taken_over: bool = False,
     ) -> None:
         """Write a step down, then make the step true. Raises LimitExceeded; nothing changed then.
 
         `bundle_fd` is borrowed. `pidfds` (new only, by generation and role) are owned from now
-        on, whatever comes of the step."""
+        on, whatever comes of the step. `taken_over`: the claimant is to be the owner."""
         added = {of: self._news(of, roles) for of, roles in (pidfds or {}).items()}
         known: dict[int, Roles] = {}
         wanted: dict[int, Roles] = {}
@@ -141,13 +142,15 @@ class Steps:
             for hold in step.put:
                 if hold.phase == LIVE and "owner" in wanted[hold.generation]:
                     self.notes.write(hold, wanted[hold.generation]["owner"])
+                elif taken_over and self.keeper.kept == "memory":
+                    claimed = changed(hold, saver=hold.claimant)
+                    self.notes.write(claimed, wanted[hold.generation]["claimant"])
             if self.keeper.kept == "store":  # and the next daemon would find the end without a root
                 self._forget_notes(step)
             self.keeper.write(step, bundle_fd, wanted, require_store=require_store)
         except BaseException:
             for hold in step.put:
-                if self.registry.get(hold.generation) is None:
-                    self.notes.remove(hold.generation)
+                self.notes.match(self.registry.get(hold.generation) or changed(hold, token=b""))
             for new in added.values():
                 close_all(new.values())
             raise
@@ -201,10 +204,11 @@ class Steps:
             self.waiters.serve(key)
 
     def _forget_notes(self, step: Step) -> None:
-        """Forget the live holds that are not live after a step."""
-        left = [hold for hold in step.put if hold.phase != LIVE]
-        for hold in (*left, *(ended.hold for ended in step.ended)):
-            self.notes.remove(hold.generation)
+        """Forget the owners and claimants that are none after a step."""
+        for hold in step.put:
+            self.notes.match(hold)
+        for ended in step.ended:
+            self.notes.remove(ended.hold.generation)
 
     def _after_end(self, ended: Ended, asked: Mapping[str, Any]) -> None:
         hold = ended.hold

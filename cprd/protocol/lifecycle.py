@@ -30,6 +30,7 @@ NOTHING = "-"
 SAVED_BY_ACTING = "saved by the acting process"
 OWNER_GONE, GONE_TOO_OFTEN = "owner gone", "owner gone too often"
 NOT_PUT_BACK = "owner gone, and not put back"
+NEXT_AWAY = "confirm next, cprd ended"
 
 SOON = 10.0  # s after a take-over: an owner that ends sooner may have died of the state
 MOST_DEATHS = 20  # of owners, in a row, each soon after its take-over
@@ -72,6 +73,7 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     (IN_DOUBT, "found damaged"): DAMAGED,
     (IN_DOUBT, "newer committed"): NOTHING,
     (LIVE, "put back"): LIVE,
+    (LIVE, NEXT_AWAY): NOTHING,
     (LIVE, "close"): HELD,
     (LIVE, OWNER_GONE): HELD,
     (LIVE, GONE_TOO_OFTEN): QUARANTINED,
@@ -90,8 +92,8 @@ TRANSITIONS: dict[tuple[str, str], str] = {
 
 "replace", "confirm next" and "saved by the acting process" end the old hold in the step that puts
 the new one. "newer committed": a save was prepared over the hold, and is committed or released.
-"owner gone, and not put back": cprd kept in memory only, and has ended since. "counted" and "found
-empty": of a live hold, once the owner has ended."""
+"owner gone, and not put back" and "confirm next, cprd ended": cprd kept in memory only, and has
+ended since. "counted" and "found empty": of a live hold, once the owner has ended."""
 
 _IN_THE_WAY = {
     PREPARED: ("saver",),
@@ -136,7 +138,7 @@ class Hold:
     begun: bool = False  # in doubt by begin, not by a saver that vanished
     saver_uid: int = -1  # where root saved under a name of another uid; -1: as `uid`
     live: bool = False  # the bundle is the root of a live hold
-    away: bool = False  # live, and the owner alone has the root: cprd has ended since
+    away: bool = False  # live, and the owner (or claimant) alone has it: cprd has ended since
     took: int = 0  # live: the generation that was taken over; 0: none
     deaths: int = 0  # live: owners that ended soon after the take-over, in a row
     last_end: str = ""  # live: how the last owner ended

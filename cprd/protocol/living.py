@@ -14,6 +14,7 @@ from cprd.protocol.lifecycle import (
     GONE_TOO_OFTEN,
     LIVE,
     MOST_DEATHS,
+    NEXT_AWAY,
     NOT_PUT_BACK,
     OWNER_GONE,
     SOON,
@@ -63,10 +64,13 @@ def end(registry: Registry, caller: Caller, by: Ticket, *, keep: bool) -> Step:
 
 
 def _away(registry: Registry, by: Ticket) -> Hold | None:
-    """The hold of a ticket, where the owner alone has the root."""
-    hold = registry.get(by.generation)
-    known = hold is not None and hold.away and hold.key == by.key
-    return hold if known and hold is not None and hold.token == shortened(by.token) else None
+    """The hold of a ticket, where the owner alone has the root. The ticket of a claim counts after
+    confirm, too: the answer may have been lost with cprd."""
+    for hold in registry.of(by.key):
+        meant = hold.away and by.generation in (hold.generation, hold.took)
+        if meant and hold.token == shortened(by.token):
+            return hold
+    return None
 
 
 def owner_gone(registry: Registry, now: float, generation: int, how: str) -> Step:
@@ -117,18 +121,39 @@ def put_back(registry: Registry, caller: Caller, by: Ticket, offer: Offer) -> St
     """The owner brings the root anew, after the end of a cprd that held in memory only. The step
     changes nothing where cprd has the root. Raises Fenced."""
     hold = _away(registry, by)
-    answer = {"generation": by.generation, "token": by.token}
-    if hold is not None:
-        phase = hold.after("put back")
-        here = changed(hold, phase=phase, away=False, token=by.token, parked=offer.parked)
-        return Step(answer=answer, put=(here,), by=caller)
-    registry.mine(by, "put back")
-    return Step(answer=answer)
+    if hold is None:
+        registry.mine(by, "put back")
+        return Step(answer={"generation": by.generation, "token": by.token})
+    phase = hold.after("put back")
+    here = changed(hold, phase=phase, away=False, token=by.token, parked=offer.parked)
+    return Step(answer={"generation": here.generation, "token": by.token}, put=(here,), by=caller)
+
+
+def confirm_next(registry: Registry, caller: Caller, by: Ticket, offer: Offer) -> Step:
+    """As `Registry.confirm_next`, by the next owner, who keeps the token; also where cprd kept in
+    memory only, and has ended since the claim. Raises Fenced, Busy."""
+    hold = _away(registry, by) if registry.recall(caller, by.key) is None else None
+    if hold is None:
+        return registry.confirm_next(caller, by, offer, token=by.token)
+    if hold.generation != by.generation:
+        step = put_back(registry, caller, by, offer)
+    else:
+        new = changed(registry.new(caller, by.key, offer), token=by.token)
+        new = changed(new, took=hold.generation, deaths=hold.deaths)
+        answer = {"generation": new.generation, "token": by.token}
+        ended = end_of(hold, NEXT_AWAY)._replace(heir=True)
+        step = Step(answer=answer, ended=(ended,), put=(new,))
+    return remembering(caller, step, step.answer)
 
 
 def away(note: Hold) -> Hold:
     """The record of a live hold whose root the owner alone has."""
     return changed(note, phase=LIVE, live=True, away=True)
+
+
+def is_noted(hold: Hold, token: bytes) -> bool:
+    """Whether a note with this token is of a record: of the same owner, or claimant."""
+    return bool(hold.token) and token == (hold.token if hold.away else shortened(hold.token))
 
 
 def shortened(token: bytes) -> bytes:

@@ -919,6 +919,96 @@ def test_killed_after_its_cprd_was_it_loses_nothing(new_daemon: DaemonProcess) -
             state.end()
 
 
+@pytest.mark.parametrize("left", ["live", "saved"])
+@pytest.mark.parametrize("how", ["confirm", "leave"])
+async def test_what_was_claimed_outlives_a_cprd_in_memory(
+    new_daemon: DaemonProcess, how: str, left: str
+) -> None:
+    for open in (
+        lambda: cprd.trio.live("chat", new_daemon.path, wait=PATIENCE),
+        lambda: Awaited(lambda: cprd.live("chat", new_daemon.path, wait=PATIENCE)),
+    ):
+        with opened(3) as fds:
+            leave(new_daemon.path, fds, left)
+            async with open() as state:
+                assert state.found
+                taken = state.take_fd("fd", 2)  # given back all the same
+                os.close(taken)
+                for _ in range(2):
+                    new_daemon.restart()
+                    with Child(second_starter, new_daemon.path) as other:
+                        assert other.hear() == f"Busy {os.getpid()}"
+                if how == "confirm":
+                    await state.confirm()
+                    state["mine"] = 1
+            assert phase(new_daemon) == "held"
+            async with open() as state:
+                assert [os.eventfd_read(fd) for _, _, fd in state.fds()] == [1, 2, 3]
+                assert state["small"] == {"a": [1, 2]}
+                assert state["large"] == {"b": "c" * 10_000}
+                assert ("mine" in state) == (how == "confirm")
+                await state.confirm()
+                await state.end()
+            assert phase(new_daemon) is None
+            assert not os.listdir(new_daemon.path + ".live")
+
+
+def leave(path: str, fds: list[int], how: str) -> None:
+    """What keep_and_wait keeps, by a process that has ended, or by save()."""
+    if how == "live":
+        with Child(keep_and_wait, path, fds) as server:
+            server.hear()
+            server.kill()
+        return
+    state = State()
+    state.save_fds("fd", enumerate(fds))
+    state["small"] = {"a": [1, 2]}
+    state["large"] = {"b": "c" * 10_000}
+    with cprd.connect(path) as daemon:
+        daemon.save("chat", state)
+
+
+def test_a_claimant_that_dies_after_its_cprd_frees_the_name(new_daemon: DaemonProcess) -> None:
+    with opened(3) as fds, Child(claim_and_wait, new_daemon.path) as claimant:
+        leave(new_daemon.path, fds, "live")
+        claimant.say()
+        assert claimant.hear() == "claimed"
+        new_daemon.restart()
+        claimant.kill()
+    with cprd.live("chat", new_daemon.path, wait=PATIENCE) as state:
+        assert not state.found
+
+
+def claim_and_wait(line: Line, path: str) -> None:
+    line.hear()
+    state = cprd.live("chat", path, wait=PATIENCE)
+    line.say("claimed")
+    line.hear()
+    try:
+        state.confirm()
+        line.say("confirmed")
+    except Fenced:
+        line.say("Fenced")
+    line.hear()
+
+
+def test_a_claim_that_was_over_does_not_come_back_with_another_cprd(
+    new_daemon: DaemonProcess,
+) -> None:
+    with opened(3) as fds, Child(claim_and_wait, new_daemon.path) as claimant:
+        leave(new_daemon.path, fds, "live")
+        claimant.say()
+        assert claimant.hear() == "claimed"
+        with new_daemon.connect() as client:
+            client.drop("chat", force=True)
+        new_daemon.restart()
+        with cprd.live("chat", new_daemon.path) as state:  # nobody has the name
+            assert not state.found
+            claimant.say()
+            assert claimant.hear() == "Fenced"
+            assert state.has_fd("none") is False
+
+
 def test_an_interrupted_or_late_confirm_can_be_repeated(
     start_daemon: Callable[..., DaemonProcess],
 ) -> None:

@@ -221,3 +221,72 @@ def test_cprd_killed_at_each_step_of_a_put_back_is_put_back_to_again(
             owner.kill()
         assert what_is_held(new_daemon.path, pipe.inode) == ("owner", [0])
         pipe.let_go()
+
+
+def claim_and_confirm(line: Line, path: str) -> None:
+    """Take over once told, and say what was there: each request repeats itself."""
+    line.hear()
+    live = Live(path, NAME, wait=10.0, shape=SMALL)
+    if not live.answer["found"]:
+        line.say("nothing")
+        line.hear()
+    live.read()
+    line.say("claimed")
+    line.hear()
+    live.confirm()
+    live.kept.save_section("by", "second")
+    line.say("confirmed")
+    line.hear()
+
+
+def test_cprd_in_memory_killed_at_any_step_once_it_is_claimed_loses_nothing(
+    start_daemon: Callable[..., DaemonProcess], tmp_path: Path
+) -> None:
+    log = tmp_path / "cprd"
+    log.touch()
+
+    def passed() -> int:
+        return len(log.read_text().split())
+
+    def leave(daemon: DaemonProcess, writing: int) -> None:
+        left_by_first(daemon.path, writing)
+        with daemon.connect() as client:  # whose steps are over
+            until(lambda: client.list()[0]["fds"] == len(FIRST[1]), lambda: str(client.list()))
+
+    first = start_daemon(env={"CPRD_PAUSE_LOG": str(log)})
+    with Pipe() as pipe:
+        leave(first, pipe.writing)
+        with Child(claim_and_confirm, first.path) as owner:
+            before = passed()
+            owner.say()
+            assert owner.hear() == "claimed"
+            claimed = passed()
+            owner.say()
+            assert owner.hear() == "confirmed"
+            points = log.read_text().split()
+            owner.kill()
+    first.stop()
+    for begin, end in ((before, claimed), (claimed, len(points))):
+        assert {"note:written", "daemon:applied"} <= set(points[begin:end])
+    for number in distinct(points, before):
+        daemon = start_daemon(env={"CPRD_PAUSE": name_of(points, number)})
+        with Pipe() as pipe:
+            leave(daemon, pipe.writing)
+            with Child(claim_and_confirm, daemon.path) as owner:
+                owner.say()
+                if number > claimed:
+                    assert owner.hear() == "claimed"
+                    owner.say()
+                stops(daemon.pid)
+                del daemon.env["CPRD_PAUSE"]
+                daemon.restart()
+                if number <= claimed:  # cprd alone had the hold
+                    assert owner.hear() == "nothing"
+                    owner.kill()
+                else:
+                    assert owner.hear() == "confirmed", name_of(points, number)
+                    owner.kill()
+                    assert what_is_held(daemon.path, pipe.inode) == ("second", FIRST[1])
+            pipe.let_go()
+        daemon.stop()
+        assert not os.listdir(daemon.path + ".live")

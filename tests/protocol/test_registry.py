@@ -53,6 +53,7 @@ class World:
     registry: Registry = field(default_factory=Registry)
     now: float = 1000.0
     nonces: int = 0
+    owners: bytes = b"o" * 16  # token
 
     def nonce(self) -> bytes:
         self.nonces += 1
@@ -134,12 +135,12 @@ class World:
 
     @property
     def owner(self) -> Ticket:
-        return Ticket(KEY, self.registry.of(KEY)[0].generation, b"o" * 16)
+        return Ticket(KEY, self.registry.of(KEY)[0].generation, self.owners)
 
     def confirm_live(self, claim: bytes = b"c" * 16) -> dict[str, Any]:
         by, offer = Ticket(KEY, self.top.generation, claim), Offer(0, 0, 1, live=True)
-        caller = self.by(OTHER)
-        return self.do(self.registry.confirm_next(caller, by, offer, token=b"o" * 16))
+        self.owners = claim
+        return self.do(living.confirm_next(self.registry, self.by(OTHER), by, offer))
 
     def end(self, *, keep: bool) -> None:
         self.do(living.end(self.registry, self.by(OTHER), self.owner, keep=keep))
@@ -223,11 +224,23 @@ def live() -> World:
 
 def away() -> World:
     world = live()
-    hold = world.top
-    world.registry.remove(hold.generation)
-    note = replace(hold, token=living.shortened(hold.token))
-    world.registry.adopt([living.away(note)])
+    noted(world, world.top)
     return world
+
+
+def claim_away() -> World:
+    world = claimed()
+    noted(world, replace(world.top, saver=world.top.claimant))
+    return world
+
+
+def noted(world: World, hold: Hold) -> None:
+    """cprd, which keeps in memory only, has ended, and another cprd found the note of `hold`."""
+    fields = ("uid", "name", "generation", "created", "ttl_left", "saver", "took", "deaths")
+    known = {field: getattr(hold, field) for field in fields}
+    note = Hold(**known, phase="", token=living.shortened(hold.token))
+    world.registry = Registry(first_generation=world.registry.next_generation)
+    world.registry.adopt([living.away(note)])
 
 
 def quarantined() -> World:
@@ -251,6 +264,7 @@ STAGES: dict[str, Callable[[], World]] = {
     "vanished": vanished,
     "live": live,
     "away": away,
+    "claim away": claim_away,
     "quarantined": quarantined,
     "damaged": damaged,
     "unreadable": unreadable,
@@ -372,11 +386,11 @@ EXPECTED: dict[str, dict[str, str | type[CprdError]]] = {
             **dict.fromkeys(("commit", "abort"), Fenced),
             **dict.fromkeys(("renew", "begin", "confirm", "confirm next", "reject"), Fenced),
             "drop": Busy,
-            "drop by force": Busy if stage == "away" else NOTHING,
+            "drop by force": Busy if "away" in stage else NOTHING,
             "release": Busy,
             "release by force": HELD if stage == "quarantined" else Busy,
         }
-        for stage in ("live", "away", "quarantined")
+        for stage in ("live", "away", "claim away", "quarantined")
     },
 }
 for stage, expected in EXPECTED.items():
@@ -387,6 +401,7 @@ EXPECTED["nothing"]["live"] = LIVE
 EXPECTED["claimed"]["confirm live"] = EXPECTED["begun"]["confirm live"] = LIVE
 EXPECTED["live"] |= {"close": HELD, "end": NOTHING, "put back": LIVE}
 EXPECTED["away"] |= {"end": NOTHING, "put back": LIVE}
+EXPECTED["claim away"]["confirm live"] = LIVE
 
 
 def phase(world: World) -> str:
@@ -450,7 +465,7 @@ def test_the_table_says_what_the_design_says() -> None:
     assert ends[LIVE] == {
         *("put back -> live", "close -> held", "owner gone -> held", "end -> -"),
         *("owner gone too often -> quarantined", "owner gone, and not put back -> -"),
-        "drop by force -> -",
+        *("drop by force -> -", "confirm next, cprd ended -> -"),
     }
     assert {before for (before, event), _ in TRANSITIONS.items() if event == "load"} == {HELD}
     for kept in (DAMAGED, UNREADABLE):
@@ -975,3 +990,37 @@ def test_a_live_hold_may_be_left_while_the_quota_is_over() -> None:
     world.confirm_live()
     world.owner_gone()
     assert world.top.phase == HELD
+
+
+def test_a_confirm_whose_answer_ended_with_cprd_is_repeated() -> None:
+    """Whichever note the next cprd finds: of the claim, or of the new owner."""
+    for answered in (False, True):
+        world = claimed()
+        ticket, claim = world.claim, world.top
+        offer = Offer(0, 0, 1, live=True)
+        if answered:
+            world.confirm_live()
+            noted(world, world.top)
+        else:
+            noted(world, claim)
+        there = world.top
+        caller = world.by(OTHER)
+        step = living.confirm_next(world.registry, caller, ticket, offer)
+        answer = world.do(step)
+        assert living.confirm_next(world.registry, caller, ticket, offer).answer == answer
+        assert (world.top.phase, world.top.away, world.top.took) == (LIVE, False, claim.generation)
+        assert (answer["generation"] == there.generation) == answered
+        owner = Ticket(KEY, answer["generation"], answer["token"])
+        world.do(living.end(world.registry, world.by(OTHER), owner, keep=True))
+        assert world.top.phase == HELD
+
+
+def test_what_was_claimed_is_put_back_for_the_next_owner() -> None:
+    world = claim_away()
+    ticket = world.claim
+    with pytest.raises(Fenced):
+        living.end(world.registry, world.by(OTHER), ticket, keep=True)
+    offer = Offer(0, 0, 1, live=True)
+    world.do(living.put_back(world.registry, world.by(OTHER), ticket, offer))
+    world.do(living.end(world.registry, world.by(OTHER), ticket, keep=True))
+    assert (world.top.phase, world.top.live) == (HELD, True)

@@ -1,8 +1,9 @@
 """A file for each live hold: the next cprd learns who owns a name whose root ended with this cprd.
 
-Where cprd keeps holds in memory only, the end of cprd leaves the root to the owner alone. Until the
-owner puts the root back, or ends, nobody else may begin under the name. A note has what tells the
-owner from everybody else, and nothing of what is kept.
+Where cprd keeps holds in memory only, the end of cprd leaves the root to the owner alone, and what
+was claimed to take it over to the claimant. Until that process puts the hold back, or ends, nobody
+else may begin under the name. A note has what tells the process from everybody else, and nothing of
+what is kept.
 """
 
 from __future__ import annotations
@@ -51,15 +52,16 @@ class Notes:
     def __init__(self, place: str) -> None:
         """`place`: the directory; an empty string: nowhere."""
         self._place = place
-        self._noted: set[int] = set()
+        self._noted: dict[int, bytes] = {}  # shortened tokens
 
     def write(self, hold: Hold, pidfd: int) -> None:
-        """Note a live hold; `pidfd` is of the owner, borrowed."""
-        if hold.generation in self._noted or not self._place:
+        """Note a live hold; `pidfd` is of the owner (pid `saver`), borrowed."""
+        token = living.shortened(hold.token)
+        if self._noted.get(hold.generation) == token or not self._place:
             return
         _, inode = processes.identity(pidfd)
         note = {field: getattr(hold, field) for field in _FIELDS}
-        note |= {"token": living.shortened(hold.token), "inode": inode}
+        note |= {"token": token, "inode": inode}
         try:
             with _Place(self._place, make=True) as place:
                 new = f".{hold.generation}"
@@ -73,14 +75,21 @@ class Notes:
             why = f"{self._place}: {error.strerror}"
             log.event("not-noted", level=log.WARNING, uid=hold.uid, name=hold.name, why=why)
         else:
-            self._noted.add(hold.generation)
+            self._noted[hold.generation] = token
             point("note:written")
+
+    def match(self, hold: Hold) -> bool:
+        """Whether the note of a hold, if any, is of the present owner; forget the note if not."""
+        noted = self._noted.get(hold.generation)
+        is_noted = noted is not None and living.is_noted(hold, noted)
+        if not is_noted:
+            self.remove(hold.generation)
+        return is_noted
 
     def remove(self, generation: int) -> None:
         """Forget a hold that is not live any more."""
-        if generation not in self._noted:
+        if self._noted.pop(generation, None) is None:
             return
-        self._noted.discard(generation)
         try:
             with _Place(self._place) as place:
                 os.unlink(str(generation), dir_fd=place)
@@ -98,8 +107,8 @@ class Notes:
                 for name in os.listdir(place):
                     if not name.isdigit():
                         continue
-                    self._noted.add(int(name))
                     note = _read(place, name)
+                    self._noted[int(name)] = b"" if note is None else note.hold.token
                     if note is not None:
                         yield note
                     else:
