@@ -22,7 +22,7 @@ from cprd.state import InlineSection, MemfdSection, State
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _CTRUNC, _SOL_SOCKET = socket.MSG_CTRUNC, socket.SOL_SOCKET
 _OURS = (errno.ENOMEM, errno.ENOBUFS)
-SMALL = 256 * 1024  # bytes of a manifest
+SMALL = 64 * 1024  # bytes of a manifest; reading more touches more fresh pages than a mapping
 _UNIX, _SEQPACKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
 

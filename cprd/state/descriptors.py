@@ -181,8 +181,11 @@ class Descriptors:
         if numbers:
             self._append(name, numbers)
             if before is not None:
-                joined = (before[0] + b"\0" if before[0] else b"") + _repeated(name, len(numbers))
-                self._folded = joined, before[1] + ids, before[2] + column
+                joined = _repeated(name, len(numbers))
+                if before[0]:
+                    joined = before[0] + b"\0" + joined
+                    ids, column = before[1] + ids, before[2] + column
+                self._folded = joined, ids, column
 
     def take_fds(self, name: str) -> dict[int, int]:
         """Return all descriptors of one name by id, in order; the caller owns each from now on.
