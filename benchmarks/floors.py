@@ -45,22 +45,23 @@ WARM_UP = 3
 
 
 def succeed(path: str, count: int) -> None:
-    """The successor: at each line it loads, takes all, confirms; it writes how long that took."""
+    """The successor: at each line it loads, takes all, confirms; it writes how long that took, on
+    the wall and of CPU time."""
     raise_soft_limit()
     with cprd.connect(path) as daemon:
         print("ready", flush=True)
         for _ in sys.stdin:
-            begun = time.monotonic()
+            begun, used = time.monotonic(), time.process_time()
             claim = daemon.load("bench")
             found = claim.state.take_fds("client")
             claim.confirm()
-            took = time.monotonic() - begun
+            took, used = time.monotonic() - begun, time.process_time() - used
             if len(found) != count:
                 raise SystemExit("descriptors are missing")
             claim.close()
             for fd in found.values():
                 os.close(fd)
-            print(took, flush=True)
+            print(took, used, flush=True)
 
 
 class Ours:
@@ -70,7 +71,7 @@ class Ours:
         self.daemon = cprd.connect(path)
         self.fds = {id: os.eventfd(0) for id in range(count)}
         self.successor = subprocess.Popen(
-            [sys.executable, __file__, "--succeed", path, str(count)],
+            [sys.executable, os.path.join(HERE, "floors.py"), "--succeed", path, str(count)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -81,16 +82,18 @@ class Ours:
         assert self.successor.stdout is not None
         return self.successor.stdout.readline()
 
-    def once(self) -> float:
-        begun = time.monotonic()
+    def once(self) -> tuple[float, float]:
+        """Seconds on the wall, and of CPU time of both processes."""
+        begun, used = time.monotonic(), time.process_time()
         state = cprd.State()
         state.save_fds("client", self.fds)
         self.daemon.save("bench", state)
-        saved = time.monotonic() - begun
+        saved, used = time.monotonic() - begun, time.process_time() - used
         assert self.successor.stdin is not None
         self.successor.stdin.write("go\n")
         self.successor.stdin.flush()
-        return saved + float(self._line())
+        loaded, more = map(float, self._line().split())
+        return saved + loaded, used + more
 
     def close(self) -> None:
         self.successor.communicate()
@@ -192,7 +195,7 @@ def main() -> int:
             floors: list[float] = []
             theirs: list[float] = []
             for number in range(WARM_UP + options.pairs):
-                each = ours.once(), run(floor, str(count), "3")
+                each = ours.once()[0], run(floor, str(count), "3")
                 s6_took = run(s6path, s6, str(count), "2") if s6path and s6 else 0.0
                 if number >= WARM_UP:
                     mine.append(each[0])

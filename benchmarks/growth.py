@@ -2,14 +2,14 @@
 
     .venv/bin/python benchmarks/growth.py [--rounds N] [--picture FILE] [CURVE ...]
 
-    descriptors   a whole hand-over (build, save, load, take, confirm) of 1 to 9,000, both ends of
-                  which are this process
-    holds         a hand-over of one beside 1 to 2,900 holds
-    bytes         a hand-over of a section of 1 KiB to 4 GiB (as far as half of the memory goes)
-    connections   a hand-over of one beside 1 to 200 open connections
-    live          a change of a live hold with 10 to 9,000 keys
+    descriptors   a whole hand-over (build, save, load, take, confirm) of 1 to 19,000
+    holds         a hand-over of one beside 1 to 10,000 holds
+    bytes         a hand-over of a section of 1 KiB to 4 GiB
+    clients       a hand-over of one, by 1 to 200 connected clients in turn
+    live          a change of a live hold with 10 to 19,000 keys
 
-Prints CPU time of cprd and of the client (the clock on the wall says more about what else the
+Where a limit of the machine (RLIMIT_NOFILE, memory) ends a curve before that, a line says which.
+Prints CPU time of cprd and of the clients (the clock on the wall says more about what else the
 machine does), medians with the middle half, and a picture of all (matplotlib). A cost is called
 flat when the largest takes at most 1.5 times the smallest; docs/performance.md says why each is
 what it is.
@@ -25,17 +25,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import cprd
-from benchmarks.live import Ours
+from benchmarks.floors import Ours as Path
+from benchmarks.live import Ours as Live
 from benchmarks.picture import curves
 from benchmarks.stage import cpu_seconds, private_cprd
-from cprd.linux.nofile import raise_soft_limit
+from cprd.linux.nofile import limits, raise_soft_limit
 
 Points = list[tuple[float, float, float, float]]  # x, lower quartile, median, upper quartile (us)
 CONFIG = "[limits]\nholds = 20000\n"
+SPARE = 500  # descriptors that a process needs besides those that it hands over
 
 
 def quartiles(x: float, seconds: list[float]) -> tuple[float, float, float, float]:
@@ -72,22 +75,21 @@ def hand_over(daemon: cprd.Daemon, state: cprd.State) -> None:
 
 def descriptors(rounds: int) -> Points:
     points: Points = []
-    with private_cprd() as (path, pid), cprd.connect(path) as daemon:
-        for count in (1, 10, 100, 1000, 3000, 9000):
-            fds = {id: os.eventfd(0) for id in range(count)}
-
-            def once(fds: dict[int, int] = fds) -> None:
-                state = cprd.State()
-                state.save_fds("client", fds)
-                daemon.save("bench", state)
-                with daemon.load("bench") as claim:
-                    taken = claim.state.take_fds("client")
-                for fd in taken.values():
-                    os.close(fd)
-
-            points.append(quartiles(count, timed(rounds, once, pid, 20 if count <= 100 else 3)))
-            for fd in fds.values():
-                os.close(fd)
+    _, hard = limits()
+    with private_cprd() as (path, pid):
+        for count in (1, 10, 100, 1000, 3000, 10_000, 19_000):
+            if count + SPARE > hard:
+                print(f"descriptors: no {count} here: the hard RLIMIT_NOFILE is {hard}")
+                break
+            ends = Path(path, count)
+            ends.once()
+            found, repeat = [], 20 if count <= 100 else 3
+            for _ in range(rounds):
+                before = cpu_seconds(pid)
+                clients = sum(ends.once()[1] for _ in range(repeat))
+                found.append((clients + cpu_seconds(pid) - before) / repeat)
+            ends.close()
+            points.append(quartiles(count, found))
     return points
 
 
@@ -99,15 +101,19 @@ def holds(rounds: int) -> Points:
         options = ("--config", config.name)
         with private_cprd(options=options) as (path, pid), cprd.connect(path) as daemon:
             state, held = of_one(), 0
-            try:
-                for count in (1, 10, 100, 1000, 2000, 2900, 10_000):
+            for count in (1, 10, 100, 1000, 2500, 5000, 10_000):
+                try:
                     while held < count:
                         daemon.save(f"standing{held}", state)
                         held += 1
-                    took = timed(rounds, partial(hand_over, daemon, state), pid, 20)
-                    points.append(quartiles(count, took))
-            except cprd.LimitExceeded as error:
-                print(f"holds: {held} at most here: {error}")
+                except cprd.LimitExceeded as error:
+                    print(f"holds: {held} at most here: {error}")
+                    held -= 1
+                    daemon.drop(f"standing{held}")
+                took = timed(rounds, partial(hand_over, daemon, state), pid, 20)
+                points.append(quartiles(held, took))
+                if held < count:
+                    break
     return points
 
 
@@ -131,25 +137,25 @@ def sections(rounds: int) -> Points:
     return points
 
 
-def connections(rounds: int) -> Points:
+def clients(rounds: int) -> Points:
     points: Points = []
-    with private_cprd() as (path, pid), cprd.connect(path) as daemon:
+    with private_cprd() as (path, pid):
         state = of_one()
-        others: list[cprd.Daemon] = []
+        connected: list[cprd.Daemon] = []
         for count in (1, 10, 50, 100, 200):
-            others += [cprd.connect(path) for _ in range(count - len(others))]
-            points.append(
-                quartiles(count, timed(rounds, partial(hand_over, daemon, state), pid, 20))
-            )
-        for other in others:
-            other.close()
+            connected += [cprd.connect(path) for _ in range(count - len(connected))]
+            turns = cycle(connected)
+            took = timed(rounds, lambda turns=turns: hand_over(next(turns), state), pid, 200)  # type: ignore[misc]
+            points.append(quartiles(count, took))
+        for one in connected:
+            one.close()
     return points
 
 
 def live(rounds: int) -> Points:
     points: Points = []
-    for count in (10, 100, 1000, 9000):
-        ours = Ours(count)
+    for count in (10, 100, 1000, 9000, 19_000):
+        ours = Live(count)
         found = []
         for _ in range(rounds):
             begun = time.process_time()
@@ -164,7 +170,7 @@ CURVES: dict[str, tuple[Callable[[int], Points], str]] = {
     "descriptors": (descriptors, "descriptors"),
     "holds": (holds, "holds beside"),
     "bytes": (sections, "bytes of a section"),
-    "connections": (connections, "connections open beside"),
+    "clients": (clients, "clients in turn"),
     "live": (live, "keys of a live hold"),
 }
 

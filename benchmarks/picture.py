@@ -15,7 +15,7 @@ def plotter() -> Any:
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
     except ModuleNotFoundError:
-        print("no picture: pip install matplotlib")
+        print("no picture: wants matplotlib: python3 tools/bootstrap.py all bench")
         return None
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "cprd"  # the same figures give the same file

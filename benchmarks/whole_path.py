@@ -5,7 +5,8 @@
 From a dict of ids to descriptors in the old process to the same dict in a successor that comes
 afterwards: build a State, save, load, take all, confirm. By bulk verbs, by single verbs, and save
 and load alone. The yardstick is direct_pass.c: two live processes, an array to an array, nobody
-holding the descriptors in between. Beside that, what each step takes.
+holding the descriptors in between. Beside that, what each step takes: wall clock, and CPU time of
+the process that does the step.
 
 Exit status: 0 when every figure is within its bound, 1 when not.
 """
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -28,7 +30,8 @@ from benchmarks.stage import private_cprd, verdict
 from cprd.linux.nofile import raise_soft_limit
 
 WARM_UP = 3
-Steps = dict[str, float]  # seconds
+PATH = ("build", "save", "load", "take")  # steps of the whole path; confirm comes after
+Steps = dict[str, tuple[float, float]]  # seconds: on the wall, and of CPU time
 
 
 def bulk_build(fds: dict[int, int]) -> cprd.State:
@@ -57,21 +60,25 @@ def single_take(state: cprd.State) -> dict[int, int]:
 KINDS = {"bulk verbs": (bulk_build, bulk_take), "single verbs": (single_build, single_take)}
 
 
+def clocks() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
+
+
 def succeed(path: str, kind: str) -> None:
     """What the process does that comes afterwards: connected, it waits for the word, and writes
-    when it began, had loaded, had taken all, had confirmed."""
+    its clocks when it began, had loaded, had taken all, had confirmed."""
     raise_soft_limit()
     _, take = KINDS[kind]
     with cprd.connect(path) as daemon:
         print("ready", flush=True)
         sys.stdin.readline()
-        times = [time.monotonic()]
+        times = [*clocks()]
         with daemon.load("bench") as claim:
-            times.append(time.monotonic())
+            times += clocks()
             found = take(claim.state)
-            times.append(time.monotonic())
+            times += clocks()
             claim.confirm()
-            times.append(time.monotonic())
+            times += clocks()
     if list(found) != list(range(MANY)) or len(set(found.values())) != MANY:
         raise SystemExit("descriptors are missing")
     print(*times, flush=True)
@@ -93,19 +100,21 @@ def restart(path: str, daemon: cprd.Daemon, fds: dict[int, int], kind: str) -> S
         assert successor.stdout is not None
         if successor.stdout.readline() != "ready\n":
             raise SystemExit("the successor did not start")
-        begun = time.monotonic()
+        times = [*clocks()]
         state = build(fds)
-        built = time.monotonic()
+        times += clocks()
         daemon.save("bench", state)
-        saved = time.monotonic()
+        times += clocks()
         answer, _ = successor.communicate("go\n")
-        loading, loaded, taken, confirmed = map(float, answer.split())
+        later = [float(each) for each in answer.split()]
+    return {**steps(times, ("build", "save")), **steps(later, ("load", "take", "confirm"))}
+
+
+def steps(times: list[float], names: tuple[str, ...]) -> Steps:
+    """What each step took, of two clocks in turn before the first step and after each."""
     return {
-        "build": built - begun,
-        "save": saved - built,
-        "load": loaded - loading,
-        "take": taken - loaded,
-        "confirm": confirmed - taken,
+        name: (times[2 * at + 2] - times[2 * at], times[2 * at + 3] - times[2 * at + 1])
+        for at, name in enumerate(names)
     }
 
 
@@ -114,7 +123,7 @@ def floor(program: str) -> float:
     return int(done.stdout) / 1e9
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     """Median, and the middle half, in milliseconds."""
     low, middle, high = statistics.quantiles([value * 1e3 for value in values], n=4)
     return f"{middle:.2f} ms ({low:.2f} to {high:.2f})"
@@ -144,8 +153,8 @@ def main() -> int:
         with cprd.connect(path) as daemon:
             for number in range(WARM_UP + pairs):
                 for kind in KINDS:
-                    steps = restart(path, daemon, fds, kind)
-                    measured[kind] += [steps] if number >= WARM_UP else []
+                    each = restart(path, daemon, fds, kind)
+                    measured[kind] += [each] if number >= WARM_UP else []
                 floors += [floor(program)] if number >= WARM_UP else []
         for fd in fds.values():
             os.close(fd)
@@ -154,11 +163,12 @@ def main() -> int:
     good = True
     for kind, bound in (("bulk verbs", 4.0), ("single verbs", 10.0)):
         for step in measured[kind][0]:
-            print(f"{kind}, {step}: {spread([steps[step] for steps in measured[kind]])}")
-        whole = [sum(steps.values()) - steps["confirm"] for steps in measured[kind]]
+            wall, used = zip(*(each[step] for each in measured[kind]), strict=True)
+            print(f"{kind}, {step}: {spread(wall)}; CPU {spread(used)}")
+        whole = [sum(each[step][0] for step in PATH) for each in measured[kind]]
         value = statistics.median(whole) / yardstick
         good &= verdict(f"whole path, {kind} / C floor", value, bound, "", spread(whole))
-    both = [steps["save"] + steps["load"] for steps in measured["bulk verbs"]]
+    both = [each["save"][0] + each["load"][0] for each in measured["bulk verbs"]]
     value = statistics.median(both) / yardstick
     good &= verdict("save and load alone / C floor", value, 3.0, "", spread(both))
     return 0 if good else 1

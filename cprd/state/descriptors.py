@@ -36,6 +36,7 @@ else:
     HasFileno = object
 
 _I32 = 1 << 31
+_HIGHEST = 3 if sys.byteorder == "little" else 0  # byte of a number of 32 bits, with the sign
 
 
 UNSET: Any = object()
@@ -49,7 +50,7 @@ class Descriptors:
     returns, and the state keeps objects with fileno() alive. A state of a claim *owns*: close()
     closes all that no take verb gave away. No method blocks."""
 
-    __slots__ = ("_asked", "_came", "_keep", "_last", "_names", "_order", "_owned")
+    __slots__ = ("_asked", "_folded", "_keep", "_last", "_names", "_order", "_owned")
 
     def __init__(self) -> None:
         self._names: dict[str, dict[int, int]] = {}
@@ -58,9 +59,9 @@ class Descriptors:
         # The dict in `_names` that is the last, or None where nobody has looked.
         self._last: dict[int, int] | None = None
         self._keep: dict[str, dict[int, object]] = {}
-        # A loaded state as it came, until the first question about a key: names joined by NUL, ids,
-        # descriptors. `_names` is empty meanwhile.
-        self._came: tuple[bytes, array[int], array[int]] | None = None
+        # All keys as they travel, until the first question about a key: names joined by NUL, ids,
+        # descriptors. A loaded state, whose `_names` is empty meanwhile, or what save_fds added to.
+        self._folded: tuple[bytes, array[int], array[int]] | None = None
         self._owned = False
         self._asked: set[tuple[str, int] | str] = set()  # keys that the owner of a claim looked at
 
@@ -81,7 +82,7 @@ class Descriptors:
         number = fd if type(fd) is int else number_of(fd)
         if type(id) is not int:
             id = 0 if id is UNSET else _index(name, id)
-        names = self._names if self._came is None else self._unfold()
+        names = self._names if self._folded is None else self._unfold()
         try:
             group = names.get(name)
         except TypeError:
@@ -108,7 +109,7 @@ class Descriptors:
 
     def find_fd(self, name: str, id: int = 0) -> int:
         """Return the descriptor under (name, id), owned as before; -1 when the key is absent."""
-        names = self._names if self._came is None else self._unfold()
+        names = self._names if self._folded is None else self._unfold()
         group = names.get(name)
         fd = -1 if group is None else group.get(id, -1)
         if self._owned and fd >= 0:
@@ -119,7 +120,7 @@ class Descriptors:
         """Return the descriptor under (name, id); the caller owns the descriptor from now on.
 
         An absent key: `default` if given, else MissingKey."""
-        names = self._names if self._came is None else self._unfold()
+        names = self._names if self._folded is None else self._unfold()
         try:
             group = names[name]
             fd = group.pop(id)
@@ -161,14 +162,16 @@ class Descriptors:
         """Add many descriptors under one name: a mapping of ids, or pairs (id, fd).
 
         As save_fd for each, in one step: an error adds nothing. 10,000 numbers take 0.3 ms."""
-        new = _checked(name, fds)
-        names = self._names if self._came is None else self._unfold()
+        new, ids = _checked(name, fds)
+        # The columns that the checks make serve save(); never made anew for few more keys.
+        before = None if self._owned or self.fd_count > len(new) else self.columns()
+        names = self._names if self._folded is None else self._unfold()
         group = names.get(name) if isinstance(name, str) else None
         if group is None:
             _check_name(name)
         elif not group.keys().isdisjoint(new):
             raise _used(name, next(id for id in new if id in group))
-        numbers = _numbers(name, new)
+        numbers, column = _numbers(name, new)
         if self._owned:
             numbers = _copies(name, numbers)
             self._asked.update((name, id) for id in numbers)
@@ -177,12 +180,18 @@ class Descriptors:
             self._keep[name] = {**self._keep.get(name, {}), **kept}
         if numbers:
             self._append(name, numbers)
+            if before is not None:
+                joined = _repeated(name, len(numbers))
+                if before[0]:
+                    joined = before[0] + b"\0" + joined
+                    ids, column = before[1] + ids, before[2] + column
+                self._folded = joined, ids, column
 
     def take_fds(self, name: str) -> dict[int, int]:
         """Return all descriptors of one name by id, in order; the caller owns each from now on.
 
         Empty when the name is absent."""
-        if self._came is not None:
+        if self._folded is not None:
             self._unfold()
         self._last = None
         group = self._names.pop(name, {})
@@ -208,7 +217,7 @@ class Descriptors:
         Raises InvalidInput for a descriptor that is no such socket; then nothing is taken."""
         from cprd.state.sockets import as_sockets
 
-        names = self._names if self._came is None else self._unfold()
+        names = self._names if self._folded is None else self._unfold()
         group = names.get(name)
         if not group:
             return {}
@@ -226,8 +235,8 @@ class Descriptors:
     @property
     def fd_count(self) -> int:
         """How many descriptors there are under keys; sections do not count."""
-        if self._came is not None:
-            return len(self._came[2])
+        if self._folded is not None:
+            return len(self._folded[2])
         return sum(map(len, self._names.values()))
 
     # For what carries a state
@@ -238,33 +247,33 @@ class Descriptors:
 
     def columns(self) -> tuple[bytes, array[int], array[int]]:
         """The keys as they travel: names joined by NUL, ids, descriptors. Not to be changed."""
-        if self._came is not None:
-            return self._came
+        if self._folded is not None:
+            return self._folded
         if self._order is not None:
             keys = self._keys()
             fds = [self._names[name][id] for name, id in keys]
             names = "\0".join([name for name, _ in keys])
-            return _bytes(names), _column(id for _, id in keys), _column(fds)
+            return _bytes(names), _column([id for _, id in keys], len(keys)), _column(fds, len(fds))
         groups = self._names
         if len(groups) == self.fd_count:
-            names = "\0".join(groups)
+            joined = _bytes("\0".join(groups))
         else:
-            names = "".join([(name + "\0") * len(group) for name, group in groups.items()])[:-1]
+            joined = b"\0".join([_repeated(name, len(ids)) for name, ids in groups.items()])
         ids = chain.from_iterable(groups.values())
         numbers = chain.from_iterable(map(dict.values, groups.values()))
-        return _bytes(names), _column(ids), _column(numbers)
+        return joined, _column(ids, self.fd_count), _column(numbers, self.fd_count)
 
     def has_any(self, numbers: set[int]) -> bool:
         """Whether a descriptor under some key has one of these numbers."""
-        if self._came is not None:
-            return not numbers.isdisjoint(self._came[2])
+        if self._folded is not None and not self._names:
+            return not numbers.isdisjoint(self._folded[2])
         return not all(map(numbers.isdisjoint, map(dict.values, self._names.values())))
 
     # Within
 
     def _keys(self, name: str | None = None) -> list[tuple[str, int]]:
         """The keys in order: of one name, or of all."""
-        names = self._names if self._came is None else self._unfold()
+        names = self._names if self._folded is None else self._unfold()
         if name is not None:
             return [*zip(repeat(name), names.get(name, ()))]
         if self._order is None:
@@ -316,21 +325,24 @@ class Descriptors:
     def _adopt(self, names: bytes, ids: array[int], fds: array[int]) -> None:
         """Become the owner of `fds`; `names` joined by NUL, and an id each."""
         self._owned = True
-        self._came = (names, ids, fds)
+        self._folded = (names, ids, fds)
 
     def _unfold(self) -> dict[str, dict[int, int]]:
-        """Make the dicts of what came; raises Damaged for two descriptors under one key."""
-        assert self._came is not None
-        joined, ids, fds = self._came
+        """Have dicts alone; raises Damaged for two descriptors of a bundle under one key."""
+        assert self._folded is not None
+        if self._names:  # by save_fds, which keeps both
+            self._folded = None
+            return self._names
+        joined, ids, fds = self._folded
         names, mixed = _by_name(joined, ids, fds)
         if sum(map(len, names.values())) != len(fds):
             raise Damaged("two descriptors of the bundle have the same key")
         if mixed:
             texts = joined.decode("utf-8", "surrogateescape").split("\0")
             self._order = dict.fromkeys(zip(texts, ids, strict=True))
-        # Nobody looks at `_names` before `_came` is gone.
+        # Nobody looks at `_names` before `_folded` is gone.
         self._names = names
-        self._came = None
+        self._folded = None
         return names
 
 
@@ -344,7 +356,7 @@ def _by_name(
         return names, False
     # A server's state has some keys, and then a name with many: nothing is taken apart for those.
     last = joined.rpartition(b"\0")[2]
-    first = count - _repeated(joined, last, count)
+    first = count - _repeats(joined, last, count)
     head = joined[: len(joined) - (len(last) + 1) * (count - first)]
     texts = head.decode("utf-8", "surrogateescape").split("\0") if first else []
     before, mixed = "", False
@@ -357,7 +369,7 @@ def _by_name(
             group[id] = fd
         before = name
     name = last.decode("utf-8", "surrogateescape")
-    many = dict(zip(ids[first:], fds[first:], strict=True))
+    many = dict(zip(memoryview(ids)[first:], memoryview(fds)[first:], strict=True))
     if name not in names:
         names[name] = many
     elif names[name].keys().isdisjoint(many):
@@ -366,7 +378,7 @@ def _by_name(
     return names, mixed
 
 
-def _repeated(joined: bytes, last: bytes, most: int) -> int:
+def _repeats(joined: bytes, last: bytes, most: int) -> int:
     """How often `joined` repeats its last name, at its end: some 14 comparisons for 10,000."""
     one, whole = b"\0" + last, b"\0" + joined
     low, high = 1, most
@@ -383,15 +395,19 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _column(numbers: Iterable[int]) -> array[int]:
-    listed = [*numbers]
-    return array("i", struct.pack(f"{len(listed)}i", *listed))
+def _repeated(name: str, times: int) -> bytes:
+    """A name `times` times, joined by NUL."""
+    return ((_bytes(name) + b"\0") * times)[:-1]
+
+
+def _column(numbers: Iterable[int], count: int) -> array[int]:
+    return array("i", struct.pack(f"{count}i", *numbers))
 
 
 def _checked(
     name: str, fds: Mapping[int, int | HasFileno] | Iterable[tuple[int, int | HasFileno]]
-) -> dict[int, int | HasFileno]:
-    """The pairs as a dict of our own, every id a signed integer of 32 bits. Raises InvalidInput."""
+) -> tuple[dict[int, int | HasFileno], array[int]]:
+    """The pairs as a dict of our own, and the ids. Raises InvalidInput."""
     try:
         if isinstance(fds, Mapping):
             new = dict(fds)
@@ -406,21 +422,20 @@ def _checked(
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"{name!r}: wants ids with their descriptors: {error}") from None
     try:
-        struct.pack(f"{len(new)}i", *new)
+        return new, _column(new, len(new))
     except struct.error:
         for id in new:
             if not -_I32 <= _index(name, id) < _I32:
                 raise _refused(name, id, 0) from None
         raise
-    return new
 
 
-def _numbers(name: str, new: dict[int, int | HasFileno]) -> dict[int, int]:
-    """The numbers of the descriptors: `new` itself where there are numbers only."""
+def _numbers(name: str, new: dict[int, int | HasFileno]) -> tuple[dict[int, int], array[int]]:
+    """The numbers of the descriptors, by id, and alone: `new` itself where all are numbers."""
     try:
-        if min(new.values(), default=0) >= 0:  # type: ignore[type-var, operator]
-            struct.pack(f"{len(new)}i", *new.values())
-            return new  # type: ignore[return-value]
+        column = _column(new.values(), len(new))  # type: ignore[arg-type]
+        if column.tobytes()[_HIGHEST::4].isascii():  # none is negative
+            return new, column  # type: ignore[return-value]
     except (TypeError, struct.error):
         pass
     numbers = {}
@@ -428,7 +443,7 @@ def _numbers(name: str, new: dict[int, int | HasFileno]) -> dict[int, int]:
         numbers[id] = number = fd if isinstance(fd, int) else number_of(fd)
         if not 0 <= number < _I32:
             raise _refused(name, id, number)
-    return numbers
+    return numbers, _column(numbers.values(), len(new))
 
 
 def _copies(name: str, numbers: dict[int, int]) -> dict[int, int]:

@@ -148,7 +148,7 @@ class State(Descriptors, MutableMapping[str, "Any"]):
         fds: Iterable[int] = ()
         if self._owned:
             mine = map(dict.values, self._names.values())
-            fds = self._came[2] if self._came is not None else [*chain.from_iterable(mine)]
+            fds = self._folded[2] if self._folded is not None else [*chain.from_iterable(mine)]
         sections = [*self._sections.values()]
         # Closed first: what is interrupted and repeated may not close a number twice.
         self.__class__ = _Closed
