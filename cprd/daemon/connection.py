@@ -8,10 +8,11 @@ so `releasing` gets each queue that was not saved, and the socket of a client th
 from __future__ import annotations
 
 import errno
-import math
 import os
 import socket
-from collections.abc import Callable
+import time
+import types
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import trio
@@ -52,6 +53,15 @@ class Request(NamedTuple):
     message: messages.Message
 
 
+Came = bytes | Intruding
+
+
+@types.coroutine
+def _leave_turn() -> Generator[None, None, None]:
+    """Give a request back to `Turns`, which lets the task of the connection go on with the rest."""
+    yield
+
+
 class Connection:
     """Owns the socket, the peer's pidfd, and the receiving end of a queue that was handed out."""
 
@@ -79,35 +89,36 @@ class Connection:
         self.peer_ended = False
         self._queue: socket.SocketType | None = None  # the receiving end
         self._handed_out = False  # a sending end, which may be unread
-        self.idle_since = math.inf  # while a request is served
-        self._waiting = False  # for a message or news
+        self.idle_since = time.monotonic()
+        self.in_turn = False  # a request is served in a turn (turns.py)
+        self.in_line = False  # for a turn
+        self._waiting = False  # for a message or news, in a request
         self._news = False  # beside messages: the peer has ended, or the queue is abandoned
         self._given_up = False
         self._watch = watch
         if pidfd >= 0:
             watch.add(pidfd, self._ends)
 
-    async def receive(self, parse: Callable[[bytes], messages.Message]) -> Request | None:
-        """The next request; None at the end of the connection, and once `give_up` was called.
-        Raises ProtocolError."""
+    def take(self) -> Came | None:
+        """What came: a message, an error where descriptors came with it, or nothing at the end of
+        the connection and once `give_up` was called. None: nothing has come yet."""
+        try:
+            data = self._take()
+        except BlockingIOError:
+            return b"" if self._nothing_came() else None
+        except Intruding as error:
+            return error
+        except OSError:
+            return b""
+        self.idle_since = time.monotonic()
+        return data
+
+    def read(self, came: Came, parse: Callable[[bytes], messages.Message]) -> Request:
+        """The request in what came. Raises ProtocolError."""
         self.id = None
-        self.idle_since = trio.current_time()
-        while True:
-            await self._readable()
-            if not self.turns.free(self.peer.uid):
-                await self.turns.take(self.peer.uid)
-            try:
-                data = self._take()
-                break
-            except BlockingIOError:
-                if self._nothing_came():
-                    return None
-            except OSError:
-                return None
-        if not data:
-            return None
-        self.idle_since = math.inf
-        message = parse(data)
+        if isinstance(came, Intruding):
+            raise came
+        message = parse(came)
         self.id = message.pop("id")
         return Request(message)
 
@@ -125,6 +136,11 @@ class Connection:
         self.sock.recv(1, _DONTWAIT)
         return data
 
+    async def apart(self) -> None:
+        """The request has to wait: the rest goes on in the task of the connection."""
+        if self.in_turn:
+            await _leave_turn()
+
     async def _readable(self) -> None:
         """Wait for a message, or other news."""
         if self._news:
@@ -140,6 +156,7 @@ class Connection:
 
     def _tell(self) -> None:
         self._news = True
+        self.turns.wake(self)
         if self._waiting:
             trio.lowlevel.notify_closing(self.sock)  # costs nothing where no news come
 
@@ -247,6 +264,7 @@ class Connection:
         data = self._encoded(message)
         if self._send_now(data, fds):
             return  # as nearly always
+        await self.apart()
         with trio.move_on_after(messages.SLOW):
             while True:
                 try:

@@ -35,9 +35,10 @@ def _owned(step: Step) -> Hold | None:
     return next((ended.hold for ended in step.ended if ended.hold.phase == LIVE), None)
 
 
-async def _fence(server: Server, hold: Hold) -> None:
+async def _fence(server: Server, connection: Connection, hold: Hold) -> None:
     """Let the owner of a live hold change nothing any more. Raises LimitExceeded where that cannot
     be done in time, for files of the uid block when they are closed."""
+    await connection.apart()
     bundle = server.keeper.bundle(hold.generation)
     point("daemon:fence")
     with trio.move_on_after(FENCED) as waiting:
@@ -61,7 +62,7 @@ async def drop(server: Server, connection: Connection, request: Request) -> None
     step = verb(caller, key, force=message["force"])
     fenced: Hold | None = None
     while (owned := _owned(step)) is not None and owned != fenced:
-        await _fence(server, owned)
+        await _fence(server, connection, owned)
         fenced = owned
         step = verb(caller, key, force=message["force"])  # what is true by now
     if step.changes:
@@ -112,6 +113,7 @@ async def status(server: Server, connection: Connection, request: Request) -> No
     (The last line of the unit's reload asks.)"""
     del request
     if server.reloading is not None:
+        await connection.apart()
         await server.reloading.wait()
     uid = connection.peer.uid
     visible = _visible(server, connection)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from functools import partial
 
 import trio
@@ -17,7 +18,7 @@ import trio
 from cprd.daemon import handlers, live, log, operators
 from cprd.daemon.clock import now
 from cprd.daemon.config import Config
-from cprd.daemon.connection import Connection, Peer, Request
+from cprd.daemon.connection import Came, Connection, Peer, Request
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.room import Room
 from cprd.daemon.steps import Roles, Steps
@@ -115,9 +116,9 @@ class Server:
 
     async def serve(self, *listeners: socket.socket) -> None:
         """Serve until cancelled. `listeners` are borrowed."""
-        trio.lowlevel.add_instrument(self.turns)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tend, "log", log.write_behind)
+            nursery.start_soon(tend, "requests", self.turns.run)
             nursery.start_soon(tend, "idle connections", self._end_idle)
             nursery.start_soon(tend, "processes", self.steps.pidfds.watch)
             nursery.start_soon(tend, "deadlines", self.steps.watch_deadlines)
@@ -173,7 +174,7 @@ class Server:
             connection.close()
             return
         self.connections.add(connection)
-        self.turns.add(peer.uid)
+        self.turns.add(connection)
         nursery.start_soon(self._serve_one, connection)
 
     def _say_refused(self, peer: Peer, why: CprdError) -> None:
@@ -251,8 +252,7 @@ class Server:
     # One connection
 
     async def _serve_one(self, connection: Connection) -> None:
-        """Count and serve a connection to the end."""
-        peer = connection.peer
+        """Serve a connection to the end."""
         try:
             await self._converse(connection)
             await self._end_claims(connection)
@@ -260,20 +260,20 @@ class Server:
         finally:
             await self._end_claims(connection)
             self.connections.discard(connection)
-            self.turns.remove(peer.uid)
+            self.turns.remove(connection)
             connection.close()
 
     async def _end_idle(self) -> None:
         """End connections on which nothing was asked for too long. Until cancelled."""
         while True:
-            now = earliest = trio.current_time()
+            now = earliest = time.monotonic()
             for connection in self.connections:
-                if connection.claims or connection.prepared:
+                if connection.claims or connection.prepared or not self.turns.awaits(connection):
                     continue
                 if connection.idle_since <= now - messages.IDLE:
                     connection.give_up()
                 earliest = min(earliest, connection.idle_since)
-            await trio.sleep_until(max(earliest, now - messages.IDLE + 1.0) + messages.IDLE)
+            await trio.sleep(max(earliest - now + messages.IDLE, 1.0))
 
     async def _end_claims(self, connection: Connection) -> None:
         if not self.stopping:
@@ -284,13 +284,12 @@ class Server:
         peer = connection.peer
         try:
             with trio.move_on_after(messages.FIRST_BYTE) as greeting:
-                if not await self._greet(connection):
+                if not await self.turns.serve(connection, self._greet):
                     return
             if greeting.cancelled_caught:
                 log.event("mute", level=log.WARNING, uid=peer.uid, pid=peer.pid)
                 return
-            while await self._serve_request(connection):
-                pass
+            await self.turns.serve(connection, self._serve_request)
         except BrokenPipeError:
             pass
         except trio.Cancelled:
@@ -298,11 +297,10 @@ class Server:
         except Exception as error:
             log.event("failed", level=log.ERROR, uid=peer.uid, pid=peer.pid, why=repr(error))
 
-    async def _greet(self, connection: Connection) -> bool:
+    async def _greet(self, connection: Connection, came: Came) -> bool:
+        """Answer hello. False: the end of the connection."""
         try:
-            request = await connection.receive(messages.read_first)
-            if request is None:
-                return False
+            request = connection.read(came, messages.read_first)
             _check_hello(request)
         except CprdError as error:
             await self._refuse(connection, "hello", error)
@@ -329,20 +327,18 @@ class Server:
         )
         return True
 
-    async def _serve_request(self, connection: Connection) -> bool:
-        """One request and the answer; False at the end of the connection."""
+    async def _serve_request(self, connection: Connection, came: Came) -> bool | None:
+        """One request and the answer. False: the end of the connection."""
         try:
-            request = await connection.receive(messages.read_request)
-            if request is None:
-                return False
+            request = connection.read(came, messages.read_request)
         except ProtocolError as error:
             await self._refuse(connection, "?", error)
-            return isinstance(error, messages.BadRequest)  # after noise comes noise
+            return None if isinstance(error, messages.BadRequest) else False  # noise comes next
         if connection.nonce:  # whoever asks again has read the answer before
             self.registry.replies.arrived(connection.peer.uid, connection.nonce)
         connection.nonce = request.message.get("nonce", b"")
         await self._handle(connection, request)
-        return True
+        return None
 
     async def _handle(self, connection: Connection, request: Request) -> None:
         verb = request.message["verb"]

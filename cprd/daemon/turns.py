@@ -1,61 +1,177 @@
 """Whose turn it is: work of all uids in small pieces, so that nobody waits for the work of others.
 
-A uid with more than a single connection has a single request decoded and served in each round of
-the event loop, whatever the number of connections. Work that no request bounds (deadlines, claims
-of an ended connection, ended processes) pauses after each `PIECE`.
+One task begins all requests: a single request of each uid in a round, whatever the number of
+connections. Nearly every request is served right there, without a pass of the event loop. A request
+that has to wait (`Connection.apart`) goes on in the task of its connection. Work that no request
+bounds (deadlines, claims of an ended connection, ended processes) pauses after each `PIECE`.
 """
 
 from __future__ import annotations
 
+import select
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import TYPE_CHECKING, Any
 
 import trio
 
+if TYPE_CHECKING:
+    from cprd.daemon.connection import Came, Connection
+
+    _Request = Coroutine[Any, Any, bool | None]
+    Serve = Callable[[Connection, Came], _Request]
+
 PIECE = 0.002  # s
+NAP = 0.001  # s in which the next request saves a pass of the event loop
+_EVENTS = select.EPOLLIN | select.EPOLLET
 
 
-class Turns(trio.abc.Instrument):
-    """Counts the connections of each uid, and lets their requests take turns. As an instrument of
-    trio, counts the rounds of the event loop."""
+class Turns:
+    """Counts the connections of each uid, and lets their requests take turns. `run` is to run as a
+    task."""
 
     def __init__(self) -> None:
         self.connections: Counter[int] = Counter()  # by uid
-        self._locks: dict[int, trio.Lock] = {}
-        self._round = 0
-        self._served: dict[int, int] = {}  # the last round with a request of a uid
+        self.others = False  # tasks of connections have something to do: no nap
+        self._epoll = select.epoll()
+        self._asleep = False
+        self._waiting: dict[Connection, tuple[trio.lowlevel.Task, Serve]] = {}  # for a request
+        self._by_fd: dict[int, Connection] = {}
+        self._ready: dict[int, deque[Connection]] = {}  # by uid: something may have come
+        self._over: dict[Connection, bool | Exception | _Request] = {}  # for their tasks
 
-    def after_io_wait(self, timeout: float) -> None:
-        del timeout
-        self._round += 1
+    def add(self, connection: Connection) -> None:
+        """A new connection, until `remove`."""
+        self.connections[connection.peer.uid] += 1
+        self._by_fd[connection.sock.fileno()] = connection
+        self._epoll.register(connection.sock, _EVENTS)
 
-    def add(self, uid: int) -> None:
-        self.connections[uid] += 1
-
-    def remove(self, uid: int) -> None:
+    def remove(self, connection: Connection) -> None:
+        """Before the socket is closed."""
+        del self._by_fd[connection.sock.fileno()]
+        self._epoll.unregister(connection.sock)
+        uid = connection.peer.uid
         self.connections[uid] -= 1
         if not self.connections[uid]:
             del self.connections[uid]
-            self._locks.pop(uid, None)
-            self._served.pop(uid, None)
 
-    def free(self, uid: int) -> bool:
-        """Take the turn of this round, where none of `uid` has taken that turn, or waits."""
-        if self._served.get(uid) == self._round or uid in self._locks:
+    def awaits(self, connection: Connection) -> bool:
+        """Whether no request of a connection is served."""
+        return connection in self._waiting
+
+    async def serve(self, connection: Connection, serve: Serve) -> bool:
+        """Call `serve` for what comes on a connection, a message in a turn, until `serve` returns
+        something other than None. Returns that; False at the end of the connection."""
+
+        def abort(_: Callable[[], Any]) -> trio.lowlevel.Abort:
+            self._waiting.pop(connection, None)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        while True:
+            self._waiting[connection] = trio.lowlevel.current_task(), serve
+            self.wake(connection)  # what came before now is not told of again
+            await trio.lowlevel.wait_task_rescheduled(abort)
+            over = self._over.pop(connection)
+            if isinstance(over, Exception):
+                raise over
+            done = over if isinstance(over, bool) else await _Rest(over)
+            if done is not None:
+                return done
+
+    def wake(self, connection: Connection) -> None:
+        """Something may have come on a connection."""
+        if connection in self._waiting and not connection.in_line:
+            connection.in_line = True
+            self._ready.setdefault(connection.peer.uid, deque()).append(connection)
+            if self._asleep:
+                self._asleep = False
+                trio.lowlevel.notify_closing(self._epoll)
+
+    async def run(self) -> None:
+        """Begin requests. Until cancelled."""
+        while True:
+            self._asleep = not self._ready
+            if self._asleep:
+                try:
+                    await trio.lowlevel.wait_readable(self._epoll)
+                except trio.ClosedResourceError:
+                    pass  # woken
+                self._asleep = False
+            else:
+                await trio.lowlevel.checkpoint()
+            self._serve_all()
+
+    def _serve_all(self) -> None:
+        """Serve what comes, for `PIECE` and a nap at most."""
+        pace = Pace()
+        self.others = False
+        self._look(0)
+        while self._ready and not pace.over:
+            self._round()
+            self._look(0 if self._ready or self.others else NAP)
+
+    def _look(self, seconds: float) -> None:
+        for fd, _ in self._epoll.poll(seconds, len(self._by_fd) or 1):
+            self.wake(self._by_fd[fd])
+
+    def _round(self) -> None:
+        """Serve a single request of each uid that has some."""
+        for uid, line in list(self._ready.items()):
+            while line:
+                connection = line.popleft()
+                connection.in_line = False
+                if connection in self._waiting and self._serve_one(connection):
+                    break
+            if not line:
+                del self._ready[uid]
+
+    def _serve_one(self, connection: Connection) -> bool:
+        """Begin the request that came on a connection, if any. Returns whether any has."""
+        task, serve = self._waiting[connection]
+        came = connection.take()
+        if came is None:
             return False
-        self._served[uid] = self._round
+        if not came:
+            self._hand_over(connection, task, False)
+            return False
+        connection.in_turn = True
+        request = serve(connection, came)
+        try:
+            request.send(None)
+        except StopIteration as end:
+            if end.value is None:
+                self.wake(connection)  # more may have come
+            else:
+                self._hand_over(connection, task, end.value)
+        except Exception as error:
+            self._hand_over(connection, task, error)
+        else:
+            self._hand_over(connection, task, request)
+        connection.in_turn = False
         return True
 
-    async def take(self, uid: int) -> None:
-        """Wait for the turn of a request of `uid`, in the order of arrival."""
-        lock = self._locks.setdefault(uid, trio.Lock())
-        try:
-            async with lock:
-                await trio.lowlevel.checkpoint()
-                self._served[uid] = self._round
-        finally:
-            if not lock.locked():
-                self._locks.pop(uid, None)
+    def _hand_over(
+        self,
+        connection: Connection,
+        task: trio.lowlevel.Task,
+        what: bool | Exception | _Request,
+    ) -> None:
+        """The task of a connection goes on."""
+        del self._waiting[connection]
+        self._over[connection] = what
+        self.others = True
+        trio.lowlevel.reschedule(task)
+
+
+class _Rest(Awaitable["bool | None"]):
+    """A request that was begun in its turn, and goes on in the task that awaits this."""
+
+    def __init__(self, request: _Request) -> None:
+        self._request = request
+
+    def __await__(self) -> Generator[Any, Any, bool | None]:
+        return self._request.__await__()
 
 
 class Pace:

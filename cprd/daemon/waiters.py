@@ -72,6 +72,7 @@ class Waiters:
         queue.append(waiter)  # type: ignore[arg-type]
         gone = ""
         try:
+            await connection.apart()
             waiter.scope.deadline = trio.current_time() + seconds
             with waiter.scope:
                 self.serve(key)

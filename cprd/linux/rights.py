@@ -102,10 +102,16 @@ def take_no_rights(sock: socket.SocketType) -> bool:
             sock.setsockopt(socket.SOL_SOCKET, option, 0)
         except OSError:
             pass  # unknown to this kernel
+    return pass_rights(sock, False)
+
+
+def pass_rights(sock: socket.SocketType, to: bool) -> bool:
+    """Let descriptors into the queue of a socket, or none. Returns False where the kernel cannot do
+    so (before Linux 6.16)."""
     if _OLD_KERNEL:
         return False
     try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, to)
     except OSError:
         return False
     return True

@@ -6,9 +6,7 @@ pid namespace).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from cprd.errors import Busy
 from cprd.protocol.messages import pid_text
@@ -110,9 +108,9 @@ counts."""
 _USES = ("which keeps it live", "which has not put it back since cprd ended")
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """One record. Frozen: a transition makes another record."""
+class Hold(NamedTuple):
+    """One record. A transition makes another record. (A dataclass with so many fields takes ten
+    times as long to make.)"""
 
     uid: int
     name: str
@@ -220,17 +218,15 @@ class Hold:
         }
 
 
-_FIELDS = tuple(field.name for field in fields(Hold))
-_AT = {name: at for at, name in enumerate(_FIELDS)}
-_values = attrgetter(*_FIELDS)
+_AT = {name: at for at, name in enumerate(Hold._fields)}
 
 
 def changed(hold: Hold, **changes: Any) -> Hold:
-    """Another record with `changes`: dataclasses.replace in half of the time."""
-    values = list(_values(hold))
+    """Another record with `changes`: `_replace` in a third of the time."""
+    values = list(hold)
     for name, value in changes.items():
         values[_AT[name]] = value
-    return Hold(*values)
+    return Hold._make(values)
 
 
 def ending_event(old: Hold, saver: int, predecessor: int) -> str:

@@ -24,7 +24,7 @@ from cprd.daemon.storage import shelf, slot
 from cprd.daemon.storage.shelves import Keeper
 from cprd.linux.loop import loop
 from cprd.linux.memfd import SEALS
-from cprd.protocol.lifecycle import CLAIMED, HELD, IN_DOUBT, Hold
+from cprd.protocol.lifecycle import CLAIMED, HELD, IN_DOUBT, Hold, changed
 from cprd.protocol.replies import Replies, Reply
 from tests.support.bundles import pack
 from tests.support.patience import PATIENCE
@@ -144,7 +144,7 @@ SAVED = Reply(1000, b"b" * 16, {"generation": GENERATION, "token": b""}, 1000.25
 BEGUN = Reply(1000, b"L" * 16, {}, 1010.0)
 OUTCOME = replace(SAVED, generation=GENERATION)
 LOADED = Reply(1000, b"l" * 16, {"generation": GENERATION, "token": b"t" * 16}, 1005.0)
-CLAIMED_HOLD = replace(
+CLAIMED_HOLD = changed(
     HELD_HOLD, phase=CLAIMED, claimant=4244, token=b"t" * 16, lease=30.0, deadline=1035.0
 )
 DIGESTED = [replace(SAVED, digest=b"s" * 16), replace(LOADED, digest=b"d" * 16)]
@@ -238,7 +238,7 @@ def test_a_shelf_of_version_1_is_adopted_with_all_that_lies_on_it(held: int) -> 
 def test_slots_of_one_socket_and_of_two_lie_on_one_shelf(held: int, one_socket: bool) -> None:
     """Pairs of before, and sockets connected to themselves; a new shelf takes over both."""
     pair = queue((HELD_RECORD, [held]))
-    alone = loop()
+    alone = socket.socket(fileno=loop().detach())
     socket.send_fds(alone, [HELD_RECORD], [held])
     slots = [*([] if one_socket else [(SHELF_SLOTS, [end.fileno() for end in pair])])]
     slots += [(SHELF_LOOPS, [alone.fileno()])] if one_socket else []
@@ -264,7 +264,7 @@ def test_slots_of_one_socket_and_of_two_lie_on_one_shelf(held: int, one_socket: 
 
 def test_a_held_hold_of_version_1_is_read() -> None:
     assert slot.decode(HELD_RECORD) == (HELD_HOLD, (), [SAVED], ())
-    assert slot.decode(EARLY_RECORD) == (replace(HELD_HOLD, parked=0), (), [SAVED], ())
+    assert slot.decode(EARLY_RECORD) == (changed(HELD_HOLD, parked=0), (), [SAVED], ())
     assert not slot.is_last(HELD_RECORD)
     assert slot.is_last(LAST_RECORD)
 

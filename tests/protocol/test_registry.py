@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -35,6 +35,7 @@ from cprd.protocol.lifecycle import (
     TRANSITIONS,
     UNREADABLE,
     Hold,
+    changed,
 )
 from cprd.protocol.registry import Caller, Offer, Registry, Step, Ticket
 from cprd.protocol.replies import Reply
@@ -878,7 +879,7 @@ def test_of_two_committed_records_the_newer_wins_and_the_older_is_over() -> None
 
 def test_what_lies_under_a_prepared_record_is_kept_over_a_restart() -> None:
     old, new = Hold(1000, "web", 3, HELD), Hold(1000, "web", 5, PREPARED)
-    for top in (new, replace(new, phase=IN_DOUBT, reason="its saver ended")):
+    for top in (new, changed(new, phase=IN_DOUBT, reason="its saver ended")):
         registry = Registry()
         assert registry.adopt([old, top]) == []
         assert registry.of(KEY) == (old, top)

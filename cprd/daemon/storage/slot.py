@@ -15,7 +15,6 @@ last record, in every version. docs/bundle.md has the layout.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import socket
 import struct
@@ -45,11 +44,11 @@ OLDEST = 1  # that is read: records without digests
 PREFIX = struct.Struct("<4sHIQB")  # magic, version, uid, generation, bytes of the name that follows
 MAX_RECORD = 8192
 _PREFIXED = ("uid", "generation", "name")
-_BODY = tuple(f.name for f in dataclasses.fields(Hold) if f.name not in (*_PREFIXED, "away"))
+_BODY = tuple(name for name in Hold._fields if name not in (*_PREFIXED, "away"))
 # Fields since then, which a record has only where they say something: the record is unreadable,
 # and kept, for a cprd that does not know the field.
 _SINCE = ("saver_uid", "live", "took", "deaths", "last_end")
-_ADDED = {f.name: f.default for f in dataclasses.fields(Hold) if f.name in _SINCE}
+_ADDED = {name: Hold._field_defaults[name] for name in _SINCE}
 _body_of = attrgetter(*_BODY)
 NOBODY: Mapping[str, int] = MappingProxyType({})  # one for all slots without pidfds
 ROLES = ("after_exit", "saver", "claimant", "acting", "owner")  # of the pidfds in a record
@@ -158,7 +157,7 @@ class Slot:
 
     __slots__ = ("foreign", "in_flight", "inlet", "known", "outlet", "records", "replies", "uid")
 
-    def __init__(self, outlet: socket.socket, inlet: socket.socket | None = None) -> None:
+    def __init__(self, outlet: socket.SocketType, inlet: socket.SocketType | None = None) -> None:
         """`inlet`: of a pair."""
         self.outlet = outlet
         self.inlet = inlet
