@@ -126,7 +126,11 @@ def privates(root: Path) -> list[str]:
                 mine.add(node.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 mine.add(node.attr)
-    ours = set().union(*defined.values()) - {"_replace", "_asdict"}  # public, of named tuples
+    ours = set().union(*defined.values()) - {
+        "_replace",
+        "_asdict",
+        "_make",
+    }  # public, of named tuples
     wrong = []
     for path, tree in files:
         for node in ast.walk(tree):

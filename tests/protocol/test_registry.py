@@ -231,7 +231,7 @@ def away() -> World:
 
 def claim_away() -> World:
     world = claimed()
-    noted(world, replace(world.top, saver=world.top.claimant))
+    noted(world, changed(world.top, saver=world.top.claimant))
     return world
 
 
