@@ -18,12 +18,13 @@ NEEDED = {
     "clang": "clang libclang-rt-dev libc6-dev",
     "make": "make",
 }
+PAUSE = f"PAUSE={CHECKOUT / 'tests/c/pause.c'}"
 KINDS = {
     "plain": [],
-    "pause": ["PAUSE=1"],
+    "pause": [PAUSE],
     "sanitized": ["SANITIZE=1", "CFLAGS=-g"],
-    "small": ["PAUSE=1", "SMALL=1"],
-    "sanitized small": ["SANITIZE=1", "PAUSE=1", "SMALL=1", "CFLAGS=-g"],
+    "small": [PAUSE, "SMALL=1"],
+    "sanitized small": ["SANITIZE=1", PAUSE, "SMALL=1", "CFLAGS=-g"],
 }
 
 
