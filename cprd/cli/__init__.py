@@ -10,16 +10,17 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING, Any
 
 from cprd.cli.failing import exit_status, fail
 from cprd.cli.quick import start_arguments
 from cprd.errors import CprdError
 from cprd.linux.stdio import flush, stand_in
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
+    from typing import Any
 
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
