@@ -51,11 +51,11 @@ class Notes:
     def __init__(self, place: str) -> None:
         """`place`: the directory; an empty string: nowhere."""
         self._place = place
-        self._noted: set[int] = set()
+        self.noted: set[int] = set()  # generations
 
     def write(self, hold: Hold, pidfd: int) -> None:
         """Note a live hold; `pidfd` is of the owner, borrowed."""
-        if hold.generation in self._noted or not self._place:
+        if hold.generation in self.noted or not self._place:
             return
         _, inode = processes.identity(pidfd)
         note = {field: getattr(hold, field) for field in _FIELDS}
@@ -73,14 +73,14 @@ class Notes:
             why = f"{self._place}: {error.strerror}"
             log.event("not-noted", level=log.WARNING, uid=hold.uid, name=hold.name, why=why)
         else:
-            self._noted.add(hold.generation)
+            self.noted.add(hold.generation)
             point("note:written")
 
     def remove(self, generation: int) -> None:
         """Forget a hold that is not live any more."""
-        if generation not in self._noted:
+        if generation not in self.noted:
             return
-        self._noted.discard(generation)
+        self.noted.discard(generation)
         try:
             with _Place(self._place) as place:
                 os.unlink(str(generation), dir_fd=place)
@@ -98,7 +98,7 @@ class Notes:
                 for name in os.listdir(place):
                     if not name.isdigit():
                         continue
-                    self._noted.add(int(name))
+                    self.noted.add(int(name))
                     note = _read(place, name)
                     if note is not None:
                         yield note
