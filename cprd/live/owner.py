@@ -195,6 +195,11 @@ class Owner:
         """Whether the caller has interrupted a verb: is a signal handler, or a finalizer."""
         return self._changing is not None and runs(self._changing)
 
+    def keeps(self, key: Key) -> bool:
+        """Whether a key is kept."""
+        self._learn()
+        return key in self._ledger.where
+
     @property
     def kept(self) -> int:
         """How many keys are kept: descriptors, sections and memory."""
