@@ -19,15 +19,16 @@ KINDS = {
     "plain": [],
     "pause": [PAUSE],
     "sanitized": ["SANITIZE=1", "CFLAGS=-g"],
-    "small": [PAUSE, "SMALL=1"],
+    "small": [PAUSE, "SMALL=1", "CFLAGS=-g"],
     "sanitized small": ["SANITIZE=1", PAUSE, "SMALL=1", "CFLAGS=-g"],
 }
 
 
 class Programs:
-    """cprd-c and vmm in `place`."""
+    """cprd-c, vmm and libcprd.a in `place`."""
 
     def __init__(self, place: Path) -> None:
+        self.place = place
         self.command = str(place / "cprd-c")
         self.vmm = str(place / "vmm")
 
@@ -63,7 +64,7 @@ def build(place: Path, kind: str, compiler: str = "gcc") -> Programs:
             pytest.skip(f"needs {tool}: apt-get install {NEEDED[tool]}")
     place.mkdir()
     done = subprocess.run(
-        ["make", "-s", "-C", str(SOURCE), f"CC={compiler}", f"OUT={place}", *KINDS[kind]],
+        ["make", "-s", "-j2", "-C", str(SOURCE), f"CC={compiler}", f"OUT={place}", *KINDS[kind]],
         capture_output=True,
         text=True,
         timeout=patience(120),

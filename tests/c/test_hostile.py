@@ -32,7 +32,7 @@ BUNDLES = stored(BUNDLE)
 HOLDS = [vector for vector in stored(LIVE) if "queue" in vector]
 AT_ONCE = 100  # queues that one process looks at
 LONGEST = 300  # bytes of a memfd that are changed
-EVERY = 17  # of the changes, in each run; all of them in the whole one
+EVERY = 31  # of the changes, in each run; all of them in the whole one
 STEPS = [EVERY, pytest.param(1, marks=pytest.mark.full)]
 
 

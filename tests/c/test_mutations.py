@@ -20,7 +20,7 @@ from tools.vectors import WIRE, stored
 
 pytestmark = [pytest.mark.usefixtures("nothing_leaks"), pytest.mark.xdist_group("c")]
 
-LESS = 4  # a process each
+LESS = 7  # a process each
 
 
 def ask(programs: Programs, path: str, *words: str) -> tuple[int, str]:

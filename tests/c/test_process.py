@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 
 import cprd
 from cprd.live.reader import read
-from tests.c.building import NEEDED, SOURCE
+from tests.c.building import SOURCE
 from tests.c.conftest import Build
 from tests.c.test_lost import Between, await_held
 from tests.live.owning import Root, segments_of
@@ -28,27 +27,34 @@ from tests.support.patience import PATIENCE, patience
 pytestmark = [pytest.mark.usefixtures("nothing_leaks"), pytest.mark.xdist_group("c")]
 
 NAME = "web"
-SANITIZERS = ["address,undefined", pytest.param("thread", marks=pytest.mark.full)]
+MEMORY = "address,undefined"
+SANITIZERS = [MEMORY, pytest.param("thread", marks=pytest.mark.full)]
+
+
+Together = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The program of together.c, by its sanitizers ("": none); built when asked for."""
+def together(tmp_path_factory: pytest.TempPathFactory, built: Build) -> Together:
+    """together(sanitizers): the program of together.c, built when asked for; "": none."""
+    made: dict[str, str] = {}
 
-    class Built(dict[str, str]):
-        def __missing__(self, sanitizers: str) -> str:
-            if shutil.which("gcc") is None:
-                pytest.skip(f"needs gcc: apt-get install {NEEDED['gcc']}")
-            program = tmp_path_factory.mktemp("together") / "together"
-            sources = [SOURCE / "cprd.c", SOURCE / "cprd_live.c", CHECKOUT / "tests/c/together.c"]
-            how = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
-            options = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE}", "-g"]
-            command = ["gcc", *options, *how, "-o", str(program), *map(str, sources), "-pthread"]
+    def program(sanitizers: str) -> str:
+        if sanitizers not in made:
+            place = tmp_path_factory.mktemp("together") / "together"
+            options = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE}", "-g", "-pthread"]
+            if sanitizers:
+                options += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+            library = [SOURCE / "cprd.c", SOURCE / "cprd_live.c"]
+            if sanitizers == MEMORY:
+                library = [built("sanitized").place / "libcprd.a"]
+            sources = map(str, [CHECKOUT / "tests/c/together.c", *library])
+            command = ["gcc", *options, "-o", str(place), *sources]
             subprocess.run(command, check=True, timeout=patience(120))
-            self[sanitizers] = str(program)
-            return self[sanitizers]
+            made[sanitizers] = str(place)
+        return made[sanitizers]
 
-    return Built()
+    return program
 
 
 def run(program: str, path: str, *words: str) -> None:
@@ -64,12 +70,12 @@ def run(program: str, path: str, *words: str) -> None:
 
 
 def test_a_forked_child_is_refused_and_its_parent_goes_on(
-    daemon: DaemonProcess, together: dict[str, str]
+    daemon: DaemonProcess, together: Together
 ) -> None:
-    run(together["address,undefined"], daemon.path, "fork")
+    run(together(MEMORY), daemon.path, "fork")
     with daemon.connect() as connection:
         assert connection.list() == []
-        run(together["address,undefined"], daemon.path, "fork-live")
+        run(together(MEMORY), daemon.path, "fork-live")
         with connection.load(NAME, wait=PATIENCE) as claim:
             assert [(name, id) for name, id, _ in claim.state.fds()] == [("event", 1)]
             assert bytes(claim.state["memory.m"])[:9] == b"parent's\0"
@@ -77,20 +83,20 @@ def test_a_forked_child_is_refused_and_its_parent_goes_on(
 
 @pytest.mark.parametrize("sanitizers", SANITIZERS)
 def test_threads_share_a_connection_or_have_their_own(
-    daemon: DaemonProcess, together: dict[str, str], sanitizers: str
+    daemon: DaemonProcess, together: Together, sanitizers: str
 ) -> None:
     for what in ("threads-one-connection", "threads", "threads-live"):
-        run(together[sanitizers], daemon.path, what)
+        run(together(sanitizers), daemon.path, what)
     with daemon.connect() as connection:
         assert connection.list() == []
 
 
-@pytest.mark.parametrize("changes", [20_000, pytest.param(1_000_000, marks=pytest.mark.full)])
-def test_many_changes_leave_what_the_keys_need(together: dict[str, str], changes: int) -> None:
+@pytest.mark.parametrize("changes", [10_000, pytest.param(1_000_000, marks=pytest.mark.full)])
+def test_many_changes_leave_what_the_keys_need(together: Together, changes: int) -> None:
     """900 keys are left of 1,000, and a section: 16 in a segment at most."""
     root = Root()
     ends = [root.tx.fileno(), root.rx.fileno()]
-    program = together["" if changes > 100_000 else "address,undefined"]
+    program = together("" if changes > 100_000 else MEMORY)
     owner = subprocess.Popen(
         [program, "changes", *map(str, ends), str(changes)],
         stdin=subprocess.PIPE,
