@@ -12,7 +12,8 @@
 #include <unistd.h>
 
 static const char usage[] =
-    "cprd-c save NAME [--replace] [--prepare] [--abort] [--ttl=S] [--after-exit[=PIDFD]] [--store]\n"
+    "cprd-c save NAME [--replace] [--prepare] [--abort] [--ttl=S] [--store]\n"
+    "                 [--after-exit[=PIDFD]]\n"
     "cprd-c load NAME [--wait=S] [--lease=S] [--begin[=PIDFD]] [--reject=WHY|--next|--leave]\n"
     "cprd-c wait NAME [--wait=S]      cprd-c drop|release NAME [--force]      cprd-c list\n"
     "cprd-c live NAME [--wait=S] [--lease=S] [--unconfirmed]\n"

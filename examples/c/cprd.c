@@ -275,6 +275,17 @@ uint64_t cprd__cookie(int fd) {
     return getsockopt(fd, SOL_SOCKET, SO_COOKIE, &cookie, &size) ? 0 : cookie;
 }
 
+int cprd__fdinfo(int fd, const char *key, long *value) {
+    char path[64], info[1024] = "";
+    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file >= 0 && read(file, info, sizeof info - 1) < 0) *info = 0;
+    if (file >= 0) close(file);
+    const char *found = strstr(info, key);
+    *value = found ? strtol(found + strlen(key), NULL, 10) : 0;
+    return found != NULL;
+}
+
 int cprd__is_sealed(int memfd) {
     int seals = fcntl(memfd, F_GET_SEALS);
     return seals >= 0 && (seals & SEALS) == SEALS;
@@ -389,24 +400,20 @@ int cprd_add_fd(cprd_state *s, const char *name, int32_t id, int fd) {
     return cprd__add(s, &key, fd, 0, NULL, 0, 0);
 }
 
-/* A section in place of what is there: the list and the table keep the item. */
 static int set_section(cprd_state *s, const char *name, int memfd, const void *data, size_t size,
                        int packed) {
     struct cprd__key key = {NULL, CPRD__SECTION, 0, strlen(name), (char *)(uintptr_t)name};
+    struct list *list = &s->lists[CPRD__SECTION];
     struct item *old = find(s, CPRD__SECTION, name, 0);
-    if (!old) return cprd__add(s, &key, memfd, 0, data, size, packed != 0);
-    struct cprd__bytes content = {0};
-    cprd__put(&content, data, size);
-    if (content.failed) return cprd__no_memory();
-    if (old->map) munmap(old->map, old->size);
-    if (old->owned && old->fd >= 0) close(old->fd);
-    free(old->content.at);
-    old->fd = memfd;
-    old->owned = 0;
-    old->packed = packed != 0;
-    old->content = content;
-    old->map = NULL;
-    return CPRD_OK;
+    for (size_t n = 0; old && n < list->count; n++)
+        if (list->at[n] == old) {
+            memmove(&list->at[n], &list->at[n + 1], (--list->count - n) * sizeof *list->at);
+            *cprd__slot(&s->table, CPRD__SECTION, name, key.length, 0) = old->key.chain;
+            s->table.used--;
+            item_free(old);
+            break;
+        }
+    return cprd__add(s, &key, memfd, 0, data, size, packed != 0);
 }
 
 int cprd_add_section(cprd_state *s, const char *key, const void *data, size_t size, int packed) {
@@ -622,9 +629,8 @@ static void make_header(unsigned char *header, int depth, size_t here, size_t to
 }
 
 /* The manifest, in p->fds before the memfds of sections and all descriptors. */
-static int pack_manifest(const cprd_state *s, struct cprd__packed *p, int connection) {
+static int pack_manifest(const cprd_state *s, uint64_t ours, struct cprd__packed *p) {
     struct cprd__bytes manifest = {0}, ids = {0}, names = {0};
-    uint64_t ours = cprd__cookie(connection);
     int rc = CPRD_OK;
     p->parked = 1;
     put_number(&manifest, 0x83, 0, 0);
@@ -700,14 +706,15 @@ static int pack_tree(struct cprd__packed *p, size_t *totals) {
     return CPRD_OK;
 }
 
-static int pack(const cprd_state *s, int connection, struct cprd__packed *p) {
+/* `ours`: the cookie of the connection, which is not to be saved. */
+static int pack(const cprd_state *s, uint64_t ours, struct cprd__packed *p) {
     size_t most = 1 + cprd_section_count(s) + cprd_fd_count(s);
     *p = (struct cprd__packed){.fd_count = cprd_fd_count(s)};
     size_t *totals = calloc(most, sizeof *totals);
     p->fds = calloc(most, sizeof *p->fds);
     p->made = calloc(2 * most, sizeof *p->made);
     int rc = totals && p->fds && p->made ? CPRD_OK : cprd__no_memory();
-    if (!rc) rc = pack_manifest(s, p, connection);
+    if (!rc) rc = pack_manifest(s, ours, p);
     if (!rc) cprd__point("pack:manifest");
     size_t total = p->parked;
     for (size_t n = 0; n < total && !rc; n++) totals[n] = 1;
@@ -879,12 +886,27 @@ static double now(void) {
 
 static void pause_for(double seconds) { poll(NULL, 0, (int)(seconds * 1000)); }
 
-void cprd__hang_up(cprd *c) {
+static void hang_up(cprd *c) {
     if (c->sock >= 0) close(c->sock);
     c->sock = -1;
 }
 
-uint64_t cprd__connects(const cprd *c) { return c->connects; }
+uint64_t cprd__cookie_of(cprd *c) {
+    pthread_mutex_lock(&c->lock);
+    uint64_t cookie = cprd__cookie(c->sock);
+    pthread_mutex_unlock(&c->lock);
+    return cookie;
+}
+
+uint64_t cprd__connects(cprd *c) {
+    char byte;
+    pthread_mutex_lock(&c->lock);
+    ssize_t got = recv(c->sock, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    if (!got || (got < 0 && errno != EAGAIN)) hang_up(c); /* cprd has ended */
+    uint64_t connects = c->sock < 0 ? 0 : c->connects;
+    pthread_mutex_unlock(&c->lock);
+    return connects;
+}
 
 /* Adds fields. `format` has for each a key and the type of an argument: "s" a text, "u" a uint64_t,
  * "d" a double, "f" a flag, "n" what the flag is not (int), "b" 16 bytes. NULL and 0 are left out,
@@ -1033,7 +1055,7 @@ static int greet(cprd *c, double until) {
                         " program %d", 0ull + a.version, VERSION);
     free(hello.m.at);
     if (rc) {
-        cprd__hang_up(c);
+        hang_up(c);
         return rc;
     }
     c->pid = (uint64_t)a.error.pid;
@@ -1081,7 +1103,7 @@ int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a) {
         rc = was_open ? CPRD_OK : greet(c, until);
         if (!rc) away = 0;
         if (!rc) rc = call->packed ? ask_parked(c, call, until, a) : ask(c, call, until, a);
-        if (rc == LOST || rc == CPRD_PROTOCOL_ERROR) cprd__hang_up(c);
+        if (rc == LOST || rc == CPRD_PROTOCOL_ERROR) hang_up(c);
         if (rc != LOST && rc != CPRD_UNAVAILABLE) break;
         if (!away) away = now();
         if (now() >= until || now() >= away + RETRY_FOR) {
@@ -1125,7 +1147,7 @@ int cprd_connect(const char *path, cprd **out) {
 }
 
 void cprd_close(cprd *c) {
-    if (c) cprd__hang_up(c);
+    if (c) hang_up(c);
     free(c);
 }
 
@@ -1145,7 +1167,7 @@ struct cprd_claim {
     char last_reject[sizeof(((struct cprd__answer *)0)->last_reject)];
 };
 
-int cprd__open(struct cprd__ticket *t, cprd *c, const char *name, double wait) {
+static int ticket_new(struct cprd__ticket *t, cprd *c, const char *name, double wait) {
     *t = (struct cprd__ticket){.c = c, .name = strdup(name), .over = 1};
     if (getrandom(t->nonces, sizeof t->nonces, 0) != sizeof t->nonces || !t->name)
         return cprd__no_memory();
@@ -1161,6 +1183,22 @@ void cprd__set(struct cprd__ticket *t, const struct cprd__answer *a) {
     t->stored = !strcmp(a->kept, "store");
     t->over = 0;
     memcpy(t->token, a->token, sizeof t->token);
+}
+
+int cprd__claim(struct cprd__ticket *t, cprd *c, const char *verb, const char *name,
+                const struct cprd_load_options *options, const struct cprd__packed *packed,
+                struct cprd__answer *a) {
+    static const struct cprd_load_options none;
+    const struct cprd_load_options *o = options ? options : &none;
+    if (ticket_new(t, c, name, o->wait)) return cprd__last.code;
+    struct cprd__call call = cprd__call(verb, name, NULL);
+    cprd__fields(&call, "lease d generation u", o->lease, o->generation);
+    call.packed = packed;
+    call.wait = o->wait;
+    call.wait_as = o->wait > 0 ? "wait D" : NULL;
+    int rc = cprd__request(t->c, &call, a);
+    if (!rc) cprd__set(t, a);
+    return rc;
 }
 
 void cprd__close(struct cprd__ticket *t) {
@@ -1199,17 +1237,10 @@ struct process { /* as cprd is told */
 };
 
 static int name_process(const cprd *c, int pidfd, struct process *p) {
-    char path[64], info[1024] = "";
     struct stat there;
     struct statfs system;
     long pid;
-    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", pidfd);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd >= 0 && read(fd, info, sizeof info - 1) < 0) *info = 0;
-    if (fd >= 0) close(fd);
-    const char *found = strstr(info, "\nPid:");
-    if (!found || sscanf(found, "\nPid: %ld", &pid) != 1 || fstat(pidfd, &there) ||
-        fstatfs(pidfd, &system))
+    if (!cprd__fdinfo(pidfd, "\nPid:", &pid) || fstat(pidfd, &there) || fstatfs(pidfd, &system))
         return cprd__fail(CPRD_INVALID_INPUT, "descriptor %d is not a pidfd", pidfd);
     *p = (struct process){.ended = pid < 0};
     if (p->ended) return CPRD_OK;
@@ -1242,7 +1273,7 @@ static int save(cprd *c, struct cprd__call call, const char *name, cprd_state *s
     if (o->after_exit < CPRD_NOW || o->after_exit > CPRD_AFTER_PROCESS || o->ttl < 0)
         rc = cprd__fail(CPRD_INVALID_INPUT, "after_exit or ttl of the save options makes no sense");
     if (!rc && o->after_exit == CPRD_AFTER_PROCESS) rc = name_process(c, o->process, &p);
-    if (!rc) rc = pack(s, c->sock, &packed);
+    if (!rc) rc = pack(s, cprd__cookie_of(c), &packed);
     if (rc) free(call.m.at);
     else {
         const char *after = o->after_exit == CPRD_AFTER_ME ? "peer" : p.pid ? "process" : "no";
@@ -1279,7 +1310,7 @@ int cprd_prepare(cprd *c, const char *name, cprd_state *s, const struct cprd_sav
     struct cprd__answer a;
     *out = NULL;
     cprd_prepared *p = calloc(1, sizeof *p);
-    int rc = p ? cprd__open(&p->ticket, c, name, 0) : cprd__no_memory();
+    int rc = p ? ticket_new(&p->ticket, c, name, 0) : cprd__no_memory();
     if (!rc) rc = save(c, cprd__call("prepare", name, NULL), name, s, options, &a);
     if (rc) cprd_prepared_free(p);
     else {
@@ -1312,24 +1343,14 @@ void cprd_prepared_free(cprd_prepared *p) {
 
 int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options,
               cprd_claim **out) {
-    static const struct cprd_load_options none;
-    const struct cprd_load_options *o = options ? options : &none;
     struct cprd__answer a;
     *out = NULL;
     cprd_claim *claim = calloc(1, sizeof *claim);
     if (!claim) return cprd__no_memory();
     claim->bundle = -1;
-    int rc = cprd__open(&claim->ticket, c, name, o->wait);
     cprd__point("load:before");
+    int rc = cprd__claim(&claim->ticket, c, "load", name, options, NULL, &a);
     if (!rc) {
-        struct cprd__call call = cprd__call("load", name, NULL);
-        cprd__fields(&call, "lease d generation u", o->lease, o->generation);
-        call.wait = o->wait;
-        call.wait_as = o->wait > 0 ? "wait D" : NULL;
-        rc = cprd__request(claim->ticket.c, &call, &a);
-    }
-    if (!rc) {
-        cprd__set(&claim->ticket, &a);
         claim->bundle = a.fd;
         claim->attempts = a.attempts;
         strcpy(claim->last_reject, a.last_reject);
@@ -1367,11 +1388,8 @@ int cprd_begin(cprd_claim *claim, int process) {
     cprd__point("begin:before");
     struct cprd__call call = cprd__call_of(t, "begin", NULL);
     cprd__fields(&call, "pid u inode u", p.pid, p.inode);
-    int before = claim->begun;
-    claim->begun = 1;
     int rc = cprd__request(t->c, &call, &a);
-    if (rc == CPRD_INVALID_INPUT || rc == CPRD_LIMIT_EXCEEDED || rc == CPRD_FENCED)
-        claim->begun = before; /* refused: nothing has begun by this */
+    if (!rc || rc == CPRD_UNAVAILABLE || rc == CPRD_TIMEOUT) claim->begun = 1; /* perhaps */
     if (rc) return rc;
     say_ended(t->c, t->name, t->generation, &p, process);
     cprd__point("begin:answered");
@@ -1430,7 +1448,7 @@ int cprd_wait(cprd *c, const char *name, double seconds, uint64_t *generation) {
     struct cprd__call call = cprd__call("wait", name, NULL);
     call.wait = seconds > 0 ? seconds : 0;
     call.wait_as = "timeout D";
-    int rc = cprd__open(&t, c, name, 1);
+    int rc = ticket_new(&t, c, name, 1);
     if (rc) free(call.m.at);
     else rc = cprd__request(t.c, &call, &a);
     if (!rc && generation) *generation = a.generation;

@@ -209,10 +209,19 @@ struct cprd_live_change {
 /* All of them in one step, or none; a key appears once. LIMIT_EXCEEDED: nothing was changed, unless
  * the text says that the change counts. */
 int cprd_live_change(cprd_live *live, const struct cprd_live_change *changes, size_t count);
-int cprd_live_save_fd(cprd_live *live, const char *name, int32_t id, int fd);
-int cprd_live_delete_fd(cprd_live *live, const char *name, int32_t id);
-int cprd_live_save_section(cprd_live *live, const char *key, const void *data, size_t size,
-                           int packed);
+static inline int cprd_live_save_fd(cprd_live *live, const char *name, int32_t id, int fd) {
+    struct cprd_live_change one = {CPRD_SAVE_FD, name, id, fd, NULL, 0, 0};
+    return cprd_live_change(live, &one, 1);
+}
+static inline int cprd_live_delete_fd(cprd_live *live, const char *name, int32_t id) {
+    struct cprd_live_change one = {CPRD_DELETE_FD, name, id, -1, NULL, 0, 0};
+    return cprd_live_change(live, &one, 1);
+}
+static inline int cprd_live_save_section(cprd_live *live, const char *key, const void *data,
+                                         size_t size, int packed) {
+    struct cprd_live_change one = {CPRD_SAVE_SECTION, key, 0, -1, data, size, packed};
+    return cprd_live_change(live, &one, 1);
+}
 /* Writable memory that outlives this process: zeros when new, else as the predecessor left it.
  * INVALID_INPUT for another size than the memory has. Valid until cprd_live_close. */
 int cprd_live_memory(cprd_live *live, const char *name, size_t size, void **out);
@@ -297,6 +306,7 @@ uint64_t cprd__cookie(int fd); /* of a socket, as of no other; else 0 */
 int cprd__room_for(uint64_t count); /* of descriptors, in this process */
 int cprd__memfd(const char *name, const void *data, size_t size, int *out); /* sealed */
 int cprd__is_sealed(int memfd);
+int cprd__fdinfo(int fd, const char *key, long *value); /* of /proc; returns whether it is there */
 
 /* Add to a state. A descriptor is the state's when this returns OK, where `owned`. */
 int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, const void *data,
@@ -340,10 +350,13 @@ void cprd__fields(struct cprd__call *call, const char *format, ...);
 /* Sends a request, again where the connection is lost. Returns what cprd says, or UNAVAILABLE,
  * TIMEOUT. */
 int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a);
-void cprd__hang_up(cprd *c);
-uint64_t cprd__connects(const cprd *c); /* how often */
+uint64_t cprd__connects(cprd *c); /* the number of the connection; 0: cprd has ended it */
+uint64_t cprd__cookie_of(cprd *c);
 int cprd__no_fd(const struct cprd__answer *a); /* why an answer brought no descriptor */
-int cprd__open(struct cprd__ticket *t, cprd *c, const char *name, double wait);
+/* `load` or `live`. The ticket is to be closed in any case. */
+int cprd__claim(struct cprd__ticket *t, cprd *c, const char *verb, const char *name,
+                const struct cprd_load_options *options, const struct cprd__packed *packed,
+                struct cprd__answer *a);
 void cprd__set(struct cprd__ticket *t, const struct cprd__answer *a); /* what the answer gave */
 /* commit, abort, confirm, reject. `cause`: the error for which this process cannot read a state. */
 int cprd__end(struct cprd__ticket *t, const char *verb, const char *why, int cause,

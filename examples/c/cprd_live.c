@@ -402,12 +402,12 @@ static int commit(cprd_live *l, struct entry *entries, size_t count) {
 static int peek(struct segment *s, int reading);
 static void records_free(struct records *r);
 
-/* Keep elsewhere what counts in a segment, and let go of the segment's records. What lies in a
- * segment of its own is not copied: closing a copy of a file would end the POSIX locks of this
- * process. */
+/* Keep elsewhere what counts in a segment, and let go of the segment's records. What this process
+ * put into a segment of its own is not copied: closing a copy of a file would end the POSIX locks
+ * of this process. */
 static int rewrite(cprd_live *l, struct segment *s) {
     struct entry *entries = calloc(s->count + 1, sizeof *entries);
-    size_t count = 0, wanted = s->own ? 0 : s->count;
+    size_t count = 0, wanted = s->own && s->tx >= 0 ? 0 : s->count;
     int rc = entries ? CPRD_OK : cprd__no_memory(), dirty = s->dirty;
     if (!rc && wanted) rc = peek(s, 0);
     if (rc == CPRD_DAMAGED) rc = fenced(l, "its queue was changed");
@@ -486,7 +486,7 @@ static int is_ours(const cprd_live *l, int fd) {
         const struct segment *s = n < l->count ? l->segments[n] : &l->root;
         if (cookie == s->cookies[0] || cookie == s->cookies[1]) return 1;
     }
-    return cookie && l->ticket.c && cookie == cprd__cookie(cprd_socket(l->ticket.c));
+    return cookie && l->ticket.c && cookie == cprd__cookie_of(l->ticket.c);
 }
 
 /* The entry of a change. `memory`: a new memfd, whose change this is; or -1. */
@@ -582,22 +582,6 @@ static int change(cprd_live *l, const struct cprd_live_change *c, size_t count, 
 
 int cprd_live_change(cprd_live *l, const struct cprd_live_change *changes, size_t count) {
     return change(l, changes, count, -1);
-}
-
-int cprd_live_save_fd(cprd_live *l, const char *name, int32_t id, int fd) {
-    struct cprd_live_change one = {CPRD_SAVE_FD, name, id, fd, NULL, 0, 0};
-    return change(l, &one, 1, -1);
-}
-
-int cprd_live_delete_fd(cprd_live *l, const char *name, int32_t id) {
-    struct cprd_live_change one = {CPRD_DELETE_FD, name, id, -1, NULL, 0, 0};
-    return change(l, &one, 1, -1);
-}
-
-int cprd_live_save_section(cprd_live *l, const char *key, const void *data, size_t size,
-                           int packed) {
-    struct cprd_live_change one = {CPRD_SAVE_SECTION, key, 0, -1, data, size, packed};
-    return change(l, &one, 1, -1);
 }
 
 int cprd_live_memory(cprd_live *l, const char *name, size_t size, void **out) {
@@ -802,17 +786,13 @@ static int peek(struct segment *s, int reading) {
 static int shut(int rx, size_t *parked) {
     int domain = 0, type = 0;
     socklen_t size = sizeof domain;
-    char path[64], info[1024] = "";
+    long count;
     if (getsockopt(rx, SOL_SOCKET, SO_DOMAIN, &domain, &size) || domain != AF_UNIX ||
         getsockopt(rx, SOL_SOCKET, SO_TYPE, &type, &size) || type != SOCK_SEQPACKET)
         return wrong("a part that is no queue");
     shutdown(rx, SHUT_RD);
-    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", rx);
-    int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file >= 0 && read(file, info, sizeof info - 1) < 0) *info = 0;
-    if (file >= 0) close(file);
-    const char *found = strstr(info, "scm_fds:");
-    *parked += found ? strtoul(found + strlen("scm_fds:"), NULL, 10) : 0;
+    cprd__fdinfo(rx, "scm_fds:", &count);
+    *parked += (size_t)count;
     return CPRD_OK;
 }
 
@@ -1086,8 +1066,6 @@ static int take_in(cprd_live *l, int is_live) {
 
 int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *options,
                    cprd_live **out) {
-    static const struct cprd_load_options none;
-    const struct cprd_load_options *o = options ? options : &none;
     struct cprd__answer a;
     uint64_t hold;
     int tx, rx;
@@ -1096,19 +1074,10 @@ int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *op
         return cprd__no_room("for the root of a live hold");
     cprd_live *l = live_new(tx, rx, hold | 1);
     if (!l) return cprd__last.code;
-    int rc = cprd__open(&l->ticket, c, name, o->wait);
+    struct cprd__packed root = root_of(l);
     cprd__point("live:before");
+    int rc = cprd__claim(&l->ticket, c, "live", name, options, &root, &a);
     if (!rc) {
-        struct cprd__packed root = root_of(l);
-        struct cprd__call call = cprd__call("live", name, NULL);
-        cprd__fields(&call, "lease d", o->lease);
-        call.packed = &root;
-        call.wait = o->wait;
-        call.wait_as = o->wait > 0 ? "wait D" : NULL;
-        rc = cprd__request(l->ticket.c, &call, &a);
-    }
-    if (!rc) {
-        cprd__set(&l->ticket, &a);
         cprd__point("live:answered");
         l->connects = cprd__connects(l->ticket.c);
         l->found = a.found != 0;
@@ -1159,18 +1128,14 @@ int cprd_live_confirm(cprd_live *l) {
 
 int cprd_live_check(cprd_live *l) {
     struct cprd__answer a;
-    char byte;
     if (!l->ticket.c || !l->known || l->ticket.stored || l->ticket.over) return CPRD_OK;
     if (guard(l)) return cprd__last.code;
-    cprd *c = l->ticket.c;
-    ssize_t got = recv(cprd_socket(c), &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-    if (!got || (got < 0 && errno != EAGAIN)) cprd__hang_up(c); /* cprd has ended */
-    if (cprd_socket(c) >= 0 && cprd__connects(c) == l->connects) return CPRD_OK;
+    if (cprd__connects(l->ticket.c) == l->connects) return CPRD_OK;
     struct cprd__packed root = root_of(l);
     struct cprd__call call = cprd__call_of(&l->ticket, "put_back", NULL);
     call.packed = &root;
     cprd__point("put_back:before");
-    int rc = cprd__request(c, &call, &a);
+    int rc = cprd__request(l->ticket.c, &call, &a);
     if (rc == CPRD_FENCED || rc == CPRD_DENIED || rc == CPRD_NOT_HELD)
         return fenced(l, cprd__last.text);
     if (rc) return rc;
