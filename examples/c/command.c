@@ -2,7 +2,7 @@
 #define _GNU_SOURCE
 #include "cprd.h"
 
-#include <errno.h>
+#include <err.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -68,7 +68,7 @@ static int add_line(cprd_state *s, const char *line) {
     if (sscanf(line, "%15s %255s %4095[^\n]", verb, name, rest) == 3) {
         size_t size;
         char *data = slurp(rest, &size);
-        if (!data) return perror(rest), exit(1), 1;
+        if (!data) err(1, "%s", rest);
         int rc = cprd_add_section(s, name, data, size, !strcmp(verb, "packed"));
         free(data);
         return rc;
@@ -175,14 +175,19 @@ static int change_of(const char *line, struct cprd_live_change *c) {
     else if (!strcmp(verb, "drop")) c->op = CPRD_DELETE_SECTION;
     else if (!strcmp(verb, "forget")) c->op = CPRD_DELETE_MEMORY;
     else if (!strcmp(verb, "raw") || !strcmp(verb, "packed")) {
-        c->op = CPRD_SAVE_SECTION, c->packed = verb[0] == 'p';
-        if (!(c->data = slurp(rest, &c->size))) return perror(rest), exit(1), 0;
+        c->op = CPRD_SAVE_SECTION;
+        c->packed = verb[0] == 'p';
+        c->data = slurp(rest, &c->size);
+        if (!c->data) err(1, "%s", rest);
     } else return 0;
     c->name = strdup(name);
     return 1;
 }
 
-static void let_go(struct cprd_live_change *c) { free((void *)c->name), free((void *)c->data); }
+static void let_go(struct cprd_live_change *c) {
+    free((void *)c->name);
+    free((void *)c->data);
+}
 
 /* One line of a live hold's owner. -1: a change of a batch that goes on. */
 static int act(cprd_live *l, const char *line, int *gathers) {
@@ -191,7 +196,10 @@ static int act(cprd_live *l, const char *line, int *gathers) {
     size_t size;
     void *memory;
     int byte, rc;
-    if (!strcmp(line, "batch\n")) return *gathers = 1, -1;
+    if (!strcmp(line, "batch\n")) {
+        *gathers = 1;
+        return -1;
+    }
     if (!strcmp(line, "clear\n")) return cprd_live_clear(l);
     if (!strcmp(line, "check\n")) return cprd_live_check(l);
     if (!strcmp(line, "confirm\n")) return cprd_live_confirm(l);
@@ -199,7 +207,8 @@ static int act(cprd_live *l, const char *line, int *gathers) {
     if (!strcmp(line, "commit\n")) {
         rc = cprd_live_change(l, batch, gathered);
         while (gathered) let_go(&batch[--gathered]);
-        return *gathers = 0, rc;
+        *gathers = 0;
+        return rc;
     }
     if (sscanf(line, "memory %255s %zu", name, &size) == 2)
         return cprd_live_memory(l, name, size, &memory);
@@ -209,7 +218,10 @@ static int act(cprd_live *l, const char *line, int *gathers) {
         return rc;
     }
     if (!change_of(line, &one)) exit(wrong(line));
-    if (*gathers && gathered < BATCH) return batch[gathered++] = one, -1;
+    if (*gathers && gathered < BATCH) {
+        batch[gathered++] = one;
+        return -1;
+    }
     rc = cprd_live_change(l, &one, 1);
     let_go(&one);
     return rc;
@@ -233,9 +245,11 @@ static int live(cprd *c, const char *name, const struct options *o) {
     if (cprd_live_found(l)) print_state(cprd_live_state(l));
     if (!o->unconfirmed && cprd_live_confirm(l)) {
         int status = failed();
-        return cprd_live_close(l), status;
+        cprd_live_close(l);
+        return status;
     }
-    puts(cprd_live_found(l) ? "taken\nok" : "ok"), fflush(stdout);
+    puts(cprd_live_found(l) ? "taken\nok" : "ok");
+    fflush(stdout);
     int rc = changes(l);
     cprd_live_close(l);
     return rc;
@@ -248,10 +262,12 @@ static int own(int tx, int rx, uint64_t hold, int take) {
     } else {
         if (cprd_live_take(take, tx, rx, hold, &l)) return failed();
         print_state(cprd_live_state(l));
-        puts("taken"), fflush(stdout);
+        puts("taken");
+        fflush(stdout);
         if (cprd_live_settle(l)) return failed();
     }
-    puts("ok"), fflush(stdout);
+    puts("ok");
+    fflush(stdout);
     int rc = changes(l);
     cprd_live_close(l);
     return rc;
@@ -261,8 +277,10 @@ static int look(char **queues, int is_live) {
     for (; *queues; queues++) {
         cprd_state *s = NULL;
         int rc = is_live ? cprd_live_read(atoi(*queues), &s) : cprd_unpack(atoi(*queues), &s);
-        if (!rc) print_state(s), puts("ok");
-        else printf("%s: %s\n", cprd_code_name(rc), cprd_last()->text);
+        if (!rc) {
+            print_state(s);
+            puts("ok");
+        } else printf("%s: %s\n", cprd_code_name(rc), cprd_last()->text);
         cprd_state_free(s);
     }
     return 0;
