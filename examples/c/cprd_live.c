@@ -563,8 +563,10 @@ static int change(cprd_live *l, const struct cprd_live_change *c, size_t count, 
     for (size_t n = 0; n < made && !rc; n++) /* what ends and is not there takes no record */
         if (entries[n].op < DELETE || entries[n].k->op < DELETE) entries[kept++] = entries[n];
     if (!rc) {
+        made = kept;
         qsort(entries, kept, sizeof *entries, order);
-        done = !(rc = commit(l, entries, kept));
+        rc = commit(l, entries, kept);
+        done = !rc;
     }
     for (size_t n = 0; n < kept && done && l->state; n++) /* a copy would keep the file open */
         if (entries[n].key.space == CPRD__FD) {
@@ -574,7 +576,8 @@ static int change(cprd_live *l, const struct cprd_live_change *c, size_t count, 
     for (size_t n = 0; n < made; n++)
         if (entries[n].made) close(entries[n].fd);
     free(entries);
-    if (done && (rc = tidy(l)) == CPRD_LIMIT_EXCEEDED)
+    if (done) rc = tidy(l);
+    if (done && rc == CPRD_LIMIT_EXCEEDED)
         rc = cprd__fail(rc, "the change counts, but the kernel still holds what it ended (the next"
                         " change tries again): %s", cprd__last.text);
     return rc;
@@ -588,21 +591,20 @@ int cprd_live_memory(cprd_live *l, const char *name, size_t size, void **out) {
     struct cprd__key key = {NULL, CPRD__MEMORY, 0, strlen(name), (char *)(uintptr_t)name};
     struct kept *k = look(l, &key);
     struct stat there = {.st_size = (off_t)size};
-    int rc = guard(l), fd = -1;
+    int rc = guard(l), is_new = !k || k->op != MAPPED, fd = is_new ? -1 : k->fd;
     *out = NULL;
     if (rc) return rc;
-    if (k && k->op == MAPPED && k->map) there.st_size = (off_t)k->size;
-    else if (k && k->op == MAPPED) rc = fstat(fd = k->fd, &there);
+    if (!is_new && k->map) there.st_size = (off_t)k->size;
+    else if (!is_new) rc = fstat(fd, &there);
     if (rc || !size || (size_t)there.st_size != size)
         return cprd__fail(CPRD_INVALID_INPUT, "memory '%s' has another size than %zu", name, size);
-    if (k && k->op == MAPPED && k->map) {
+    if (!is_new && k->map) {
         *out = k->map;
         return CPRD_OK;
     }
     struct map *map = malloc(sizeof *map);
     if (!map) return cprd__no_memory();
     *map = (struct map){l->maps, MAP_FAILED, size};
-    int is_new = fd < 0;
     if (is_new) {
         fd = memfd_create("cprd.memory", MFD_CLOEXEC | MFD_ALLOW_SEALING);
         if (fd < 0 || ftruncate(fd, (off_t)size) ||
@@ -614,13 +616,14 @@ int cprd_live_memory(cprd_live *l, const char *name, size_t size, void **out) {
         rc = cprd__fail(CPRD_LIMIT_EXCEEDED, "cannot map memory '%s': %s", name, strerror(errno));
     struct cprd_live_change one = {CPRD_DELETE_MEMORY, name, 0, -1, NULL, 0, 0};
     if (!rc && is_new) rc = change(l, &one, 1, fd);
+    k = look(l, &key);
+    if (rc == CPRD_LIMIT_EXCEEDED && is_new && k && k->op == MAPPED) rc = CPRD_OK; /* it counts */
     if (fd >= 0 && (is_new || !rc)) close(fd); /* the mapping is all that this process has */
     if (rc) {
         if (map->at != MAP_FAILED) munmap(map->at, size);
         free(map);
         return rc;
     }
-    k = look(l, &key);
     k->fd = -1;
     k->map = map->at;
     k->size = size;
@@ -914,7 +917,7 @@ static int found(cprd_live *l, struct kept *k, int as_state) {
     else rc = cprd__add(l->state, &key, e->fd, 1, e->value, e->size,
                         k->op == PACKED || k->op == PACKED_MEMFD);
     if (!rc) e->fd = -1;
-    return rc == CPRD_INVALID_INPUT ? cprd__fail(CPRD_DAMAGED, "%s", cprd__last.text) : rc;
+    return rc; /* INVALID_INPUT: memory whose name as a section is taken, or too long; no damage */
 }
 
 /* All that is kept in a root whose owner has ended, into an empty hold. */

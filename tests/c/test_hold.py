@@ -265,6 +265,29 @@ def test_what_an_owner_left_can_be_loaded(
         assert connection.list() == []
 
 
+def test_memory_that_has_no_place_in_a_state_is_no_damage(
+    daemon: DaemonProcess, built: Build, tmp_path: Path
+) -> None:
+    """A section of that key is there already; whoever takes the hold over finds both."""
+    programs = built("sanitized")
+    owner = Owner(programs, daemon.path, [])
+    owner.hear()
+    (tmp_path / "text").write_bytes(b"a section")
+    assert owner.tell("write m 4096 65") == "ok"
+    assert owner.tell(f"raw memory.m {tmp_path / 'text'}") == "ok"
+    owner.kill()
+    said = programs.run(daemon.path, "load", NAME, "--wait=20", status=1)
+    assert "key (memory.m, 0) is used already" in said
+    with daemon.connect() as connection:
+        [row] = connection.list()
+        assert (row["phase"], row["attempts"]) == ("held", 0)
+    owner = Owner(programs, daemon.path, [])
+    owner.hear()
+    assert owner.tell("memory m 4096") == "ok"
+    assert owner.tell("end") == "ok"
+    assert owner.end() == (0, "")
+
+
 def test_a_successor_killed_at_every_step_loses_nothing(
     daemon: DaemonProcess, built: Build, pipes: list[int], tmp_path: Path
 ) -> None:

@@ -28,6 +28,16 @@ def test_one_file_is_enough_for_saved_states(tmp_path: Path) -> None:
     subprocess.run(["cc", *options, *sources, "-pthread"], check=True, timeout=PATIENCE)
 
 
+def test_the_library_is_a_header_and_two_files_in_lines_that_fit() -> None:
+    assert {path.name for path in SOURCE.glob("*.[ch]")} == {
+        *("cprd.h", "cprd.c", "cprd_live.c", "command.c", "vmm.c")
+    }
+    for path in SOURCE.glob("*.[ch]"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 100, f"{path.name}:{number}"
+    assert len((SOURCE / "vmm.c").read_text().splitlines()) < 100
+
+
 class Vmm:
     def __init__(self, program: str, path: str, nofile: int = 0) -> None:
         """`nofile`: the soft limit of descriptors."""
