@@ -891,6 +891,13 @@ static void hang_up(cprd *c) {
     c->sock = -1;
 }
 
+/* Before the lock, which another thread may have had when this process was forked. */
+static int check_owner(const cprd *c) {
+    if (c->owner == getpid()) return CPRD_OK;
+    return cprd__fail(CPRD_INVALID_INPUT, "this connection belongs to process %d, not to its forked"
+                      " child: cprd_connect() there", (int)c->owner);
+}
+
 uint64_t cprd__cookie_of(cprd *c) {
     pthread_mutex_lock(&c->lock);
     uint64_t cookie = cprd__cookie(c->sock);
@@ -1091,11 +1098,10 @@ static int ask_parked(cprd *c, struct cprd__call *call, double until, struct cpr
 /* A request is repeated on another connection where one is lost: its nonce makes it one request. */
 int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a) {
     double until = now() + call->wait + c->timeout, away = 0;
-    int rc = CPRD_OK;
-    if (c->owner != getpid()) {
+    int rc = check_owner(c);
+    if (rc) {
         free(call->m.at);
-        return cprd__fail(CPRD_INVALID_INPUT, "this connection belongs to process %d, not to its"
-                          " forked child: cprd_connect() there", (int)c->owner);
+        return rc;
     }
     pthread_mutex_lock(&c->lock);
     for (;;) {
@@ -1269,8 +1275,8 @@ static int save(cprd *c, struct cprd__call call, const char *name, cprd_state *s
     const struct cprd_save_options *o = options ? options : &none;
     struct process p = {0, 0, 0};
     struct cprd__packed packed = {.fds = NULL};
-    int rc = CPRD_OK;
-    if (o->after_exit < CPRD_NOW || o->after_exit > CPRD_AFTER_PROCESS || o->ttl < 0)
+    int rc = check_owner(c);
+    if (!rc && (o->after_exit < CPRD_NOW || o->after_exit > CPRD_AFTER_PROCESS || o->ttl < 0))
         rc = cprd__fail(CPRD_INVALID_INPUT, "after_exit or ttl of the save options makes no sense");
     if (!rc && o->after_exit == CPRD_AFTER_PROCESS) rc = name_process(c, o->process, &p);
     if (!rc) rc = pack(s, cprd__cookie_of(c), &packed);
