@@ -234,13 +234,13 @@ long cprd__receive(int sock, void *data, size_t size, int *fds, size_t *count, i
     union rights space;
     struct iovec part = {data, size};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    message.msg_control = &space;
-    message.msg_controllen = sizeof space;
+    message.msg_control = fds ? &space : NULL;
+    message.msg_controllen = fds ? sizeof space : 0;
     int how = *flags | MSG_DONTWAIT | MSG_CMSG_CLOEXEC;
     *count = 0;
     ssize_t got = recvmsg(sock, &message, how);
     if (got < 0 && errno == ECONNRESET) { /* said once: the other side left something unread */
-        message.msg_controllen = sizeof space;
+        message.msg_controllen = fds ? sizeof space : 0;
         got = recvmsg(sock, &message, how);
     }
     if (got < 0) return got;
@@ -832,13 +832,12 @@ static int read_manifest(cprd_state *s, struct reader *r, const int *fds, size_t
 int cprd_unpack(int bundle, cprd_state **out) {
     unsigned char h[CPRD__HEADER + 1] = {0};
     struct stat there;
-    int *fds = NULL, off = -1;
+    int *fds = NULL, off = -1, flags = MSG_PEEK;
     size_t count = 0, taken = 0;
     void *map = MAP_FAILED;
     cprd_state *s = NULL;
     setsockopt(bundle, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof off);
-    long got = recv(bundle, h, sizeof h, MSG_PEEK | MSG_DONTWAIT);
-    if (got < 0 && errno == ECONNRESET) got = recv(bundle, h, sizeof h, MSG_PEEK | MSG_DONTWAIT);
+    long got = cprd__receive(bundle, h, sizeof h, NULL, &count, &flags);
     size_t total = cprd__little(h + 12, 4);
     uint64_t index = cprd__little(h + 24, 8);
     int rc = check_header(h, got, h[7], index);

@@ -15,7 +15,8 @@
  * the parent.
  *
  * After CPRD_TIMEOUT or CPRD_UNAVAILABLE the outcome is unknown. The same call of commit, abort,
- * confirm or reject once more repeats the same request, and gets the first answer.
+ * confirm or reject once more repeats the same request, and gets the first answer. A timeout closes
+ * no connection: what hangs on the connection goes on.
  */
 #ifndef CPRD_H
 #define CPRD_H
@@ -297,7 +298,8 @@ int cprd__grow(struct cprd__table *t); /* room for one more key */
 /* One message. Returns 0 or an errno. At the limit in flight it is sent once more, with the soft
  * RLIMIT_NOFILE at the hard one. */
 int cprd__send(int sock, const void *data, size_t size, const int *fds, size_t count);
-/* One message. The caller owns fds[0..*count]. `flags`: in, and out MSG_CTRUNC, MSG_TRUNC. */
+/* One message. The caller owns fds[0..*count]; NULL: no descriptor is installed. `flags`: in, and
+ * out MSG_CTRUNC, MSG_TRUNC. */
 long cprd__receive(int sock, void *data, size_t size, int *fds, size_t *count, int *flags);
 int cprd__pair(int *tx, int *rx);
 void cprd__close_all(const int *fds, size_t count);

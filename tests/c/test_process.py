@@ -81,6 +81,14 @@ def test_a_forked_child_is_refused_and_its_parent_goes_on(
             assert bytes(claim.state["memory.m"])[:9] == b"parent's\0"
 
 
+def test_a_claim_goes_on_when_cprd_stood_still(
+    new_daemon: DaemonProcess, together: Together
+) -> None:
+    run(together(MEMORY), new_daemon.path, "stopped")
+    with new_daemon.connect() as connection:
+        assert connection.list() == []
+
+
 @pytest.mark.parametrize("sanitizers", SANITIZERS)
 def test_threads_share_a_connection_or_have_their_own(
     daemon: DaemonProcess, together: Together, sanitizers: str

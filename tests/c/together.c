@@ -4,10 +4,12 @@
 #include "cprd.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -109,6 +111,29 @@ static void fork_with_a_live_hold(void) {
     cprd_live_close(live); /* kept for the test */
     cprd_close(c);
     close(event);
+}
+
+/* cprd stands still twice: no answer comes in time, and the claim goes on. */
+static void wait_for_a_stopped_cprd(void) {
+    cprd *c;
+    cprd_claim *claim;
+    struct ucred peer;
+    socklen_t size = sizeof peer;
+    cprd_state *s = cprd_state_new();
+    CHECK(!cprd_connect(NULL, &c) && !cprd_save(c, "web", s, NULL, NULL));
+    CHECK(!cprd_load(c, "web", NULL, &claim));
+    CHECK(!getsockopt(cprd_socket(c), SOL_SOCKET, SO_PEERCRED, &peer, &size));
+    cprd_set_timeout(c, 0.2);
+    CHECK(!kill(peer.pid, SIGSTOP) && cprd_renew(claim, 0) == CPRD_TIMEOUT);
+    cprd_set_timeout(c, 20);
+    CHECK(!kill(peer.pid, SIGCONT) && !cprd_renew(claim, 0)); /* the late answer is passed over */
+    cprd_set_timeout(c, 0.2);
+    CHECK(!kill(peer.pid, SIGSTOP) && cprd_confirm(claim) == CPRD_TIMEOUT);
+    cprd_set_timeout(c, 20);
+    CHECK(!kill(peer.pid, SIGCONT) && !cprd_confirm(claim));
+    cprd_claim_close(claim);
+    cprd_state_free(s);
+    cprd_close(c);
 }
 
 struct worker {
@@ -218,6 +243,7 @@ int main(int argc, char **argv) {
     cprd *c;
     if (!strcmp(what, "fork")) fork_with_a_claim();
     else if (!strcmp(what, "fork-live")) fork_with_a_live_hold();
+    else if (!strcmp(what, "stopped")) wait_for_a_stopped_cprd();
     else if (!strcmp(what, "threads")) in_threads(saves_and_loads, NULL);
     else if (!strcmp(what, "threads-live")) in_threads(changes_a_live_hold, NULL);
     else if (!strcmp(what, "threads-one-connection")) {
