@@ -252,9 +252,7 @@ def encode(state: CprState, form: Form | None = None) -> Stream:
 
 
 def parse(
-    data: bytes | bytearray | memoryview,
-    fds: Sequence[int],
-    offsets: Sequence[int] | None = None,
+    data: bytes | bytearray | memoryview, fds: Sequence[int], offsets: Sequence[int] | None = None
 ) -> CprState:
     """The state in a whole stream, received up to its end with the descriptors `fds`. Pure.
 

@@ -187,10 +187,7 @@ def _make_room(connections: int) -> None:
 
 
 async def _perform(
-    settings: Settings,
-    progress: Callable[[Progress], None],
-    folder: Path,
-    children: list[Child],
+    settings: Settings, progress: Callable[[Progress], None], folder: Path, children: list[Child]
 ) -> Report:
     begun = time.monotonic()
     load = Load(settings.connections, settings.rate, lambda: time.monotonic() - begun)

@@ -115,8 +115,7 @@ def _one_of(*choices: str) -> Field:
 
 def _count(limit: int) -> Field:
     return Field(
-        f"an integer from 0 to {limit}",
-        lambda value: type(value) is int and 0 <= value <= limit,
+        f"an integer from 0 to {limit}", lambda value: type(value) is int and 0 <= value <= limit
     )
 
 
@@ -248,10 +247,7 @@ ANSWERS: dict[str, dict[str, Field]] = {
     "drop": _CHANGED,
     "ended": {},
     "wait": {"generation": _U64},
-    "list": {
-        "holds": Field("an array of maps", _is_list_of_maps),
-        "more": _U64.optional(None),
-    },
+    "list": {"holds": Field("an array of maps", _is_list_of_maps), "more": _U64.optional(None)},
     "show": {"hold": _MAP},
     "status": {
         **{"server": _STRING, "pid": _PID, "uptime": _NUMBER, **_KEPT},

@@ -13,11 +13,7 @@ from tests.support.checkout import CHECKOUT
 from tests.support.patience import patience
 
 SOURCE = CHECKOUT / "examples/c"
-NEEDED = {
-    "gcc": "gcc libc6-dev",
-    "clang": "clang libclang-rt-dev libc6-dev",
-    "make": "make",
-}
+NEEDED = {"gcc": "gcc libc6-dev", "clang": "clang libclang-rt-dev libc6-dev", "make": "make"}
 KINDS = {
     "plain": [],
     "pause": ["PAUSE=1"],

@@ -57,11 +57,7 @@ def environment(daemon: DaemonProcess, **extra: str) -> dict[str, str]:
 
 
 def cprctl(
-    daemon: DaemonProcess,
-    *arguments: str,
-    fds: Sequence[int] = (),
-    nofile: str = "",
-    **extra: str,
+    daemon: DaemonProcess, *arguments: str, fds: Sequence[int] = (), nofile: str = "", **extra: str
 ) -> subprocess.CompletedProcess[str]:
     prefix = ["prlimit", f"--nofile={nofile}"] if nofile else []
     return subprocess.run(

@@ -75,12 +75,7 @@ class Keeper:
         return "store" if self.shelf.durable else "memory"
 
     def write(
-        self,
-        step: Step,
-        bundle: int,
-        pidfds: Mapping[int, Pidfds],
-        *,
-        require_store: bool = False,
+        self, step: Step, bundle: int, pidfds: Mapping[int, Pidfds], *, require_store: bool = False
     ) -> None:
         """Write a step down. Raises LimitExceeded; then nothing has changed.
 
