@@ -31,12 +31,13 @@ RELEASES = {1: "0.1", 2: "0.2"}  # version of the wire -> releases that speak th
 # Sizes, bytes
 MAX_REQUEST = 16 * 1024
 MAX_ANSWER = 64 * 1024
-PAGE = 32 * 1024  # of rows in one answer to list, about
+PAGE = 16 * 1024  # of rows in one answer to list, about
 NONCE = 16
 MAX_REASON = 1024
 
 # What msgpack may make of a message. (An array or a map that promises much is made at once, empty.)
 MAX_ITEMS = 16  # of an array in a request; of a map twice as many
+HELLO_ITEMS = 64  # as MAX_ITEMS, in a hello of whatever version
 MAX_TEXT = 4096  # bytes of a string, or of bytes, in a request
 MAX_ANSWER_ITEMS = 4096  # in answers: rows, uids
 
@@ -314,7 +315,7 @@ def read_first(data: bytes) -> Message:
 
     Frozen for all versions: hello has `verb` and `version`, and a refusal `error`, `why` and
     `version`."""
-    message = decode(data, MAX_REQUEST)
+    message = decode(data, MAX_REQUEST, items=HELLO_ITEMS, text=MAX_TEXT)
     version = message.get("version")
     if message.get("verb") != "hello" or type(version) is not int or version in SPOKEN:
         return read_request(data)
