@@ -20,7 +20,6 @@ The order, and no other (docs/qemu.md has the reason of each line):
 from __future__ import annotations
 
 import fcntl
-import gc
 import json
 import os
 from contextlib import suppress
@@ -76,7 +75,7 @@ def upgrade(
     qmp: str,
     command: Command,
     *,
-    overrides: Overrides = Overrides(),  # noqa: B008 (a tuple)
+    overrides: Overrides,
     timeout: float = TIMEOUT,
 ) -> UpgradeResult:
     """Move the guest of the QEMU at `qmp` into a new one. Blocks until the guest runs there.
@@ -327,7 +326,7 @@ class _Move:
     def _refuse_another_machine(self) -> None:
         """Raises Refused when the new QEMU has other disks, or makes another machine."""
         monitor = self.source.monitor
-        self.seen = self.seen._replace(drives=inventory.drives(monitor, self.old.pid))
+        self.seen.drives = inventory.drives(monitor, self.old.pid)
         words = self.new.command.words[self.new.command.program :]
         new = inventory.take(self.new.target.monitor, self.new.process.pid, words, plugged=False)
         refuse_another(self.seen, new, self.overrides, at_once=True)
@@ -360,7 +359,6 @@ class _Move:
 
     def _switch_over(self) -> None:
         """The guest stops; its state goes to the new QEMU, and is kept."""
-        gc.disable()  # a collection takes a millisecond or two, and the guest stands from here
         target = self.new.target
         target.restart_clock()
         self.source.take_main(self._forward)

@@ -7,10 +7,10 @@ dummy byte. Lost control data (MSG_CTRUNC) is an error, never a shorter list.
 
 from __future__ import annotations
 
+import _socket  # without the enums of socket, which take 5 ms to import
 import errno
 import os
 import select
-import socket
 import time
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from cprd.vmstate.stream import Source, Stream, VMStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
     from typing import Any, Self
 
@@ -73,7 +74,7 @@ class SocketChannel(Channel):
     """
 
     def __init__(self, sock: socket.socket, timeout: float | None = None) -> None:
-        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        if sock.family != _socket.AF_UNIX or sock.type != _socket.SOCK_STREAM:
             raise InvalidInput(
                 f"a channel needs a UNIX stream socket, this is {sock.family.name} {sock.type}"
             )
@@ -105,7 +106,7 @@ class SocketChannel(Channel):
                 if fd >= 0:
                     rights.send(self.sock, data, [fd])
                     return
-                rest = rest[self.sock.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+                rest = rest[self.sock.send(rest, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL) :]
             except BlockingIOError:
                 self._wait(select.POLLOUT, "the peer did not read the stream")
             except OSError as exc:
@@ -119,14 +120,14 @@ class SocketChannel(Channel):
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 raise Timeout(f"the stream did not end within {self._timeout:g} s")
             try:
-                data, fds, flags = rights.receive(self.sock, _CHUNK, socket.MSG_DONTWAIT)
+                data, fds, flags = rights.receive(self.sock, _CHUNK, _socket.MSG_DONTWAIT)
             except BlockingIOError:
                 self._wait(select.POLLIN, "the stream did not end")
             except OSError as exc:
                 raise Unavailable(f"the connection broke while receiving: {exc}") from exc
             else:
                 break
-        if flags & socket.MSG_CTRUNC:
+        if flags & _socket.MSG_CTRUNC:
             close_all(fds)
             raise LimitExceeded(
                 f"descriptors were lost on receiving (MSG_CTRUNC, {len(fds)} arrived): this "
@@ -136,7 +137,7 @@ class SocketChannel(Channel):
 
     def finish(self) -> None:
         try:
-            self.sock.shutdown(socket.SHUT_WR)
+            self.sock.shutdown(_socket.SHUT_WR)
         except OSError as exc:
             raise Unavailable(f"the connection broke before the stream's end: {exc}") from exc
 
@@ -279,6 +280,8 @@ def as_channel(where: Channel | socket.socket | int, timeout: float | None = Non
     if isinstance(where, Channel):
         return where
     if isinstance(where, int):
+        import socket
+
         sock = socket.socket(fileno=os.dup(where))
         try:
             return SocketChannel(sock, timeout)
