@@ -29,7 +29,7 @@ from cprd.errors import CprdError, Fenced
 from cprd.linux.memfd import SEALS
 from cprd.linux.pause import point
 from cprd.linux.stdio import flush
-from cprd.qemu import inventory, signals, spawn, stream
+from cprd.qemu import inventory, servers, signals, spawn, stream
 from cprd.qemu.command import missing
 from cprd.qemu.disks import without_times
 from cprd.qemu.doubt import make_room
@@ -111,6 +111,8 @@ def _upgrade(
         point("qemu-upgrade:connected")
         seen = inventory.take(old, old.process.pid, plugged=True)
         _refuse_without_plugged(seen, command, overrides)
+        if conflicts := servers.full(seen.drives, old.process.pid):
+            raise Refused(f"cannot overlap: {'; '.join(conflicts)}")
         with untouched():
             signals.check()
         with PrivateDirectory(path) as directory:
