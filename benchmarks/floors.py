@@ -10,6 +10,7 @@ afterwards, by bulk verbs: build a State, save, load, take, confirm. By turns wi
     s6path.c       s6-fdholderd by libs6, store and retrieve-and-delete one by one (there is no verb
                    for many that could be compared: a dump takes 253 at most). Left out, and said
                    so, without the Debian packages s6, libs6-dev and skalibs-dev.
+                   Also by CPU time of both ends and the holder, as busy machines want.
 
 Exit status: 0 when every figure is within its bound, 1 when not.
 """
@@ -18,19 +19,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import cprd
-from benchmarks.stage import private_cprd, spread, verdict
+from benchmarks.stage import cpu_seconds, private_cprd, spread, verdict
 from cprd.linux.nofile import raise_soft_limit
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -42,6 +46,7 @@ COUNTS: dict[int, tuple[float, float]] = {
     10_000: (4.0, 50.0),
 }
 WARM_UP = 3
+Took = tuple[float, float]  # seconds: on the wall, and of CPU time
 
 
 def succeed(path: str, count: int) -> None:
@@ -82,7 +87,7 @@ class Ours:
         assert self.successor.stdout is not None
         return self.successor.stdout.readline()
 
-    def once(self) -> tuple[float, float]:
+    def once(self) -> Took:
         """Seconds on the wall, and of CPU time of both processes."""
         begun, used = time.monotonic(), time.process_time()
         state = cprd.State()
@@ -119,10 +124,11 @@ def run(*command: str) -> float:
 
 
 @contextlib.contextmanager
-def fdholder(place: str) -> Iterator[str | None]:
-    """The socket of a private s6-fdholderd that grants everything; None where there is none."""
+def fdholder(place: str) -> Iterator[tuple[str, int]]:
+    """The socket and the pid of a private s6-fdholderd that grants everything; ("", 0) where there
+    is none."""
     if shutil.which("s6-fdholder-daemon") is None:
-        yield None
+        yield "", 0
         return
     rules = os.path.join(place, "rules")
     env = os.path.join(rules, "uid/default/env")
@@ -138,10 +144,32 @@ def fdholder(place: str) -> Iterator[str | None]:
     assert daemon.stdout is not None
     daemon.stdout.readline()  # it is ready
     try:
-        yield path
+        yield path, daemon.pid
     finally:
         daemon.terminate()
         daemon.wait()
+
+
+def s6_once(s6path: str, socket: str, count: int) -> Took:
+    """The second of two rounds, and the client's CPU time for both."""
+    before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    wall = run(s6path, socket, str(count), "2")
+    return wall, sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
+
+
+def with_holder(pid: int, once: Callable[[], Took], rounds: int) -> Took:
+    """What `once` took, with the CPU time of the holder beside; of one of so many rounds."""
+    before = cpu_seconds(pid)
+    wall, used = once()
+    return wall, (used + cpu_seconds(pid) - before) / rounds
+
+
+def by_cpu_time(count: int, ours: list[float], theirs: list[float]) -> bool:
+    """Says more than the wall where other jobs run: each round trip waits for those."""
+    ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    both = f"{spread(ours, 1e6, 'us')}, {spread(theirs, 1e6, 'us')}"
+    what = f"CPU time, holder's too: s6-fdholderd / whole path of {count}"
+    return verdict(what, ratio, math.inf, "", both)
 
 
 def figures(count: int, ours: list[float], floors: list[float], theirs: list[float]) -> list[bool]:
@@ -180,29 +208,38 @@ def main() -> int:
     good: list[bool] = []
     with (
         tempfile.TemporaryDirectory(prefix="cprd-bench.") as place,
-        private_cprd() as (path, _),
-        fdholder(place) as s6,
+        private_cprd() as (path, pid),
+        fdholder(place) as (s6, s6_pid),
     ):
         floor = compiled(place, "floor_held")
         s6path = compiled(place, "s6path", "-ls6", "-lskarnet") if s6 else None
         if floor is None:
             raise SystemExit("wants a C compiler")
-        if s6 is None or s6path is None:
+        if s6path is None:
             print("not compared with s6-fdholderd: install s6, libs6-dev and skalibs-dev")
         for count in COUNTS:
             ours = Ours(path, count)
-            mine: list[float] = []
+            mine: list[Took] = []
             floors: list[float] = []
-            theirs: list[float] = []
+            theirs: list[Took] = []
             for number in range(WARM_UP + options.pairs):
-                each = ours.once()[0], run(floor, str(count), "3")
-                s6_took = run(s6path, s6, str(count), "2") if s6path and s6 else 0.0
+                each = with_holder(pid, ours.once, 1)
+                bare = run(floor, str(count), "3")
+                s6_took: list[Took] = []
+                if s6path:
+                    once = partial(s6_once, s6path, s6, count)
+                    s6_took.append(with_holder(s6_pid, once, 2))
                 if number >= WARM_UP:
-                    mine.append(each[0])
-                    floors.append(each[1])
-                    theirs += [s6_took] if s6path else []
+                    mine.append(each)
+                    floors.append(bare)
+                    theirs += s6_took
             ours.close()
-            good += figures(count, mine, floors, theirs)
+            walls, used = (
+                [[took[at] for took in each] for each in (mine, theirs)] for at in (0, 1)
+            )
+            good += figures(count, walls[0], floors, walls[1])
+            if theirs and count > 1:  # starting s6path takes more than one descriptor
+                good.append(by_cpu_time(count, *used))
     return 0 if all(good) else 1
 
 

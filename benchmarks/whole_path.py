@@ -253,6 +253,13 @@ def main() -> int:
         whole = [sum(each[step][0] for step in PATH) for each in measured[kind]]
         value = statistics.median(whole) / yardstick
         good &= verdict(f"whole path, {kind} / C floor", value, bound, "", spread(whole))
+    mine, theirs = (
+        [sum(each[step][1] for step in PATH) for each in measured[kind]]
+        for kind in ("bulk verbs", BARE)
+    )
+    value = statistics.median(mine) / statistics.median(theirs)
+    detail = f"{spread(mine)} against {spread(theirs)}"
+    good &= verdict("CPU time of both processes / bare Python", value, math.inf, "", detail)
     both = [each["save"][0] + each["load"][0] for each in measured["bulk verbs"]]
     value = statistics.median(both) / yardstick
     good &= verdict("save and load alone / C floor", value, 3.0, "", spread(both))

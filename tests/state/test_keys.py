@@ -38,6 +38,13 @@ def keys(state: State) -> list[tuple[str, int]]:
     return [(name, id) for name, id, _ in state.fds()]
 
 
+def as_they_travel(state: State) -> list[tuple[str, int]]:
+    names, ids, fds = state.columns()
+    assert len(fds) == len(ids)
+    texts = names.decode("utf-8", "surrogateescape").split("\0") if names else []
+    return [*zip(texts, ids, strict=True)]
+
+
 # Many at once
 
 
@@ -260,8 +267,11 @@ def test_any_order_of_verbs_is_that_of_a_list(steps: list[tuple[Any, ...]]) -> N
             old.close()
         if what in ("take", "delete") and (name, id) in model:
             model.remove((name, id))
-        assert keys(state) == model
+        assert as_they_travel(state) == model
         assert state.fd_count == len(model)
+        if what == "save many":  # the columns are there, until a question about a key
+            continue
+        assert keys(state) == model
         assert all((state.find_fd(*key) >= 0) == (key in model) for key in [("a", 0), ("b", 1)])
     successor = loaded(state)
     assert keys(successor) == model
