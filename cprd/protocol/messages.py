@@ -201,8 +201,11 @@ REQUESTS: dict[str, dict[str, Field]] = {
 they are in answers."""
 
 
+_STRINGS = {str}
+
+
 def _is_map(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    return isinstance(value, dict) and set(map(type, value)) <= _STRINGS
 
 
 def _is_list_of_maps(value: Any) -> bool:
@@ -368,18 +371,6 @@ def _read(message: Message, fields: Mapping[str, Field]) -> Message:
 
 
 _WITH_ID = {verb: {**fields, "id": _ID} for verb, fields in REQUESTS.items()}
-
-
-def essence(request: Mapping[str, Any]) -> Message:
-    """The verb of a request and the fields that are no defaults: the same whether a default was
-    said or left out, and in a later version that has more fields."""
-    fields = REQUESTS[request["verb"]]
-    said = {}
-    for key, value in request.items():
-        field = fields.get(key)
-        if field is None or field.required or value != field.default:
-            said[key] = value
-    return said
 
 
 class Garbled(ProtocolError):
