@@ -153,7 +153,7 @@ class Keeper:
 
     def _add(self, hold: Hold, new: Slot) -> None:
         try:
-            self._append(lambda: self.shelf.add_slots([new.fds]))
+            self._append(lambda: self.shelf.add_slot(new.fds))
         except BaseException:
             new.close()
             raise
