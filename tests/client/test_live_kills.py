@@ -355,14 +355,15 @@ def serve(path: str, port: int) -> None:
                         poll.register(sock, select.EPOLLIN)
                     continue
                 id, sock = by_fd[fd]
-                line = sock.recv(100, socket.MSG_PEEK)
+                line, end, _ = sock.recv(100, socket.MSG_PEEK).partition(b"\n")
                 number = int(line)
                 last, tally = tallies[id]
                 if number != last:
                     tallies[id] = [number, tally + number]
                     state[f"client.{id}"] = tallies[id]
                 sock.sendall(b"%d %d\n" % (tallies[id][1], number))
-                sock.recv(len(line))  # last: a kill before leaves the line, to be answered again
+                # Last: a kill before leaves the line, to be answered again, before the next.
+                sock.recv(len(line + end))
 
 
 class Servers:
