@@ -14,7 +14,6 @@ from __future__ import annotations
 import _socket as socket  # as in linux.rights; closes its descriptor when nobody has it any more
 import errno
 import os
-import struct
 from array import array
 from collections import deque
 from itertools import repeat, starmap
@@ -39,9 +38,7 @@ _DONTWAIT = socket.MSG_DONTWAIT
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 PEEK_FDS = _PEEK | socket.MSG_CMSG_CLOEXEC
 CTRUNC = socket.MSG_CTRUNC
-_RIGHTS = socket.SCM_RIGHTS
-_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-_INT = struct.Struct("i")
+APPEND = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _GONE = (errno.EPIPE, errno.EPERM, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
 Sent = tuple[int, int, tuple[Key, ...]]
@@ -107,14 +104,6 @@ class Queue:
             if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
                 raise
             self._send_with_more_room(data, fds)
-
-    def send_one(self, data: bytes, fd: int) -> None:
-        """As send, of one descriptor, in less time."""
-        assert self.tx is not None
-        try:
-            self.tx.sendmsg((data,), ((_SOL, _RIGHTS, _INT.pack(fd)),), _FLAGS)
-        except OSError:
-            self.send(data, (fd,))  # which may raise limits, and explains
 
     def _send_with_more_room(self, data: bytes, fds: Sequence[int]) -> None:
         """A machine may have a small net.core.wmem_default, and a larger maximum."""
