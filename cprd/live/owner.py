@@ -85,8 +85,19 @@ class Owner:
         passed to another process."""
         key = make.fd_key(name, id)
         number = fd if type(fd) is int else number_of(fd)
-        if not self._act(self._quick.save_fd, key, number):
-            self._act(self._save_fd, key, number, replace)
+        if getpid() != self._pid:
+            raise _forked()
+        with self._lock:  # as _act, in less time
+            if self._over is not None or self._changing is not None:
+                self._refuse()
+            try:
+                self._changing = _getframe()
+                if not self._quick.save_fd(key, number):
+                    self._save_fd(key, number, replace)
+            except (Fenced, OSError) as error:
+                raise self._failed(error) from None
+            finally:
+                self._changing = None
 
     def delete_fd(self, name: str, id: int = 0) -> None:
         """Let go of a descriptor. An absent key is no error.
@@ -279,32 +290,37 @@ class Owner:
     def _change(self, puts: list[Put], gone: Iterable[Key]) -> None:
         self._act(self._writer.change, puts, gone)
 
-    def _act(self, step: Any, *arguments: Any) -> Any:
+    def _act(self, step: Any, *arguments: Any) -> None:
         """Take one step of the writer, alone."""
         if getpid() != self._pid:
             raise _forked()
         with self._lock:
-            if self._over is not None:
-                raise self._again()
-            if self._changing is not None and _runs(self._changing):
-                raise InvalidInput(
-                    "a change of the live hold inside another one: a signal handler or finalizer"
-                    " that interrupts a verb may not call a verb"
-                )
+            if self._over is not None or self._changing is not None:
+                self._refuse()
             try:
                 self._changing = _getframe()
-                return step(*arguments)
-            except Fenced as error:
-                self._end(error)
-                raise
-            except OSError as error:
-                raise _explained(error) from None
+                step(*arguments)
+            except (Fenced, OSError) as error:
+                raise self._failed(error) from None
             finally:
                 self._changing = None
 
-    def _again(self) -> CprdError:
-        assert self._over is not None
-        return type(self._over)(*self._over.args)
+    def _refuse(self) -> None:
+        """Raise, but for a change that an interrupt ended."""
+        if self._over is not None:
+            raise type(self._over)(*self._over.args)
+        if self._changing is not None and _runs(self._changing):
+            raise InvalidInput(
+                "a change of the live hold inside another one: a signal handler or finalizer"
+                " that interrupts a verb may not call a verb"
+            )
+
+    def _failed(self, error: Fenced | OSError) -> CprdError:
+        """What a verb raises."""
+        if isinstance(error, Fenced):
+            self._end(error)
+            return error
+        return _explained(error)
 
     def _end(self, why: CprdError) -> None:
         """Close all ends. What is mapped stays mapped."""

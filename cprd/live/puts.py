@@ -64,7 +64,7 @@ def fd_key(name: str, id: int) -> Key:
     except (KeyError, TypeError):
         encoded = _encoded(name)
     if type(id) is not int or not -0x80000000 <= id <= 0x7FFFFFFF:
-        raise InvalidInput(f"id {id!r} of {name!r}: wants a signed 32 bit integer")
+        raise InvalidInput(f"id {id!r:.100} of {name!r}: wants a signed 32 bit integer")
     return (FD, encoded, id)
 
 
