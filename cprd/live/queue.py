@@ -166,13 +166,10 @@ class Queue:
         return copies.found[len(copies.found) - count :]
 
     def void(self) -> int:
-        """How many records are void."""
-        records, first = self.records, self.first_valid
-        if not records or records[0][0] >= first:
+        """How many records are void: ordinals have no gap."""
+        if not self.records:
             return 0
-        if records[-1][0] < first:
-            return len(records)
-        return sum(record[0] < first for record in records)
+        return min(max(self.first_valid - self.records[0][0], 0), len(self.records))
 
     def drain(self) -> None:
         """Let go of what is void. May block where a descriptor of the record was the last of its
