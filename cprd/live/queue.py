@@ -16,7 +16,7 @@ import errno
 import os
 from array import array
 from collections import deque
-from itertools import repeat, starmap
+from itertools import chain, repeat, starmap
 
 from cprd.errors import Fenced, LimitExceeded
 from cprd.linux.nofile import ADVICE, hard_limit
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 MOST_RECORDS = 278  # of the default send buffer, whatever their size
 _SOL = socket.SOL_SOCKET
-SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
+_SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
 _DONTWAIT = socket.MSG_DONTWAIT
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
-PEEK_FDS = _PEEK | socket.MSG_CMSG_CLOEXEC
-CTRUNC = socket.MSG_CTRUNC
+_PEEK_FDS = _PEEK | socket.MSG_CMSG_CLOEXEC
+_CTRUNC = socket.MSG_CTRUNC
 APPEND = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _GONE = (errno.EPIPE, errno.EPERM, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
@@ -129,36 +129,33 @@ class Queue:
         `copies` owns them.
 
         Raises Fenced on any disorder, LimitExceeded when not all fit in this process."""
-        count = len(self.records)
-        found = self._peek_once(copies, count)
-        if any(item[2] & CTRUNC for item in found):
+        found = self._copy(copies)
+        fds = _fds(found)
+        keys = [*chain.from_iterable([record[2] for record in self.records])]
+        if len(fds) < len(keys) and any(item[2] & _CTRUNC for item in found):
             with hard_limit():  # what came is closed with the rest
-                found = self._peek_once(copies, count)
-            if any(item[2] & CTRUNC for item in found):
+                found = self._copy(copies)
+            if any(item[2] & _CTRUNC for item in found):
                 raise LimitExceeded(
                     "no room for copies of the descriptors in one queue of the live hold: raise"
                     f" RLIMIT_NOFILE {ADVICE}"
                 )
-        fds = array("i")
-        keys: list[Key] = []
-        for (ordinal, size, carried), (data, ancillary, _, _) in zip(
-            self.records, found, strict=True
-        ):
-            if ancillary:
-                fds.frombytes(ancillary[0][2])
-                keys += carried
-            if len(data) != size or ordinal_of(data) != ordinal or len(fds) != len(keys):
+            fds = _fds(found)
+        for (ordinal, size, _), (data, _, _, _) in zip(self.records, found, strict=True):
+            if len(data) != size or ordinal_of(data) != ordinal:
                 raise fenced("its queue was changed")
+        if len(fds) != len(keys):
+            raise fenced("its queue was changed")
         return dict(zip(keys, fds, strict=True))
 
-    def _peek_once(self, copies: Copies, count: int) -> list[Peeked]:
-        largest = max(record[1] for record in self.records) if count else 0
-        copies.known = None
+    def _copy(self, copies: Copies) -> list[Peeked]:
+        count = len(self.records)
+        largest = max([record[1] for record in self.records], default=0)
         point("live:peek")
         try:
             self.rx.setsockopt(_SOL, SO_PEEK_OFF, 0)
             copies.found.extend(
-                map(self.rx.recvmsg, repeat(largest, count), repeat(SPACE), repeat(PEEK_FDS))
+                map(self.rx.recvmsg, repeat(largest, count), repeat(_SPACE), repeat(_PEEK_FDS))
             )
         except OSError as error:
             raise fenced(f"its queue cannot be read: {error.strerror}") from None
@@ -247,10 +244,9 @@ class Copies:
     and `_runs` what is being closed: first number and the one behind the last, taken out and closed
     in one step."""
 
-    __slots__ = ("_runs", "found", "known")
+    __slots__ = ("_runs", "found")
 
     def __init__(self) -> None:
-        self.known: array[int] | None = None  # all descriptors of `found`, where somebody knows
         self.found: list[Peeked] = []
         self._runs: list[tuple[int, int]] = []
 
@@ -260,21 +256,23 @@ class Copies:
     def close(self) -> None:
         """Close all copies."""
         if self.found:
-            fds = self.known
-            if fds is None:
-                fds = array("i")
-                for _, ancillary, _, _ in self.found:
-                    for _, _, raw in ancillary:
-                        fds.frombytes(raw)
             # In this order: as long as `found` has anything, nothing of `_runs` is closed yet.
-            self._runs = _runs(sorted(fds))
+            self._runs = _runs(sorted(_fds(self.found)))
             self.found.clear()
-            self.known = None
         if self._runs:
             point("live:close")
             runs = self._runs
             _consume(starmap(os.closerange, map(runs.pop, repeat(-1, len(runs)))))
             point("live:closed")
+
+
+def _fds(found: list[Peeked]) -> array[int]:
+    """All descriptors of messages."""
+    fds = array("i")
+    for _, ancillary, _, _ in found:
+        for _, _, raw in ancillary:
+            fds.frombytes(raw)
+    return fds
 
 
 def _runs(fds: list[int]) -> list[tuple[int, int]]:

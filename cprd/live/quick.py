@@ -10,16 +10,14 @@ import _socket as socket  # as in queue
 import functools
 import struct
 from array import array
-from itertools import chain, repeat
 from os import fstat
 
 from cprd.errors import LimitExceeded
 from cprd.linux import pause
 from cprd.linux.pause import point
-from cprd.linux.rights import SO_PEEK_OFF
 from cprd.live.ledger import Ledger
 from cprd.live.puts import FORMAT, SHAREABLE, SOCKET, lingers
-from cprd.live.queue import APPEND, CTRUNC, PEEK_FDS, SPACE, cost, fenced
+from cprd.live.queue import APPEND, cost
 from cprd.live.records import (
     BEGIN,
     CHANGE,
@@ -51,13 +49,8 @@ from cprd.live.steps import Steps
 
 _SOL = socket.SOL_SOCKET
 _RIGHTS = socket.SCM_RIGHTS
-_int = struct.Struct("i").pack
 _FULL = ROOM - 512
 _SINGLE, _single = SINGLE.size, SINGLE.pack
-_ORDINAL = struct.Struct("<24xQ8x")
-assert _ORDINAL.size == HEADER.size
-
-
 _SAVES = bytes([SAVE]) * 256
 
 
@@ -240,7 +233,8 @@ class Quick:
         """One record for all that a segment keeps, one key less or more."""
         steps, kept = self._steps, segment.keys
         try:
-            copies = self._peek(segment, put is not None)
+            alone = put is None and len(kept) == 1
+            copies = {} if alone else segment.peek(steps.copies)
             left = [key for key in kept if key != gone]
             fds = [copies[key] for key in left]
         except LimitExceeded:
@@ -291,35 +285,3 @@ class Quick:
             segment.lose(gone)
             self._where.pop(gone, None)
             self._pool.file(segment)
-
-    def _peek(self, segment: Segment, grows: bool) -> dict[Key, int]:
-        """As Queue.peek, which is called where anything is not as usual."""
-        if len(segment.keys) == 1 and not grows:
-            return {}  # nothing is left
-        records, copies = segment.records, self._steps.copies
-        count = len(records)
-        if copies or not count:
-            return segment.peek(copies)
-        largest = max([record[1] for record in records])
-        found = copies.found
-        point("live:peek")
-        try:
-            segment.rx.setsockopt(_SOL, SO_PEEK_OFF, 0)
-            found.extend(
-                map(segment.rx.recvmsg, repeat(largest, count), repeat(SPACE), repeat(PEEK_FDS))
-            )
-        except OSError as error:
-            raise fenced(f"its queue cannot be read: {error.strerror}") from None
-        point("live:peeked")
-        fds = array("i")
-        for record, (data, ancillary, flags, _) in zip(records, found, strict=True):
-            if flags & CTRUNC or len(data) != record[1] or len(data) < HEADER.size:
-                return segment.peek(copies)
-            if record[2]:
-                if not ancillary:
-                    return segment.peek(copies)
-                fds.frombytes(ancillary[0][2])
-            if _ORDINAL.unpack_from(data) != record[:1]:
-                raise fenced("its queue was changed")
-        copies.known = fds
-        return dict(zip(chain.from_iterable([record[2] for record in records]), fds, strict=True))
