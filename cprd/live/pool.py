@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
+
 from cprd.live.segment import OWN, ROOM, SECTION_KEYS, SECTIONS, SHARED, Put, Segment
 
 SPARE = 4  # empty segments that stay for the next keys
@@ -85,45 +88,34 @@ class Pool:
 
     def for_shared(self, puts: list[Put], size: int, avoid: Segment | None) -> Segment | None:
         """An attached segment that takes all of `puts`; None: make one."""
-        current = self.current
         if self.spreads:
             return self._empty(avoid)
-        if (
-            current is not None
-            and current is not avoid
-            and current.kind == SHARED
-            and current.takes(puts, size, self.limit)
-        ):
-            return current
-        for place in self._shared[:0:-1]:
-            for segment in place:
-                if segment is not avoid and segment.takes(puts, size, self.limit):
-                    self.current = segment
-                    return segment
-        found = self._empty(avoid)
-        if found is not None:
-            self.current = found
+        first = [self.current] if self.current is not None and self.current.kind == SHARED else []
+        found = self._first(chain(first, *self._shared[::-1]), puts, size, self.limit, avoid)
+        self.current = found or self.current
         return found
 
     def for_sections(self, puts: list[Put], size: int, avoid: Segment | None) -> Segment | None:
         """As for_shared, for values."""
         current = self.current_sections
-        if (
-            current is not None
-            and current is not avoid
-            and current.kind == SECTIONS
-            and current.takes(puts, size, SECTION_KEYS)
-        ):
-            return current
-        for quarter in (1, 0):
-            for segment in self._sections[quarter]:
-                if segment is not avoid and segment.takes(puts, size, SECTION_KEYS):
-                    self.current_sections = segment
-                    return segment
-        found = self._empty(avoid)
-        if found is not None:
-            self.current_sections = found
+        first = [current] if current is not None and current.kind == SECTIONS else []
+        rest = chain(first, self._sections[1], self._sections[0])
+        found = self._first(rest, puts, size, SECTION_KEYS, avoid)
+        self.current_sections = found or current
         return found
+
+    def _first(
+        self,
+        segments: Iterable[Segment],
+        puts: list[Put],
+        size: int,
+        limit: int,
+        avoid: Segment | None,
+    ) -> Segment | None:
+        for segment in segments:
+            if segment is not avoid and segment.takes(puts, size, limit):
+                return segment
+        return self._empty(avoid)
 
     def _empty(self, avoid: Segment | None) -> Segment | None:
         for segment in self.empty:
