@@ -79,9 +79,7 @@ class Quick:
         self._records = shape.records
 
     def save_fd(self, key: Key, fd: int) -> bool:
-        """Keep a descriptor under a new key, by one more record of a segment.
-
-        Returns False where the change is not so simple, and nothing was done."""
+        """Keep a descriptor by one more record. False: not so simple, and nothing was done."""
         try:
             found = fstat(fd)
         except (OSError, OverflowError):
@@ -109,9 +107,7 @@ class Quick:
         name, birth = key[1], next(self._ledger.births)
         keys, records = segment.keys, segment.records
         count = len(keys) + 1
-        if len(records) >= self._records or (
-            count >= self._limit and segment.fills(1, self._limit)
-        ):
+        if len(records) >= self._records or (count >= self._limit and not segment.changes):
             put = (SAVE, key, birth, fd, b"", False, False)
             return segment.plain and self._rewrite(segment, None, put)
         steps.seq = seq = steps.seq + 1
