@@ -6,6 +6,8 @@ the next change writes all of it again.
 
 from __future__ import annotations
 
+from itertools import count
+
 from cprd.live.pool import Pool
 from cprd.live.queue import Queue
 from cprd.live.records import Entry, Key, deletion
@@ -16,7 +18,8 @@ from cprd.live.tombstones import Tombstones
 
 class Ledger:
     """`where`: the segment of each kept key. `dirty`: segments that hold what a record elsewhere
-    made void. `pool`: the attached segments. `inodes`: of sockets that must never be kept."""
+    made void. `pool`: the attached segments. `inodes`: of sockets that must never be kept.
+    `births`: the places of further keys in the order of keys."""
 
     def __init__(self, shape: Shape) -> None:
         self.where: dict[Key, Segment] = {}
@@ -24,6 +27,7 @@ class Ledger:
         self.tombstones = Tombstones()
         self.dirty: dict[Segment, None] = {}
         self.inodes: set[int] = set()
+        self.births = count(1)
 
     def write_puts(self, target: Segment, puts: list[Put]) -> None:
         """A record in `target` keeps `puts`."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from os import getpid
+from sys import _getframe
 
 from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded, MissingKey
 from cprd.linux.rights import close_all
@@ -65,9 +66,10 @@ class Owner:
         self._lock = threading.RLock()
         root = Root(tx, rx, hold, shape)
         self._writer = Writer(root, self._lock, shape, defer)
+        self._quick = self._writer.quick
         self._ledger = self._writer.ledger
+        self._where = self._ledger.where
         self._ask_linger = defer is not None
-        self._births = count(1)
         self._memories: dict[str, Memory] = {}
         self._inherited: dict[str, int] = {}  # memfds of a predecessor's memory, not mapped yet
         self._pid = os.getpid()
@@ -85,10 +87,20 @@ class Owner:
         Raises InvalidInput for a key in use unless `replace`, a bad name or id, or what cannot be
         passed to another process."""
         key = make.fd_key(name, id)
-        birth = self._birth(key, replace)
         number = fd if type(fd) is int else number_of(fd)
-        put = make.put_fd(key, birth, number, self._ledger.inodes, self._ask_linger)
-        self._act(self._save, put)
+        if getpid() != self._pid:
+            raise _forked()
+        with self._lock:  # as _act, in less time
+            if self._over is not None or self._changing is not None:
+                self._refuse()
+            try:
+                self._changing = _getframe()
+                if not self._quick.save_fd(key, number):
+                    self._save_fd(key, number, replace)
+            except (Fenced, OSError) as error:
+                raise self._failed(error) from None
+            finally:
+                self._changing = None
 
     def delete_fd(self, name: str, id: int = 0) -> None:
         """Let go of a descriptor. An absent key is no error.
@@ -102,7 +114,7 @@ class Owner:
         Raises InvalidInput for a value that msgpack cannot say."""
         found = make.section_key(key)
         made = make.Made()
-        self._act(self._save, make.put_section(found, self._birth(found, True), value, made))
+        self._act(self._save_value, make.put_section(found, self._birth(found, True), value, made))
 
     def save_section_fd(self, key: str, memfd: int | HasFileno, *, packed: bool = False) -> None:
         """Keep a section that already is a sealed memfd, which is borrowed and not copied.
@@ -127,7 +139,7 @@ class Owner:
         check_size(name, size)
         with self._lock:
             self._learn()
-            memory = self._memories.get(name) if key in self._ledger.where else None
+            memory = self._memories.get(name) if key in self._where else None
             if memory is None:
                 memory = self._map(name, key, size)
             if memory.size != size:
@@ -198,13 +210,13 @@ class Owner:
     def keeps(self, key: Key) -> bool:
         """Whether a key is kept."""
         self._learn()
-        return key in self._ledger.where
+        return key in self._where
 
     @property
     def kept(self) -> int:
         """How many keys are kept: descriptors, sections and memory."""
         self._learn()
-        return len(self._ledger.where)
+        return len(self._where)
 
     def has_fd(self, name: str, id: int) -> bool:
         return self.keeps(make.fd_key(name, id))
@@ -214,7 +226,7 @@ class Owner:
         with a descriptor; None: nowhere. Finishes what an interrupt left."""
         if self.unfinished and not self.is_changing:
             self._act(self._writer.recover)
-        segment = self._ledger.where.get(key)
+        segment = self._where.get(key)
         kept = None if segment is None else segment.keys.get(key)
         return None if kept is None else (kept[0], kept[2], segment)
 
@@ -222,7 +234,7 @@ class Owner:
         """The keys of all descriptors, oldest first."""
         self._learn()
         with self._lock:
-            kept = [(key, seg.keys.get(key)) for key, seg in self._ledger.where.items()]
+            kept = [(key, seg.keys.get(key)) for key, seg in self._where.items()]
         born = [(found[1], key) for key, found in kept if key[0] == FD and found is not None]
         return [_text(key) for _, key in sorted(born)]
 
@@ -247,7 +259,7 @@ class Owner:
 
     def inherit(self, births: int, memories: dict[str, int]) -> Writer:
         """The writer, to be filled; births go on above `births`; owns the memfds of `memories`."""
-        self._births = count(births + 1)
+        self._ledger.births = count(births + 1)
         self._inherited = memories
         return self._writer
 
@@ -262,22 +274,22 @@ class Owner:
 
     def _birth(self, key: Key, replace: bool) -> int:
         """The place of a key in the order of keys: of the key that is replaced, or a new one."""
-        segment = self._ledger.where.get(key)
+        segment = self._where.get(key)
         if segment is None:
-            return next(self._births)
+            return next(self._ledger.births)
         if not replace:
             raise InvalidInput(
                 f"key ({key[1].decode('utf-8', 'replace')!r}, {key[2]}) is used already:"
                 " delete_fd() it first"
             )
         kept = segment.keys.get(key)
-        return kept[1] if kept is not None else next(self._births)
+        return kept[1] if kept is not None else next(self._ledger.births)
 
     def _map(self, name: str, key: Key, size: int) -> Memory:
-        if key in self._ledger.where and name not in self._inherited:
+        if key in self._where and name not in self._inherited:
             raise InvalidInput(f"memory {name!r} was not kept by this process")
         fd = self._inherited.get(name, -1)
-        if fd >= 0 and key in self._ledger.where:
+        if fd >= 0 and key in self._where:
             memory = Memory(name, fd)
             if memory.size == size:
                 self._memories[name] = memory
@@ -290,14 +302,19 @@ class Owner:
         # Before the change: an interrupt after the commit would leave a key without its memory.
         self._memories[name] = memory
         try:
-            self._change([make.put_memory(key, next(self._births), made.fd)], ())
+            self._change([make.put_memory(key, next(self._ledger.births), made.fd)], ())
         except Exception:
             del self._memories[name]
             raise
         return memory
 
-    def _save(self, put: Put) -> None:
-        if not self._writer.quick.append(put):
+    def _save_fd(self, key: Key, fd: int, replace: bool) -> None:
+        birth = self._birth(key, replace)
+        put = make.put_fd(key, birth, fd, self._ledger.inodes, self._ask_linger)
+        self._writer.change([put], ())
+
+    def _save_value(self, put: Put) -> None:
+        if not self._quick.save_value(put):
             self._writer.change([put], ())
 
     def _delete(self, key: Key) -> None:
@@ -312,29 +329,32 @@ class Owner:
 
     def _act(self, step: Any, *arguments: Any) -> None:
         """Take one step of the writer, alone."""
-        if self._over is not None:
-            raise self._again()
-        if os.getpid() != self._pid:
+        if getpid() != self._pid:
             raise _forked()
         with self._lock:
-            if self._over is not None:
-                raise self._again()
-            if self.is_changing:
-                raise inside()
+            if self._over is not None or self._changing is not None:
+                self._refuse()
             try:
-                self._changing = sys._getframe()
+                self._changing = _getframe()
                 step(*arguments)
-            except Fenced as error:
-                self._end(error)
-                raise
-            except OSError as error:
-                raise _explained(error) from None
+            except (Fenced, OSError) as error:
+                raise self._failed(error) from None
             finally:
                 self._changing = None
 
-    def _again(self) -> CprdError:
-        assert self._over is not None
-        return type(self._over)(*self._over.args)
+    def _refuse(self) -> None:
+        """Raise, but for a change that an interrupt ended."""
+        if self._over is not None:
+            raise type(self._over)(*self._over.args)
+        if self.is_changing:
+            raise inside()
+
+    def _failed(self, error: Fenced | OSError) -> CprdError:
+        """What a verb raises."""
+        if isinstance(error, Fenced):
+            self._end(error)
+            return error
+        return _explained(error)
 
     def _end(self, why: CprdError) -> None:
         """Close all ends. What is mapped stays mapped."""
@@ -434,7 +454,7 @@ class Batch:
         if key in self.puts:
             return self.puts[key][2]
         owner = self._owner
-        return next(owner._births) if key in self.gone else owner._birth(key, replace)
+        return next(owner._ledger.births) if key in self.gone else owner._birth(key, replace)
 
     def _put(self, put: Put) -> None:
         self.puts[put[1]] = put
@@ -487,7 +507,7 @@ def _explained(error: OSError) -> CprdError:
 
 def runs(frame: FrameType) -> bool:
     """Whether a frame is among the callers of this one; an interrupt may have left it noted."""
-    caller: FrameType | None = sys._getframe()
+    caller: FrameType | None = _getframe()
     while caller is not None:
         if caller is frame:
             return True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
+
 from cprd.live.segment import OWN, ROOM, SECTION_KEYS, SECTIONS, SHARED, Put, Segment
 
 SPARE = 4  # empty segments that stay for the next keys
@@ -18,42 +21,47 @@ class Pool:
         # key is cheaper than where copies have to be made of others.
         self.spread = spread
         self.segments: dict[int, Segment] = {}
-        self._shared: list[dict[Segment, None]] = [{} for _ in range(limit + 1)]
+        self._half = limit // 2
+        self._shared: list[dict[Segment, None]] = [{} for _ in range(self._half + 1)]
+        self.fuller: dict[Segment, None] = {}  # shared ones, more than half full
         self._sections: list[dict[Segment, None]] = [{} for _ in range(4)]  # by quarters of room
         self._own: dict[Segment, None] = {}
         self._inherited: dict[Segment, None] = {}
         self.empty: dict[Segment, None] = {}
         self.dead: dict[Segment, None] = {}
-        self._filled = self._kept = 0  # shared segments with keys, and these keys
+        self._filled = self.kept = 0  # shared segments with keys, and these keys
+        self.spreads = spread > 0  # whether the next key gets a segment that has none
         self.current: Segment | None = None
         self.current_sections: Segment | None = None
 
     def file(self, segment: Segment) -> None:
         """Put a segment where its keys put it. May be said twice."""
-        self.segments[segment.id] = segment
-        place = self._place(segment)
-        shared = 0
-        if segment.kind == SHARED and segment.tx is not None:
-            shared = len(segment.keys)
-        if shared != segment.counted:
-            self._kept += shared - segment.counted
-            self._filled += (shared > 0) - (segment.counted > 0)
-            segment.counted = shared
+        count = len(segment.keys)
+        if count and segment.kind is SHARED and segment.tx is not None:
+            place = self._shared[count] if count <= self._half else self.fuller
+        else:
+            count = 0
+            place = self._place(segment)
+        if count != segment.counted:
+            self.kept += count - segment.counted
+            self._filled += (count > 0) - (segment.counted > 0)
+            segment.counted = count
         if segment.filed is not place:
+            self.segments[segment.id] = segment
             if segment.filed is not None:
                 segment.filed.pop(segment, None)
             place[segment] = None
             segment.filed = place
+            self.spreads = self._filled + len(self._inherited) < self.spread
 
     def _place(self, segment: Segment) -> dict[Segment, None]:
+        """Of any segment but a shared one with keys that can be appended to."""
         if segment.tx is None:
             if not segment.keys and not segment.stale:
                 return self.dead
             return self._own if segment.kind == OWN else self._inherited
         if not segment.keys:
             return self.empty
-        if segment.kind == SHARED:
-            return self._shared[min(len(segment.keys), self.limit)]
         if segment.kind == OWN:
             return self._own
         return self._sections[min(segment.size * 4 // ROOM, 3)]
@@ -63,6 +71,7 @@ class Pool:
         self.segments.pop(segment.id, None)
         if segment.filed is not None:
             segment.filed.pop(segment, None)
+        self.spreads = self._filled + len(self._inherited) < self.spread
         if self.current is segment:
             self.current = None
         if self.current_sections is segment:
@@ -79,45 +88,34 @@ class Pool:
 
     def for_shared(self, puts: list[Put], size: int, avoid: Segment | None) -> Segment | None:
         """An attached segment that takes all of `puts`; None: make one."""
-        current = self.current
         if self.spreads:
             return self._empty(avoid)
-        if (
-            current is not None
-            and current is not avoid
-            and current.kind == SHARED
-            and current.takes(puts, size, self.limit)
-        ):
-            return current
-        for count in range(self.limit // 2, 0, -1):
-            for segment in self._shared[count]:
-                if segment is not avoid and segment.takes(puts, size, self.limit):
-                    self.current = segment
-                    return segment
-        found = self._empty(avoid)
-        if found is not None:
-            self.current = found
+        first = [self.current] if self.current is not None and self.current.kind == SHARED else []
+        found = self._first(chain(first, *self._shared[::-1]), puts, size, self.limit, avoid)
+        self.current = found or self.current
         return found
 
     def for_sections(self, puts: list[Put], size: int, avoid: Segment | None) -> Segment | None:
         """As for_shared, for values."""
         current = self.current_sections
-        if (
-            current is not None
-            and current is not avoid
-            and current.kind == SECTIONS
-            and current.takes(puts, size, SECTION_KEYS)
-        ):
-            return current
-        for quarter in (1, 0):
-            for segment in self._sections[quarter]:
-                if segment is not avoid and segment.takes(puts, size, SECTION_KEYS):
-                    self.current_sections = segment
-                    return segment
-        found = self._empty(avoid)
-        if found is not None:
-            self.current_sections = found
+        first = [current] if current is not None and current.kind == SECTIONS else []
+        rest = chain(first, self._sections[1], self._sections[0])
+        found = self._first(rest, puts, size, SECTION_KEYS, avoid)
+        self.current_sections = found or current
         return found
+
+    def _first(
+        self,
+        segments: Iterable[Segment],
+        puts: list[Put],
+        size: int,
+        limit: int,
+        avoid: Segment | None,
+    ) -> Segment | None:
+        for segment in segments:
+            if segment is not avoid and segment.takes(puts, size, limit):
+                return segment
+        return self._empty(avoid)
 
     def _empty(self, avoid: Segment | None) -> Segment | None:
         for segment in self.empty:
@@ -126,21 +124,16 @@ class Pool:
         return None
 
     @property
-    def spreads(self) -> bool:
-        """Whether the next key gets a segment that has none."""
-        return self._filled + len(self._inherited) < self.spread
-
-    @property
     def is_loose(self) -> bool:
         """Whether segments with descriptors may be worth merging, or some are of no use."""
-        few = self._filled > self.spread and self._kept * 16 < self._filled * self.limit * 7
+        few = self._filled > self.spread and self.kept * 16 < self._filled * self.limit * 7
         return few or self._idle > 2 * SPARE + self.spread
 
     def sparse(self) -> Segment | None:
         """A segment whose keys should move to others, when there are many more segments than the
         keys need."""
-        if self._filled > self.spread and self._kept * 16 < self._filled * self.limit * 7:
-            return _first_idle(self._shared[1 : self.limit // 2 + 1])
+        if self._filled > self.spread and self.kept * 16 < self._filled * self.limit * 7:
+            return _first_idle(self._shared)
         few = len(self._sections[0])
         if few > 2 and few > sum(map(len, self._sections[1:])):
             return _first_idle(self._sections[:1])

@@ -52,17 +52,36 @@ class Made:
 INLINE = 4096  # bytes of a section's value; a larger one gets a memfd
 
 
+FORMAT = 0o170000  # of st_mode
+SOCKET = stat.S_IFSOCK
+SHAREABLE = frozenset((stat.S_IFSOCK, stat.S_IFIFO, 0))
+
+
 def fd_key(name: str, id: int) -> Key:
     """The key of a descriptor. Raises InvalidInput."""
+    try:
+        encoded = _names[name]
+    except (KeyError, TypeError):
+        encoded = _encoded(name)
+    if type(id) is not int or not -0x80000000 <= id <= 0x7FFFFFFF:
+        raise InvalidInput(f"id {id!r:.100} of {name!r}: wants a signed 32 bit integer")
+    return (FD, encoded, id)
+
+
+_names: dict[str, bytes] = {}  # the names that were used last, as bytes
+
+
+def _encoded(name: str) -> bytes:
     try:
         encoded = name.encode("utf-8", "surrogateescape")
     except (AttributeError, UnicodeEncodeError):
         raise InvalidInput(f"key with the name {name!r:.300}: wants a str") from None
     if not 0 < len(encoded) < 256 or b"\0" in encoded:
         raise InvalidInput(f"name {name!r}: wants 1 to 255 bytes without NUL")
-    if type(id) is not int or not -0x80000000 <= id <= 0x7FFFFFFF:
-        raise InvalidInput(f"id {id!r} of {name!r}: wants a signed 32 bit integer")
-    return (FD, encoded, id)
+    if len(_names) >= 256:
+        _names.clear()
+    _names[name] = encoded
+    return encoded
 
 
 def section_key(key: str) -> Key:
@@ -88,19 +107,18 @@ def put_fd(key: Key, birth: int, fd: int, refused: Container[int], ask_linger: b
             f"fd {fd} of ({key[1].decode('utf-8', 'replace')!r}, {key[2]}) is not an open"
             " descriptor"
         ) from None
-    kind = stat.S_IFMT(found.st_mode)
+    kind = found.st_mode & FORMAT
     may_block = False
-    if kind == stat.S_IFSOCK:
+    if kind == SOCKET:
         if found.st_ino in refused:
             raise InvalidInput(
                 f"fd {fd} of ({key[1].decode('utf-8', 'replace')!r}, {key[2]}) is a socket of the"
                 " live hold itself, which may not come to hold itself"
             )
-        may_block = ask_linger and _lingers(fd)
+        may_block = ask_linger and lingers(fd)
     # A copy of any other kind (0: anonymous inodes) is never closed in this process: with a
     # regular file that would end the POSIX locks of the process.
-    own = kind not in (stat.S_IFSOCK, stat.S_IFIFO, 0)
-    return (SAVE, key, birth, fd, b"", may_block, own)
+    return (SAVE, key, birth, fd, b"", may_block, kind not in SHAREABLE)
 
 
 def socket_inode(fd: int) -> list[int]:
@@ -109,7 +127,7 @@ def socket_inode(fd: int) -> list[int]:
     return [found.st_ino] if stat.S_ISSOCK(found.st_mode) else []
 
 
-def _lingers(fd: int) -> bool:
+def lingers(fd: int) -> bool:
     """Whether the last close of a socket may wait for the peer."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
     try:

@@ -14,10 +14,9 @@ from __future__ import annotations
 import _socket as socket  # as in linux.rights; closes its descriptor when nobody has it any more
 import errno
 import os
-import struct
 from array import array
 from collections import deque
-from itertools import repeat, starmap
+from itertools import chain, repeat, starmap
 
 from cprd.errors import Fenced, LimitExceeded
 from cprd.linux.nofile import ADVICE, hard_limit
@@ -34,14 +33,12 @@ if TYPE_CHECKING:
 
 MOST_RECORDS = 278  # of the default send buffer, whatever their size
 _SOL = socket.SOL_SOCKET
-SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
+_SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
 _DONTWAIT = socket.MSG_DONTWAIT
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
-PEEK_FDS = _PEEK | socket.MSG_CMSG_CLOEXEC
-CTRUNC = socket.MSG_CTRUNC
-_RIGHTS = socket.SCM_RIGHTS
-_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-_INT = struct.Struct("i")
+_PEEK_FDS = _PEEK | socket.MSG_CMSG_CLOEXEC
+_CTRUNC = socket.MSG_CTRUNC
+APPEND = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _GONE = (errno.EPIPE, errno.EPERM, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
 Sent = tuple[int, int, tuple[Key, ...]]
@@ -108,14 +105,6 @@ class Queue:
                 raise
             self._send_with_more_room(data, fds)
 
-    def send_one(self, data: bytes, fd: int) -> None:
-        """As send, of one descriptor, in less time."""
-        assert self.tx is not None
-        try:
-            self.tx.sendmsg((data,), ((_SOL, _RIGHTS, _INT.pack(fd)),), _FLAGS)
-        except OSError:
-            self.send(data, (fd,))  # which may raise limits, and explains
-
     def _send_with_more_room(self, data: bytes, fds: Sequence[int]) -> None:
         """A machine may have a small net.core.wmem_default, and a larger maximum."""
         assert self.tx is not None
@@ -140,36 +129,33 @@ class Queue:
         `copies` owns them.
 
         Raises Fenced on any disorder, LimitExceeded when not all fit in this process."""
-        count = len(self.records)
-        found = self._peek_once(copies, count)
-        if any(item[2] & CTRUNC for item in found):
+        found = self._copy(copies)
+        fds = _fds(found)
+        keys = [*chain.from_iterable([record[2] for record in self.records])]
+        if len(fds) < len(keys) and any(item[2] & _CTRUNC for item in found):
             with hard_limit():  # what came is closed with the rest
-                found = self._peek_once(copies, count)
-            if any(item[2] & CTRUNC for item in found):
+                found = self._copy(copies)
+            if any(item[2] & _CTRUNC for item in found):
                 raise LimitExceeded(
                     "no room for copies of the descriptors in one queue of the live hold: raise"
                     f" RLIMIT_NOFILE {ADVICE}"
                 )
-        fds = array("i")
-        keys: list[Key] = []
-        for (ordinal, size, carried), (data, ancillary, _, _) in zip(
-            self.records, found, strict=True
-        ):
-            if ancillary:
-                fds.frombytes(ancillary[0][2])
-                keys += carried
-            if len(data) != size or ordinal_of(data) != ordinal or len(fds) != len(keys):
+            fds = _fds(found)
+        for (ordinal, size, _), (data, _, _, _) in zip(self.records, found, strict=True):
+            if len(data) != size or ordinal_of(data) != ordinal:
                 raise fenced("its queue was changed")
+        if len(fds) != len(keys):
+            raise fenced("its queue was changed")
         return dict(zip(keys, fds, strict=True))
 
-    def _peek_once(self, copies: Copies, count: int) -> list[Peeked]:
-        largest = max(record[1] for record in self.records) if count else 0
-        copies.known = None
+    def _copy(self, copies: Copies) -> list[Peeked]:
+        count = len(self.records)
+        largest = max([record[1] for record in self.records], default=0)
         point("live:peek")
         try:
             self.rx.setsockopt(_SOL, SO_PEEK_OFF, 0)
             copies.found.extend(
-                map(self.rx.recvmsg, repeat(largest, count), repeat(SPACE), repeat(PEEK_FDS))
+                map(self.rx.recvmsg, repeat(largest, count), repeat(_SPACE), repeat(_PEEK_FDS))
             )
         except OSError as error:
             raise fenced(f"its queue cannot be read: {error.strerror}") from None
@@ -177,13 +163,10 @@ class Queue:
         return copies.found[len(copies.found) - count :]
 
     def void(self) -> int:
-        """How many records are void."""
-        records, first = self.records, self.first_valid
-        if not records or records[0][0] >= first:
+        """How many records are void: ordinals have no gap."""
+        if not self.records:
             return 0
-        if records[-1][0] < first:
-            return len(records)
-        return sum(record[0] < first for record in records)
+        return min(max(self.first_valid - self.records[0][0], 0), len(self.records))
 
     def drain(self) -> None:
         """Let go of what is void. May block where a descriptor of the record was the last of its
@@ -261,10 +244,9 @@ class Copies:
     and `_runs` what is being closed: first number and the one behind the last, taken out and closed
     in one step."""
 
-    __slots__ = ("_runs", "found", "known")
+    __slots__ = ("_runs", "found")
 
     def __init__(self) -> None:
-        self.known: array[int] | None = None  # all descriptors of `found`, where somebody knows
         self.found: list[Peeked] = []
         self._runs: list[tuple[int, int]] = []
 
@@ -274,21 +256,23 @@ class Copies:
     def close(self) -> None:
         """Close all copies."""
         if self.found:
-            fds = self.known
-            if fds is None:
-                fds = array("i")
-                for _, ancillary, _, _ in self.found:
-                    for _, _, raw in ancillary:
-                        fds.frombytes(raw)
             # In this order: as long as `found` has anything, nothing of `_runs` is closed yet.
-            self._runs = _runs(sorted(fds))
+            self._runs = _runs(sorted(_fds(self.found)))
             self.found.clear()
-            self.known = None
         if self._runs:
             point("live:close")
             runs = self._runs
             _consume(starmap(os.closerange, map(runs.pop, repeat(-1, len(runs)))))
             point("live:closed")
+
+
+def _fds(found: list[Peeked]) -> array[int]:
+    """All descriptors of messages."""
+    fds = array("i")
+    for _, ancillary, _, _ in found:
+        for _, _, raw in ancillary:
+            fds.frombytes(raw)
+    return fds
 
 
 def _runs(fds: list[int]) -> list[tuple[int, int]]:

@@ -10,18 +10,22 @@ import _socket as socket  # as in queue
 import functools
 import struct
 from array import array
-from itertools import chain, repeat
+from os import fstat
 
 from cprd.errors import LimitExceeded
+from cprd.linux import pause
 from cprd.linux.pause import point
-from cprd.linux.rights import SO_PEEK_OFF
 from cprd.live.ledger import Ledger
-from cprd.live.queue import CTRUNC, PEEK_FDS, SPACE, cost, fenced
+from cprd.live.puts import FORMAT, SHAREABLE, SOCKET, lingers
+from cprd.live.queue import APPEND, cost
 from cprd.live.records import (
+    BEGIN,
     CHANGE,
     HEADER,
     LENGTH,
     MAGIC,
+    ONE_WITH_FD,
+    ONE_WITHOUT,
     SAVE,
     SINGLE,
     SNAPSHOT,
@@ -44,10 +48,9 @@ from cprd.live.shape import Shape
 from cprd.live.steps import Steps
 
 _SOL = socket.SOL_SOCKET
-_ORDINAL = struct.Struct("<24xQ8x")
-assert _ORDINAL.size == HEADER.size
-
-
+_RIGHTS = socket.SCM_RIGHTS
+_FULL = ROOM - 512
+_SINGLE, _single = SINGLE.size, SINGLE.pack
 _SAVES = bytes([SAVE]) * 256
 
 
@@ -59,102 +62,149 @@ def _columns(count: int) -> struct.Struct:
 class Quick:
     """Works on the writer's queues and ledger, under the owner's lock."""
 
-    def __init__(self, ledger: Ledger, steps: Steps, shape: Shape) -> None:
+    def __init__(self, ledger: Ledger, steps: Steps, shape: Shape, defers: bool) -> None:
         self._ledger = ledger
         self._pool = ledger.pool
         self._where = ledger.where
+        self._inodes = ledger.inodes
         self._dirty = ledger.dirty
         self._steps = steps
         self._unfinished = steps.unfinished
+        self._defers = defers
+        self._after = self._saved
+        self._fd = array("i", [0])
+        self._with_fd = ((_SOL, _RIGHTS, self._fd),)
         self._limit = shape.keys
+        self._begin = BEGIN.pack(MAGIC, VERSION, CHANGE, 0, steps.hold)
         self._records = shape.records
 
-    def append(self, put: Put) -> bool:
-        """Keep one key by one more record of its segment.
-
-        Returns False where the change is not so simple, and nothing was done."""
-        if self._steps.pending is not None or self._dirty or self._unfinished or put[6]:
+    def save_fd(self, key: Key, fd: int) -> bool:
+        """Keep a descriptor by one more record. False: not so simple, and nothing was done."""
+        try:
+            found = fstat(fd)
+        except (OSError, OverflowError):
             return False
-        if put[3] >= 0:
-            segment = self._for_fd(put)
-            if segment is None:
-                return False
-            if len(segment.records) >= self._records or segment.fills(1, self._limit):
-                return segment.plain and self._rewrite(segment, None, put)
-        else:
-            old = self._where.get(put[1])
-            segment = old or self._pool.current_sections
-            if (
-                segment is None
-                or segment.kind is not SECTIONS
-                or not segment.keys
-                or (old is None and len(segment.keys) >= SECTION_KEYS)
-                or len(segment.records) >= SECTION_RECORDS
-                or segment.busy
-                or segment.tx is None
-                or segment.size + len(put[4]) > ROOM - 512
-                or segment.spent > SPEND - 9216
-            ):
-                return False
-        self._append(segment, put)
-        return True
-
-    def _for_fd(self, put: Put) -> Segment | None:
-        """The segment that takes a new descriptor, without any change to the root."""
-        if put[1] in self._where:
-            return None
-        pool = self._pool
+        kind = found.st_mode & FORMAT
+        if kind not in SHAREABLE or (
+            kind == SOCKET and (found.st_ino in self._inodes or (self._defers and lingers(fd)))
+        ):
+            return False
+        steps, pool, where = self._steps, self._pool, self._where
+        if key in where or steps.pending is not None or self._dirty or self._unfinished:
+            return False
         segment = pool.current
         if (
             segment is None
             or pool.spreads
             or segment.kind is not SHARED
-            or not 0 < len(segment.keys) < self._limit
             or segment.busy
-            or segment.tx is None
-            or segment.size > ROOM - 512
+            or segment.size > _FULL
+            or not 0 < len(segment.keys) < self._limit
         ):
-            segment = pool.for_shared([put], entry_size(put[1]), None)
-            if segment is not None and not segment.keys:
-                segment.use(SHARED)
-        return segment
-
-    def _append(self, segment: Segment, put: Put) -> None:
-        op, key, birth, fd, value, _, _ = put
-        steps = self._steps
+            segment = self._other(key)
+            if segment is None:
+                return False
+        name, birth = key[1], next(self._ledger.births)
+        keys, records = segment.keys, segment.records
+        count = len(keys) + 1
+        if len(records) >= self._records or (count >= self._limit and not segment.changes):
+            put = (SAVE, key, birth, fd, b"", False, False)
+            return segment.plain and self._rewrite(segment, None, put)
         steps.seq = seq = steps.seq + 1
         ordinal = segment.next
-        name = key[1]
-        if fd < 0:
-            name = LENGTH.pack(len(value)) + value + name
-        size = SINGLE.size + len(name)
-        head = (MAGIC, VERSION, CHANGE, 0, steps.hold, seq, ordinal, 1, int(fd >= 0), size)
-        data = SINGLE.pack(*head, op, birth, key[2]) + name
-        carried = (key,) if fd >= 0 else NO_KEYS
-        steps.pending = (segment, (ordinal, size, carried), self._appended, (segment, put))
+        size = _SINGLE + len(name)
+        data = _single(self._begin, seq, ordinal, ONE_WITH_FD, size, SAVE, birth, key[2]) + name
+        sent = (ordinal, size, (key,))
+        self._fd[0] = fd
+        steps.pending = segment, sent, self._after, (segment, key, birth)
+        if pause.armed:
+            pause.point("live:send")
+        try:
+            segment.tx.sendmsg((data,), self._with_fd, APPEND)  # type: ignore[union-attr]
+        except OSError:
+            self._send(segment, data, (fd,))
+        if pause.armed:
+            pause.point("live:sent")
+        records.append(sent)
+        segment.spent += 832 if size < 193 else cost(size)
+        segment.next = ordinal + 1
+        segment.size += 18 + len(name)
+        keys[key] = SAVE, birth, b"", False
+        where[key] = segment
+        if segment.filed is pool.fuller:
+            segment.counted = count
+            pool.kept += 1
+        else:
+            pool.file(segment)
+        steps.pending = None
+        return True
+
+    def _other(self, key: Key) -> Segment | None:
+        """A segment for a descriptor that the current one does not take."""
+        segment = self._pool.for_shared(
+            [(SAVE, key, 0, 0, b"", False, False)], entry_size(key), None
+        )
+        if segment is not None and not segment.keys:
+            segment.use(SHARED)
+        return segment
+
+    def _saved(self, segment: Segment, key: Key, birth: int) -> None:
+        """What save_fd writes down, after an interrupt."""
+        self._appended(segment, (SAVE, key, birth, -1, b"", False, False))
+
+    def save_value(self, put: Put) -> bool:
+        """As save_fd, of a section: a new value of the key, or a new key."""
+        op, key, birth, fd, value, _, _ = put
+        steps = self._steps
+        if fd >= 0 or steps.pending is not None or self._dirty or self._unfinished:
+            return False
+        old = self._where.get(key)
+        segment = old or self._pool.current_sections
+        if (
+            segment is None
+            or segment.kind is not SECTIONS
+            or not segment.keys
+            or (old is None and len(segment.keys) >= SECTION_KEYS)
+            or len(segment.records) >= SECTION_RECORDS
+            or segment.busy
+            or segment.tx is None
+            or segment.size + len(value) > _FULL
+            or segment.spent > SPEND - 9216
+        ):
+            return False
+        steps.seq = seq = steps.seq + 1
+        ordinal = segment.next
+        rest = LENGTH.pack(len(value)) + value + key[1]
+        size = _SINGLE + len(rest)
+        data = _single(self._begin, seq, ordinal, ONE_WITHOUT, size, op, birth, 0) + rest
+        sent = (ordinal, size, NO_KEYS)
+        steps.pending = segment, sent, self._appended, (segment, put)
         point("live:send")
         try:
-            if fd >= 0:
-                segment.send_one(data, fd)
-            else:
-                segment.send(data, ())
-        except Exception:
-            steps.pending = None
-            raise
+            segment.tx.send(data, APPEND)
+        except OSError:
+            self._send(segment, data, ())
         point("live:sent")
-        segment.records.append((ordinal, size, carried))
+        segment.records.append(sent)
         segment.spent += 832 if size < 193 else cost(size)
         segment.next = ordinal + 1
         self._appended(segment, put)
         steps.pending = None
+        return True
+
+    def _send(self, segment: Segment, data: bytes, fds: tuple[int, ...]) -> None:
+        """Once more: limits are raised, or the error explains."""
+        try:
+            segment.send(data, fds)
+        except Exception:
+            self._steps.pending = None
+            raise
 
     def _appended(self, segment: Segment, put: Put) -> None:
         """May be said twice."""
         key = put[1]
         segment.keep(put)
         self._where[key] = segment
-        if self._ledger.tombstones:
-            self._ledger.tombstones.hold(key, segment)
         self._pool.file(segment)
 
     def remove(self, key: Key) -> bool:
@@ -179,7 +229,8 @@ class Quick:
         """One record for all that a segment keeps, one key less or more."""
         steps, kept = self._steps, segment.keys
         try:
-            copies = self._peek(segment, put is not None)
+            alone = put is None and len(kept) == 1
+            copies = {} if alone else segment.peek(steps.copies)
             left = [key for key in kept if key != gone]
             fds = [copies[key] for key in left]
         except LimitExceeded:
@@ -228,39 +279,5 @@ class Quick:
             self._appended(segment, put)
         if gone is not None:
             segment.lose(gone)
-            if self._ledger.tombstones:
-                self._ledger.tombstones.hold(gone, segment)
             self._where.pop(gone, None)
             self._pool.file(segment)
-
-    def _peek(self, segment: Segment, grows: bool) -> dict[Key, int]:
-        """As Queue.peek, which is called where anything is not as usual."""
-        if len(segment.keys) == 1 and not grows:
-            return {}  # nothing is left
-        records, copies = segment.records, self._steps.copies
-        count = len(records)
-        if copies or not count:
-            return segment.peek(copies)
-        largest = max([record[1] for record in records])
-        found = copies.found
-        point("live:peek")
-        try:
-            segment.rx.setsockopt(_SOL, SO_PEEK_OFF, 0)
-            found.extend(
-                map(segment.rx.recvmsg, repeat(largest, count), repeat(SPACE), repeat(PEEK_FDS))
-            )
-        except OSError as error:
-            raise fenced(f"its queue cannot be read: {error.strerror}") from None
-        point("live:peeked")
-        fds = array("i")
-        for record, (data, ancillary, flags, _) in zip(records, found, strict=True):
-            if flags & CTRUNC or len(data) != record[1] or len(data) < HEADER.size:
-                return segment.peek(copies)
-            if record[2]:
-                if not ancillary:
-                    return segment.peek(copies)
-                fds.frombytes(ancillary[0][2])
-            if _ORDINAL.unpack_from(data) != record[:1]:
-                raise fenced("its queue was changed")
-        copies.known = fds
-        return dict(zip(chain.from_iterable([record[2] for record in records]), fds, strict=True))

@@ -29,8 +29,12 @@ MAGIC, VERSION = b"CPRL", 1
 CHANGE, SNAPSHOT, ATTACH, ROOT = 1, 2, 3, 4
 OWN = 1  # a flag
 HEADER = struct.Struct("<4sHBBQQQHHI")
-SINGLE = struct.Struct("<4sHBBQQQHHIBQi")
-"""A CHANGE with one entry: length and bytes of a value follow, if the op has any, and the name."""
+BEGIN = struct.Struct("<4sHBBQ")
+SINGLE = struct.Struct("<16sQQIIBQi")
+"""A record with one entry, from the BEGIN of a header on: length and bytes of a value follow, if
+the op has any, and the name."""
+ONE_WITH_FD, ONE_WITHOUT = 0x10001, 1
+"""The numbers of entries and of descriptors in a SINGLE."""
 LENGTH = struct.Struct("<I")
 PART = struct.Struct("<HH")
 

@@ -91,12 +91,13 @@ class Segment(Queue):
         op, key, birth, _, value, may_block, _ = put
         if op != SAVE:
             self.values = True
-        old = self.keys.get(key)
-        if old is not None:
+        keys = self.keys
+        if key in keys:
+            old = keys[key]
             self.size -= entry_size(key, old[2])
             self.may_block = self.may_block or old[3]
-        self.keys[key] = (op, birth, value, may_block)
-        self.size += entry_size(key, value)
+        keys[key] = op, birth, value, may_block
+        self.size += 18 + len(key[1]) + len(value)  # entry_size
 
     def lose(self, key: Key) -> None:
         """Write down that a key does not lie here any more. May be said twice."""

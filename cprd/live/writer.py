@@ -60,7 +60,7 @@ class Writer:
         self.ledger = Ledger(shape)
         self.steps = Steps(self.ledger, root.hold, lock, defer)
         self.branches = Branches(root, self.ledger, self.steps, shape.keys)
-        self.quick = Quick(self.ledger, self.steps, shape)
+        self.quick = Quick(self.ledger, self.steps, shape, defer is not None)
         self.ballast = Ballast()
         self.ledger.inodes.update(root.inodes(), self.ballast.queue.inodes())
 

@@ -446,6 +446,18 @@ def test_a_fork_waits_until_no_copy_is_installed(monkeypatch: pytest.MonkeyPatch
         assert counts == [0]
 
 
+def test_a_key_that_comes_meanwhile_is_in_use() -> None:
+    with owning() as (owner, _), eventfds(2) as (first, second):
+
+        class Late:
+            def fileno(self) -> int:
+                owner.save_fd("a", 0, first)  # as another thread may, at this moment
+                return second
+
+        with pytest.raises(InvalidInput, match="is used already"):
+            owner.save_fd("a", 0, Late())
+
+
 def test_threads_take_turns() -> None:
     with owning(shape=SMALL) as (owner, root):
         fds = [os.eventfd(0) for _ in range(4)]

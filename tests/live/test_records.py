@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cprd import Busy, Damaged
 from cprd.live.records import (
     ATTACH,
+    BEGIN,
     CARRIES,
     CHANGE,
     DELETE,
@@ -18,6 +19,7 @@ from cprd.live.records import (
     HEADER,
     MAPPED,
     MEMORY,
+    ONE_WITH_FD,
     PACKED,
     PACKED_MEMFD,
     RAW,
@@ -75,7 +77,8 @@ def test_the_bytes_are_these(name: str) -> None:
 
 def test_a_single_entry_is_the_same_in_one_step() -> None:
     key = (FD, b"conn", -1)
-    made = SINGLE.pack(b"CPRL", 1, CHANGE, 0, 7, 9, 2, 1, 1, SINGLE.size + 4, SAVE, 5, -1)
+    begin = BEGIN.pack(b"CPRL", 1, CHANGE, 0, 7)
+    made = SINGLE.pack(begin, 9, 2, ONE_WITH_FD, SINGLE.size + 4, SAVE, 5, -1)
     assert made + b"conn" == encode(CHANGE, 7, 9, 2, [(SAVE, 5, key, b"")], 1)
 
 
