@@ -46,8 +46,11 @@ GROWTH = 30 << 20  # bytes
 NOFILE = 20_000
 NICE = -12
 KEPT = 600  # holds of root beside each attack
-# Arrays in arrays, each of which promises 16,000 elements: room for them is made at once.
-BOMB = b"\xdc\x3e\x80" * 1000 + b"\xc0" * (messages.MAX_REQUEST - 3000)
+# Arrays in arrays, each of which promises as many elements as may be: room is made at once.
+BOMB, FIRST_BOMB = (
+    (b"\xdc" + items.to_bytes(2, "big")) * 1000 + b"\xc0" * (messages.MAX_REQUEST - 3000)
+    for items in (messages.MAX_ITEMS, messages.HELLO_ITEMS)
+)
 PATHS = f"{ROOT}:{sysconfig.get_path('purelib')}"
 HELLO = messages.encode({"verb": "hello", "version": messages.VERSION})
 
@@ -274,7 +277,7 @@ def bombs_as_hello(path: str, say: Callable[[object], object]) -> None:
     while True:
         with contextlib.suppress(OSError):
             sock = link(path, hello=False)
-            sock.send(BOMB)
+            sock.send(FIRST_BOMB)
             sock.close()
 
 

@@ -37,6 +37,7 @@ MAX_REASON = 1024
 
 # What msgpack may make of a message. (An array or a map that promises much is made at once, empty.)
 MAX_ITEMS = 16  # of an array in a request; of a map twice as many
+HELLO_ITEMS = 64  # as MAX_ITEMS, in a hello of whatever version
 MAX_TEXT = 4096  # bytes of a string, or of bytes, in a request
 MAX_ANSWER_ITEMS = 4096  # in answers: rows, uids
 
@@ -314,7 +315,7 @@ def read_first(data: bytes) -> Message:
 
     Frozen for all versions: hello has `verb` and `version`, and a refusal `error`, `why` and
     `version`."""
-    message = decode(data, MAX_REQUEST)
+    message = decode(data, MAX_REQUEST, items=HELLO_ITEMS, text=MAX_TEXT)
     version = message.get("version")
     if message.get("verb") != "hello" or type(version) is not int or version in SPOKEN:
         return read_request(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -16,6 +17,10 @@ from tests.support.patience import patience
 SIZE = messages.MAX_REQUEST
 BOMBS = {
     "arrays that promise": b"\xdc\x3e\x80" * 1000 + b"\xc0" * (SIZE - 3000),
+    "arrays that promise all that a first message may have": (
+        (b"\xdc" + messages.HELLO_ITEMS.to_bytes(2, "big")) * 1000
+    ),
+    "arrays that promise what an answer may have": b"\xdc\x10\x00" * 1000,
     "maps that promise": b"\xde\x1f\x40\xa1a" * 1000,
     "a long array": b"\xdc\x3f\xf0" + b"\xc0" * 0x3FF0,
     "deep arrays": b"\x91" * SIZE,
@@ -28,14 +33,15 @@ BOMBS = {
 }
 
 
+@pytest.mark.parametrize("read", [messages.read_first, messages.read_request])
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
-def test_a_bomb_is_refused_at_once(bomb: bytes) -> None:
+def test_a_bomb_is_refused_at_once(bomb: bytes, read: Callable[[bytes], messages.Message]) -> None:
     assert len(bomb) <= SIZE
     took = []
     for _ in range(5):
         begin = time.perf_counter()
         with pytest.raises(ProtocolError):
-            messages.read_request(bomb)
+            read(bomb)
         took.append(time.perf_counter() - begin)
     assert min(took) < patience(0.002)
 
