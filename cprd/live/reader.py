@@ -294,7 +294,7 @@ class _Reading:
         end = time.monotonic() + LONGEST
         try:
             for attempt in range(RETRIES):
-                if attempt > 2 and time.monotonic() > end:
+                if attempt > 10 and time.monotonic() > end:  # others may read meanwhile
                     break
                 if attempt:
                     time.sleep(PAUSE)
