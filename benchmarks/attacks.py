@@ -36,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import cprd  # noqa: E402
+import cprd.client.blocking_live  # noqa: E402  # as above
+import cprd.live.takeover  # noqa: E402
 from cprd.protocol import messages  # noqa: E402
 
 warnings.simplefilter("ignore", RuntimeWarning)  # nobody here asks for what was saved
@@ -415,6 +417,40 @@ def churn(path: str, say: Callable[[object], object]) -> None:
                 sock.close()
 
 
+def lists(path: str, say: Callable[[object], object]) -> None:
+    """Whole pages of long names, from one connection that asks without a pause."""
+    with cprd.connect(path) as daemon:
+        state = cprd.State()
+        state.save_fd("event", 0, os.eventfd(0))
+        for number in range(1300):
+            daemon.save(f"list.{number}." + "x" * 200, state)
+    say("here")
+    sock = link(path)
+    while True:
+        sock.send(messages.encode({"verb": "list"}))
+        sock.recv(messages.MAX_ANSWER)
+
+
+def owners(path: str, say: Callable[[object], object]) -> None:
+    """Owners of live holds, eight at once, each of which ends without a word."""
+    said = False
+    while True:
+        pids = []
+        for number in range(8):
+            pids.append(os.fork())
+            if not pids[-1]:
+                end_with_parent()
+                with contextlib.suppress(cprd.CprdError):
+                    live = cprd.live(f"owned.{number}", path)
+                    live.confirm()
+                    live.save_fd("event", 0, os.eventfd(0))
+                os._exit(0)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        if not said:
+            said = bool(say("here")) or True
+
+
 ATTACKS = {
     attack.__name__.replace("_", "-"): attack
     for attack in (
@@ -429,6 +465,8 @@ ATTACKS = {
             lingering,
             self_holding,
             churn,
+            lists,
+            owners,
         ),
     )
 }

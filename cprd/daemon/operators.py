@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import trio
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FENCED = 10.0  # s that a releaser may take to fence an owner
 MOST_UIDS = 200  # in one answer to status
+_by_generation = attrgetter("generation")
 
 
 def _owned(step: Step) -> Hold | None:
@@ -70,10 +71,10 @@ async def drop(server: Server, connection: Connection, request: Request) -> None
     await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
 
 
-def _visible(server: Server, connection: Connection) -> Iterator[Hold]:
-    for hold in server.registry:
-        if connection.peer.uid in (0, hold.uid):
-            yield hold
+def _visible(server: Server, uid: int, after: int = 0) -> list[Hold]:
+    """The holds that `uid` may see, of generations after `after`."""
+    holds = server.registry
+    return [hold for hold in holds if hold.generation > after and (not uid or hold.uid == uid)]
 
 
 async def list_holds(server: Server, connection: Connection, request: Request) -> None:
@@ -84,8 +85,7 @@ async def list_holds(server: Server, connection: Connection, request: Request) -
     size = 0
     more = None
     at = now()
-    visible = [hold for hold in _visible(server, connection) if hold.generation > after]
-    for hold in sorted(visible, key=lambda hold: hold.generation):
+    for hold in sorted(_visible(server, connection.peer.uid, after), key=_by_generation):
         row = messages.without_none(hold.row(at))
         size += len(messages.encode(row))
         if size > messages.PAGE and rows:
@@ -116,7 +116,6 @@ async def status(server: Server, connection: Connection, request: Request) -> No
         await connection.apart()
         await server.reloading.wait()
     uid = connection.peer.uid
-    visible = _visible(server, connection)
     await connection.answer(
         messages.ok(
             server=server.version,
@@ -124,7 +123,7 @@ async def status(server: Server, connection: Connection, request: Request) -> No
             uptime=now() - server.started,
             kept=server.keeper.kept,
             blind=server.registry.hidden or None,
-            phases=dict(Counter(hold.phase for hold in visible)),
+            phases=dict(Counter(hold.phase for hold in _visible(server, uid))),
             uids=_usages(server, uid),
             # How much others do is nobody's business but root's.
             connections=server.turns.connections[uid] if uid else len(server.connections),

@@ -31,7 +31,7 @@ RELEASES = {1: "0.1", 2: "0.2"}  # version of the wire -> releases that speak th
 # Sizes, bytes
 MAX_REQUEST = 16 * 1024
 MAX_ANSWER = 64 * 1024
-PAGE = 32 * 1024  # of rows in one answer to list, about
+PAGE = 16 * 1024  # of rows in one answer to list, about
 NONCE = 16
 MAX_REASON = 1024
 
