@@ -298,14 +298,16 @@ class _Manifest:
         if number >= len(self.carried):
             return
         fd = self.carried[number]
-        if missing_seals(fd) is not None:
-            self.size += os.fstat(fd).st_size
-        if packed and os.fstat(fd).st_size <= 64 * INLINE:
+        missing = missing_seals(fd)
+        if missing is None:  # and nothing else is asked: a file system might not answer
+            self.faults.add(f"{what} is not a memfd")
+            return
+        size = os.fstat(fd).st_size
+        self.size += size
+        if packed and size <= 64 * INLINE:
             content = self._content(fd, what)
             if content is not None:
                 self._look_at_value(what, packed, content)
-        elif (missing := missing_seals(fd)) is None:
-            self.faults.add(f"{what} is not a memfd")
         elif missing:
             self.faults.add(f"{what} lacks the seals {', '.join(missing)}")
 
