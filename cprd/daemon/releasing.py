@@ -20,6 +20,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import trio
@@ -52,15 +53,17 @@ class Work(NamedTuple):
 
 
 class Answer:
-    """What a releaser says at last."""
+    """What a releaser says at last, also where nobody waits any more. `over` is called then."""
 
-    def __init__(self) -> None:
+    def __init__(self, over: Callable[[], object] = lambda: None) -> None:
+        self._over = over
         self._said = b""
         self._came = trio.Event()
 
     def comes(self, said: bytes) -> None:
         self._said = said
         self._came.set()
+        self._over()
 
     async def said(self) -> bytes:
         await self._came.wait()
@@ -197,29 +200,24 @@ class Releasing:
         inode = os.fstat(bundle).st_ino
         fence = self._fences.get(inode)
         if fence is None:
-            fence = self._fences[inode] = self._ask(uid, FENCE, bundle)
+            fence = self._fences[inode] = Answer(partial(self._fences.pop, inode, None))
+            self._add(uid, Work(FENCE, (bundle,), fence.comes))
         else:  # not another one: nobody is to fill this process with requests that wait
             os.close(bundle)
-        said = await fence.said()
-        self._fences.pop(inode, None)
-        if said != FENCED:
+        if await fence.said() != FENCED:
             raise LimitExceeded("a releaser of an earlier version cannot fence: try again")
 
     async def count(self, uid: int, bundle: int) -> tuple[int, int] | None:
         """How many descriptors the root of the live hold in a bundle has, and how many lie in the
         segments; None where that cannot be seen. `bundle` is owned from now on. Waits as `fence`
         does."""
-        said = await self._ask(uid, COUNT, bundle).said()
+        answer = Answer()
+        self._add(uid, Work(COUNT, (bundle,), answer.comes))
+        said = await answer.said()
         if len(said) != COUNTED.size:
             return None
         in_root, below = COUNTED.unpack(said)
         return in_root, below
-
-    def _ask(self, uid: int, kind: bytes, bundle: int) -> Answer:
-        """Ask a releaser about a bundle, which is owned from now on."""
-        answer = Answer()
-        self._add(uid, Work(kind, (bundle,), answer.comes))
-        return answer
 
     def close_after(self, uid: int, fds: Iterable[int]) -> None:
         """Close descriptors, owned from now on, after the end of the daemon. `stop` must follow."""
