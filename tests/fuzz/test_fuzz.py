@@ -49,14 +49,22 @@ def test_a_decoder_takes_memory_in_proportion(name: str) -> None:
 
 
 def requests() -> list[bytes]:
-    """A request of each verb that cprd may do without a bundle, of names that nobody else has."""
-    token, nonce = bytes(16), b"n" * 16
-    claim = {"name": "fuzz", "generation": 1, "token": token, "nonce": nonce}
+    """A request of each verb, of names that nobody else has. What wants a bundle finds none."""
+    nonce = b"n" * 16
+    ticket = {"name": "fuzz", "generation": 1, "token": bytes(16)}
+    claim = {**ticket, "nonce": nonce}
+    saved = wire.save("fuzz", 1, 0, 1, nonce=nonce)
     named = {"name": "fuzz", "force": True, "nonce": nonce}
     return [
         *(wire.request("status"), wire.request("list", after=None), wire.load("fuzz")),
         *(wire.request("show", name="fuzz"), wire.request("wait", name="fuzz", timeout=0.0)),
-        *(wire.request(verb, **claim) for verb in ("confirm", "commit", "abort")),
+        *(wire.request(verb, **claim) for verb in ("confirm", "commit", "abort", "put_back")),
+        *(wire.request("renew", **ticket), wire.request("begin", **claim, pid=1, inode=2)),
+        *(wire.request("end", **claim, keep=True), wire.request("queue")),
+        *(wire.request(verb, **saved) for verb in ("save", "prepare")),
+        wire.request("confirm_next", **{**saved, **claim}, live=True),
+        wire.request("live", name="fuzz", ttl=5.0, nonce=nonce),
+        wire.request("ended", name="fuzz", generation=1, pid=1),
         wire.request("reject", **claim, why="no", damaged=False),
         *(wire.request(verb, **named) for verb in ("drop", "release")),
     ]
@@ -126,5 +134,5 @@ def test_a_daemon_that_is_pelted_for_long_serves_on(new_daemon: DaemonProcess) -
 
 
 def test_the_requests_that_are_changed_are_requests() -> None:
-    for data in requests():
-        messages.read_request(data)
+    verbs = {messages.read_request(data)["verb"] for data in requests()}
+    assert verbs == messages.REQUESTS.keys() - {"hello"}
