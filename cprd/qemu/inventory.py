@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from cprd.qemu.disks import Drive
     from cprd.qemu.machine import Machine
-    from cprd.qemu.monitor import Monitor, Request
+    from cprd.qemu.monitor import Monitor
 
 MONITORS = ("monitor-qmp", "monitor-hmp")
 """Objects that a guest does not see (from QEMU 11.1 on; each monitor is such an object)."""
@@ -56,16 +56,6 @@ DISKS = QUESTIONS[:1]
 (`made_by`)."""
 
 
-class Overrides:
-    """The differences that an operator wants: other `images`, another `machine`."""
-
-    __slots__ = ("images", "machine")
-
-    def __init__(self, images: bool = False, machine: bool = False) -> None:
-        self.images = images
-        self.machine = machine
-
-
 class Inventory:
     """What a QEMU has, at one moment. `boot`: the id of the kernel's boot."""
 
@@ -86,7 +76,7 @@ def take(monitor: Monitor, pid: int, words: list[str] | None = None, *, plugged:
 
 
 def read(
-    monitor: Monitor, pid: int, words: list[str], requests: list[Request], *, plugged: bool = False
+    monitor: Monitor, pid: int, words: list[str], requests: list[int], *, plugged: bool = False
 ) -> Inventory:
     """`take`, for QUESTIONS that were sent already. Raises MonitorLost."""
     answers = monitor.answers(requests)
@@ -118,7 +108,7 @@ def read(
     return Inventory(boot_id(), disks.read(blocks or [], OpenFiles(pid).find), seen)
 
 
-def read_drives(monitor: Monitor, pid: int, requests: list[Request]) -> Inventory:
+def read_drives(monitor: Monitor, pid: int, requests: list[int]) -> Inventory:
     """The drives alone, for DISKS that were sent already. Raises MonitorLost."""
     (blocks,) = monitor.answers(requests)
     return Inventory(boot_id(), disks.read(blocks or [], OpenFiles(pid).find), {})
@@ -129,15 +119,17 @@ def drives(monitor: Monitor, pid: int) -> list[Drive]:
     return disks.read(monitor.execute("query-block"), OpenFiles(pid).find)
 
 
-def refuse_another(old: Inventory, new: Inventory, overrides: Overrides, *, at_once: bool) -> None:
+def refuse_another(
+    old: Inventory, new: Inventory, overrides: tuple[bool, bool], *, at_once: bool
+) -> None:
     """Raises Refused with every difference between the QEMU before and the next that no override
     allows. `at_once`: both look at their images at this moment."""
     found = []
-    if not overrides.images:
+    if not overrides[0]:
         compare = disks.Compare(at_once=at_once, same_boot=old.boot == new.boot)
         found += compare.differences(old.drives, new.drives)
     images = len(found)
-    if not overrides.machine and old.machine and new.machine:
+    if not overrides[1] and old.machine and new.machine:
         found += machine.differences(old.machine, new.machine)
     if found:
         options = ["--other-images"] * (images > 0) + ["--force-machine"] * (len(found) > images)

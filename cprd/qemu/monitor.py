@@ -47,16 +47,6 @@ _REMEMBERED = ("MIGRATION", "STOP", "RESUME", "SHUTDOWN")
 _AT_ONCE = 8 << 20  # bytes that are taken in before somebody looks at the clock again
 
 
-class Request:
-    """A command that was sent."""
-
-    __slots__ = ("command", "number")
-
-    def __init__(self, number: int, command: str) -> None:
-        self.number = number
-        self.command = command
-
-
 class Monitor:
     """One connection to a QEMU. Owns the socket and `process`: the listener, None where unseen."""
 
@@ -70,9 +60,9 @@ class Monitor:
         self._partial = bytearray()  # of a line
         self._greeting: dict[str, Any] | None = None
         self._number = 0
-        self._capabilities: Request | None = None
+        self._capabilities: int | None = None
         self._answers: dict[int, dict[str, Any]] = {}
-        self._waited: set[int] = set()
+        self._waited: dict[int, str] = {}  # the commands
         self._events: deque[Event] = deque(maxlen=_EVENTS)
         self._ended = ""  # why nothing comes any more
 
@@ -151,7 +141,7 @@ class Monitor:
             self.package = str(self._greeting["version"].get("package", ""))
             self.version = (int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
             request = self._capabilities or self.send("qmp_capabilities")
-            while request.number not in self._answers:
+            while request not in self._answers:
                 self._await(deadline)
             self.answer(request)
         except TimeoutError:
@@ -168,8 +158,8 @@ class Monitor:
 
     # Commands
 
-    def send(self, command: str, /, **arguments: Any) -> Request:
-        """Send a command. Raises MonitorGone, MonitorLost."""
+    def send(self, command: str, /, **arguments: Any) -> int:
+        """Send a command; returns the number of this request. Raises MonitorGone, MonitorLost."""
         # Nothing is read first: `cont` goes out while a guest stands still.
         if self._ended:
             raise MonitorGone(f"QEMU's monitor broke before {command} was sent")
@@ -196,45 +186,44 @@ class Monitor:
         finally:
             if rest:  # half a command: nothing can follow
                 self._ended = self._ended or f"{command} was sent in part"
-        self._waited.add(self._number)
-        return Request(self._number, command)
+        self._waited[self._number] = command
+        return self._number
 
-    def answer(self, request: Request, timeout: float = ANSWER) -> Any:
+    def answer(self, request: int, timeout: float = ANSWER) -> Any:
         """The value that a command returns. Raises MonitorRefused, MonitorLost."""
         deadline = Deadline(timeout)
+        command = self._waited.get(request, "a command")
         try:
             while not self.has_answered(request):
                 self._await(deadline)
-            answer = self._answers.pop(request.number)
+            answer = self._answers.pop(request)
         except TimeoutError:
-            raise MonitorLost(
-                f"QEMU did not answer {request.command} within {timeout:g} s"
-            ) from None
+            raise MonitorLost(f"QEMU did not answer {command} within {timeout:g} s") from None
         except MonitorLost as error:
-            raise MonitorLost(f"QEMU's monitor broke at {request.command}: {error}") from None
+            raise MonitorLost(f"QEMU's monitor broke at {command}: {error}") from None
         finally:
-            self._waited.discard(request.number)
+            self._waited.pop(request, None)
         if "error" in answer:
             said = answer["error"].get("desc", answer["error"])
-            raise MonitorRefused(f"QEMU refuses {request.command}: {said}")
+            raise MonitorRefused(f"QEMU refuses {command}: {said}")
         return answer.get("return")
 
-    def has_answered(self, request: Request) -> bool:
+    def has_answered(self, request: int) -> bool:
         """Whether the answer has been received."""
-        return request.number in self._answers
+        return request in self._answers
 
     def execute(self, command: str, timeout: float = ANSWER, /, **arguments: Any) -> Any:
         """Run one command; returns its value. Raises MonitorRefused, MonitorLost, MonitorGone."""
         return self.answer(self.send(command, **arguments), timeout)
 
-    def send_all(self, questions: list[tuple[str, dict[str, Any]]]) -> list[Request]:
+    def send_all(self, questions: list[tuple[str, dict[str, Any]]]) -> list[int]:
         """Send several commands at once; before the greeting, too: a QEMU that is about to begin
         answers them as soon as QEMU can. Raises MonitorLost, MonitorGone."""
         if self._greeting is None and self._capabilities is None:
             self._capabilities = self.send("qmp_capabilities")
         return [self.send(command, **arguments) for command, arguments in questions]
 
-    def answers(self, requests: list[Request]) -> list[Any]:
+    def answers(self, requests: list[int]) -> list[Any]:
         """The answers to several commands; None for each that is refused. Raises MonitorLost."""
         answers = []
         for request in requests:

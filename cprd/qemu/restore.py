@@ -12,7 +12,7 @@ from cprd.linux.pause import point
 from cprd.linux.stdio import note
 from cprd.protocol.messages import LEASE
 from cprd.qemu import signals, spawn
-from cprd.qemu.command import missing
+from cprd.qemu.command import Command, missing
 from cprd.qemu.errors import (
     Failed,
     GuestEnded,
@@ -32,33 +32,22 @@ from cprd.qemu.tell import tell
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
-    from cprd.qemu.command import Command
-    from cprd.qemu.monitor import Request
+    from cprd.qemu.start import Order
     from cprd.qemu.target import Target
 
 
-def restore(
-    plumbing: spawn.Plumbing,
-    qemu: int,
-    socket_path: str,
-    name: str,
-    command: Command,
-    *,
-    force: bool,
-    overrides: tuple[bool, bool],
-    agent: str,
-    timeout: float,
-) -> int:
+def restore(plumbing: spawn.Plumbing, qemu: int, order: Order) -> int:
     """Do all of it, for the process `qemu` that becomes the QEMU. Returns the helper's exit status,
     for which nobody waits."""
+    name, command = order.name, Command(order.words)
     process = Process.open(qemu)
     if process is None:
         return 1
-    with signals.watched(), cprd.connect(socket_path) as daemon:
+    with signals.watched(), cprd.connect(order.socket) as daemon:
         point("qemu-start:connected")
         try:
             with signals.allowed():
-                claim, forced = _claim(daemon, name, force=force)
+                claim, forced = _claim(daemon, name, force=order.force)
         except NotHeld as error:
             if "; but uid" in str(error):  # cprd says to root who else has that name
                 note(f"cprctl: {error}")
@@ -68,7 +57,7 @@ def restore(
             point("qemu-start:claimed")
             try:
                 refuse_taken(command)
-                _Restore(plumbing, process, claim, command, overrides, timeout).run()
+                _Restore(plumbing, process, claim, command, order).run()
             except (InDoubt, GuestEnded) as error:
                 note(f"cprctl: {name}: {error}")
                 return 1
@@ -77,8 +66,8 @@ def restore(
                 if not spawn.say(plumbing.talk, fail=why, code="CprdError"):
                     note(f"cprctl: {why}")
                 return 1
-        if agent:
-            _set_time(name, agent)
+        if order.agent:
+            _set_time(name, order.agent)
     return 0
 
 
@@ -194,15 +183,14 @@ class _Restore:
         process: Process,
         claim: cprd.Claim,
         command: Command,
-        overrides: tuple[bool, bool],
-        timeout: float,
+        order: Order,
     ) -> None:
         self.plumbing = plumbing
         self.process = process
         self.claim = claim
         self.command = command
-        self.timeout = timeout
-        self.overrides = overrides
+        self.timeout = order.timeout
+        self.overrides = order.overrides
         self.held = Held(claim.state)
         self._refuse_by_words()
 
@@ -283,7 +271,7 @@ class _Restore:
         if lacking and not self.overrides[1]:
             raise Refused(lacking)
 
-    def _refuse_another_machine(self, target: Target, asked: list[Request]) -> None:
+    def _refuse_another_machine(self, target: Target, asked: list[int]) -> None:
         """Raises Refused when the new QEMU has other disks, or makes another machine."""
         origin = self.held.origin
         if origin.drives is None or all(self.overrides):
@@ -302,9 +290,8 @@ class _Restore:
         except MonitorLost:
             target.await_loaded()  # raises the reason
             raise
-        overrides = inventory.Overrides(*self.overrides)
         try:
-            inventory.refuse_another(old, new, overrides, at_once=False)
+            inventory.refuse_another(old, new, self.overrides, at_once=False)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Damaged(f"what it says of its machine is garbled: {error!r}") from None
 

@@ -33,7 +33,7 @@ from cprd.vmstate.channel import Tape
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cprd.qemu.monitor import Monitor, Request
+    from cprd.qemu.monitor import Monitor
     from cprd.qemu.private import PrivateDirectory
     from cprd.qemu.process import Process
 
@@ -115,9 +115,10 @@ class Source:
         self.received = Tape()
         self.state = cpr.CprState()
         self.main = bytearray()
+        self._buffer = memoryview(bytearray(_CHUNK))  # (to make one takes a while)
         self._directory = directory
         self._ran = False
-        self._migrate: Request | None = None  # until it is answered
+        self._migrate: int | None = None  # until it is answered
         self._cpr_listener: socket.socket | None = None
         self._main_listener: socket.socket | None = None
         self._cpr: socket.socket | None = None
@@ -203,7 +204,7 @@ class Source:
             if not data:
                 return failure
 
-    def take_main(self, forward: Callable[[bytes], None] | None = None) -> None:
+    def take_main(self, forward: Callable[[memoryview], None] | None = None) -> None:
         """Hang up on the CPR channel: QEMU stops the guest and sends the main stream. `forward`
         gets each piece at once.
 
@@ -227,7 +228,7 @@ class Source:
         return self.is_whole
 
     def _read_main(
-        self, main: socket.socket, forward: Callable[[bytes], None] | None, deadline: Deadline
+        self, main: socket.socket, forward: Callable[[memoryview], None] | None, deadline: Deadline
     ) -> None:
         while not stream.is_whole(self.main):
             if deadline.has_passed() or not signals.readable(main.fileno(), deadline.left()):
@@ -236,7 +237,7 @@ class Source:
                     " description at its end (suppress-vmdesc=on) its end cannot be told"
                 )
             try:
-                data = main.recv(_CHUNK)
+                data = self._buffer[: main.recv_into(self._buffer)]
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -245,15 +246,17 @@ class Source:
                 raise Damaged(
                     f"QEMU's main stream ends after {len(self.main)} bytes, not whole{self._why()}"
                 )
-            self.main += data
-            if len(self.main) > MAX_MAIN:
+            if len(self.main) + len(data) > MAX_MAIN:
                 self.main.clear()
                 raise LimitExceeded(
                     f"QEMU's main stream is longer than {MAX_MAIN >> 20} MiB: it is no state"
                     " without RAM"
                 )
-            if forward is not None:
-                forward(data)
+            try:
+                if forward is not None:
+                    forward(data)
+            finally:
+                self.main += data
 
     def _accept_main(self, listener: socket.socket, deadline: Deadline) -> socket.socket:
         """QEMU's main connection; or QEMU's event that the migration has failed."""

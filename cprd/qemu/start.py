@@ -29,37 +29,51 @@ if TYPE_CHECKING:
     from cprd.qemu.command import Command
 
 
-def start(
-    socket_path: str,
-    name: str,
-    words: list[str],
-    *,
-    owner: int | None = None,
-    cold: bool = False,
-    force: bool = False,
-    overrides: tuple[bool, bool] = (False, False),
-    agent: str = "",
-    timeout: float = 60.0,
-) -> NoReturn:
-    """Become the QEMU. `owner`: the uid with that NAME (None: ours); `overrides`: whether COMMAND
-    may have other images, and make another machine; `agent`: the socket of a guest agent that sets
-    the guest's clock afterwards; `timeout`: seconds to load a state. Raises CprdError when nothing
-    was started."""
-    owner = os.geteuid() if owner is None else owner
-    if cold:
-        command = _command(name, words)
+class Order:
+    """What to start. `socket`: the path of cprd's; `owner`: the uid with that NAME; `words`:
+    COMMAND; `overrides`: whether COMMAND may have other images, and make another machine; `agent`:
+    the socket of a guest agent that sets the guest's clock afterwards; `timeout`: seconds to load a
+    state."""
+
+    def __init__(
+        self,
+        socket: str,
+        name: str,
+        owner: int,
+        words: list[str],
+        *,
+        cold: bool,
+        force: bool,
+        overrides: tuple[bool, bool],
+        agent: str,
+        timeout: float,
+    ) -> None:
+        self.socket = socket
+        self.name = name
+        self.owner = owner
+        self.words = words
+        self.cold = cold
+        self.force = force
+        self.overrides = overrides
+        self.agent = agent
+        self.timeout = timeout
+
+
+def start(order: Order) -> NoReturn:
+    """Become the QEMU. Raises CprdError when nothing was started."""
+    name = order.name
+    if order.cold:
+        command = _command(order)
         note(f"cprctl: {name}: booting cold, as asked; what is held stays held")
-        _become_cold(command, owner)
+        _become_cold(command, order.owner)
     point("qemu-start:begin")
     plumbing = Plumbing()
     flush()
     qemu = os.getpid()
     if fork_twice():
-        _be_helper(
-            plumbing, qemu, socket_path, name, words, owner, force, overrides, agent, timeout
-        )
+        _be_helper(plumbing, qemu, order)
     plumbing.keep_qemus()
-    command = _command(name, words)  # the helper imports meanwhile; each has a core
+    command = _command(order)  # the helper imports meanwhile; each has a core
     # For `execute`: nobody waits for that here.
     import json  # noqa: F401
 
@@ -69,59 +83,37 @@ def start(
     if word is None:
         raise CprdError(f"{name}: the helper ended; nothing was started")
     if "cold" in word:
-        _become_cold(command, owner)
+        _become_cold(command, order.owner)
     if "fail" in word:
         raise CODES.get(word["code"], CprdError)(word["fail"])
     point("qemu-start:exec")
-    failure = execute(command, plumbing, word, owner)
+    failure = execute(command, plumbing, word, order.owner)
     raise CprdError(f"{command.words[0]}: {failure.strerror}")
 
 
-def _command(name: str, words: list[str]) -> Command:
+def _command(order: Order) -> Command:
     """Raises InvalidInput."""
     from cprd.qemu.command import Command
 
-    command = Command(words)
+    command = Command(order.words)
     for said in (command.only_pretty(), command.changes_user()):
         if said:
-            note(f"cprctl: {name}: {said}")
+            note(f"cprctl: {order.name}: {said}")
     return command
 
 
-def _be_helper(
-    plumbing: Plumbing,
-    qemu: int,
-    socket_path: str,
-    name: str,
-    words: list[str],
-    owner: int,
-    force: bool,
-    overrides: tuple[bool, bool],
-    agent: str,
-    timeout: float,
-) -> NoReturn:
+def _be_helper(plumbing: Plumbing, qemu: int, order: Order) -> NoReturn:
     status = 1
     try:
         plumbing.keep_ours()
-        from cprd.qemu.command import Command
         from cprd.qemu.restore import restore
 
-        acting.act_as(owner)
-        status = restore(
-            plumbing,
-            qemu,
-            socket_path,
-            name,
-            Command(words),
-            force=force,
-            overrides=overrides,
-            agent=agent,
-            timeout=timeout,
-        )
+        acting.act_as(order.owner)
+        status = restore(plumbing, qemu, order)
     except BaseException as error:
         from cprd.qemu.errors import code, one_line
 
-        say(plumbing.talk, fail=f"{name}: {one_line(error)}", code=code(error))
+        say(plumbing.talk, fail=f"{order.name}: {one_line(error)}", code=code(error))
     finally:
         os._exit(status)
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any, NoReturn
 
-    from cprd.qemu.monitor import Request
     from cprd.qemu.process import Process
 
     Bytes = bytes | bytearray | memoryview
@@ -116,7 +115,7 @@ class Target:
             raise Failed("the new QEMU took its CPR state, and does not go on")
         self._cpr.close()
 
-    def ask_early(self, questions: list[tuple[str, dict[str, Any]]]) -> list[Request]:
+    def ask_early(self, questions: list[tuple[str, dict[str, Any]]]) -> list[int]:
         """Send commands to a QEMU that has no monitor yet; `greet` comes afterwards."""
         self._monitor = Monitor(
             self._monitor_socket, f"the new QEMU (pid {self.process.pid})", None

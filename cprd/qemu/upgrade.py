@@ -37,7 +37,7 @@ from cprd.qemu.errors import Failed, InDoubt, MonitorLost, Refused, one_line
 from cprd.qemu.examine import about_command_line, examine
 from cprd.qemu.handover import STANDING, Handover, repeated, untouched
 from cprd.qemu.hold import LIVE, MAIN_KEY, Origin, pack, pieces
-from cprd.qemu.inventory import Inventory, Overrides, refuse_another
+from cprd.qemu.inventory import Inventory, refuse_another
 from cprd.qemu.monitor import Monitor, event_is, machine_type, socket_path, stamp
 from cprd.qemu.private import MARK, PrivateDirectory
 from cprd.qemu.process import Process, output_of
@@ -75,7 +75,7 @@ def upgrade(
     qmp: str,
     command: Command,
     *,
-    overrides: Overrides,
+    overrides: tuple[bool, bool],
     timeout: float = TIMEOUT,
 ) -> UpgradeResult:
     """Move the guest of the QEMU at `qmp` into a new one. Blocks until the guest runs there.
@@ -96,7 +96,7 @@ def _upgrade(
     name: str,
     path: str,
     command: Command,
-    overrides: Overrides,
+    overrides: tuple[bool, bool],
     timeout: float,
 ) -> UpgradeResult:
     with untouched():
@@ -110,7 +110,8 @@ def _upgrade(
         status = examine(old).refuse()
         point("qemu-upgrade:connected")
         seen = inventory.take(old, old.process.pid, plugged=True)
-        _refuse_without_plugged(seen, command, overrides)
+        if (lacking := missing(seen.machine, command)) and not overrides[1]:
+            raise Refused(lacking)
         if conflicts := servers.full(seen.drives, old.process.pid):
             raise Refused(f"cannot overlap: {'; '.join(conflicts)}")
         with untouched():
@@ -123,12 +124,6 @@ def _upgrade(
                     return move.run()
     finally:
         old.close()
-
-
-def _refuse_without_plugged(seen: Inventory, command: Command, overrides: Overrides) -> None:
-    lacking = missing(seen.machine, command)
-    if lacking and not overrides.machine:
-        raise Refused(lacking)
 
 
 class _New:
@@ -280,7 +275,7 @@ class _Move:
         self.directory = directory
         self.status = status
         self.seen = Inventory("", [], {})
-        self.overrides = Overrides()
+        self.overrides = (False, False)
         self.new = _New(self.old, command, path)
         self.main_fd = -1  # the memfd in what is prepared that gets the main stream
         self.is_whole = False  # it has all of the stream
@@ -375,11 +370,10 @@ class _Move:
         if not self.old.ended():  # else there is nothing to go back to: see complete()
             self.handover.check_daemon()
 
-    def _forward(self, data: bytes) -> None:
+    def _forward(self, data: memoryview) -> None:
         self.new.target.send_main(data)
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self.main_fd, rest) :]
+        while data:
+            data = data[os.write(self.main_fd, data) :]
 
     # The way back
 
