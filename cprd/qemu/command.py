@@ -57,9 +57,10 @@ class Command:
 
     def __init__(self, words: Sequence[str], *, running: bool = False) -> None:
         """Raises InvalidInput for an empty command, or an option that a hand-over excludes.
-        `running`: the words of a QEMU that runs, where such options are allowed."""
+        `running`: the words of a QEMU that runs, where such options are allowed; none where nobody
+        may see the words."""
         self.words = list(words)
-        if not self.words:
+        if not self.words and not running:
             raise InvalidInput("no QEMU command: write it after --")
         self.program = next(
             (at for at, word in enumerate(self.words) if is_qemu(word)),

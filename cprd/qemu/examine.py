@@ -7,7 +7,6 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from cprd.errors import InvalidInput
 from cprd.qemu import drift, inventory, servers
 from cprd.qemu.command import Command, is_on, keyed
 from cprd.qemu.errors import MonitorRefused, Refused
@@ -114,7 +113,7 @@ def _lost(monitor: Monitor, notes: list[str]) -> None:
         for row in _ask(monitor, "query-block-exports", [])
     ]
     words = command_line(monitor.process.pid) if monitor.process is not None else []
-    known = Command(words, running=True).ids() if words else set()
+    known = Command(words, running=True).ids()
     notes += [
         f"the monitor {row['name']!r} ends with this QEMU: add it again in the next (object-add)"
         for row in _ask(monitor, "qom-list", [], path="/objects")
@@ -225,9 +224,8 @@ def drift_of(monitor: Monitor, seen: Inventory | None = None) -> list[str]:
     if monitor.process is None:
         return []
     pid = monitor.process.pid
-    try:
-        command = Command(command_line(pid), running=True)
-    except InvalidInput:
+    command = Command(command_line(pid), running=True)
+    if not command.words:
         return []
     seen = seen or inventory.take(monitor, pid, plugged=True)
     unfit = [f"-{name} is for the first start: {why}" for name, why in command.refused()]
@@ -251,10 +249,7 @@ def about_command_line(words: list[str], pid: int = 0) -> tuple[list[str], list[
     """(obstacles to an overlapping upgrade, notes), by the words of a command; and, for the QEMU
     `pid` that runs with these words, by the kernel: TCP sockets that no option explains. (Of a QEMU
     to come also the servers without a place; of a QEMU that runs servers.single knows them.)"""
-    try:
-        command = Command(words, running=True)
-    except InvalidInput:
-        return [], []
+    command = Command(words, running=True)
     conflicts = list(_conflicts(command))
     upgrade = [conflict.text for conflict in conflicts]
     if not pid:

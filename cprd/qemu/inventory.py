@@ -82,29 +82,31 @@ def read(
     answers = monitor.answers(requests)
     blocks, qtree, cpus, uuid, generation, memory, memdevs, kind, named, unnamed, *cpu = answers
     tree = devices.parse(qtree or "")
+    command = Command(words, running=True)
+    ids, last = command.ids(), _words(command)
     first = (cpus or [{}])[0].get("qom-path", "")
     if first != _FIRST_CPU:
         cpu = monitor.ask(*_questions_about_cpu(first))
     seen = {
         "version": list(monitor.version),
         "devices": devices.visible(tree, _children(unnamed).values()),
-        "set": _set(words),
+        "set": _set(command),
         "package": monitor.package,
         "type": str(kind or "").removesuffix("-machine"),
         "objects": _children(named),
-        "named": {name: kind for name, kind in _children(named).items() if name in _ids(words)},
+        "named": {name: kind for name, kind in _children(named).items() if name in ids},
         "backends": {row["id"]: row["size"] for row in memdevs or () if "id" in row},
         "cpus": sorted(_place(row) for row in cpus or ()),
         "cpu": _cpu(cpu),
-        "cpu_set": _set_by_words(words),
-        "words": _words(words),
+        "cpu_set": _set_by_words(last.get("cpu", "")),
+        "words": last,
         "uuid": (uuid or {}).get("UUID", ""),
         "generation": (generation or {}).get("guid", ""),
         "memory": sorted(_plugged_memory(row) for row in memory or ()),
         "plugged": [],
     }
     if plugged:
-        seen["plugged"] = _Plugged(monitor, tree, words).find(named, unnamed)
+        seen["plugged"] = _Plugged(monitor, tree, command).find(named, unnamed)
     return Inventory(boot_id(), disks.read(blocks or [], OpenFiles(pid).find), seen)
 
 
@@ -143,8 +145,8 @@ def made_by(seen: Machine, drift: list[str], words: list[str]) -> list[str]:
     """The words that alone make a machine as it was seen, in the same build of QEMU and the same
     boot of the host; none for a machine that has drifted from its words, and where more than words
     counts."""
-    command = Command(words, running=True) if words else None
-    if command is None or drift or seen["plugged"] or any(command.values("readconfig")):
+    command = Command(words, running=True)
+    if drift or seen["plugged"] or any(command.values("readconfig")):
         return []
     return [] if any("guid=auto" in word for word in command.words) else command.own()
 
@@ -186,10 +188,10 @@ _NO_FEATURES: tuple[str, ...] = (
 _NO_FEATURES += ("xlevel", "xlevel2", "host-phys-bits", "tsc-frequency", "kvm", "ucode-rev")
 
 
-def _set_by_words(words: list[str]) -> dict[str, Any]:
+def _set_by_words(cpu: str) -> dict[str, Any]:
     """What -cpu sets beside features. (To ask QEMU for each takes a millisecond or two in all, and
     the guest waits.)"""
-    options = keyed(_words(words).get("cpu", ""))
+    options = keyed(cpu)
     named = {key.replace("_", "-"): value for key, value in options.items() if key}
     return {
         key: value
@@ -218,11 +220,10 @@ def _children(rows: list[dict[str, str]] | None) -> dict[str, str]:
 _HOST_OPTIONS = ("", "type", "accel", "memory-backend", "aux-ram-share", "memory-encryption")
 
 
-def _set(words: list[str]) -> dict[str, str]:
+def _set(command: Command) -> dict[str, str]:
     """What -machine and -global set, by name."""
     found = {}
-    command = Command(words, running=True) if words else None
-    for value in command.values("machine", "M", "global") if command is not None else ():
+    for value in command.values("machine", "M", "global"):
         options = keyed(value)
         if "driver" in options:
             found[f"-global {options['driver']}.{options.get('property')}"] = options["value"]
@@ -234,25 +235,19 @@ def _set(words: list[str]) -> dict[str, str]:
     return found
 
 
-def _ids(words: list[str]) -> set[str]:
-    return Command(words, running=True).ids() if words else set()
-
-
-def _words(words: list[str]) -> dict[str, str]:
-    options: dict[str, list[str]] = {"cpu": [], "smp": []}
-    for name, value in Command(words, running=True).options if words else ():
-        if name in options and value is not None:
-            options[name].append(value)
-    return {name: values[-1] for name, values in options.items() if values}
+def _words(command: Command) -> dict[str, str]:
+    """The value that counts of -cpu and -smp."""
+    found = ((name, value) for name, value in command.options if name in ("cpu", "smp"))
+    return {name: value for name, value in found if value is not None}
 
 
 class _Plugged:
     """Finds what was plugged into a QEMU since its start."""
 
-    def __init__(self, monitor: Monitor, tree: devices.Devices, words: list[str]) -> None:
+    def __init__(self, monitor: Monitor, tree: devices.Devices, command: Command) -> None:
         self.monitor = monitor
         self.tree = tree
-        self.command = Command(words, running=True) if words else None
+        self.command = command
 
     def find(self, named: Any, unnamed: Any) -> list[list[str]]:
         """(id, option) of each plugged device and object; the id is "" for a device without."""
@@ -274,7 +269,7 @@ class _Plugged:
 
     def _objects(self, rows: Any) -> list[list[str]]:
         """Objects that the command line does not name."""
-        if self.command is None or any(True for _ in self.command.values("readconfig")):
+        if not self.command.words or any(True for _ in self.command.values("readconfig")):
             return []
         known = self.command.ids() | set(self._implicit())
         return [

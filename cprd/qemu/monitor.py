@@ -95,23 +95,6 @@ class Monitor:
             raise
         return monitor
 
-    @classmethod
-    def over(
-        cls,
-        sock: socket.socket,
-        where: str,
-        timeout: float = GREETING,
-        process: Process | None = None,
-    ) -> Monitor:
-        """Greet and negotiate over a connected socket. The monitor takes both, also on failure."""
-        monitor = cls(sock, where, process)
-        try:
-            monitor.negotiate(timeout)
-        except BaseException:
-            monitor.close()
-            raise
-        return monitor
-
     def check_user(self, *, act: bool) -> None:
         """Raises ChangedUser when the QEMU runs as another uid than the uid that listens; with
         `act` root acts as the first instead."""

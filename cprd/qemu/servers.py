@@ -99,12 +99,12 @@ def connected(pid: int) -> list[Server] | None:
 
 # The servers of disks
 
-_GREETS = 0.5  # s
+_GREETS = 2.0  # s
 
 
 def full(drives: list[Drive], pid: int) -> list[str]:
     """A message for each NBD server of the drives of the QEMU `pid` that has no place for another
-    client. Says nothing on the connection. Waits half a second for each at most."""
+    client. Says nothing on the connection. Waits 2 s for each at most."""
     said = []
     for drive in drives:
         for image in drive["chain"]:
@@ -119,13 +119,15 @@ def full(drives: list[Drive], pid: int) -> list[str]:
 
 def _nbd(name: str, pid: int) -> str | tuple[str, int] | None:
     """The path, or (host, port), of the server in an image's name; None for another image."""
-    found = urlsplit(name)
-    if found.scheme == "nbd+unix":
-        (path,) = parse_qs(found.query).get("socket", ("",))
-        return seen_from_here(pid, path)
+    if not name.startswith("nbd"):
+        return None
     try:
-        return (found.hostname or "", found.port or 10809) if found.scheme == "nbd" else None
-    except ValueError:
+        found = urlsplit(name)
+        if found.scheme == "nbd+unix":
+            (path,) = parse_qs(found.query)["socket"]
+            return seen_from_here(pid, path)
+        return found.hostname or "", found.port or 10809
+    except (KeyError, ValueError):
         return None
 
 
@@ -135,16 +137,13 @@ def _greets(address: str | tuple[str, int]) -> bool:
             sock = socket.create_connection(address, _GREETS)
         else:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    except OSError:
-        return False
-    with sock:
-        try:
+        with sock:
             sock.settimeout(_GREETS)
             if isinstance(address, str):
                 sock.connect(address)
             return sock.recv(8) == b"NBDMAGIC"
-        except OSError:
-            return False
+    except OSError:
+        return False
 
 
 # A QEMU that runs
@@ -199,10 +198,7 @@ def _alone(monitor: Monitor, pid: int) -> dict[str, str]:
     for device in devices.parse(tree or "").values():
         if "vhost-user" in device["type"]:
             found[device.get("chardev", "").strip('"')] = f"-device {device['type']}"
-    words = command_line(pid)
-    if words:
-        found |= _by_words(Command(words, running=True))
-    return found
+    return found | _by_words(Command(command_line(pid), running=True))
 
 
 # The words of a QEMU to come

@@ -170,6 +170,9 @@ def any_readable(fds: tuple[int, ...], timeout: float) -> set[int]:
 
 def sleep(seconds: float) -> None:
     """Wait for nothing."""
+    if seconds < 0.001:  # poll counts in ms
+        time.sleep(seconds)
+        seconds = 0.0
     _wait((), 0, seconds)
 
 

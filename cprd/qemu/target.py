@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 GONE = "gone"  # instead of a run state: that QEMU has ended
 KILLED = 10.0  # s that a killed QEMU may take to end
-_RETRY = 0.001  # s between two tries to connect to a path that QEMU is about to make
+_RETRY = 0.0004  # s between two tries to connect to a path that QEMU is about to make
 
 
 class Target:

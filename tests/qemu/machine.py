@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cprd.qemu.monitor import Monitor
+from cprd.qemu.monitor import GREETING, Monitor
 from tests.qemu.guest import boot_sector
 from tests.support.checkout import CHECKOUT
 from tests.support.patience import PATIENCE, rest, until
@@ -21,6 +21,17 @@ QEMU = os.environ.get("CPRD_TEST_QEMU", "qemu-system-x86_64")
 T = TypeVar("T")
 
 _LINE = re.compile(r"([0-9A-F]{8}) ([0-9A-F]{8})( DIFF)?([WE])?")
+
+
+def monitor_over(sock: socket.socket, where: str, timeout: float = GREETING) -> Monitor:
+    """A monitor that has greeted, over a connected socket, which is the monitor's from now on."""
+    monitor = Monitor(sock, where, None)
+    try:
+        monitor.negotiate(timeout)
+    except BaseException:
+        monitor.close()
+        raise
+    return monitor
 
 
 class Machine:
@@ -210,7 +221,7 @@ class Machine:
         except BaseException:
             sock.close()
             raise
-        monitor = Monitor.over(sock, where)  # whoever's QEMU it is
+        monitor = monitor_over(sock, where)  # whoever's QEMU it is
         try:
             return question(monitor)
         finally:

@@ -29,6 +29,7 @@ from cprd.qemu.monitor import Monitor, event_is
 from cprd.qemu.private import PrivateDirectory
 from cprd.qemu.process import Process
 from cprd.qemu.source import Source
+from tests.qemu.machine import monitor_over
 from tests.support.patience import PATIENCE, until
 
 GREETING = b'{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}}}}\r\n'
@@ -54,7 +55,7 @@ class Peer:
     def greet(self, greeting: bytes = GREETING) -> Monitor:
         self.sock.sendall(greeting)
         self.thread.start()
-        return Monitor.over(self.ours, "the peer", PATIENCE)
+        return monitor_over(self.ours, "the peer", PATIENCE)
 
     def serve(self) -> None:
         try:
@@ -195,7 +196,7 @@ def test_what_is_no_qmp_is_refused(peer: Peer, said: bytes) -> None:
 
 def test_no_greeting_in_time(peer: Peer) -> None:
     with pytest.raises(MonitorBusy, match="one client at a time"):
-        Monitor.over(peer.ours, "the peer", SHORT)
+        monitor_over(peer.ours, "the peer", SHORT)
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
