@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import fcntl
+from collections import namedtuple
 
 from cprd.cpr import CprState, VMStateError, downgrade, encode, parse
 from cprd.errors import Damaged, InvalidInput
@@ -33,7 +34,14 @@ KEPT = (*LIVE, "paused", "io-error", "prelaunch", "watchdog")
 """Run states that are worth keeping, and in which QEMU can migrate."""
 
 
-class Origin:
+_Origin = namedtuple(  # (to import typing for NamedTuple takes 4 ms)
+    "_Origin",
+    "version qmp status machine uid old new untouched boot drives",
+    defaults=(-1, None, None, "", "", None),
+)
+
+
+class Origin(_Origin):
     """The section "qemu": the origin of the state, and the run state of the guest.
 
     `old` and `new` are records of processes (pid and start time). Only an upgrade has `new`, and
@@ -41,50 +49,8 @@ class Origin:
     exists, the new QEMU has not run. `drives` (disks.py): None in a hold of an older cprctl;
     `boot`: the id of the kernel's boot."""
 
-    __slots__ = (
-        *("boot", "drives", "machine", "new", "old", "qmp", "status", "uid", "untouched"),
-        "version",
-    )
-
-    def __init__(
-        self,
-        *,
-        version: Sequence[int],
-        qmp: str,
-        status: str,
-        machine: str,
-        old: dict[str, int] | None,
-        new: dict[str, int] | None = None,
-        uid: int = -1,
-        untouched: str = "",
-        boot: str = "",
-        drives: list[dict[str, Any]] | None = None,
-    ) -> None:
-        self.version = tuple(version)
-        self.qmp = qmp
-        self.status = status
-        self.machine = machine
-        self.old = old
-        self.new = new
-        self.uid = uid
-        self.untouched = untouched
-        self.boot = boot
-        self.drives = drives
-
     def section(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": ".".join(map(str, self.version)),
-            "qmp": self.qmp,
-            "status": self.status,
-            "machine": self.machine,
-            "uid": self.uid,
-            "old": self.old,
-            "new": self.new,
-            "untouched": self.untouched,
-            "boot": self.boot,
-            "drives": self.drives,
-        }
+        return {"format": FORMAT, **self._asdict(), "version": ".".join(map(str, self.version))}
 
     @classmethod
     def read(cls, value: Any) -> Origin:
@@ -181,7 +147,8 @@ class Held:
         if not is_whole(self.main):
             raise Damaged("its main stream ends too early: a QEMU would wait for the rest")
         # By the stream's own word; what was seen before may not have been so any more.
-        self.origin.status = run_state(self.main) or self.origin.status
+        status = run_state(self.main) or self.origin.status
+        self.origin = self.origin._replace(status=status)
 
     def pieces(self) -> list[tuple[bytes, int]]:
         """The CPR stream for any QEMU: (bytes, -1), or a dummy byte with its descriptor, which
