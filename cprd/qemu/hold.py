@@ -36,8 +36,8 @@ KEPT = (*LIVE, "paused", "io-error", "prelaunch", "watchdog")
 
 _Origin = namedtuple(  # (to import typing for NamedTuple takes 4 ms)
     "_Origin",
-    "version qmp status machine old new uid untouched boot drives",
-    defaults=(None, -1, "", "", None),
+    "version qmp status machine uid old new untouched boot drives",
+    defaults=(-1, None, None, "", "", None),
 )
 
 
