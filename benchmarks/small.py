@@ -4,6 +4,8 @@
 
     one         save, load and confirm of one descriptor, by turns with three echoes (echo.py)
     rate        hand-overs a second of 16 clients against the echoes a second of 16 clients
+    floor       what a part costs without the other: the C client (examples/c) on cprd, and on a
+                daemon that makes cprd's system calls and nothing else (bare_daemon.py); wants cc
 
 Beside the clock, `one` shows CPU time of client and server: on a machine where others work, that
 says more. `rate` is bound by the CPU of the server where a machine has more than two CPUs.
@@ -14,12 +16,16 @@ Exit status: 0 when every figure is within its bound, 1 when not.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -28,6 +34,7 @@ import cprd
 from benchmarks import echo
 from benchmarks.stage import cpu_seconds, private_cprd, spread, verdict
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 ROUNDS = 300
 CLIENTS = 16
 SECONDS = 2.0  # of one measurement of a rate
@@ -158,7 +165,68 @@ def rate(rounds: int) -> bool:
     )
 
 
-FIGURES = {"one": one, "rate": rate}
+@contextlib.contextmanager
+def bare_daemon() -> Iterator[tuple[str, int]]:
+    """A daemon that makes system calls only: (path of its socket, pid)."""
+    with tempfile.TemporaryDirectory(prefix="cprd-bare.") as place:
+        path = os.path.join(place, "bare.sock")
+        command = [sys.executable, os.path.join(HERE, "bare_daemon.py"), path]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != b"ready\n":
+                raise SystemExit("the bare daemon did not start")
+            yield path, process.pid
+        finally:
+            process.kill()
+            process.wait()
+
+
+def compiled(place: str) -> str:
+    """small_client.c with the C client."""
+    program, sources = os.path.join(place, "client"), os.path.join(HERE, "../examples/c")
+    parts = ("cprd", "cprd_state", "cprd_live", "cprd_live_queue", "cprd_hold")
+    command = [os.environ.get("CC", "cc"), "-O2", "-I", sources, "-o", program]
+    command += [os.path.join(sources, f"{part}.c") for part in parts]
+    command += [os.path.join(HERE, "small_client.c"), "-lm", "-pthread"]
+    subprocess.run(command, check=True)
+    return program
+
+
+def floor(rounds: int) -> bool:
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        print("floor: wants a C compiler")
+        return True
+    each: dict[str, list[tuple[float, float, float]]] = {"cprd": [], "bare daemon": []}
+    with (
+        tempfile.TemporaryDirectory(prefix="cprd-bench.") as place,
+        private_cprd() as cprd_itself,
+        bare_daemon() as bare,
+    ):
+        program, count = compiled(place), 300
+        for _ in range(max(9, rounds // 20)):
+            for what, (path, pid) in (("cprd", cprd_itself), ("bare daemon", bare)):
+                before = cpu_seconds(pid)
+                client = subprocess.run(
+                    [program, path, str(count), "bench"], capture_output=True, check=True
+                )
+                used = (cpu_seconds(pid) - before) / (count + 100)  # to warm up
+                own, wall = (int(number) / 1e9 for number in client.stdout.split())
+                each[what].append((used, own, wall))
+    for what, measured in each.items():
+        used_by = [spread(column, 1e6, "us") for column in zip(*measured, strict=True)]
+        print(f"{what}: CPU {used_by[0]}, C client: CPU {used_by[1]}, wall {used_by[2]}")
+    ours, bare_ones = each.values()
+    return verdict(
+        "one by the C client, CPU time of cprd / of its system calls alone",
+        statistics.median(mine[0] / other[0] for mine, other in zip(ours, bare_ones, strict=True)),
+        math.inf,
+        "",
+        f"{spread([mine[0] for mine in ours], 1e6, 'us')}",
+    )
+
+
+FIGURES = {"one": one, "rate": rate, "floor": floor}
 
 
 def main() -> int:

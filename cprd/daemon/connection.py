@@ -174,9 +174,10 @@ class Connection:
     def _nothing_came(self) -> bool:
         """No message is there. Returns whether none will come; lets go of an abandoned queue: a
         client that gave up has closed the sending end."""
-        self._news = False
-        if self._queue is not None and is_ready(self._queue.fileno()):
-            self.drop_queue()
+        if self._news:
+            self._news = False
+            if self._queue is not None and is_ready(self._queue.fileno()):
+                self.drop_queue()
         return self.peer_ended or self._given_up
 
     @property
