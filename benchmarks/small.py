@@ -4,8 +4,8 @@
 
     one         save, load and confirm of one descriptor, by turns with three echoes (echo.py)
     rate        hand-overs a second of 16 clients against the echoes a second of 16 clients
-    floor       what a part costs without the other: the C client (examples/c) on cprd, and on a
-                daemon that makes cprd's system calls and nothing else (bare_daemon.py); wants cc
+    floor       `one` on a daemon that makes cprd's system calls and nothing else (bare_daemon.py);
+                and the C client (examples/c) on cprd and on that daemon; wants cc
 
 Beside the clock, `one` shows CPU time of client and server: on a machine where others work, that
 says more. `rate` is bound by the CPU of the server where a machine has more than two CPUs.
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from itertools import pairwise
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -66,7 +67,13 @@ class HandOver:
 
 
 def one(rounds: int) -> bool:
-    with private_cprd() as (path, pid), echo.server() as (echoes, echo_pid):
+    return _one(rounds, private_cprd(), "save, load and confirm of one / three echoes", 3.0)
+
+
+def _one(
+    rounds: int, daemon: AbstractContextManager[tuple[str, int]], what: str, bound: float
+) -> bool:
+    with daemon as (path, pid), echo.server() as (echoes, echo_pid):
         ours, client = HandOver(path), echo.Client(echoes)
         for _ in range(50):
             ours.once()
@@ -96,9 +103,9 @@ def one(rounds: int) -> bool:
     )
     ratio = statistics.median(sum(each) / other for each, other in zip(steps, three, strict=True))
     return verdict(
-        "save, load and confirm of one / three echoes",
+        what,
         ratio,
-        3.0,
+        bound,
         "",
         spread([sum(each) for each in steps], 1e6, "us"),
     )
@@ -194,6 +201,12 @@ def compiled(place: str) -> str:
 
 
 def floor(rounds: int) -> bool:
+    _one(
+        rounds,
+        bare_daemon(),
+        "save, load and confirm without cprd's logic / three echoes",
+        math.inf,
+    )
     if shutil.which(os.environ.get("CC", "cc")) is None:
         print("floor: wants a C compiler")
         return True

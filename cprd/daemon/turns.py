@@ -69,6 +69,7 @@ class Turns:
             return trio.lowlevel.Abort.SUCCEEDED
 
         while True:
+            connection.idle_since = time.monotonic()
             self._waiting[connection] = trio.lowlevel.current_task(), serve
             self.wake(connection)  # what came before now is not told of again
             await trio.lowlevel.wait_task_rescheduled(abort)

@@ -4,8 +4,10 @@ serving; then the task does again what it is there for."""
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import trio.testing
 import cprd
 from cprd.daemon import log
 from cprd.daemon.tending import LONGEST_PAUSE, tend
+from cprd.protocol import messages
+from tests.support import wire
 from tests.support.daemon import DaemonProcess
 from tests.support.notify_socket import NotifySocket
 from tests.support.patience import PATIENCE, until
@@ -87,6 +91,23 @@ def test_watching_processes(seeded: Callable[..., Seeded]) -> None:
     assert "task=processes" in daemon.await_log("task-failed")
     assert daemon.await_log("ended how=confirm")
     waiting.join()
+
+
+def test_idle_connections(seeded: Callable[..., Seeded]) -> None:
+    """Idle is a connection from the last answer on, however long that took."""
+    idle = 1.0
+    daemon = seeded(f"from cprd.protocol import messages\nmessages.IDLE = {idle}\n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(PATIENCE)
+        sock.connect(daemon.path)
+        sock.send(wire.HELLO)
+        assert messages.read_answer(sock.recv(messages.MAX_ANSWER))
+        sock.send(wire.load("web", wait=2.5 * idle))
+        with pytest.raises(cprd.NotHeld):
+            messages.read_answer(sock.recv(messages.MAX_ANSWER))
+        answered = time.monotonic()
+        assert sock.recv(1) == b""
+        assert time.monotonic() - answered > 0.9 * idle
 
 
 def test_deadlines(seeded: Callable[..., Seeded]) -> None:
