@@ -378,6 +378,7 @@ class Live:
         state: State | None = None
         try:
             state = unpack(self._bundle)  # all of it: the program may have taken and closed some
+            owner.expect(state.fd_count + len(state))
             with owner.batch() as batch:
                 for name, id, fd in state.fds():
                     batch.save_fd(name, id, fd)

@@ -23,6 +23,7 @@ class Branches:
     def __init__(self, root: Root, ledger: Ledger, steps: Steps, limit: int) -> None:
         self.root = root
         self.next_id = 0
+        self.files = MAX_OWN
         self._ledger = ledger
         self._steps = steps
         self._limit = limit  # keys of a shared segment
@@ -31,12 +32,15 @@ class Branches:
         """Commit by records of the root: fresh segments with `puts`, and deletions."""
         groups = self._groups(puts)
         own = sum(group[0][6] for group in groups)
+        leaving = [self._ledger.where.get(key) for key in (*[put[1] for put in puts], *gone)]
         wanted = self._ledger.pool.own + own
-        if own and wanted > MAX_OWN:
+        wanted -= sum(segment is not None and segment.kind == OWN for segment in leaving)
+        most = max(self.files, self._ledger.pool.own)
+        if own and wanted > most:
             raise LimitExceeded(
                 f"{wanted} descriptors that are neither socket, pipe nor anonymous"
                 f" inode (files, memfds, devices), sections above 4 KiB included; the limit is"
-                f" {MAX_OWN} in one live hold; nothing was changed"
+                f" {most} in one live hold; nothing was changed"
             )
         fresh = [self._fresh(group) for group in groups]
         ended = [deletion(key) for key in gone]

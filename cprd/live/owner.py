@@ -240,6 +240,11 @@ class Owner:
             if self._over is None:
                 self._end(why)
 
+    def expect(self, files: int) -> None:
+        """A state that was saved is to be kept now, with so many files, large sections included:
+        whatever the usual limit, for files cost the owner two descriptors each."""
+        self._writer.branches.files = max(self._writer.branches.files, files)
+
     def inherit(self, births: int, memories: dict[str, int]) -> Writer:
         """The writer, to be filled; births go on above `births`; owns the memfds of `memories`."""
         self._births = count(births + 1)

@@ -400,6 +400,34 @@ async def test_what_was_saved_is_taken_live_and_what_was_live_is_loaded(
         assert client.list() == []
 
 
+def test_more_large_sections_than_a_live_hold_begins_with_are_taken_live(
+    daemon: DaemonProcess,
+) -> None:
+    state = State()
+    for number in range(600):
+        state[f"s{number}"] = bytes([number % 256]) * 5000
+    with opened(1) as fds:
+        state.save_fd("fd", fds[0])
+        with daemon.connect() as client:
+            client.save("chat", state)
+        with cprd.live("chat", daemon.path) as live:
+            live.confirm()
+            live["s7"] = b"7" * 5000  # no more than before
+            del live["s8"]
+            live["s9"] = 9
+            live["new"] = b"n" * 5000
+            with pytest.raises(cprd.LimitExceeded, match="the limit is"):
+                live.update({f"more {number}": b"m" * 5000 for number in range(8)})
+    with cprd.live("chat", daemon.path) as live:
+        found = [key for key in live if not key.startswith("more")]
+        assert sorted(found) == sorted({f"s{n}" for n in range(600)} - {"s8"} | {"new"})
+        for number in range(10, 600):
+            assert bytes(live[f"s{number}"]) == bytes([number % 256]) * 5000
+        assert (bytes(live["s7"]), live["s9"]) == (b"7" * 5000, 9)
+        live.confirm()
+        live.end()
+
+
 async def test_what_nobody_asked_for_is_said(live: Live, daemon: DaemonProcess) -> None:
     with opened(3) as fds, Child(keep_and_wait, daemon.path, fds) as server:
         server.hear()
