@@ -12,9 +12,10 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -391,8 +392,35 @@ class Servers:
             after_death(self.path, "tally")
 
 
-def clients_through_kills(path: str, connections: int, kills: int) -> None:
-    """Half of the kills come right at the take-over."""
+class Disturbance:
+    """A block in which `act` is called once, after so many seconds, in a thread."""
+
+    def __init__(self, act: Callable[[], None], seconds: float) -> None:
+        self.act, self.seconds = act, seconds
+        self.thread = threading.Thread(target=self.run)
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            rest(self.seconds)
+            self.act()
+        except BaseException as error:
+            self.error = error
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+
+
+def clients_through_kills(
+    path: str, connections: int, kills: int, disturb: Callable[[], None] = lambda: None
+) -> None:
+    """Half of the kills come right at the take-over. `disturb` is called at a random moment of each
+    round."""
     chance = random.Random(connections)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -419,18 +447,19 @@ def clients_through_kills(path: str, connections: int, kills: int) -> None:
                 last[index] += 1
                 sums[index] += last[index]
                 socks[index].sendall(b"%d\n" % last[index])
-            if round == kills:
-                pass
-            elif round % 2:
-                servers.kill()
-                servers.start()
-                rest(chance.random() * 0.02)  # at its take-over, or before, or soon after
-                servers.kill()
-                servers.start()
-            else:
-                rest(chance.random() * 0.02)
-                servers.kill()
-                servers.start()
+            with Disturbance(disturb, chance.random() * 0.1):
+                if round == kills:
+                    pass
+                elif round % 2:
+                    servers.kill()
+                    servers.start()
+                    rest(chance.random() * 0.02)  # at its take-over, or before, or soon after
+                    servers.kill()
+                    servers.start()
+                else:
+                    rest(chance.random() * 0.02)
+                    servers.kill()
+                    servers.start()
             for index in asked:
                 wanted = b"%d %d\n" % (sums[index], last[index])
                 heard = answer(socks[index], said[index])
@@ -478,3 +507,50 @@ def test_200_connections_live_through_6_kills(daemon: DaemonProcess) -> None:
 @pytest.mark.timeout(900)
 def test_2000_connections_live_through_20_kills(daemon: DaemonProcess) -> None:
     clients_through_kills(daemon.path, 2000, 20)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.full)])
+def test_cprd_in_memory_killed_alone_is_given_the_hold_back_each_time(
+    new_daemon: DaemonProcess, kills: int
+) -> None:
+    """And the death of the owner afterwards loses nothing."""
+
+    def is_back() -> bool:
+        with new_daemon.connect() as client:
+            [row] = client.list()
+        return row["phase"] == "live" and "put it back" not in row["reason"]
+
+    def cprd_is_killed() -> None:
+        for _ in range(kills):
+            new_daemon.restart()
+            until(is_back, lambda: "not put back")
+
+    clients_through_kills(new_daemon.path, 50, 0, cprd_is_killed)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_five_minutes_of_changes_and_deaths(daemon: DaemonProcess) -> None:
+    """Owners of both clients, killed at random moments, and clients of a server; at the end cprd
+    has no descriptor more, and hardly more memory."""
+    hunted("blocking", daemon.path, 20, seed=0)  # to warm up
+    fds, memory = daemon.fds(), resident(daemon.pid)
+    end = time.monotonic() + 300
+    rounds = changes = deaths = 0
+    while time.monotonic() < end:
+        rounds += 1
+        for client in ("blocking", "trio"):
+            deaths += 15
+            changes += hunted(client, daemon.path, 15, seed=rounds)[1]
+        clients_through_kills(daemon.path, 100, 4)
+        deaths += 7
+    daemon.await_fds(fds)
+    grown = resident(daemon.pid) - memory
+    print(f"{rounds} rounds, {deaths} deaths, {changes} changes; cprd grew by {grown} KiB")
+    assert grown < 10_000
+
+
+def resident(pid: int) -> int:
+    """KiB."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * 4

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from cprd.protocol.lifecycle import HELD, IN_DOUBT
+from tests.client.test_live_kills import clients_through_kills
 from tests.support.live_sweeps import LIVE_VERBS, LiveStep, TakeOver, sweep_live
 from tests.support.sweeps import GONE, VERBS, Step, Stream, sweep, sweep_rewriting, sweep_start
 
@@ -102,6 +103,21 @@ def test_killed_while_its_clients_are_gone_as_well(keeping: Keeping) -> None:
     assert ("prepare", IN_DOUBT) in seen
     assert ("confirm", GONE) in seen
     assert ("confirm", HELD) in seen
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_2000_connections_live_through_kills_of_the_owner_and_of_cprd(keeping: Keeping) -> None:
+    kills = 0
+
+    def kill() -> None:
+        nonlocal kills
+        keeping.kill()
+        kills += 1
+
+    clients_through_kills(keeping.path, 2000, 20, kill)
+    assert kills == 21
+    keeping.await_kept("store")
 
 
 @pytest.fixture
