@@ -490,20 +490,34 @@ def _refused(name: str, id: int, number: int) -> InvalidInput:
 
 def number_of(thing: object) -> int:
     """The number of a descriptor, from a number or an object with fileno(). Raises InvalidInput,
-    for an ssl.SSLSocket as well."""
+    for an ssl.SSLSocket and the socket of an asyncio TLS transport as well."""
     if isinstance(thing, int):
         return int(thing)
-    ssl = sys.modules.get("ssl")
-    if ssl is not None and isinstance(thing, ssl.SSLSocket):
+    if _speaks_tls(thing):
         raise InvalidInput(
-            "an ssl.SSLSocket cannot be handed over: its keys are in the memory of this process."
-            " Save the listener, and let clients connect anew; or end TLS in a proxy that does not"
-            " restart; or unwrap() it first, where the protocol can go on without TLS"
+            f"{thing!r:.100} speaks TLS and cannot be handed over: the keys are in the memory of"
+            " this process. Save the listener, and let clients connect anew; or end TLS in a proxy"
+            " that does not restart; or unwrap() it first, where the protocol can go on without TLS"
         )
     try:
         return int(operator.index(thing.fileno()))  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError, OSError) as error:
         raise InvalidInput(f"{thing!r:.300} has no descriptor: {error}") from None
+
+
+def _speaks_tls(thing: Any) -> bool:
+    ssl = sys.modules.get("ssl")
+    if ssl is None or isinstance(thing, ssl.SSLSocket):
+        return ssl is not None
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is None or type(thing).__name__ != "TransportSocket":
+        return False
+    try:  # the socket knows nothing of TLS, and of all objects the loop alone knows the transport
+        transport = asyncio.get_running_loop()._transports.get(thing.fileno())
+    except (AttributeError, RuntimeError):
+        return False
+    tls = asyncio.sslproto.SSLProtocol
+    return transport is not None and isinstance(transport.get_protocol(), tls)
 
 
 def open_descriptor(what: str, thing: int | HasFileno) -> int:

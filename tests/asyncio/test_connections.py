@@ -281,6 +281,10 @@ def test_tls_is_refused_with_what_to_do_instead(run: Run, tmp_path: Path) -> Non
                     refusing(writer)
             with pytest.raises(InvalidInput, match="TLS"):
                 await cprd.asyncio.quiesce([writer])
+            raw = writer.get_extra_info("socket")
+            if hasattr(asyncio.get_running_loop(), "_transports"):  # uvloop says nothing
+                with pytest.raises(InvalidInput, match="speaks TLS"):
+                    cprd.State().save_fd("client", raw)
             writer.write(b"still here")
             writer.close()
 
@@ -291,6 +295,10 @@ def test_tls_is_refused_with_what_to_do_instead(run: Run, tmp_path: Path) -> Non
                 "127.0.0.1", port, ssl=trusting, server_hostname="test"
             )
             assert await reader.read() == b"still here"
+            with tcp() as (sock, _):
+                _, plain = await cprd.asyncio.adopt_stream(sock.detach())
+                cprd.State().save_fd("client", plain.get_extra_info("socket"))
+                plain.transport.abort()
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
