@@ -610,7 +610,7 @@ def test_tls_is_refused_with_advice(daemon: DaemonProcess) -> None:
     with one, other:
         tls = context.wrap_socket(one, server_hostname="x", do_handshake_on_connect=False)
         with tls, cprd.live("chat", daemon.path) as state:
-            with pytest.raises(InvalidInput, match="SSLSocket.* cannot be handed over: the keys"):
+            with pytest.raises(InvalidInput, match=r"SSLSocket.* cannot be handed over: the keys"):
                 state.save_fd("client", 1, tls)
             with pytest.raises(InvalidInput, match="Save the listener"):
                 State().save_fd("client", 1, tls)
