@@ -45,8 +45,9 @@ async def _fence(server: Server, connection: Connection, hold: Hold) -> None:
         await server.releasing.fence(hold.uid, bundle)
     if waiting.cancelled_caught:
         raise LimitExceeded(
-            f"{hold.name!r} cannot be taken from its owner, {pid_text(hold.saver)}: files of uid"
-            f" {hold.uid} block when they are closed; make them answer, or end the owner"
+            f"{hold.name!r} cannot be taken from its owner, {pid_text(hold.saver)}, now: files of"
+            f" uid {hold.uid} block when they are closed; make them answer, or end the owner. Once"
+            " they answer, the owner is fenced; drop the hold again then"
         )
     log.event("fenced", uid=hold.uid, name=hold.name, generation=hold.generation, pid=hold.saver)
     point("daemon:fenced")
