@@ -597,10 +597,7 @@ class LifeCycle(RuleBasedStateMachine):
             records[-1].phase not in ("in-doubt", "quarantined") or not force
         ):
             expected = Busy
-        answer = self.ask(
-            lambda: self.registry.release(caller, (UID, name), force=force),
-            expected,
-        )
+        answer = self.ask(lambda: self.registry.release(caller, (UID, name), force=force), expected)
         if answer is not None and records[-1].phase != "held":
             records[-1].deaths = 0
             records[-1].serve_again(self.now)
