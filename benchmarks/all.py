@@ -1,9 +1,10 @@
-"""All figures, one program after the other: a table with bounds and spread, and a picture.
+"""All figures, one program after the other: a table with bounds and spread, and pictures.
 
     .venv/bin/python benchmarks/all.py [--quick] [--picture FILE] [PROGRAM ...]
 
 Each program measures by turns with its yardstick. `--quick` takes the fewest pairs. Programs that
-want QEMU, root or a systemd run by name only. The picture wants matplotlib.
+want QEMU or a systemd run by name only. The picture, and that of how costs grow (growth.svg), want
+matplotlib, which is in the extra `bench`: python3 tools/bootstrap.py all bench.
 
 Exit status: 0 when every figure is within its bound, 1 when not.
 """
@@ -32,6 +33,7 @@ PROGRAMS = {
     "startup": ("--pairs", "9"),
     "standing": ("--pairs", "9"),
     "live": ("--rounds", "9"),
+    "growth": ("--rounds", "5"),
 }
 BY_NAME = ("store", "qemu_start", "qemu_blackout", "qemu_upgrade")
 

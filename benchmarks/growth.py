@@ -119,11 +119,12 @@ def holds(rounds: int) -> Points:
 
 def sections(rounds: int) -> Points:
     points: Points = []
-    room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with open("/proc/meminfo") as file:
+        room = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
     with private_cprd() as (path, pid), cprd.connect(path) as daemon:
         for bits in (10, 14, 16, 20, 24, 28, 30, 32):
-            if 2 << bits > room:
-                print(f"bytes: 2 ** {bits} are too many for the memory that is free")
+            if 4 << bits > room * 1024:  # the bytes and the memfd, in half of the memory
+                print(f"bytes: no 2 ** {bits} here: MemAvailable is {room} kB")
                 break
             state = cprd.State()
             state["ram"] = bytes(1 << bits)

@@ -6,9 +6,13 @@
     many        the same with 9,000 kept; save_fd alone over store alone, median and mean
     section     a section of 100 bytes over save_fd
     takeover    of 9,000 keys: what was left is read, and a new root written; in flight at the peak
+    death       1,000 connections: kill -9 of the owner to the first answer of a successor that
+                waits, beyond the same after a polite end (close(), and the end of the process)
+    fdstore     1,000 kept: save_fd over one descriptor into systemd's store, with a barrier
 
-The two by turns, 200 lives in a turn. Wants ulimit -Hn >= 12000; without the Debian packages s6,
+All by turns: 200 lives in a turn. Wants ulimit -Hn >= 12000; without the Debian packages s6,
 libs6-dev, skalibs-dev and a C compiler the figures that compare with s6 are left out, and said so.
+fdstore wants root, and boots a systemd of its own, as tests/systemd does.
 Exit status: 0 when every figure is within its bound, 1 when not.
 """
 
@@ -19,7 +23,9 @@ import contextlib
 import os
 import random
 import resource
+import selectors
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,7 +36,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from benchmarks.stage import verdict
+import cprd
+from benchmarks.stage import private_cprd, verdict
 from cprd.linux.rights import close_all, scm_fds
 from cprd.live.owner import Owner
 from cprd.live.queue import make_pair
@@ -39,7 +46,8 @@ from cprd.live.takeover import take_over
 
 HERE = Path(__file__).parent
 TURN = 200  # lives
-FIGURES = ("few", "many", "section", "takeover")
+FIGURES = ("few", "many", "section", "takeover", "death", "fdstore")
+CONNECTIONS = 1000
 Lives = list[tuple[float, float]]
 """Microseconds: of keeping, of letting go."""
 
@@ -246,13 +254,179 @@ def takeovers(rounds: int) -> list[bool]:
     ]
 
 
+def serve(path: str) -> None:
+    """A server of echoes: says its port, or "claimed"; ends politely when told to."""
+    with selectors.DefaultSelector() as selector:
+        state = cprd.live("bench", path, wait=600)
+        clients = state.take_sockets("client", socket.AF_INET, socket.SOCK_STREAM)
+        state.confirm()
+        if not state.found:
+            with socket.create_server(("127.0.0.1", 0), backlog=CONNECTIONS) as listener:
+                print(listener.getsockname()[1], flush=True)
+                clients = {id: listener.accept()[0] for id in range(CONNECTIONS)}
+            state.save_fds("client", clients)
+            print("accepted", flush=True)
+        for client in clients.values():
+            selector.register(client, selectors.EVENT_READ)
+        selector.register(sys.stdin, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if isinstance(key.fileobj, socket.socket):
+                    key.fileobj.send(key.fileobj.recv(100))
+                else:
+                    state.close()
+                    os._exit(0)
+
+
+class Server:
+    """One server, which serves or waits for its turn."""
+
+    def __init__(self, path: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def hear(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+
+def deaths(rounds: int) -> list[bool]:
+    """The first answer after a death, and after a polite end, by turns."""
+    took: dict[str, list[float]] = {"kill": [], "end": []}
+    with private_cprd() as (path, _), contextlib.ExitStack() as stack:
+        server = Server(path)
+        address = ("127.0.0.1", int(server.hear()))
+        clients = [
+            stack.enter_context(socket.create_connection(address)) for _ in range(CONNECTIONS)
+        ]
+        assert server.hear() == "accepted"
+        for number in range(2 * rounds):
+            following = Server(path)
+            with cprd.connect(path) as daemon:
+                before = daemon.status()["connections"]
+                while daemon.status()["connections"] == before:
+                    time.sleep(0.01)
+            time.sleep(0.1)  # it waits by now
+            how = ("kill", "end")[number % 2]
+            client = random.choice(clients)
+            begin = time.perf_counter()
+            server.kill() if how == "kill" else server.end()
+            client.send(b"x")
+            answer = client.recv(1)
+            took[how].append((time.perf_counter() - begin) * 1e3)
+            assert answer == b"x"
+            server.process.wait()
+            server = following
+        server.kill()
+        server.process.wait()
+    killed, ended = (statistics.median(took[how]) for how in ("kill", "end"))
+    words = f"kill -9 {killed:.1f} ms, polite {ended:.1f} ms, medians of {rounds}"
+    return [
+        verdict("death to the first answer, over a polite end", killed - ended, 10, " ms", words)
+    ]
+
+
+FDSTORE = f"""
+import os, time
+from cprd.live.owner import Owner
+from cprd.live.queue import make_pair
+from cprd.systemd import fdstore, notify
+manager = notify.Manager.from_environment(os.environ)
+notify.drive(manager.tell(notify.ready()), 10)
+owner = Owner(*make_pair(), 1)
+fds = [os.eventfd(0) for _ in range({CONNECTIONS} + {TURN})]  # the manager ignores what it has
+number = 0
+for fd in fds[{TURN}:]:
+    notify.drive(fdstore.store(manager, "kept", fd))
+    owner.save_fd("kept", fd, fd)
+notify.drive(manager.barrier())
+fds = fds[:{TURN}]
+with open("/run/boot/go") as go, open("/run/boot/took", "w") as took:
+    for _ in go:
+        store, save = [], []
+        for fd in fds:
+            begin = time.perf_counter()
+            notify.drive(fdstore.store(manager, "bench", fd))
+            notify.drive(manager.barrier())
+            store.append(time.perf_counter() - begin)
+        for number, fd in enumerate(fds, number):
+            begin = time.perf_counter()
+            owner.save_fd("bench", number, fd)
+            save.append(time.perf_counter() - begin)
+        notify.drive(fdstore.remove(manager, "bench"))
+        notify.drive(manager.barrier())
+        number += 1
+        print(*store, *save, file=took, flush=True)
+"""
+
+
+def fdstores(rounds: int) -> list[bool]:
+    """save_fd and FDSTORE in one process, a service of a real systemd, by turns."""
+    from tests.systemd import boot
+    from tests.systemd.machine import TREE, Machine
+
+    lacking = boot.missing(TREE)
+    if lacking:
+        print(f"not compared with systemd's store: a real systemd needs {'; '.join(lacking)}")
+        return []
+    store: list[float] = []
+    save: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="cprd-bench.") as scratch:
+        with Machine(Path(scratch)) as machine, contextlib.ExitStack() as stack:
+            place = machine.root / "run/boot"
+            (place / "fdstore.py").write_text(FDSTORE)
+            for name in ("go", "took"):
+                os.mkfifo(place / name)
+            machine.unit(
+                "fdstore.service",
+                "[Service]\nType=notify\nNotifyAccess=main\n"
+                f"FileDescriptorStoreMax={2 * CONNECTIONS}\nLimitNOFILE=12000\n"
+                "ExecStart=test-python /run/boot/fdstore.py\n",
+            )
+            machine.systemctl("start", "fdstore.service")
+            go = stack.enter_context(open(place / "go", "w"))
+            took = stack.enter_context(open(place / "took"))
+            for number in range(rounds + 1):
+                print("go", file=go, flush=True)
+                each = [float(one) * 1e6 for one in took.readline().split()]
+                if number:  # the first is to warm up
+                    store += each[:TURN]
+                    save += each[TURN:]
+            version = machine.version
+    words = (
+        f"save_fd mean {statistics.mean(save):.1f} median {statistics.median(save):.1f} us, FDSTORE"
+        f" and barrier mean {statistics.mean(store):.0f} median {statistics.median(store):.0f} us"
+        f" (systemd {version})"
+    )
+    means = statistics.mean(save) / statistics.mean(store)
+    medians = statistics.median(save) / statistics.median(store)
+    return [
+        verdict("save_fd over systemd's FDSTORE, means", means, 0.1, " x", words),
+        verdict("save_fd over systemd's FDSTORE, medians", medians, 0.1, " x", words),
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("figures", nargs="*", default=FIGURES, metavar="FIGURE")
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        serve(options.serve)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 12_000:
         raise SystemExit("raise the hard limit of descriptors to 12000 (ulimit -Hn)")
@@ -266,6 +440,10 @@ def main() -> int:
         good.append(sections(options.rounds))
     if "takeover" in options.figures:
         good += takeovers(max(9, options.rounds // 3))
+    if "death" in options.figures:
+        good += deaths(options.rounds)
+    if "fdstore" in options.figures:
+        good += fdstores(options.rounds)
     return not all(good)
 
 

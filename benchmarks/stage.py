@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from tests.support.checkout import compile_for_children
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -22,7 +24,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def private_cprd(
     env: Mapping[str, str] | None = None, *, options: Sequence[str] = ()
 ) -> Iterator[tuple[str, int]]:
-    """A cprd of our own, with `env` and `options` besides: (path of its socket, pid)."""
+    """A cprd of our own, with `env` and `options` besides: (path of its socket, pid). Cprd is
+    compiled, as where it is installed."""
+    compile_for_children()
     with tempfile.TemporaryDirectory(prefix="cprd-bench.") as place:
         path = os.path.join(place, "cprd.sock")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("CPRD_", "LISTEN_"))}

@@ -8,18 +8,26 @@ and load alone. The yardstick is direct_pass.c: two live processes, an array to 
 holding the descriptors in between. Beside that, what each step takes: wall clock, and CPU time of
 the process that does the step.
 
+"bare Python" is what remains of the path without cprd: the same messages from the old process to
+the successor, in the fewest calls, with nobody holding, nothing checked, and no error told.
+
 Exit status: 0 when every figure is within its bound, 1 when not.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from _socket import SocketType, socketpair
+from array import array
 from collections.abc import Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -28,7 +36,9 @@ import cprd
 from benchmarks.handover import MANY, floor_program
 from benchmarks.stage import private_cprd, verdict
 from cprd.linux.nofile import raise_soft_limit
+from cprd.linux.rights import SCM_MAX_FD
 
+BARE = "bare Python"
 WARM_UP = 3
 PATH = ("build", "save", "load", "take")  # steps of the whole path; confirm comes after
 Steps = dict[str, tuple[float, float]]  # seconds: on the wall, and of CPU time
@@ -55,6 +65,69 @@ def single_build(fds: dict[int, int]) -> cprd.State:
 def single_take(state: cprd.State) -> dict[int, int]:
     take = state.take_fd
     return {id: take("client", id) for id in range(MANY)}
+
+
+def bare_build(fds: dict[int, int]) -> tuple[bytes, bytes]:
+    return struct.pack(f"{MANY}i", *fds), struct.pack(f"{MANY}i", *fds.values())
+
+
+def bare_save(ids: bytes, numbers: bytes, channel: socket.socket) -> list[SocketType]:
+    """Returns the sockets that are to be closed once the successor has all."""
+    manifest, made, roots = os.memfd_create("manifest"), list[SocketType](), array("i")
+    os.write(manifest, ids + b"client\0" * MANY)
+    fds = array("i", [manifest]) + array("i", numbers)
+    for start in range(0, len(fds), SCM_MAX_FD):
+        made += (pair := socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fds[start : start + SCM_MAX_FD])
+        pair[0].sendmsg([bytes(32)], [rights])
+        roots.append(pair[1].fileno())
+    channel.sendmsg([bytes(32)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, roots)])
+    os.close(manifest)
+    return made
+
+
+def bare_load(channel: socket.socket) -> tuple[bytes, array[int]]:
+    roots, fds = array("i"), array("i")
+    space = socket.CMSG_SPACE(SCM_MAX_FD * 4)
+    roots.frombytes(channel.recvmsg(32, space, socket.MSG_CMSG_CLOEXEC)[1][0][2])
+    for fd in roots:
+        leaf = SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+        flags = socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC
+        fds.frombytes(leaf.recvmsg(32, space, flags)[1][0][2])
+        leaf.close()
+    return os.pread(fds[0], MANY * 4, 0), fds
+
+
+def bare_take(ids: bytes, fds: array[int]) -> dict[int, int]:
+    return dict(zip(memoryview(ids).cast("i"), memoryview(fds)[1:]))  # noqa: B905
+
+
+def bare_succeed(channel: socket.socket) -> None:
+    raise_soft_limit()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    times = [*clocks()]
+    came = bare_load(channel)
+    times += clocks()
+    found = bare_take(*came)
+    times += clocks()
+    if list(found) != list(range(MANY)):
+        raise SystemExit("descriptors are missing")
+    print(*times, flush=True)
+
+
+def bare_restart(fds: dict[int, int]) -> Steps:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, successor_of("--bare", str(theirs.fileno()), keep=theirs) as successor:
+        times = [*clocks()]
+        columns = bare_build(fds)
+        times += clocks()
+        made = bare_save(*columns, ours)
+        times += clocks()
+        answer, _ = successor.communicate("go\n")
+        for each in made:
+            each.close()
+    return all_steps(times, answer, ("load", "take"))
 
 
 KINDS = {"bulk verbs": (bulk_build, bulk_take), "single verbs": (single_build, single_take)}
@@ -89,25 +162,33 @@ def restart(path: str, daemon: cprd.Daemon, fds: dict[int, int], kind: str) -> S
     whatever hands the state over. The successor is a program of its own: a forked one would share
     memory with the old process, which makes both slower."""
     build, _ = KINDS[kind]
-    successor = subprocess.Popen(
-        [sys.executable, __file__, "--succeed", path, kind],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with successor:
-        assert successor.stdin is not None
-        assert successor.stdout is not None
-        if successor.stdout.readline() != "ready\n":
-            raise SystemExit("the successor did not start")
+    with successor_of("--succeed", path, kind) as successor:
         times = [*clocks()]
         state = build(fds)
         times += clocks()
         daemon.save("bench", state)
         times += clocks()
         answer, _ = successor.communicate("go\n")
-        later = [float(each) for each in answer.split()]
-    return {**steps(times, ("build", "save")), **steps(later, ("load", "take", "confirm"))}
+    return all_steps(times, answer, ("load", "take", "confirm"))
+
+
+def successor_of(*arguments: str, keep: socket.socket | None = None) -> subprocess.Popen[str]:
+    successor = subprocess.Popen(
+        [sys.executable, __file__, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=[] if keep is None else [keep.fileno()],
+    )
+    assert successor.stdout is not None
+    if successor.stdout.readline() != "ready\n":
+        raise SystemExit("the successor did not start")
+    return successor
+
+
+def all_steps(times: list[float], answer: str, names: tuple[str, ...]) -> Steps:
+    later = [float(each) for each in answer.split()]
+    return {**steps(times, ("build", "save")), **steps(later, names)}
 
 
 def steps(times: list[float], names: tuple[str, ...]) -> Steps:
@@ -135,7 +216,11 @@ def main() -> int:
     )
     parser.add_argument("--pairs", type=int, default=21, metavar="N", help="at least 9")
     parser.add_argument("--succeed", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.bare is not None:
+        bare_succeed(socket.socket(fileno=options.bare))
+        return 0
     if options.succeed:
         succeed(*options.succeed)
         return 0
@@ -145,15 +230,15 @@ def main() -> int:
     _, hard = raise_soft_limit()
     if hard < MANY + 500:
         raise SystemExit(f"wants a hard limit of {MANY + 500} descriptors (ulimit -Hn): is {hard}")
-    measured: dict[str, list[Steps]] = {kind: [] for kind in KINDS}
+    measured: dict[str, list[Steps]] = {kind: [] for kind in (*KINDS, BARE)}
     floors: list[float] = []
     with tempfile.TemporaryDirectory() as place, private_cprd() as (path, _):
         program = floor_program(place)
         fds = {id: os.eventfd(0) for id in range(MANY)}
         with cprd.connect(path) as daemon:
             for number in range(WARM_UP + pairs):
-                for kind in KINDS:
-                    each = restart(path, daemon, fds, kind)
+                for kind in (*KINDS, BARE):
+                    each = bare_restart(fds) if kind == BARE else restart(path, daemon, fds, kind)
                     measured[kind] += [each] if number >= WARM_UP else []
                 floors += [floor(program)] if number >= WARM_UP else []
         for fd in fds.values():
@@ -161,7 +246,7 @@ def main() -> int:
     yardstick = statistics.median(floors)
     print(f"C floor: {spread(floors)}")
     good = True
-    for kind, bound in (("bulk verbs", 4.0), ("single verbs", 10.0)):
+    for kind, bound in (("bulk verbs", 4.0), ("single verbs", 10.0), (BARE, math.inf)):
         for step in measured[kind][0]:
             wall, used = zip(*(each[step] for each in measured[kind]), strict=True)
             print(f"{kind}, {step}: {spread(wall)}; CPU {spread(used)}")

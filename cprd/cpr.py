@@ -1,18 +1,17 @@
 """QEMU's CPR state, byte for byte: the descriptors a process leaves to its successor, by name.
 
-The stream (magic "QCPR", version 1, then the vmstate `CprState`) has no length and no trailer, so
-that only three things together tell a whole one from what a dead sender left: it parses, it ends
-exactly there, and it had as many descriptors as elements. QEMU checks none of them fully; `parse`
-checks all.
+The stream (magic "QCPR", version 1, then the vmstate `CprState`) has no length and no trailer. A
+stream is whole when three things hold: the stream parses, ends exactly there, and had as many
+descriptors as elements. QEMU checks none of the three fully; `parse` checks all.
 
-Three forms are in use. They differ in what follows the list of descriptors:
+Three forms are in use, by what follows the list of descriptors:
 
-- PLAIN: nothing (QEMU 10.0; later ones load it too);
-- VFIO: the subsection "CprState/vfio devices", even when it has none (QEMU 10.2 and later);
-- STUB: that subsection's header without a list (a QEMU built without iommufd).
+- PLAIN: nothing (QEMU 10.0; later versions load this form, too);
+- VFIO: the subsection "CprState/vfio devices", also without devices (QEMU 10.2 and later);
+- STUB: the header of that subsection without a list (a QEMU built without iommufd).
 
-So a VFIO stream that is cut exactly before its subsection reads as PLAIN, and one cut exactly after
-the subsection's header as STUB. No receiver can tell; a QEMU writes all of that at once.
+So a VFIO stream cut exactly before the subsection reads as PLAIN, cut exactly after the header of
+the subsection as STUB. No receiver can tell; a QEMU writes all of that at once.
 
 The lower half of this file is QEMU's include/migration/cpr.h for the process's own state.
 """
@@ -78,12 +77,12 @@ VFIO: Form = "vfio"
 STUB: Form = "stub"
 
 MAX_NAME = 255
-"""Bytes of a name without its NUL: QEMU's own limit for a RAM block, and cprd's for a key."""
+"""Bytes of a name without the NUL: QEMU's own limit for a RAM block, and cprd's for a key."""
 MAX_ELEMENTS = 1 << 16
 
 
 class CprFd:
-    """One element: the key (name, id), and the descriptor, a number that somebody else owns."""
+    """One element: the key (name, id), and the descriptor, a number owned by somebody else."""
 
     __slots__ = ("fd", "id", "name")
 
@@ -97,7 +96,7 @@ class CprFd:
 
 
 class CprVfioDevice:
-    """What a vfio device with an iommufd backend has beside its descriptors."""
+    """A vfio device with an iommufd backend, beside the descriptors."""
 
     __slots__ = ("devid", "hwpt_id", "ioas_id", "name")
 
@@ -112,7 +111,7 @@ class CprVfioDevice:
 
 
 class CprState:
-    """What the stream holds, in its order. Owns no descriptor."""
+    """The content of a stream, in order. Owns no descriptor."""
 
     __slots__ = ("fds", "form", "vfio_devices")
 
@@ -235,10 +234,8 @@ _STUB_TAIL = b"\x05\x15CprState/vfio devices" + Struct(">I").pack(1)
 
 
 def encode(state: CprState, form: Form | None = None) -> Stream:
-    """The stream of `state`, in its own form or another one. Descriptors stay borrowed. Pure.
-
-    VMStateError when the form cannot carry the state: vfio devices need VFIO.
-    """
+    """The stream of `state`, in the form of the state or in `form`. Descriptors stay borrowed.
+    Pure. Raises VMStateError when the form cannot carry the state: vfio devices need VFIO."""
     chosen = state.form if form is None else form
     if chosen not in (PLAIN, VFIO, STUB):
         raise InvalidInput(f"form: {chosen!r} is none of {PLAIN!r}, {VFIO!r}, {STUB!r}")
@@ -252,16 +249,13 @@ def encode(state: CprState, form: Form | None = None) -> Stream:
 
 
 def parse(
-    data: bytes | bytearray | memoryview,
-    fds: Sequence[int],
-    offsets: Sequence[int] | None = None,
+    data: bytes | bytearray | memoryview, fds: Sequence[int], offsets: Sequence[int] | None = None
 ) -> CprState:
-    """The state in a whole stream, received up to its end with the descriptors `fds`. Pure.
+    """The state in a whole stream, received with the descriptors `fds`. Pure.
 
-    They are only numbers here and stay their owner's; to check a stream by the number of its
-    descriptors pass `range(n)`. `offsets` (a tape has them) says where each arrived.
-    Errors: Truncated when the sender died on the way, VMStateError for everything else.
-    """
+    Descriptors are only numbers here, and stay the caller's; `range(n)` checks a stream of n
+    descriptors. `offsets` (of a tape) says where each arrived. Raises Truncated when the sender
+    died on the way, VMStateError for everything else."""
     data = bytes(data)
     header = data[: _HEADER.size]
     if len(header) < _HEADER.size:
@@ -289,8 +283,8 @@ def parse(
 
 
 def receive(channel: Channel) -> tuple[Tape, CprState]:
-    """Read the channel to its end in any case, then parse. The tape has the bytes and owns the
-    descriptors that the state names; it is the caller's. After an error they are closed."""
+    """Read the channel to the end in any case, then parse. The tape, the caller's, has the bytes
+    and owns the descriptors of the state. After an error all are closed."""
     tape = drain(channel)
     try:
         return tape, parse(tape.data, tape.fds, tape.offsets)
@@ -300,8 +294,8 @@ def receive(channel: Channel) -> tuple[Tape, CprState]:
 
 
 def downgrade(state: CprState) -> CprState:
-    """The same state for a QEMU 10.0, which knows no subsection and refuses a stream with one.
-    VMStateError when it has vfio devices: they would be lost."""
+    """The same state for a QEMU 10.0, which refuses a stream with a subsection. Raises VMStateError
+    for a state with vfio devices, which would be lost."""
     plain = CprState(state.fds, state.vfio_devices, PLAIN)
     try:
         _check_state(plain)
@@ -315,7 +309,7 @@ def downgrade(state: CprState) -> CprState:
 
 
 class _Own:
-    """The one table of this process. Loaded descriptors are its own until somebody finds them."""
+    """The table of this process. Owns loaded descriptors until somebody finds each."""
 
     def __init__(self) -> None:
         self.fds: dict[tuple[str, int], int] = {}
@@ -338,12 +332,11 @@ _own = _Own()
 
 
 def save_fd(name: str, id: int, fd: int | HasFileno) -> None:
-    """Record a descriptor for the next state_save. It is borrowed: stays the caller's, who keeps it
-    open until then; of an object (anything with fileno()) a reference is kept.
+    """Record a descriptor for the next state_save: borrowed, to be kept open until then. Of an
+    object (anything with fileno()) a reference is kept.
 
-    InvalidInput: the key is recorded already (delete_fd first), a name that is empty, has a NUL or
-    more than 255 bytes, an id that is no i32, or no open descriptor.
-    """
+    Raises InvalidInput for a key that is recorded already (delete_fd first), an empty name, a name
+    with a NUL or above 255 bytes, an id beyond 32 bits, or no open descriptor."""
     number = fd if isinstance(fd, int) else fd.fileno()
     raw = name.encode("utf-8", "surrogateescape")
     if not 1 <= len(raw) <= MAX_NAME or b"\0" in raw:
@@ -360,8 +353,8 @@ def save_fd(name: str, id: int, fd: int | HasFileno) -> None:
 
 
 def delete_fd(name: str, id: int) -> None:
-    """Forget a key; an unknown one is no error. Closes nothing, except a descriptor that was loaded
-    and that nobody has found yet, for it has no other owner."""
+    """Forget a key; an unknown key is no error. Closes nothing but a loaded descriptor that nobody
+    has found yet, and so has no other owner."""
     number = _own.fds.pop((name, id), None)
     _own.alive.pop((name, id), None)
     if number is not None and (name, id) in _own.unfound:
@@ -370,8 +363,8 @@ def delete_fd(name: str, id: int) -> None:
 
 
 def find_fd(name: str, id: int) -> int:
-    """The recorded descriptor, or -1. A loaded one is the caller's from the first find on; its
-    record stays, for the next state_save, until delete_fd (before closing it!)."""
+    """The recorded descriptor, or -1. A loaded descriptor is the caller's from the first find on;
+    the record stays, for the next state_save, until delete_fd (before the close!)."""
     _own.unfound.discard((name, id))
     return _own.fds.get((name, id), -1)
 
@@ -392,42 +385,39 @@ def state_form() -> Form:
 
 
 def state_save(channel: Channel | socket.socket | int, form: Form | None = None) -> None:
-    """Send the process's state and half-close, as QEMU does: the receiver knows its end by that.
+    """Send the process's state and half-close, as QEMU does: by that the receiver knows the end.
 
-    `channel`: a Channel, a connected UNIX stream socket, or its number. Kept for state_ioc() until
-    state_close(), which closes it (of a number, a duplicate); after an error it is the caller's.
-    A receiver that has everything hangs up, which state_ioc() shows as the end of the stream.
-    """
+    `channel`: a Channel, a connected UNIX stream socket, or the number of a socket (duplicated).
+    Kept for state_ioc() until state_close(), which closes the channel; after an error the caller's.
+    A receiver that has everything hangs up, which state_ioc() shows as the end of the stream."""
     records = [CprFd(name, id, number) for (name, id), number in _own.fds.items()]
     stream = encode(CprState(records, _own.vfio_devices, _own.form), form)
     _talk(channel, lambda line: _send(line, stream))
 
 
 def state_load(channel: Channel | socket.socket | int) -> None:
-    """Receive a state up to its end and make it the process's own; what was recorded before is
-    forgotten. Nothing changes unless the whole state is good; then all that came has been closed.
+    """Receive a state up to the end and make the state the process's own; earlier records are
+    forgotten. Nothing changes unless the whole state is good; otherwise all that came is closed.
 
-    The channel is kept as by state_save: closing it (state_close) tells the sender that the state
-    has been loaded. Errors: Truncated, VMStateError, LimitExceeded, Timeout, Unavailable.
-    """
+    The channel is kept as by state_save: state_close tells the sender that the state has been
+    loaded. Raises Truncated, VMStateError, LimitExceeded, Timeout, Unavailable."""
     _talk(channel, _load)
 
 
 def state_ioc() -> Channel | None:
-    """The channel of the last state_save or state_load, None when there is none (any more)."""
+    """The channel of the last state_save or state_load; None before, and after state_close."""
     return _own.channel
 
 
 def state_close() -> None:
-    """Close that channel: for the other side, the sign that we are done with it. Harmless again."""
+    """Close the channel: for the other side, the sign that we are done. Safe to repeat."""
     line, _own.channel = _own.channel, None
     if line is not None:
         line.close()
 
 
 def clear() -> None:
-    """Forget all records, and close what was loaded and never found. QEMU needs no such thing, for
-    it exits; a test does."""
+    """Forget all records, and close what was loaded and never found. For tests: a QEMU exits."""
     _own.forget()
 
 

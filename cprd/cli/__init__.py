@@ -10,14 +10,15 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING, Any
 
 from cprd.cli.quick import start_arguments
 from cprd.errors import Busy, CprdError, InvalidInput, NotHeld
 from cprd.linux.stdio import flush, note, stand_in
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 _TAKES_COMMAND = {"load", "run", "qemu"}  # what follows "--" is theirs, whatever it looks like
 

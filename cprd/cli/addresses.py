@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 KEY = "listener"  # the name of a listener without NAME=
 BACKLOG = 4096  # the kernel caps it at net.core.somaxconn
 RESOLVE = 5.0  # seconds for the name service
-_UNIX = {
-    "unix": socket.SOCK_STREAM,
-    "seqpacket": socket.SOCK_SEQPACKET,
-    "dgram": socket.SOCK_DGRAM,
-}
+_UNIX = {"unix": socket.SOCK_STREAM, "seqpacket": socket.SOCK_SEQPACKET, "dgram": socket.SOCK_DGRAM}
 _NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)=")
 
 

@@ -1,8 +1,8 @@
 """Become a command by exec, with descriptors as a service manager passes them.
 
 LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES as in sd_listen_fds(3): the descriptors are 3 and up, in
-the state's order, then the sections as sealed memfds. What CMD gets is a `Crew`, which owns
-everything until exec, and which can be turned back into a state should exec fail.
+the state's order, then the sections as sealed memfds. A `Crew` owns everything until exec, and
+becomes a state again should exec fail.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 def program(command: Sequence[str] | None) -> str:
-    """The file that `command` would execute. Raises InvalidInput when it is missing, CprdError when
-    there is no such program or it may not be executed: asked before anything is claimed."""
+    """The file that `command` would execute, asked before anything is claimed. Raises InvalidInput
+    without a command, CprdError without such a program, or for a file that is not executable."""
     if not command or not command[0]:
         raise InvalidInput("what is to be started? Put the command after --: ... -- CMD [ARG ...]")
     name = command[0]
@@ -51,8 +51,9 @@ class RaisedLimit:
         self.soft, self.hard = raise_soft_limit()
 
     def restore(self, count: int) -> None:
-        """Put the limit back for a command that gets `count` descriptors. When they do not fit, it
-        stays raised, with as many free below it as the command would have had, and we say so."""
+        """Put the limit back for a command that gets `count` descriptors. Where `count` does not
+        fit, the limit stays raised, with as many numbers free as the command expects, and a
+        note."""
         soft = self.soft
         if count and FIRST + count >= soft:
             soft = min(self.hard, FIRST + count + self.soft)
@@ -64,7 +65,7 @@ class RaisedLimit:
 
 
 class Crew:
-    """The descriptors and sections that the command is to get; owns the descriptors."""
+    """Descriptors and sections for the command; owns the descriptors."""
 
     def __init__(self) -> None:
         self.keys: list[tuple[str, int]] = []
@@ -93,8 +94,8 @@ class Crew:
         self.sections.clear()
 
     def take(self, state: State, *, but: Container[tuple[str, int]] = ()) -> None:
-        """Take over all that `state` has, `but` for the descriptors under those keys. Its values
-        stay readable, it owns nothing else any more."""
+        """Take over all that `state` has, `but` for the descriptors under some keys. The values of
+        `state` stay readable."""
         for name, id, _ in list(state.fds()):
             if (name, id) not in but:
                 self.add(name, id, state.take_fd(name, id))
@@ -127,12 +128,12 @@ class Crew:
 
 
 class Interrupted(BaseException):
-    """A signal came that ends a process (its number is the argument)."""
+    """A signal came that ends a process; the argument is the number."""
 
 
 class Deferred:
-    """From now on a signal that ends a process is only noted: once confirmed, what was taken is in
-    nobody's hands but ours, and to be killed by SIGTERM would lose it. Exec makes an end of it."""
+    """From now on a signal that ends a process is only noted, until exec: once confirmed, nobody
+    else has what was taken, and a death by SIGTERM would lose all."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -145,7 +146,7 @@ class Deferred:
         self.number = number
 
     def check(self) -> None:
-        """Raises Interrupted if one came."""
+        """Raises Interrupted if a signal came."""
         if self.number:
             raise Interrupted(self.number)
 
@@ -158,11 +159,9 @@ def become(
     deferred: Deferred,
     variables: Callable[[], dict[str, str]] | None = None,
 ) -> NoReturn:
-    """Exec `file` with `crew`, and with the variables that say so: systemd's, or those that
-    `variables` returns once the descriptors are where CMD finds them.
-
-    Raises when that fails (OSError) or a signal came before it (Interrupted); the crew is whole
-    then."""
+    """Exec `file` with `crew`, and with systemd's variables, or the result of `variables`, called
+    once the descriptors have their numbers. Raises OSError, or Interrupted for a signal that came
+    before; then the crew is whole."""
     environment = {key: value for key, value in os.environ.items() if key != "CPRD_BIND"}
     names = crew.fdnames()
     listen_fds.place(crew.fds)
@@ -188,8 +187,8 @@ def _ignored() -> Iterator[int]:
 
 
 def not_become(error: BaseException, name: str, back: Callable[[], str]) -> NoReturn:
-    """After whatever came between the confirm and the command: `back` saves what was taken, and
-    says what is held now. Raises, or ends us by the signal that came."""
+    """The end of a start that failed between the confirm and the command: `back` saves what was
+    taken, and returns what is held now, for people. Raises, or ends us by the signal that came."""
     if isinstance(error, Interrupted):
         signal.signal(error.args[0], signal.SIG_DFL)  # a second one ends us at once
         why = signal.Signals(error.args[0]).name

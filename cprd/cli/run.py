@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import combinations
 from socket import SOCK_DGRAM
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cprd import Daemon, State
 from cprd.bind import environment, object_for
@@ -156,7 +155,8 @@ def _holder(args: argparse.Namespace, name: str, failed: CannotListen) -> str:
         with connect(args) as daemon:
             for row in daemon.list()[:HOLDS]:
                 with suppress(CprdError):
-                    other = _row_name(row)
+                    mine = row["uid"] == os.geteuid()
+                    other = row["name"] if mine else f"{row['uid']}/{row['name']}"
                     shown = daemon.show(other) if other != name else {"descriptors": ()}
                     for each in shown["descriptors"]:
                         what = str(each["what"])
@@ -173,11 +173,6 @@ def _holder(args: argparse.Namespace, name: str, failed: CannotListen) -> str:
     return (
         f": {found['name']} holds {found['what']} (cprctl drop {found['name']}, or another name?)"
     )
-
-
-def _row_name(row: Mapping[str, Any]) -> str:
-    """The name of a listed hold; UID/NAME for another user's."""
-    return str(row["name"]) if row["uid"] == os.geteuid() else f"{row['uid']}/{row['name']}"
 
 
 def begin(daemon: Daemon, start: Start) -> Deferred:
@@ -238,9 +233,7 @@ def _adopt(state: State, start: Start) -> tuple[list[Held], Plan]:
     then the rest. Listeners that are to be closed stay in `state`. Raises CprdError when a socket
     of the program is in the way of a new socket."""
     here = namespace()
-    marked = {(str(name), int(id)) for name, id in state[MARK]} if MARK in state else set()
-    if MARK in state:
-        del state[MARK]
+    marked = {(str(name), int(id)) for name, id in state.pop(MARK, ())}
     held = _held(state, start, start.ours | marked)
     if not start.asked:
         start.ours.update(marked)

@@ -6,8 +6,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from cprd.linux.describe import printable
-from cprd.linux.stdio import say
+from cprd.linux.stdio import printable, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Generator
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar, cast
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 from cprd.client import claim as claims
 from cprd.client import exchange, verbs
@@ -12,9 +12,8 @@ from cprd.client import live as lives
 from cprd.client.claim import Saved
 from cprd.client.exchange import Common, Line, Step, run
 from cprd.client.livestate import LiveVerbs
-from cprd.errors import Unavailable
 from cprd.protocol import messages
-from cprd.protocol.rows import Greeting, IfExists, Row, Shown, Status
+from cprd.protocol.rows import IfExists, Row, Shown, Status
 from cprd.state import HasFileno, State
 
 TYPE_CHECKING = False
@@ -77,13 +76,10 @@ class Connection(Line):
             return value
 
 
-class Daemon:
+class Daemon(claims.DaemonFace):
     """As cprd.Daemon, for all tasks of a loop."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._line = connection
-        self._user = object()
-        connection.users.add(self._user)
+    _line: Connection
 
     async def __aenter__(self) -> Self:
         return self
@@ -97,23 +93,8 @@ class Daemon:
 
     aclose = close
 
-    def fileno(self) -> int:
-        """As cprd.Daemon.fileno."""
-        return self._line.fileno()
-
-    @property
-    def path(self) -> str:
-        """As cprd.Daemon.path."""
-        return self._line.path
-
-    @property
-    def greeting(self) -> Greeting:
-        """As cprd.Daemon.greeting."""
-        return cast(Greeting, dict(self._line.greeting))
-
     def _open(self) -> Connection:
-        if self._line.mine() and not self._line.users:
-            raise Unavailable("the connection has been closed: connect() anew")
+        self._check_open()
         return self._line
 
     async def save(

@@ -18,7 +18,7 @@ from cprd.client import exchange, verbs
 from cprd.client.claim import Saved
 from cprd.client.exchange import Common, Line, Step
 from cprd.client.sockets import is_lost, open_socket, receive_now, send_now
-from cprd.errors import LimitExceeded, Unavailable
+from cprd.errors import LimitExceeded
 from cprd.linux.rights import close_all
 from cprd.protocol import messages
 from cprd.state import State
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from cprd.client.blocking_live import LiveState
     from cprd.client.exchange import Steps, Verb
-    from cprd.protocol.rows import Greeting, IfExists, Row, Shown, Status
+    from cprd.protocol.rows import IfExists, Row, Shown, Status
     from cprd.state import HasFileno
 
     T = TypeVar("T")
@@ -207,16 +207,13 @@ def _wait(sock: socket, event: int, until: float) -> None:
         raise TimeoutError
 
 
-class Daemon:
+class Daemon(claims.DaemonFace):
     """A connection to cprd, for all threads of this process: requests take turns, and waiting
     (`wait`, `load` with wait) delays nobody. Made by connect(); as a block, leaving closes.
 
     In a child of fork() every method raises InvalidInput, and close() does nothing."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._line = connection
-        self._user = object()
-        connection.users.add(self._user)
+    _line: Connection
 
     def __enter__(self) -> Self:
         return self
@@ -233,26 +230,18 @@ class Daemon:
         Does not block."""
         self._line.leave(self._user)
 
-    def fileno(self) -> int:
-        """The connection's socket, owned by the Daemon; -1 while there is none."""
-        return self._line.fileno()
-
-    @property
-    def path(self) -> str:
-        """The path of the daemon's socket."""
-        return self._line.path
-
-    @property
-    def greeting(self) -> Greeting:
-        """What the daemon said first: version, server, limits, kept, lease_by; uid and pid of this
-        process, as the daemon sees them."""
-        greeting: Greeting = {**self._line.greeting}  # type: ignore[typeddict-item]
-        return greeting
-
     def _free(self) -> Connection:
-        if self._line.mine() and not self._line.users:
-            raise Unavailable("the connection has been closed: connect() anew")
+        self._check_open()
         return self._line.free()
+
+    def _wait(self, verb: Callable[[Connection], Verb[T]]) -> T:
+        """Run a verb that waits on a line of its own."""
+        line, user = self._free(), object()
+        other = line.lend(user)
+        try:
+            return other.run(verb(other))
+        finally:
+            line.take_back(other, user)
 
     def save(
         self,
@@ -321,15 +310,14 @@ class Daemon:
         LimitExceeded (no room in this process; the hold stays), Fenced, Denied, InvalidInput,
         Unavailable, Timeout (beyond `wait`). After a Timeout or an interrupt nothing stays
         claimed: cprd is told at once, or by the next request or the end of the connection."""
+
+        def verb(line: Connection) -> Verb[Claim]:
+            return verbs.load(line, Claim, name, wait, lease, generation, timeout)
+
+        if wait:
+            return self._wait(verb)
         line = self._free()
-        if not wait:
-            return line.run(verbs.load(line, Claim, name, wait, lease, generation, timeout))
-        user = object()
-        other = line.lend(user)
-        try:
-            return other.run(verbs.load(other, Claim, name, wait, lease, generation, timeout))
-        finally:
-            line.take_back(other, user)
+        return line.run(verb(line))
 
     def live(
         self,
@@ -374,12 +362,7 @@ class Daemon:
     def wait(self, name: str, timeout: float = messages.MAX_WAIT) -> int:
         """Wait until `name` could be loaded, at most `timeout` seconds. Returns the generation.
         Claims nothing. Raises what a load would raise when the time is over: NotHeld, Busy."""
-        line, user = self._free(), object()
-        other = line.lend(user)
-        try:
-            return other.run(verbs.wait(name, timeout))
-        finally:
-            line.take_back(other, user)
+        return self._wait(lambda _: verbs.wait(name, timeout))
 
     def drop(self, name: str, *, force: bool = False, timeout: float | None = None) -> int:
         """End a hold without a successor; cprd closes the descriptors. `force`: also where another

@@ -8,7 +8,7 @@ import sys
 from cprd.bundle.pack import pack
 from cprd.client.exchange import BRIEF, Call, Line, Work
 from cprd.client.owed import owe
-from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded
+from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded, Unavailable
 from cprd.linux.pause import point
 from cprd.protocol import messages
 from cprd.state import State, open_descriptor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cprd.client.exchange import Verb
-    from cprd.protocol.rows import Kept
+    from cprd.protocol.rows import Greeting, Kept
     from cprd.state import HasFileno
 
     AfterExit = bool | int | HasFileno | None
@@ -368,6 +368,37 @@ class Claim:
         bundle, self.bundle = self.bundle, -1
         if bundle >= 0:
             os.close(bundle)
+
+
+class DaemonFace:
+    """What a Daemon knows of its connection, in every client."""
+
+    def __init__(self, connection: Any) -> None:
+        self._line = connection
+        self._user = object()
+        connection.users.add(self._user)
+
+    def fileno(self) -> int:
+        """The connection's socket, owned by the Daemon; -1 while there is none."""
+        number: int = self._line.fileno()
+        return number
+
+    @property
+    def path(self) -> str:
+        """The path of the daemon's socket."""
+        path: str = self._line.path
+        return path
+
+    @property
+    def greeting(self) -> Greeting:
+        """What the daemon said first: version, server, limits, kept, lease_by; uid and pid of this
+        process, as the daemon sees them."""
+        greeting: Greeting = self._line.greeting.copy()
+        return greeting
+
+    def _check_open(self) -> None:
+        if self._line.mine() and not self._line.users:
+            raise Unavailable("the connection has been closed: connect() anew")
 
 
 class PreparedFace:

@@ -48,9 +48,11 @@ from cprd.errors import (
 )
 from cprd.linux.pause import point
 from cprd.live import carrier
-from cprd.live.owner import Owner
+from cprd.live.owner import Owner, Place
+from cprd.live.puts import fd_key, section_key
 from cprd.live.queue import make_pair
 from cprd.live.reader import Found, read
+from cprd.live.records import PACKED, PACKED_MEMFD, RAW, RAW_MEMFD, Key
 from cprd.live.takeover import take_over
 from cprd.protocol import messages
 from cprd.state import InlineSection, MemfdSection, State
@@ -59,7 +61,8 @@ from cprd.state.sections import close_section
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from types import FrameType
     from typing import Any, TypeVar
 
     from cprd.client.exchange import Steps, Verb
@@ -70,6 +73,38 @@ if TYPE_CHECKING:
 
 AGAIN = 0.2  # s between two tries to put a hold back
 PATTERN = ".*"
+
+
+class Unsure:
+    """A change whose end in this process's own copy may be due after an interrupt: of a section
+    (None: deleted), owned, or of a descriptor (name, id) that a predecessor left and nobody took.
+    `before`: the place of the key before the change."""
+
+    __slots__ = ("before", "fd", "name", "section")
+
+    def __init__(
+        self, name: str, id: int | None, section: InlineSection | MemfdSection | None
+    ) -> None:
+        self.name = name
+        self.fd = None if id is None else (name, id)
+        self.section = section
+        self.before: Place | None = None
+
+    @property
+    def key(self) -> Key:
+        return section_key(self.name) if self.fd is None else fd_key(*self.fd)
+
+    def is_made(self, after: Place | None) -> bool:
+        """Whether the change was made, where `after` is the place of the key now."""
+        section = self.section
+        if after is None:
+            return section is None
+        if isinstance(section, InlineSection):
+            return after[:2] == (PACKED if section.packed else RAW, section.data)
+        if section is None and self.fd is None:
+            return False
+        is_elsewhere = self.before is None or after[2] is not self.before[2]
+        return is_elsewhere and (section is None or after[0] in (PACKED_MEMFD, RAW_MEMFD))
 
 
 class Root:
@@ -126,6 +161,8 @@ class Live:
         self.sections: dict[str, InlineSection | MemfdSection] = {}
         self.came: tuple[bytes, Any, Any] = self.state.columns()
         self.asked: set[str] = set()  # sections
+        self.unsure: Sequence[Unsure] = ()
+        self.changing: FrameType | None = None  # that makes the changes of `unsure`
         self.defer: Defer | None = None
         self.over: CprdError | None = None
         self.open = False
@@ -197,6 +234,12 @@ class Live:
                 " hold after the last fork (of a daemonizing program, too)"
             )
 
+    def give_up(self, key: str, section: InlineSection | MemfdSection | None) -> None:
+        """Close a section that is not, and will not be, that of `key`."""
+        due = any(one.section is section for one in self.unsure)
+        if not due and self.sections.get(key) is not section:
+            close_section(section)
+
     def untaken(self) -> list[tuple[str, int] | str]:
         """What came and was never asked for."""
         came = [key for key in self.sections if key not in self.asked]
@@ -265,9 +308,14 @@ class Live:
         """Returns whether cprd knows of the end."""
         self._unwatch()
         owner, self.owner = self.owner, None
-        keep = self._left or (owner is not None and owner.kept > 0)
+        keep = self._left
         if owner is not None:
-            owner.close()
+            try:
+                keep = owner.kept > 0
+            except CprdError:
+                keep = True  # an interrupt left nobody knows what
+            finally:
+                owner.close()
         if self.ticket.over or isinstance(self.over, Fenced):
             return True
         if owner is None and not self._left:
@@ -384,9 +432,13 @@ class Live:
             if self._made is not None:
                 self._made.close()
             self.state.close()
-            for section in self.sections.values():
+            for section in (
+                *self.sections.values(),
+                *[one.section for one in self.unsure],
+            ):
                 close_section(section)
             self.sections.clear()
+            self.unsure = ()
         finally:
             self._unpark()
             self.root.close()

@@ -5,17 +5,28 @@ No verb here talks to cprd; the clients add those that do.
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import (
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from os import SEEK_SET, lseek
+from weakref import ref
 
-from cprd.client.live import Live
-from cprd.errors import InvalidInput, MissingKey
+from cprd.client.live import Live, Unsure
+from cprd.errors import Fenced, InvalidInput, MissingKey
 from cprd.linux.memfd import sealed_memfd
 from cprd.linux.rights import close_all
-from cprd.live.owner import Batch
+from cprd.live.owner import Batch, inside, runs
 from cprd.live.puts import INLINE
 from cprd.state import InlineSection, MemfdSection
 from cprd.state.descriptors import UNSET, duplicate, number_of
@@ -38,17 +49,123 @@ class Gathering:
     """The changes of one batch() block. `sections`: by key, None where one was deleted."""
 
     def __init__(self, live: Live) -> None:
-        self.live: Live | None = live  # None: the block has ended
+        self.live = live
         self.batch = Batch(live.writer())
         self.sections: dict[str, Section | None] = {}
         self.gone: list[tuple[str, int]] = []
+        self.block: Callable[[], Any] = lambda: None  # the generator
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the block goes on: no interrupt of its end leaves it open."""
+        block = self.block()
+        return block is not None and block.gi_frame is not None
 
     def close(self) -> None:
-        self.live = None
+        for key, section in self.sections.items():
+            self.live.give_up(key, section)
+        self.sections = {}
         self.batch.close()
 
 
-class LiveVerbs(MutableMapping[str, "Any"]):
+class OwnCopy:
+    """What a process has of the hold besides the queues: sections, and descriptors that a
+    predecessor left and nobody took. Agrees with what a successor would find."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._lock = threading.RLock()  # of the sections
+
+    def _check(self) -> None:
+        self._live.check()
+        if self._live.unsure:
+            self._settle()
+
+    def _commit(
+        self, unsure: Sequence[Unsure], change: Callable[..., None], *arguments: Any, **options: Any
+    ) -> None:
+        """Make a change, then the same in the own copy. An interrupt may come in between: the next
+        verb learns whether the change was made."""
+        live = self._live
+        with self._lock:
+            if live.unsure:
+                self._settle()
+                if live.unsure:
+                    raise inside()
+            owner = live.writer()
+            for one in unsure:
+                if not isinstance(one.section, InlineSection):
+                    one.before = owner.place(one.key)
+            live.changing = sys._getframe()
+            live.unsure = unsure
+            try:
+                change(*arguments, **options)
+            except Exception:
+                live.changing = None
+                self._settle()
+                raise
+            for one in unsure:
+                self._finish(one)
+            live.unsure = ()
+            live.changing = None
+
+    def _settle(self) -> None:
+        """What an interrupted change has kept, or not, comes to the own copy."""
+        live = self._live
+        with self._lock:
+            if live.changing is not None and runs(live.changing):
+                return  # in a signal handler that has interrupted the change
+            live.changing = None
+            owner = live.owner
+            if owner is None:
+                return
+            try:
+                made = [one.is_made(owner.place(one.key)) for one in live.unsure]
+            except Fenced:
+                return
+            for one, is_made in zip(live.unsure, made, strict=True):
+                if is_made:
+                    self._finish(one)
+                elif live.sections.get(one.name) is not one.section:
+                    close_section(one.section)
+            live.unsure = ()
+
+    def _finish(self, one: Unsure) -> None:
+        """Bring a change that was made to the own copy. May be done twice."""
+        if one.fd is None:
+            self._store(one.name, one.section)
+        else:
+            self._forget([one.fd])
+
+    def _untaken(self, keys: list[tuple[str, int]]) -> list[Unsure]:
+        """Of keys that are to change: those of copies that a predecessor left and nobody took."""
+        live = self._live
+        if not live.state.fd_count:
+            return []
+        return [Unsure(*key, None) for key in keys if live.state.find_fd(*key) >= 0]
+
+    def _store(self, key: str, section: Section | None) -> None:
+        """What is kept now."""
+        self._live.asked.add(key)
+        old = self._live.sections.pop(key, None) if section is None else None
+        if section is not None:
+            old = self._live.sections.get(key)
+            self._live.sections[key] = section
+        if old is not section:
+            close_section(old)
+
+    def _forget(self, keys: Iterable[tuple[str, int]]) -> None:
+        """Close copies that a predecessor left and nobody took, of keys that are gone."""
+        live = self._live
+        fds = [live.state.take_fd(name, id, -1) for name, id in keys]
+        fds = [fd for fd in fds if fd >= 0]
+        if fds and live.defer is not None:
+            live.defer(lambda: close_all(fds))
+        else:
+            close_all(fds)
+
+
+class LiveVerbs(OwnCopy, MutableMapping[str, "Any"]):
     """What a LiveState does without cprd. Thread-safe; no method blocks, except where a blocking
     client lets go of a file whose last close blocks (SO_LINGER, network file systems).
 
@@ -57,9 +174,8 @@ class LiveVerbs(MutableMapping[str, "Any"]):
     of the system. A change that raised was not made, unless the message says otherwise."""
 
     def __init__(self, live: Live) -> None:
-        self._live = live
+        super().__init__(live)
         self._line: Any = live.line
-        self._lock = threading.RLock()  # of the sections
         self._batches = 0
         self.name = live.ticket.name
         self.found = live.found  # False: a cold start
@@ -109,9 +225,12 @@ class LiveVerbs(MutableMapping[str, "Any"]):
             if replace:
                 batch.gone.append((name, id))
             return
-        self._live.writer().save_fd(name, id, fd, replace=replace)
-        if replace:
-            self._forget([(name, id)])
+        owner = self._live.writer()
+        unsure = self._untaken([(name, id)]) if replace else []
+        if unsure:
+            self._commit(unsure, owner.save_fd, name, id, fd, replace=True)
+        else:
+            owner.save_fd(name, id, fd, replace=replace)
 
     def save_fds(
         self, name: str, fds: Mapping[int, int | HasFileno] | Iterable[tuple[int, int | HasFileno]]
@@ -127,7 +246,7 @@ class LiveVerbs(MutableMapping[str, "Any"]):
         descriptor. The key stays kept until delete_fd. An absent key, or one that was taken or
         saved here: `default` if given, else MissingKey."""
         live = self._live
-        live.check()
+        self._check()
         fd = live.state.take_fd(name, id, -1)
         if fd >= 0:
             return fd
@@ -143,12 +262,12 @@ class LiveVerbs(MutableMapping[str, "Any"]):
 
     def take_fds(self, name: str) -> dict[int, int]:
         """Return all descriptors of one name that were left, by id; the caller owns each."""
-        self._live.check()
+        self._check()
         return self._live.state.take_fds(name)
 
     def take_socket(self, name: str, id: int = 0, *, blocking: bool = True) -> socket.socket:
         """As State.take_socket: O_NONBLOCK is set or cleared, whatever a predecessor did."""
-        self._live.check()
+        self._check()
         return self._live.state.take_socket(name, id, blocking=blocking)
 
     def take_sockets(
@@ -160,13 +279,13 @@ class LiveVerbs(MutableMapping[str, "Any"]):
         blocking: bool = True,
     ) -> dict[int, socket.socket]:
         """As State.take_sockets."""
-        self._live.check()
+        self._check()
         return self._live.state.take_sockets(name, family, type, blocking=blocking)
 
     def find_fd(self, name: str, id: int = 0) -> int:
         """Return the descriptor that was left under (name, id) and not taken, still the state's;
         -1 when absent."""
-        self._live.check()
+        self._check()
         return self._live.state.find_fd(name, id)
 
     def delete_fd(self, name: str, id: int = 0) -> None:
@@ -179,19 +298,23 @@ class LiveVerbs(MutableMapping[str, "Any"]):
             batch.batch.delete_fd(name, id)
             batch.gone.append((name, id))
             return
-        self._live.writer().delete_fd(name, id)
-        self._forget([(name, id)])
+        owner = self._live.writer()
+        unsure = self._untaken([(name, id)])
+        if unsure:
+            self._commit(unsure, owner.delete_fd, name, id)
+        else:
+            owner.delete_fd(name, id)
 
     def fds(self, name: str | None = None) -> Iterator[tuple[str, int, int]]:
         """Iterate (name, id, fd) of what was left and not taken: of one name, or of all."""
-        self._live.check()
+        self._check()
         return self._live.state.fds(name)
 
     def fd_keys(self, name: str | None = None) -> list[tuple[str, int]]:
         """The keys (name, id) of all kept descriptors, oldest first: of one name, or of all. Inside
         a batch as its end will leave them."""
         live = self._live
-        live.check()
+        self._check()
         if live.owner is not None:
             keys = live.owner.fd_keys()
         else:
@@ -219,6 +342,8 @@ class LiveVerbs(MutableMapping[str, "Any"]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         check_section_key(key)
+        if self._live.unsure:
+            self._settle()
         old = self._live.sections.get(key)
         if isinstance(old, MemfdSection) and old.is_view(value):
             return  # kept as it is
@@ -237,7 +362,7 @@ class LiveVerbs(MutableMapping[str, "Any"]):
         return any(key == each for each in self)
 
     def __iter__(self) -> Iterator[str]:
-        self._live.check()
+        self._check()
         keys = dict.fromkeys(self._live.sections)
         batch = self._batch() if self._batches else None
         for key, section in batch.sections.items() if batch is not None else ():
@@ -282,32 +407,32 @@ class LiveVerbs(MutableMapping[str, "Any"]):
 
     # Several at once, memory, the end
 
-    @contextmanager
-    def batch(self) -> Iterator[Self]:
+    def batch(self) -> AbstractContextManager[Self]:
         """Several changes in one step: the changes of the block are there as a whole when the block
         ends, or, after an exception, not at all. For the verbs of this thread, or of this task;
         others go on. Descriptors are borrowed until the end. memory() takes no part."""
         if self._batches and self._batch() is not None:
-            yield self  # part of the outer one
-            return
+            return nullcontext(self)  # part of the outer one
         batch = Gathering(self._live)
-        token = _gathering.set((*_gathering.get(), batch))
+        block = self._gather(batch)
+        batch.block = ref(block)
+        return contextmanager(lambda: block)()
+
+    def _gather(self, batch: Gathering) -> Generator[Self]:
+        others = [other for other in _gathering.get() if other.is_open]
+        token = _gathering.set((*others, batch))
         with self._lock:
             self._batches += 1
         try:
             yield self
-            with self._lock:
-                self._live.writer().commit(batch.batch)
-                for key, section in batch.sections.items():
-                    self._store(key, section)
+            unsure = self._untaken(batch.gone)
+            unsure += [Unsure(key, None, section) for key, section in batch.sections.items()]
+            self._commit(unsure, self._live.writer().commit, batch.batch)
             batch.sections = {}
-            self._forget(batch.gone)
         finally:
             with self._lock:
                 self._batches -= 1
             _gathering.reset(token)
-            for section in batch.sections.values():
-                close_section(section)
             batch.close()
 
     def memory(self, name: str, size: int) -> memoryview:
@@ -324,7 +449,7 @@ class LiveVerbs(MutableMapping[str, "Any"]):
 
     def untaken(self) -> list[tuple[str, int] | str]:
         """Keys of what was left and never asked for: (name, id), then sections."""
-        self._live.check()
+        self._check()
         return self._live.untaken()
 
     def leave(self) -> None:
@@ -342,13 +467,13 @@ class LiveVerbs(MutableMapping[str, "Any"]):
 
     def _batch(self) -> Gathering | None:
         for batch in _gathering.get():
-            if batch.live is self._live:
+            if batch.live is self._live and batch.is_open:
                 return batch
         return None
 
     def _section(self, key: str) -> Section:
         live = self._live
-        live.check()
+        self._check()
         live.asked.add(key)
         batch = self._batch() if self._batches else None
         section = live.sections.get(key)
@@ -365,40 +490,17 @@ class LiveVerbs(MutableMapping[str, "Any"]):
             with self._lock:
                 batch = self._batch() if self._batches else None
                 into = self._live.writer() if batch is None else batch.batch
+                change: tuple[Any, ...] = (into.save_section, key, section)
                 if section is None:
-                    into.delete_section(key)
-                elif isinstance(section, InlineSection):
-                    into.save_section(key, section)
-                else:
-                    into.save_section_fd(key, section.fd, packed=section.packed)
+                    change = (into.delete_section, key)
+                elif isinstance(section, MemfdSection):
+                    change = (partial(into.save_section_fd, packed=section.packed), key, section.fd)
                 if batch is None:
-                    self._store(key, section)
+                    self._commit((Unsure(key, None, section),), *change)
                 else:
+                    change[0](*change[1:])
                     old, batch.sections[key] = batch.sections.get(key), section
                     close_section(old)
         except BaseException:
-            if section is not None and self._live.sections.get(key) is not section:
-                close_section(section)
+            self._live.give_up(key, section)
             raise
-
-    def _store(self, key: str, section: Section | None) -> None:
-        """What is kept now."""
-        self._live.asked.add(key)
-        old = self._live.sections.pop(key, None) if section is None else None
-        if section is not None:
-            old = self._live.sections.get(key)
-            self._live.sections[key] = section
-        if old is not section:
-            close_section(old)
-
-    def _forget(self, keys: Iterable[tuple[str, int]]) -> None:
-        """Close copies that a predecessor left and nobody took, of keys that are gone."""
-        live = self._live
-        if not live.state.fd_count:
-            return
-        fds = [live.state.take_fd(name, id, -1) for name, id in keys]
-        fds = [fd for fd in fds if fd >= 0]
-        if fds and live.defer is not None:
-            live.defer(lambda: close_all(fds))
-        else:
-            close_all(fds)

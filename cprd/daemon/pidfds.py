@@ -28,6 +28,8 @@ class Pidfds:
         """Own `fds` from now on. The pidfds of `roles` stay watched, all others of the hold are
         closed. `fds` may repeat the result of `of`."""
         old = self._by_hold.pop(generation, {})
+        if not (old or fds):
+            return
         kept: dict[str, int] = {}
         for role in {*fds, *old}:
             fd, former = fds.get(role, -1), old.get(role, -1)

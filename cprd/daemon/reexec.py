@@ -88,7 +88,7 @@ def sort(named: list[tuple[str, int]]) -> Given:
         sock = _as_socket(fd)
         if sock is not None and _add_shelf(given, name, sock):
             continue
-        if sock is not None and _listens(sock):
+        if sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             why = _why_not_served(sock)
             if not why:
                 given.listeners.append((name, sock))
@@ -147,10 +147,6 @@ def _as_socket(fd: int) -> socket.socket | None:
         return socket.socket(fileno=fd)
     except OSError:
         return None
-
-
-def _listens(sock: socket.socket) -> bool:
-    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _why_not_served(sock: socket.socket) -> str:

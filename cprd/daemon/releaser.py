@@ -169,19 +169,39 @@ def _scm_fds(fd: int) -> int:
 def let_go(slot: int) -> None:
     """Drain a slot. Of a live hold, as the last record says: all that is kept, wherever else an end
     of a queue is open still; or the root alone, whose segments another hold has."""
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM, 0, os.dup(slot))
+    try:
+        sock.setsockopt(_socket.SOL_SOCKET, _SO_PEEK_OFF, -1)  # a killed reader leaves another
+        if _version(sock.recv(_LAST.size, _PEEK)) in (LIVING, HANDED_ON):  # as in every record
+            _let_go_of_live(slot)
+        while sock.recv(1, _socket.MSG_DONTWAIT):
+            pass
+    except OSError:
+        pass
+    sock.close()
+
+
+def _version(record: bytes) -> int:
+    """The version of a record of a slot; 0: no record."""
+    if len(record) < _LAST.size or record[:4] != _MAGIC:
+        return 0
+    version: int = _LAST.unpack_from(record)[1]
+    return version
+
+
+def _let_go_of_live(slot: int) -> None:
     bundles: list[int] = []
     version = 0
     for data, fds in records(_socket.socket(fileno=os.dup(slot))):
         bundles += [os.dup(fds[0])] if fds and not bundles else []
-        if len(data) >= _LAST.size and data[:4] == _MAGIC and not data[_LAST.size - 1]:
-            version = _LAST.unpack_from(data)[1]
+        if _version(data) and not data[_LAST.size - 1]:
+            version = _version(data)
     for bundle in bundles:
         if version in (LIVING, HANDED_ON):
             for _, roots in records(_queue(bundle), 1):
                 for root in roots:
                     let_go_of_root(root, deep=version == LIVING)
         os.close(bundle)
-    empty(slot)
 
 
 def let_go_of_root(root: int, deep: bool) -> None:

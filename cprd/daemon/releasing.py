@@ -35,7 +35,7 @@ MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
 MOST_PENDING = 4000  # where something moves: many holds can end at once
 STILL = 3.0  # s without an acknowledgement: something blocks, on a busy machine too
 LINGER = 5.0  # s until an idle releaser is told to end
-GATHERED = 0.02  # s: so many acknowledgements are heard at once
+GATHERED = 0.02  # s: what comes meanwhile is heard at once, and slots are sent at once
 
 Fds = tuple[int, ...]
 
@@ -156,6 +156,8 @@ class Releasing:
         self._stuck = io.FileIO(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "r+")
         self._epoll.register(self._stuck, select.EPOLLIN)
         self._watched: socket.socket | None = None
+        self._tended = False
+        self._gathering = False  # slots wait for more slots
         self._spare = self._forker.made()  # warm: has started by the time of the first need
         self._watch_forker()
 
@@ -239,10 +241,20 @@ class Releasing:
         if not (releaser.queue or releaser.sent):
             releaser.moved = time.monotonic()
         releaser.queue.append(work)
+        if work.kind == DRAIN and self._tended and len(releaser.queue) < AT_ONCE:
+            self._gather()
+            return
         if len(releaser.sent) >= AT_ONCE:
             self._hear()
         self._advance(uid, releaser)
         if not releaser.sent:
+            os.eventfd_write(self._stuck.fileno(), 1)
+
+    def _gather(self) -> None:
+        """Let `tend` send soon: a releaser that wakes up for each slot takes as much CPU time as a
+        request."""
+        if not self._gathering:
+            self._gathering = True
             os.eventfd_write(self._stuck.fileno(), 1)
 
     def _advance(self, uid: int, releaser: Releaser, at_once: int = AT_ONCE) -> None:
@@ -294,6 +306,7 @@ class Releasing:
 
     async def tend(self) -> None:
         """For ever: hear acknowledgements, send more, let idle releasers end, keep one warm."""
+        self._tended = True
         while True:
             with trio.move_on_after(self._pause):
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
@@ -313,10 +326,11 @@ class Releasing:
     def _restless(self) -> bool:
         """Whether something waits for anything but an acknowledgement."""
         stuck = any(one.queue and not one.sent for one in self._releasers.values())
-        return stuck or self._spare is None or self._forker.unreaped
+        return (stuck and not self._gathering) or self._spare is None or self._forker.unreaped
 
     def collect(self) -> None:
         """Hear acknowledgements so far, and follow up."""
+        self._gathering = False
         self._hear()
         now = time.monotonic()
         for uid, releaser in list(self._releasers.items()):

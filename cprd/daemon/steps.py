@@ -200,11 +200,14 @@ class Steps:
         at = self.registry.next_deadline()
         if at is not None and at < self._sleeps_until:
             self._deadline_moved.set()
-        for key in {hold.key for hold in (*step.put, *(ended.hold for ended in step.ended))}:
-            self.waiters.serve(key)
+        if self.waiters.waiting:
+            for key in {hold.key for hold in (*step.put, *(ended.hold for ended in step.ended))}:
+                self.waiters.serve(key)
 
     def _forget_notes(self, step: Step) -> None:
         """Forget the owners and claimants that are none after a step."""
+        if not self.notes.noted:
+            return
         for hold in step.put:
             self.notes.match(hold)
         for ended in step.ended:

@@ -138,7 +138,8 @@ class Turns:
         connection.in_turn = True
         request = serve(connection, came)
         try:
-            request.send(None)
+            if request.send(None) is not None:
+                raise RuntimeError("a request waits in its turn: apart() was not called")
         except StopIteration as end:
             if end.value is None:
                 self.wake(connection)  # more may have come

@@ -61,6 +61,11 @@ class Waiters:
         self._further: dict[Key, None] = {}  # names whose next waiter may be served, in order
         self._wanted = trio.Event()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._queues)
+
     async def wait(
         self, connection: Connection, key: Key, waiter: Waiter[T], seconds: float
     ) -> T | None:

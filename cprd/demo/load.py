@@ -1,4 +1,4 @@
-"""The clients of the demonstration: many, never at rest, each knowing what it is owed."""
+"""The clients of the demonstration: many, never at rest, each with a list of expected answers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Load:
 
 
 class Sent:
-    """A number, and when its last byte was sent."""
+    """A number, and the time of the last byte sent."""
 
     __slots__ = ("at", "number")
 
@@ -100,7 +100,7 @@ class Sent:
 
 
 class Client:
-    """One connection. `pending`: the numbers whose answers are still to come."""
+    """A connection. `pending`: numbers without an answer so far."""
 
     def __init__(self, load: Load, stream: trio.SocketStream, seed: int) -> None:
         self.load = load
@@ -113,8 +113,8 @@ class Client:
         self.alive = True
 
     async def send(self) -> None:
-        """Bursts of one to three numbers; every fourth is cut in the middle of a line, and its rest
-        comes later, often from the other side of a restart."""
+        """Send bursts of one to three numbers. A quarter of the bursts is cut in the middle of a
+        line; the rest comes later, often after a restart."""
         period = self.load.period
         await trio.sleep(self.random.uniform(0, 2 * period))
         try:
@@ -145,7 +145,7 @@ class Client:
         await self.stream.send_all(data)
 
     async def receive(self) -> None:
-        """Check every answer against what this client alone knows: its count and its sum."""
+        """Check every answer against the count and the sum, which this client alone knows."""
         buffer = b""
         try:
             while data := await self.stream.receive_some():

@@ -1,14 +1,13 @@
-"""A small TCP service that keeps a running tally for each client, and survives its own end.
+"""A small TCP service that keeps a running tally for each client, and survives every death.
 
-A client sends numbers, one a line; each is answered with a line of two: how many numbers this
-connection has sent so far, and their sum. Every step is kept in a live hold before the step is
-taken, so SIGTERM and SIGKILL may come at any moment, wherever each connection stands (half a line
-read, half an answer sent). The next one goes on in the middle of that line.
+A client sends numbers, each on a line. The answer to each is a line with the count and the sum of
+all numbers of the connection so far. Every step is kept in a live hold before the step is taken: so
+SIGTERM and SIGKILL may come at any moment, wherever each connection stands (half a line read, half
+an answer sent). The successor goes on in the middle of the line.
 
     cprd-demo-server NAME [PORT]          (or python3 -m cprd.demo.server)
 
-serves what is kept under NAME, or else opens PORT. It prints "ready PORT" when it serves, and how
-many seconds it spent with cprd.
+serves what is kept under NAME, or else opens PORT; prints "ready PORT", and the seconds with cprd.
 """
 
 from __future__ import annotations
@@ -36,9 +35,8 @@ _TCP = (socket.AF_INET, socket.SOCK_STREAM)
 
 
 class Tally:
-    """One client: its connection, what it was told, and the bytes on their way in and out.
-
-    `read`, `written`: where the connection stands when all that is noted here has been done."""
+    """A client: the connection, the tally, and bytes on the way in and out. `read`, `written`: the
+    position of the connection once all that is noted here has been done."""
 
     def __init__(self, sock: socket.socket, count: int = 0, total: int = 0) -> None:
         self.sock = sock
@@ -65,8 +63,8 @@ class Tally:
 
     @classmethod
     def noted(cls, sock: socket.socket, note: list[Any]) -> Tally:
-        """As its predecessor noted it, and no byte done twice: the predecessor may have been killed
-        before it read what it had noted as read, or after it sent what it had noted as unsent."""
+        """As the predecessor noted, and no byte done twice: a kill may have come before the read of
+        what is noted as read, or after the send of what is noted as unsent."""
         tally = cls(sock, *note[:2])
         tally.unread, tally.unsent, tally.read, tally.written = note[2:]
         try:
@@ -81,7 +79,7 @@ class Tally:
 
 
 class Service:
-    """The listener and all clients: what outlives the process, and where that is kept."""
+    """The listener and all clients, which outlive the process, and the live hold."""
 
     def __init__(
         self, state: cprd.LiveState | Any, listener: socket.socket, clients: dict[int, Tally]
@@ -98,7 +96,7 @@ class Service:
 
     @classmethod
     def restored(cls, state: Any) -> Service:
-        """Takes every descriptor that was left, and owns it from now on."""
+        """Takes every descriptor that was left, and owns all."""
         socks = state.take_sockets("client", *_TCP)
         notes = {id: state[f"client.{id}"] for id in socks}
         listener = state.take_sockets("listener", *_TCP)[0]
@@ -119,7 +117,7 @@ class Service:
         self.state[f"client.{id}"] = self.clients[id].note()
 
     def remove(self, id: int) -> None:
-        """Let go of a client, which is told so by the close."""
+        """Let go of a client: the close tells the client."""
         with self.state.batch():
             self.state.delete_fd("client", id)
             del self.state[f"client.{id}"]
@@ -127,7 +125,7 @@ class Service:
 
 
 async def serve(service: Service, stopped: list[int]) -> None:
-    """Serve until SIGTERM; not empty, `stopped` says that one came before."""
+    """Serve until SIGTERM; not at all when `stopped` has a signal already."""
     import trio
 
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
@@ -180,7 +178,7 @@ async def _talk(service: Service, id: int) -> None:
 
 
 def main() -> int:
-    """The command. Exit status: 0 left to the next one, 1 it failed, 2 usage."""
+    """The command. Exit status: 0 left to the successor, 1 failed, 2 usage."""
     import argparse
 
     parser = argparse.ArgumentParser(

@@ -1,7 +1,7 @@
 """The stage: a private cprd, the service, its clients, and the restarts.
 
-Everything is bounded in time; whatever happens, no process and no file of ours is left behind (were
-this process killed, the kernel ends its children).
+Everything is bounded in time, and no process and no file is left behind (should this process be
+killed, the kernel ends the children).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WARM_UP, TAIL = 1.0, 1.0  # seconds before the first restart and after the last
 
 
 class Settings(NamedTuple):
-    """What to show."""
+    """The size of the demonstration."""
 
     connections: int = 500
     restarts: int = 10
@@ -49,7 +49,7 @@ class Settings(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far it is."""
+    """The state of the demonstration, to be shown."""
 
     restarts: int
     answers: int
@@ -59,7 +59,7 @@ class Progress(NamedTuple):
 
 
 class Child:
-    """A process of ours: ended with SIGTERM, then SIGKILL, at the latest with this one."""
+    """A child: ended with SIGTERM, then SIGKILL, at the latest with this process."""
 
     def __init__(self, arguments: list[str], folder: Path, **extra: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("CPRD_")}
@@ -82,7 +82,7 @@ class Child:
         self.said = b""
 
     async def gone(self) -> int:
-        """Wait for its end; its exit status."""
+        """Wait for the end. Returns the exit status."""
         with self._in_time("end"):
             await trio.lowlevel.wait_readable(self.pidfd)
         status = self.process.wait()
@@ -91,7 +91,7 @@ class Child:
         return status
 
     async def ready(self) -> int:
-        """Wait for its line "ready PORT"; the port."""
+        """Wait for the line "ready PORT". Returns the port."""
         with self._in_time("get ready"):
             while (port := self.number(b"ready", whole=True)) is None:
                 await trio.lowlevel.wait_readable(self._stdout())
@@ -102,7 +102,7 @@ class Child:
         return int(port)
 
     def number(self, word: bytes, *, whole: bool = False) -> float | None:
-        """The number in its line "WORD NUMBER"; None while there is none."""
+        """The number in the line "WORD NUMBER" of the output; None before."""
         for line in self.said.splitlines(keepends=True):
             if line.startswith(word) and (line.endswith(b"\n") or not whole):
                 return float(line.split()[1])
@@ -127,7 +127,7 @@ class Child:
         return lines[-1] if lines else "it said nothing"
 
     def end(self) -> None:
-        """Make sure that it is gone, and let go of it."""
+        """End the process, and close what belongs to it."""
         try:
             if self.process.poll() is None:
                 self.process.terminate()
@@ -147,7 +147,7 @@ def _end_with_parent() -> None:
 
 
 def run(settings: Settings, progress: Callable[[Progress], None]) -> Report:
-    """Show it. Raises CprdError when the stage itself breaks; the verdict is in the report."""
+    """Run the demonstration. Raises CprdError when the stage breaks; the report has the verdict."""
     _make_room(settings.connections)
     # A short path: an address of AF_UNIX has 107 bytes.
     base = None if len(tempfile.gettempdir()) < 60 else "/tmp"
@@ -164,7 +164,7 @@ def run(settings: Settings, progress: Callable[[Progress], None]) -> Report:
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What to tell: the error that we explain, else the first."""
+    """The error to tell: an explained error, else the first."""
     for kind in (CprdError, KeyboardInterrupt, BaseException):
         found: BaseException | None = group.subgroup(kind)
         while isinstance(found, BaseExceptionGroup):
@@ -187,10 +187,7 @@ def _make_room(connections: int) -> None:
 
 
 async def _perform(
-    settings: Settings,
-    progress: Callable[[Progress], None],
-    folder: Path,
-    children: list[Child],
+    settings: Settings, progress: Callable[[Progress], None], folder: Path, children: list[Child]
 ) -> Report:
     begun = time.monotonic()
     load = Load(settings.connections, settings.rate, lambda: time.monotonic() - begun)
@@ -282,8 +279,7 @@ class _Play:
         await trio.sleep(max(0.0, rest))
 
     async def _restart(self, *, kill: bool, crash: bool) -> None:
-        """SIGTERM (or SIGKILL), wait until it is gone, start the next: what a service manager does
-        (and what no server can do anything about)."""
+        """SIGTERM (or SIGKILL), wait for the end, start the next: as a service manager does."""
         self.doing = "killing the server" if kill else "restarting the server"
         asked = self.load.clock()
         self.server.process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)

@@ -1,5 +1,4 @@
-"""What happened in a demonstration, as numbers. No I/O, no clock: times are seconds since its
-beginning."""
+"""A demonstration as numbers. No I/O, no clock: times are seconds since the beginning."""
 
 from __future__ import annotations
 
@@ -13,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class Restart(NamedTuple):
-    """One restart: SIGTERM sent (`killed`: SIGKILL), the old server gone, the new one serving.
-    `crashed`: one more successor was killed between, right after its claim. `with_cprd`: seconds of
-    it for the take-over, descriptors and all; the rest is the start of Python and trio."""
+    """A restart: SIGTERM sent (`killed`: SIGKILL), the old server gone, the new server serving.
+    `crashed`: another successor was killed in between, right after the claim. `with_cprd`: seconds
+    for the take-over, descriptors and all; the rest is the start of Python and trio."""
 
     asked: float
     gone: float
@@ -26,7 +25,7 @@ class Restart(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Everything the picture and the verdict are made of."""
+    """All numbers of the picture and the verdict."""
 
     connections: int
     seconds: float
@@ -44,9 +43,9 @@ class Report(NamedTuple):
         return bool(self.answers) and not (self.lost or self.wrong or self.dropped)
 
     def blackouts(self) -> list[float]:
-        """For each restart the longest time in which no client got any answer: from the last one
-        before it was asked for to the first one after the new server served. Where answers have
-        not come back before the next restart, both have the same silence."""
+        """For each restart the longest time in which no client got any answer: from the last answer
+        before the signal to the first answer after the new server served. Without an answer between
+        two restarts, both have the same silence."""
         return [
             longest_silence(self.answers, restart.asked, restart.ready, self.seconds)
             for restart in self.restarts
@@ -54,8 +53,8 @@ class Report(NamedTuple):
 
 
 def longest_silence(answers: Sequence[float], begin: float, end: float, over: float = inf) -> float:
-    """The longest gap between neighbouring answers, of the last one until `begin`, those after it,
-    and the first one from `end` on. Where there is none before or after, 0 and `over` count."""
+    """The longest gap between neighbouring answers: the last answer until `begin`, all answers in
+    between, the first answer from `end` on. Without a last or a first, 0 and `over` count."""
     first, last = bisect_right(answers, begin), bisect_left(answers, end)
     before = answers[first - 1] if first else min(0.0, begin)
     after = answers[last] if last < len(answers) else max(over, end)
@@ -73,8 +72,8 @@ def rates(answers: Sequence[float], seconds: float, buckets: int) -> list[float]
 
 
 def ceiling(values: Sequence[float]) -> float:
-    """The end of the axis: twice the usual rate, or the highest one if that is lower. What a
-    restart held up is answered in a burst afterwards, and would flatten everything else."""
+    """The end of the axis: twice the usual rate, at most the highest rate. (The burst of answers
+    after a restart would flatten everything else.)"""
     usual = sorted(value for value in values if value > 0) or [1.0]
     return round_up(min(usual[-1], 2 * usual[len(usual) // 2]))
 

@@ -25,6 +25,8 @@ import os
 import socket
 import sys
 
+from cprd.linux.stdio import printable
+
 _ACCESS = {os.O_RDONLY: "read-only", os.O_WRONLY: "write-only", os.O_RDWR: "read-write"}
 _SEALS = (
     (fcntl.F_SEAL_SHRINK, "shrink"),
@@ -94,11 +96,6 @@ def describe(fd: int) -> str:
     if link.startswith("/"):
         return _file(fd, link)
     return printable(link)  # net:[...], mnt:[...], dmabuf and whatever is to come
-
-
-def printable(text: str) -> str:
-    """`text` fit for a terminal: a foreign name may hold anything, and is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def size(count: int) -> str:

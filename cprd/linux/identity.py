@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import pwd
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from cprd.errors import Denied, InvalidInput
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     from collections.abc import Iterator
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections import deque
 
 _STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WORK = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_ROOT_OF = re.compile(r"(/proc/[0-9]+/root)(?=/|$)")
 _LINKS = 40  # as the kernel's own limit
 
 
@@ -37,9 +35,9 @@ def open_place(path: str, *, listed: bool = True) -> int:
 
 
 def _walk(path: str) -> int:
-    found = _ROOT_OF.match(path)
-    root = found[1] if found else "/"
-    parts = deque(path.removeprefix(root).split("/"))
+    root, parts = "/", deque(path.split("/"))
+    if path.startswith("/proc/") and len(parts) > 3 and parts[2].isdecimal() and parts[3] == "root":
+        root = "/".join(parts.popleft() for _ in range(4))  # /proc/PID/root
     at = os.open(root, _WORK)
     links = 0
     try:

@@ -34,8 +34,11 @@ def send(
 
     With too many in flight the soft RLIMIT_NOFILE is raised to the hard one for the moment of
     sending and put back. Raises LimitExceeded (it says what to raise) or OSError."""
-    ancillary = [(*_RIGHTS, array("i", fds))] if fds else []
     flags = int(flags) | _NOSIGNAL
+    if not fds:
+        sock.send(payload, flags)
+        return
+    ancillary = [(*_RIGHTS, array("i", fds))]
     try:
         sock.sendmsg([payload], ancillary, flags)
     except OSError as error:

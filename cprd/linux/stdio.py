@@ -10,7 +10,10 @@ import errno
 import fcntl
 import os
 import sys
-from typing import TextIO
+
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
+if TYPE_CHECKING:
+    from typing import TextIO
 
 
 def stand_in() -> frozenset[int]:
@@ -44,18 +47,19 @@ def _is_closed(fd: int) -> bool:
     return False
 
 
+def printable(text: str) -> str:
+    """`text` fit for a terminal: a foreign name may hold anything, and is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def say(*lines: str) -> None:
     """Lines on stdout. What is not printable in a line is escaped: a peer may have said it."""
-    from cprd.linux.describe import printable
-
     for line in lines:
         print(printable(line))
 
 
 def note(text: str) -> None:
     """A line on stderr, escaped as by `say`: should that fail, things take their course."""
-    from cprd.linux.describe import printable
-
     try:
         print(printable(text), file=sys.stderr)
     except (OSError, ValueError):

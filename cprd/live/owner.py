@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from cprd.state import HasFileno
 
 
+Place = tuple[int, bytes, object]
+
+
 class Owner:
     """Keeps a state at every change: what a verb changed is kept when the verb returns.
 
@@ -123,7 +126,7 @@ class Owner:
     def delete_section(self, key: str) -> None:
         """Forget a section. Raises MissingKey."""
         found = make.section_key(key)
-        if found not in self._where:
+        if not self.keeps(found):
             raise MissingKey(f"no section {key!r}")
         self._change([], [found])
 
@@ -135,7 +138,8 @@ class Owner:
         key = make.memory_key(name)
         check_size(name, size)
         with self._lock:
-            memory = self._memories.get(name)
+            self._learn()
+            memory = self._memories.get(name) if key in self._where else None
             if memory is None:
                 memory = self._map(name, key, size)
             if memory.size != size:
@@ -199,15 +203,36 @@ class Owner:
         return self._writer.unfinished
 
     @property
+    def is_changing(self) -> bool:
+        """Whether the caller has interrupted a verb: is a signal handler, or a finalizer."""
+        return self._changing is not None and runs(self._changing)
+
+    def keeps(self, key: Key) -> bool:
+        """Whether a key is kept."""
+        self._learn()
+        return key in self._where
+
+    @property
     def kept(self) -> int:
         """How many keys are kept: descriptors, sections and memory."""
+        self._learn()
         return len(self._where)
 
     def has_fd(self, name: str, id: int) -> bool:
-        return make.fd_key(name, id) in self._where
+        return self.keeps(make.fd_key(name, id))
+
+    def place(self, key: Key) -> Place | None:
+        """Where a key is kept: op, value, and what is another object after each change of a key
+        with a descriptor; None: nowhere. Finishes what an interrupt left."""
+        if self.unfinished and not self.is_changing:
+            self._act(self._writer.recover)
+        segment = self._where.get(key)
+        kept = None if segment is None else segment.keys.get(key)
+        return None if kept is None else (kept[0], kept[2], segment)
 
     def fd_keys(self) -> list[tuple[str, int]]:
         """The keys of all descriptors, oldest first."""
+        self._learn()
         with self._lock:
             kept = [(key, seg.keys.get(key)) for key, seg in self._where.items()]
         born = [(found[1], key) for key, found in kept if key[0] == FD and found is not None]
@@ -235,6 +260,13 @@ class Owner:
 
     # Within
 
+    def _learn(self) -> None:
+        """After an interrupt: learn whether the last change was made."""
+        if self._writer.steps.pending is not None:
+            with self._lock:
+                if self._over is None and not self.is_changing:
+                    self._act(self._writer.recover)
+
     def _birth(self, key: Key, replace: bool) -> int:
         """The place of a key in the order of keys: of the key that is replaced, or a new one."""
         segment = self._where.get(key)
@@ -252,7 +284,7 @@ class Owner:
         if key in self._where and name not in self._inherited:
             raise InvalidInput(f"memory {name!r} was not kept by this process")
         fd = self._inherited.get(name, -1)
-        if fd >= 0:
+        if fd >= 0 and key in self._where:
             memory = Memory(name, fd)
             if memory.size == size:
                 self._memories[name] = memory
@@ -309,11 +341,8 @@ class Owner:
         """Raise, but for a change that an interrupt ended."""
         if self._over is not None:
             raise type(self._over)(*self._over.args)
-        if self._changing is not None and _runs(self._changing):
-            raise InvalidInput(
-                "a change of the live hold inside another one: a signal handler or finalizer"
-                " that interrupts a verb may not call a verb"
-            )
+        if self.is_changing:
+            raise inside()
 
     def _failed(self, error: Fenced | OSError) -> CprdError:
         """What a verb raises."""
@@ -445,6 +474,13 @@ def _file(fd: int) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def inside() -> InvalidInput:
+    return InvalidInput(
+        "a change of the live hold inside another one: a signal handler or finalizer that"
+        " interrupts a verb may not call a verb"
+    )
+
+
 def _forked() -> InvalidInput:
     return InvalidInput(
         "a live hold belongs to the process that opened it, not to a forked child: open the hold"
@@ -464,7 +500,7 @@ def _explained(error: OSError) -> CprdError:
     return LimitExceeded(f"cannot keep the descriptors: {error.strerror}; nothing was changed")
 
 
-def _runs(frame: FrameType) -> bool:
+def runs(frame: FrameType) -> bool:
     """Whether a frame is among the callers of this one; an interrupt may have left it noted."""
     caller: FrameType | None = _getframe()
     while caller is not None:

@@ -200,9 +200,10 @@ class _Reading:
                 chosen, parts = parts, []
         by_id: dict[int, int] = {}
         for record, _, fds in chosen:
-            if len({*by_id, *record.ids}) != len(by_id) + len(record.ids):
-                raise Damaged("the root of a live hold names a segment twice")
+            before = len(by_id)
             by_id.update(zip(record.ids, fds, strict=False))
+            if len(by_id) != before + len(record.ids):
+                raise Damaged("the root of a live hold names a segment twice")
             for op, _, key, _ in record.entries:
                 if op < DELETE:
                     raise Damaged("the root of a live hold with a record that keeps a key")

@@ -21,11 +21,7 @@ class Root(Queue):
     __slots__ = ("capacity", "hold", "limit", "part")
 
     def __init__(
-        self,
-        tx: socket.SocketType,
-        rx: socket.SocketType,
-        hold: int,
-        shape: Shape = SHAPE,
+        self, tx: socket.SocketType, rx: socket.SocketType, hold: int, shape: Shape = SHAPE
     ) -> None:
         super().__init__(tx, rx)
         self.hold = hold

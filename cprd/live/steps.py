@@ -31,11 +31,7 @@ class Steps:
     `copies`: what is installed in this process for a moment."""
 
     def __init__(
-        self,
-        ledger: Ledger,
-        hold: int,
-        lock: AbstractContextManager[object],
-        defer: Defer | None,
+        self, ledger: Ledger, hold: int, lock: AbstractContextManager[object], defer: Defer | None
     ) -> None:
         self.ledger = ledger
         self.hold = hold

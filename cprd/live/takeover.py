@@ -35,14 +35,7 @@ def take_over(
     nothing was ever written. Segments and memories of `found` pass to the owner; the state does
     not. No queue of the predecessor is changed: that begins with the first change, which must not
     come before cprd has confirmed the new root. Raises LimitExceeded; then `found` is as before."""
-    owner = Owner(
-        tx,
-        rx,
-        found.hold or hold,
-        shape=shape,
-        defer=defer,
-        begin=False,
-    )
+    owner = Owner(tx, rx, found.hold or hold, shape=shape, defer=defer, begin=False)
     segments = []
     try:
         writer = owner.inherit(found.birth, dict(found.memories))

@@ -115,8 +115,7 @@ def _one_of(*choices: str) -> Field:
 
 def _count(limit: int) -> Field:
     return Field(
-        f"an integer from 0 to {limit}",
-        lambda value: type(value) is int and 0 <= value <= limit,
+        f"an integer from 0 to {limit}", lambda value: type(value) is int and 0 <= value <= limit
     )
 
 
@@ -201,8 +200,11 @@ REQUESTS: dict[str, dict[str, Field]] = {
 they are in answers."""
 
 
+_STRINGS = {str}
+
+
 def _is_map(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    return isinstance(value, dict) and set(map(type, value)) <= _STRINGS
 
 
 def _is_list_of_maps(value: Any) -> bool:
@@ -248,10 +250,7 @@ ANSWERS: dict[str, dict[str, Field]] = {
     "drop": _CHANGED,
     "ended": {},
     "wait": {"generation": _U64},
-    "list": {
-        "holds": Field("an array of maps", _is_list_of_maps),
-        "more": _U64.optional(None),
-    },
+    "list": {"holds": Field("an array of maps", _is_list_of_maps), "more": _U64.optional(None)},
     "show": {"hold": _MAP},
     "status": {
         **{"server": _STRING, "pid": _PID, "uptime": _NUMBER, **_KEPT},
@@ -368,18 +367,6 @@ def _read(message: Message, fields: Mapping[str, Field]) -> Message:
 
 
 _WITH_ID = {verb: {**fields, "id": _ID} for verb, fields in REQUESTS.items()}
-
-
-def essence(request: Mapping[str, Any]) -> Message:
-    """The verb of a request and the fields that are no defaults: the same whether a default was
-    said or left out, and in a later version that has more fields."""
-    fields = REQUESTS[request["verb"]]
-    said = {}
-    for key, value in request.items():
-        field = fields.get(key)
-        if field is None or field.required or value != field.default:
-            said[key] = value
-    return said
 
 
 class Garbled(ProtocolError):

@@ -119,13 +119,7 @@ class Registry(Holds):
 
     @once
     def save(
-        self,
-        caller: Caller,
-        key: Key,
-        offer: Offer,
-        *,
-        replacing: bool = False,
-        token: bytes = b"",
+        self, caller: Caller, key: Key, offer: Offer, *, replacing: bool = False, token: bytes = b""
     ) -> Step:
         """save; with a token the first half of a save: prepare.
 
@@ -231,13 +225,7 @@ class Registry(Holds):
     # Loading
 
     def load(
-        self,
-        caller: Caller,
-        key: Key,
-        *,
-        token: bytes,
-        lease: float,
-        generation: int | None = None,
+        self, caller: Caller, key: Key, *, token: bytes, lease: float, generation: int | None = None
     ) -> Step:
         """Claim a hold. Raises NotHeld, Busy, Damaged; Fenced when another generation is held.
 
@@ -346,13 +334,7 @@ class Registry(Holds):
 
     @once
     def reject(
-        self,
-        caller: Caller,
-        by: Ticket,
-        why: str,
-        *,
-        damaged: bool = False,
-        attempt: bool = True,
+        self, caller: Caller, by: Ticket, why: str, *, damaged: bool = False, attempt: bool = True
     ) -> Step:
         """The claimant gives the hold back, for another to try. Raises Fenced.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cprd.errors import ProtocolError
-from cprd.protocol.messages import ANSWERS, encode, essence
+from cprd.protocol.messages import ANSWERS, REQUESTS, encode
 
 KEPT_FOR = 300.0  # s
 MOST = 4096  # of one uid, that may not have arrived
@@ -23,16 +23,26 @@ IN_A_RECORD = 4  # stored with a hold: the replies to the last requests that cha
 
 # A repetition waits for what is left only, and asks for a queue as that connection needs.
 _UNTOLD = ("wait", "timeout", "queue")
+_NEVER = object()  # the default of a field that has none
+_TOLD = {
+    verb: tuple(
+        (key, fields[key].default if key in fields and not fields[key].required else _NEVER)
+        for key in sorted({*fields, "verb"}.difference(_UNTOLD))
+    )
+    for verb, fields in REQUESTS.items()
+}
 
 
 def digest(request: Mapping[str, Any], *identity: int) -> bytes:
     """16 bytes that tell one request from another: verb, fields that are no defaults, and
-    `identity`, which cprd sees for itself (the pid of a claimant)."""
-    said = essence(request)
-    for key in _UNTOLD:
-        said.pop(key, None)
-    told = encode({"of": sorted(said.items()), "seen": identity})
-    return hashlib.blake2b(told, digest_size=16).digest()
+    `identity`, which cprd sees for itself (the pid of a claimant).
+
+    The same whether a default was said or left out, and in a later version that has more fields."""
+    get = request.get
+    said = [
+        (key, value) for key, default in _TOLD[request["verb"]] if (value := get(key)) != default
+    ]
+    return hashlib.blake2b(encode({"of": said, "seen": identity}), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +111,15 @@ class Replies:
         return reply
 
     def remember(self, reply: Reply) -> None:
-        self._drop(self._arrived, reply.uid, reply.nonce)
+        arrived = self._arrived.get(reply.uid)
+        if arrived is not None:
+            arrived.pop(reply.nonce, None)
         self._keep(self._pending, MOST, reply)
 
     def arrived(self, uid: int, nonce: bytes) -> None:
         """The client has read the answer, and will hardly repeat the request."""
-        reply = self._drop(self._pending, uid, nonce)
+        pending = self._pending.get(uid)
+        reply = None if pending is None else pending.pop(nonce, None)
         if reply is not None:
             self._keep(self._arrived, MOST_ARRIVED, reply)
 
@@ -115,12 +128,13 @@ class Replies:
         if of is None:
             of = kind[reply.uid] = OrderedDict()
         of[reply.nonce] = reply
-        self._prune(kind, most, reply.uid, reply.at)
+        if len(of) > most:
+            of.popitem(last=False)
 
     def forget_old(self, now: float) -> None:
-        for kind, most in ((self._pending, MOST), (self._arrived, MOST_ARRIVED)):
+        for kind in (self._pending, self._arrived):
             for uid in tuple(kind):
-                self._prune(kind, most, uid, now)
+                self._prune(kind, uid, now)
 
     def pending(self, now: float) -> list[Reply]:
         """Replies that may not have arrived, older first."""
@@ -134,24 +148,14 @@ class Replies:
             for of in kind.values():
                 yield from of.values()
 
-    def _prune(self, kind: _ByUid, most: int, uid: int, now: float) -> None:
+    def _prune(self, kind: _ByUid, uid: int, now: float) -> None:
         replies = kind[uid]
         while replies:
             oldest = next(iter(replies))
-            if len(replies) <= most and now - replies[oldest].at <= KEPT_FOR:
+            if now - replies[oldest].at <= KEPT_FOR:
                 return
             del replies[oldest]
         del kind[uid]
-
-    @staticmethod
-    def _drop(kind: _ByUid, uid: int, nonce: bytes) -> Reply | None:
-        replies = kind.get(uid)
-        if replies is None or nonce not in replies:
-            return None
-        reply = replies.pop(nonce)
-        if not replies:
-            del kind[uid]
-        return reply
 
 
 def newest(replies: Iterable[Reply]) -> int:

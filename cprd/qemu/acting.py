@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib import import_module
 
 from cprd.errors import InvalidInput
 from cprd.linux import identity
@@ -12,7 +11,9 @@ _LATE = (
     "ctypes",
     "encodings.ascii",
     "encodings.idna",
+    "json",
     "resource",
+    "signal",
     "socket",
     "cprd.bundle.inspect",
     "cprd.bundle.pack",
@@ -48,6 +49,8 @@ def act_as(uid: int) -> None:
     """Act as `uid`, for root; nothing for everybody else, whom cprd will ask. Raises Denied."""
     if not identity.is_root() or uid == os.geteuid():
         return
+    from importlib import import_module
+
     for module in _LATE:
         import_module(module)
     identity.act_as(uid)

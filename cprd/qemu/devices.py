@@ -8,10 +8,11 @@ of a device, or "BUS/TYPE@PLACE" for a device without an id.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from typing import Any
 
     Device = dict[str, str]
     Devices = dict[str, Device]

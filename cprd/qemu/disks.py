@@ -10,10 +10,11 @@ medium. An image is {"format", "name", "files": one list of file maps (files.py)
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from cprd.qemu.files import File
 

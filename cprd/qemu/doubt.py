@@ -23,6 +23,7 @@ from cprd.qemu.private import is_marked, remove_mark
 from cprd.qemu.process import Process
 from cprd.qemu.signals import Deadline
 from cprd.qemu.sockets import mend
+from cprd.qemu.source import UNDER_WAY
 
 if TYPE_CHECKING:
     from cprd import Daemon, Shown
@@ -353,13 +354,7 @@ def _at_rest(monitor: Monitor) -> str:
         migration = monitor.migration()
         if status == "postmigrate" and migration == "completed":
             return status
-        if status not in ("finish-migrate", "postmigrate") and migration not in (
-            "setup",
-            "active",
-            "device",
-            "failing",
-            "cancelling",
-        ):
+        if status not in ("finish-migrate", "postmigrate") and migration not in UNDER_WAY:
             return status
         if deadline.has_passed():
             raise InDoubt(f"QEMU stays in {status!r} with its migration in {migration!r}")

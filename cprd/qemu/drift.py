@@ -86,6 +86,9 @@ def _names(drive: Drive, command: Command, name: str) -> bool:
     """Whether the words that make a drive name its image. For a drive whose words are not found by
     an id: whether any words do."""
     said = _words(drive, command)
+    if name.startswith("nbd"):  # that has many spellings
+        server = _server(name)
+        return any(server in word for word in (said.values() if said else command.words))
     if said is not None and _file(said):
         return _file(said) == name or bool(set(paths(name)) & set(said.values()))
     wanted = {name, *paths(name)}
@@ -99,6 +102,12 @@ def _names(drive: Drive, command: Command, name: str) -> bool:
         if option_name in ("drive", "blockdev", "snapshot") and wanted & set(keyed(value).values()):
             return True
     return any(word in wanted for word in command.words)
+
+
+def _server(name: str) -> str:
+    """The part of an NBD image's name that each spelling has: the path of a socket, or the host."""
+    where, unix, path = name.partition("?socket=")
+    return path if unix else where.partition("://")[2].partition("/")[0].partition(":")[0]
 
 
 def _words(drive: Drive, command: Command) -> dict[str, str] | None:

@@ -15,14 +15,7 @@ from cprd.errors import Busy, CprdError, Fenced, NotHeld, Timeout, Unavailable
 from cprd.linux.pause import point
 from cprd.qemu import signals
 from cprd.qemu.doubt import look, row_of
-from cprd.qemu.errors import (
-    DaemonAway,
-    Failed,
-    InDoubt,
-    MonitorLost,
-    MonitorRefused,
-    one_line,
-)
+from cprd.qemu.errors import DaemonAway, Failed, InDoubt, MonitorLost, MonitorRefused, one_line
 from cprd.qemu.files import taken_by_others
 from cprd.qemu.signals import Deadline
 from cprd.qemu.source import describe

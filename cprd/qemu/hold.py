@@ -11,16 +11,17 @@
 from __future__ import annotations
 
 import fcntl
-from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cprd import cpr
+from cprd.cpr import CprState, VMStateError, downgrade, encode, parse
 from cprd.errors import Damaged, InvalidInput
 from cprd.linux.memfd import check_seals
 from cprd.qemu.stream import is_whole, machine, run_state
 from cprd.state import MemfdSection, State
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 
 FORMAT = 1
@@ -32,7 +33,7 @@ KEPT = (*LIVE, "paused", "io-error", "prelaunch", "watchdog")
 """Run states that are worth keeping, and in which QEMU can migrate."""
 
 
-class Origin(NamedTuple):
+class Origin:
     """The section "qemu": the origin of the state, and the run state of the guest.
 
     `old` and `new` are records of processes (pid and start time). Only an upgrade has `new`, and
@@ -40,19 +41,50 @@ class Origin(NamedTuple):
     exists, the new QEMU has not run. `drives` (disks.py): None in a hold of an older cprctl;
     `boot`: the id of the kernel's boot."""
 
-    version: tuple[int, ...]
-    qmp: str
-    status: str
-    machine: str
-    old: dict[str, int] | None
-    new: dict[str, int] | None = None
-    uid: int = -1
-    untouched: str = ""
-    boot: str = ""
-    drives: list[dict[str, Any]] | None = None
+    __slots__ = (
+        *("boot", "drives", "machine", "new", "old", "qmp", "status", "uid", "untouched"),
+        "version",
+    )
+
+    def __init__(
+        self,
+        *,
+        version: Sequence[int],
+        qmp: str,
+        status: str,
+        machine: str,
+        old: dict[str, int] | None,
+        new: dict[str, int] | None = None,
+        uid: int = -1,
+        untouched: str = "",
+        boot: str = "",
+        drives: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self.version = tuple(version)
+        self.qmp = qmp
+        self.status = status
+        self.machine = machine
+        self.old = old
+        self.new = new
+        self.uid = uid
+        self.untouched = untouched
+        self.boot = boot
+        self.drives = drives
 
     def section(self) -> dict[str, Any]:
-        return {"format": FORMAT, **self._asdict(), "version": ".".join(map(str, self.version))}
+        return {
+            "format": FORMAT,
+            "version": ".".join(map(str, self.version)),
+            "qmp": self.qmp,
+            "status": self.status,
+            "machine": self.machine,
+            "uid": self.uid,
+            "old": self.old,
+            "new": self.new,
+            "untouched": self.untouched,
+            "boot": self.boot,
+            "drives": self.drives,
+        }
 
     @classmethod
     def read(cls, value: Any) -> Origin:
@@ -89,7 +121,7 @@ def pack(
     """A State of one VM. `fds` stay the caller's, and open until the save returns; so does a `main`
     that is a descriptor: a memfd, still to be filled and sealed."""
     state = State()
-    for element in cpr.parse(cpr_data, fds).fds:
+    for element in parse(cpr_data, fds).fds:
         state.save_fd(element.name, element.id, element.fd)
     if isinstance(main, int):
         state.save_fd(MAIN_KEY, 0, main)
@@ -139,8 +171,8 @@ class Held:
             self.main = self._section.view()
         keys = [key for key in state.fds() if key[:2] != (MAIN_KEY, 0)]
         try:
-            self.cpr = cpr.parse(state["cpr"], [fd for _, _, fd in keys])
-        except cpr.VMStateError as error:
+            self.cpr = parse(state["cpr"], [fd for _, _, fd in keys])
+        except VMStateError as error:
             raise Damaged(f"its CPR stream is damaged: {error}") from None
         named = [(element.name, element.id, element.fd) for element in self.cpr.fds]
         if named != keys:
@@ -149,8 +181,7 @@ class Held:
         if not is_whole(self.main):
             raise Damaged("its main stream ends too early: a QEMU would wait for the rest")
         # By the stream's own word; what was seen before may not have been so any more.
-        status = run_state(self.main) or self.origin.status
-        self.origin = self.origin._replace(status=status)
+        self.origin.status = run_state(self.main) or self.origin.status
 
     def pieces(self) -> list[tuple[bytes, int]]:
         """The CPR stream for any QEMU: (bytes, -1), or a dummy byte with its descriptor, which
@@ -158,9 +189,9 @@ class Held:
         return pieces(self.cpr)
 
 
-def pieces(state: cpr.CprState) -> list[tuple[bytes, int]]:
+def pieces(state: CprState) -> list[tuple[bytes, int]]:
     """The CPR stream of a state in the form that every version takes. QEMU before 10.2 refuses even
     an empty vfio subsection, and a newer QEMU does without. A state with vfio devices keeps the
     subsection, and an older QEMU refuses the state."""
-    plain = state if state.vfio_devices else cpr.downgrade(state)
-    return list(cpr.encode(plain).pieces())
+    plain = state if state.vfio_devices else downgrade(state)
+    return list(encode(plain).pieces())

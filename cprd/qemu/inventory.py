@@ -7,15 +7,16 @@ answers are compared (disks.py, machine.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-
 from cprd.qemu import devices, disks, machine
 from cprd.qemu.command import Command, keyed
 from cprd.qemu.errors import Refused
 from cprd.qemu.files import OpenFiles, boot_id
 from cprd.qemu.process import command_line
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from cprd.qemu.disks import Drive
     from cprd.qemu.machine import Machine
     from cprd.qemu.monitor import Monitor, Request
@@ -55,19 +56,25 @@ DISKS = QUESTIONS[:1]
 (`made_by`)."""
 
 
-class Overrides(NamedTuple):
+class Overrides:
     """The differences that an operator wants: other `images`, another `machine`."""
 
-    images: bool = False
-    machine: bool = False
+    __slots__ = ("images", "machine")
+
+    def __init__(self, images: bool = False, machine: bool = False) -> None:
+        self.images = images
+        self.machine = machine
 
 
-class Inventory(NamedTuple):
+class Inventory:
     """What a QEMU has, at one moment. `boot`: the id of the kernel's boot."""
 
-    boot: str
-    drives: list[Drive]
-    machine: Machine
+    __slots__ = ("boot", "drives", "machine")
+
+    def __init__(self, boot: str, drives: list[Drive], machine: Machine) -> None:
+        self.boot = boot
+        self.drives = drives
+        self.machine = machine
 
 
 def take(monitor: Monitor, pid: int, words: list[str] | None = None, *, plugged: bool) -> Inventory:

@@ -9,20 +9,19 @@ directories that killed helpers of the same uid have left.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import re
-import socket
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from cprd.errors import LimitExceeded
 from cprd.linux.places import open_place
 from cprd.qemu.errors import Refused
 from cprd.qemu.process import Process
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
+    import socket
+
     from cprd.qemu.command import Command
 
 MARK = "untouched"
@@ -30,7 +29,6 @@ MARK = "untouched"
 file has the record of the old QEMU, and counts while the old QEMU lives."""
 
 _SUN_PATH = 107
-_NAME = re.compile(r"\.cprd-[0-9a-f]{8}")
 _YOUNG = 60.0  # s for which a directory is let alone, locked or not: its maker may just have begun
 _BELOW = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -77,6 +75,8 @@ class PrivateDirectory:
 
     def listen(self, name: str) -> socket.socket:
         """A listening socket of that name, the caller's."""
+        import socket
+
         self.at(name)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -132,9 +132,14 @@ def sweep(within: int) -> None:
     descriptor, borrowed). Best effort."""
     with suppress(OSError):
         for name in os.listdir(within):
-            if _NAME.fullmatch(name):
+            if _is_name(name):
                 with suppress(OSError):
                     _sweep_one(within, name)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a directory has a name of our making."""
+    return len(name) == 14 and name[:6] == ".cprd-" and set(name[6:]) <= set("0123456789abcdef")
 
 
 def _sweep_one(within: int, name: str) -> None:
@@ -159,6 +164,8 @@ def _counts(fd: int) -> bool:
         mark = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
     except FileNotFoundError:
         return False
+    import json
+
     try:
         record = json.loads(os.read(mark, 4096))
     except (ValueError, RecursionError):
@@ -187,7 +194,7 @@ def _marked(mark: str, *, remove: bool) -> bool:
     a place where nobody else can have put it."""
     place, name = os.path.split(mark)
     parent, own = os.path.split(place)
-    if name != MARK or not _NAME.fullmatch(own):
+    if name != MARK or not _is_name(own):
         return False
     with suppress(OSError):
         within = open_place(parent)

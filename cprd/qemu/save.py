@@ -87,7 +87,15 @@ def _save(daemon: Daemon, name: str, path: str, replace: bool, timeout: float) -
             with Source(monitor, directory, timeout) as source:
                 point("qemu-save:settings")
                 saved = _hand_over(Handover(daemon, name, source), path, status, seen, replace)
-                return saved._replace(drift=tuple(drift))
+                monitor.quit()  # it takes a while, in which all else is cleared away
+        monitor.await_end()
+        point("qemu-save:ended")
+        if not monitor.process.ended():
+            raise Failed(
+                f"{name} is held, but its QEMU (pid {monitor.process.pid}) does not end, not even"
+                " by SIGKILL; nothing is served before it does"
+            )
+        return saved._replace(drift=tuple(drift))
     finally:
         monitor.close()
 
@@ -127,13 +135,6 @@ def _hand_over(
     point("qemu-save:completed")
     saved = handover.commit()
     point("qemu-save:committed")
-    source.monitor.end()
-    point("qemu-save:ended")
-    if not source.process.ended():
-        raise Failed(
-            f"{name} is held, but its QEMU (pid {source.process.pid}) does not end, not even by"
-            " SIGKILL; nothing is served before it does"
-        )
     return SaveResult(name, saved.generation, saved.kept, origin.status)
 
 

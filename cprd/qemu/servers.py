@@ -3,7 +3,8 @@ chardev): who they are, by the kernel's word, and whether they can serve two QEM
 
 The kernel tells the other end of each connection, and who listens there. A server that does not
 listen any more has served its only client. A TPM emulator and a vhost-user server go on listening,
-and leave a second client waiting: of those a single connection says that the place is taken.
+and leave a second client waiting: of those a single connection says that the place is taken. An NBD
+server may have more places, and greets the client of a free one at once: that is tried.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import os
 import socket
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import parse_qs, urlsplit
 
 from cprd.linux import unix_diag
 from cprd.linux.sockets import others_with
-from cprd.qemu import devices
+from cprd.qemu import devices, disks, inventory
 from cprd.qemu.command import Command, is_on, keyed
 from cprd.qemu.process import command_line, sockets_of
 from cprd.qemu.sockets import seen_from_here
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cprd.linux.unix_diag import UnixSocket
+    from cprd.qemu.disks import Drive
     from cprd.qemu.monitor import Monitor
 
 _LOOK = 0.3  # s for a look at the processes that may have the other end
@@ -94,6 +97,56 @@ def connected(pid: int) -> list[Server] | None:
     return found
 
 
+# The servers of disks
+
+_GREETS = 0.5  # s
+
+
+def full(drives: list[Drive], pid: int) -> list[str]:
+    """A message for each NBD server of the drives of the QEMU `pid` that has no place for another
+    client. Says nothing on the connection. Waits half a second for each at most."""
+    said = []
+    for drive in drives:
+        for image in drive["chain"]:
+            address = _nbd(image["name"], pid)
+            if address is not None and not _greets(address):
+                said.append(
+                    f"{disks.label(drive)} is on {image['name']}, a server that leaves another"
+                    " client waiting: give that two places (qemu-nbd --shared=2), or save and start"
+                )
+    return said
+
+
+def _nbd(name: str, pid: int) -> str | tuple[str, int] | None:
+    """The path, or (host, port), of the server in an image's name; None for another image."""
+    found = urlsplit(name)
+    if found.scheme == "nbd+unix":
+        (path,) = parse_qs(found.query).get("socket", ("",))
+        return seen_from_here(pid, path)
+    try:
+        return (found.hostname or "", found.port or 10809) if found.scheme == "nbd" else None
+    except ValueError:
+        return None
+
+
+def _greets(address: str | tuple[str, int]) -> bool:
+    try:
+        if isinstance(address, tuple):
+            sock = socket.create_connection(address, _GREETS)
+        else:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError:
+        return False
+    with sock:
+        try:
+            sock.settimeout(_GREETS)
+            if isinstance(address, str):
+                sock.connect(address)
+            return sock.recv(8) == b"NBDMAGIC"
+        except OSError:
+            return False
+
+
 # A QEMU that runs
 
 
@@ -105,11 +158,11 @@ def single(monitor: Monitor) -> list[str]:
     pid = monitor.process.pid
     clients = {seen_from_here(pid, path): label for label, path in _clients(monitor)}
     alone = _alone(monitor, pid)
+    said = full(inventory.drives(monitor, pid), pid)
     found = connected(pid)
     if found is None:
         named = {path: alone.get(label) for path, label in clients.items()}
-        return [_message(what, path, "") for path, what in named.items() if what]
-    said = []
+        return said + [_message(what, path, "") for path, what in named.items() if what]
     for server in found:
         label = next((clients[path] for path in clients if server.file == _file(path)), "")
         if not server.can_take_another(alone=label in alone):

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from cprd.errors import CprdError
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Iterator
+else:
+    import _signal as signal  # without the enums of signal, as _socket
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -55,7 +57,9 @@ class _Watch:
     def check(self) -> None:
         if self.came and not self.raised and not self.deferred:
             self.raised = True
-            raise Interrupted(f"interrupted by {signal.Signals(self.came).name}")
+            from signal import Signals
+
+            raise Interrupted(f"interrupted by {Signals(self.came).name}")
 
 
 _watch: _Watch | None = None
@@ -118,6 +122,17 @@ def came() -> bool:
 def exit_status() -> int:
     """128 plus the signal that was acted on, as in a shell; 0 for none."""
     return 128 + _watch.came if _watch is not None and _watch.raised else 0
+
+
+def ignore() -> None:
+    """This process goes on, whatever comes."""
+    for number in (*SIGNALS, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def block() -> None:
+    """The signals are for another thread than this."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 # Waits

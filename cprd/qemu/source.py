@@ -13,6 +13,7 @@ stop).
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from contextlib import suppress
@@ -210,6 +211,7 @@ class Source:
         assert self._cpr is not None
         assert self._main_listener is not None
         self._ran = self.monitor.status() in LIVE
+        gc.disable()  # a collection takes a millisecond or two, and the guest stands from here
         self._cpr.close()
         deadline = Deadline(self.timeout)
         self._main = self._accept_main(self._main_listener, deadline)

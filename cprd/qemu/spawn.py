@@ -10,19 +10,21 @@ why not.
 
 from __future__ import annotations
 
+import _socket as socket  # as in rights
 import os
 import select
-import signal
-import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from mmap import mmap
 
 from cprd.errors import CprdError
-from cprd.linux import identity
+from cprd.linux import identity, processes
 from cprd.linux.stdio import note
+from cprd.qemu import signals
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any, NoReturn
 
     from cprd.qemu.command import Command
     from cprd.qemu.sockets import SharedPaths
@@ -149,15 +151,15 @@ def execute(command: Command, plumbing: Plumbing, word: dict[str, Any], uid: int
 # `cat`.
 
 _KEPT = 4096  # bytes of QEMU's stderr, for the reason of a reject
-_DISARM = b"d"
 _REPORT = b"r"
 
 
 class Guard:
     """The helper's end."""
 
-    def __init__(self, control: socket.socket, pid: int) -> None:
+    def __init__(self, control: socket.socket, told: mmap, pid: int) -> None:
         self._control = control
+        self._told = told
         self.pid = pid
 
     @classmethod
@@ -174,21 +176,21 @@ class Guard:
         (closed here); `pidfd`: of the QEMU, borrowed; `onward`: where QEMU's stderr goes once the
         guest runs; `old`: the pidfd of the QEMU before, borrowed, and the paths that both share."""
         ours, theirs = socket.socketpair()
+        told = mmap(-1, 1)  # shared: the guest stands still, and to wake the guard takes a while
         pid = os.fork()
         if pid == 0:
             try:
-                _Guarding(theirs, stderr, pidfd, onward, old, shared).run()
+                _Guarding(theirs, told, stderr, pidfd, onward, old, shared).run()
             finally:
                 os._exit(0)
         theirs.close()
         os.close(stderr)
-        return cls(ours, pid)
+        return cls(ours, told, pid)
 
     def disarm(self) -> None:
         """From now on QEMU may outlive the helper: say so before the guest runs, never after. The
-        guard reads this before it can see the helper's end, so nobody waits for an answer."""
-        with suppress(OSError):
-            self._control.sendall(_DISARM)
+        guard looks when the helper has ended or has closed this."""
+        self._told[0] = 1
 
     def report(self) -> str:
         """QEMU's last words, for a QEMU that has ended, on one line."""
@@ -212,6 +214,7 @@ class _Guarding:
     def __init__(
         self,
         control: socket.socket,
+        told: mmap,
         stderr: int,
         pidfd: int,
         onward: int,
@@ -219,6 +222,7 @@ class _Guarding:
         shared: SharedPaths | None,
     ) -> None:
         self.control = control
+        self.told = told
         self.stderr = stderr
         self.pidfd = pidfd
         self.onward = onward
@@ -227,8 +231,7 @@ class _Guarding:
         self.kept = b""
 
     def run(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_IGN)  # QEMU has something to say when it is ended, too
+        signals.ignore()  # QEMU has something to say when it is ended, too
         kept_open = [0, 1, 2, self.control.fileno(), self.stderr, self.pidfd, self.onward]
         if self.shared is not None:
             kept_open += [self.old, *self.shared.fds]
@@ -252,18 +255,17 @@ class _Guarding:
 
     def _obey(self, word: bytes) -> None:
         """The helper's only word; none when the helper has ended."""
-        if word == _DISARM:
-            if self.shared is not None:
-                self.control.close()
-                self._give_paths(self.shared)
-            self._be_cat()
         if word == _REPORT:
             while self._pass_on():
                 pass
             self.control.sendall(self.kept)
-        elif not word:
+        elif self.told[0]:
+            if self.shared is not None:
+                self._give_paths(self.shared)
+            self._be_cat()
+        else:
             with suppress(OSError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+                processes.kill(self.pidfd)
             ended = select.poll()
             ended.register(self.pidfd, select.POLLIN)
             ended.poll(10_000)

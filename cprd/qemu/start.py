@@ -14,7 +14,6 @@ and lets the guest run. The claim is the helper's, and ends with the helper.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NoReturn
 
 from cprd.errors import CODES, CprdError
 from cprd.linux import identity
@@ -23,7 +22,10 @@ from cprd.linux.stdio import flush, note
 from cprd.qemu import acting
 from cprd.qemu.spawn import Plumbing, execute, fork_twice, hear, notify, say, take_rights
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from cprd.qemu.command import Command
 
 
@@ -58,7 +60,10 @@ def start(
         )
     plumbing.keep_qemus()
     command = _command(name, words)  # the helper imports meanwhile; each has a core
-    import cprd.qemu.process  # noqa: F401 (for `execute`: nobody waits for that here)
+    # For `execute`: nobody waits for that here.
+    import json  # noqa: F401
+
+    import cprd.qemu.process  # noqa: F401
 
     word = hear(plumbing.talk_qemu)
     if word is None:

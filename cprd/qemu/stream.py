@@ -8,7 +8,6 @@ length of the description tells the end, not an end of file.
 
 from __future__ import annotations
 
-import re
 import struct
 
 from cprd.errors import Damaged
@@ -68,7 +67,7 @@ def capabilities(data: bytes | bytearray | memoryview) -> list[str]:
 
 
 _GLOBAL = b"\x0bglobalstate"
-_STATE = re.compile(rb"\x0bglobalstate.{4}\x00\x00\x00\x01.{4}([a-z-]{1,31})\x00", re.DOTALL)
+_LETTERS = frozenset(b"abcdefghijklmnopqrstuvwxyz-")
 
 
 def run_state(data: bytes | bytearray | memoryview) -> str:
@@ -77,8 +76,14 @@ def run_state(data: bytes | bytearray | memoryview) -> str:
     # The last one: the devices come before it, and with them what a guest may have put there.
     if isinstance(data, memoryview):
         data = bytes(data)
-    found = _STATE.match(data, at) if (at := data.rfind(_GLOBAL)) >= 0 else None
-    return found[1].decode() if found is not None else ""
+    at = data.rfind(_GLOBAL)
+    if at < 0:
+        return ""
+    # u32 instance, u32 version 1, u32 size of the word, the word with a NUL
+    at += len(_GLOBAL)
+    word, nul, _ = data[at + 12 : at + 44].partition(b"\0")
+    good = nul and data[at + 4 : at + 8] == b"\0\0\0\1" and _LETTERS.issuperset(word)
+    return word.decode() if good else ""
 
 
 class Answers:

@@ -8,10 +8,9 @@ guest runs only after `cont`.
 
 from __future__ import annotations
 
+import _socket as socket  # as in rights
 import os
-import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
 
 from cprd.errors import CprdError
 from cprd.linux import rights
@@ -30,8 +29,10 @@ from cprd.qemu.monitor import Monitor, event_is
 from cprd.qemu.signals import Deadline
 from cprd.qemu.stream import Answers
 
+TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any, NoReturn
 
     from cprd.qemu.monitor import Request
     from cprd.qemu.process import Process

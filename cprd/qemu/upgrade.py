@@ -20,7 +20,6 @@ The order, and no other (docs/qemu.md has the reason of each line):
 from __future__ import annotations
 
 import fcntl
-import gc
 import json
 import os
 from contextlib import suppress
@@ -30,7 +29,7 @@ from cprd.errors import CprdError, Fenced
 from cprd.linux.memfd import SEALS
 from cprd.linux.pause import point
 from cprd.linux.stdio import flush
-from cprd.qemu import inventory, signals, spawn, stream
+from cprd.qemu import inventory, servers, signals, spawn, stream
 from cprd.qemu.command import missing
 from cprd.qemu.disks import without_times
 from cprd.qemu.doubt import make_room
@@ -76,7 +75,7 @@ def upgrade(
     qmp: str,
     command: Command,
     *,
-    overrides: Overrides = Overrides(),  # noqa: B008 (a tuple)
+    overrides: Overrides,
     timeout: float = TIMEOUT,
 ) -> UpgradeResult:
     """Move the guest of the QEMU at `qmp` into a new one. Blocks until the guest runs there.
@@ -112,6 +111,8 @@ def _upgrade(
         point("qemu-upgrade:connected")
         seen = inventory.take(old, old.process.pid, plugged=True)
         _refuse_without_plugged(seen, command, overrides)
+        if conflicts := servers.full(seen.drives, old.process.pid):
+            raise Refused(f"cannot overlap: {'; '.join(conflicts)}")
         with untouched():
             signals.check()
         with PrivateDirectory(path) as directory:
@@ -327,7 +328,7 @@ class _Move:
     def _refuse_another_machine(self) -> None:
         """Raises Refused when the new QEMU has other disks, or makes another machine."""
         monitor = self.source.monitor
-        self.seen = self.seen._replace(drives=inventory.drives(monitor, self.old.pid))
+        self.seen.drives = inventory.drives(monitor, self.old.pid)
         words = self.new.command.words[self.new.command.program :]
         new = inventory.take(self.new.target.monitor, self.new.process.pid, words, plugged=False)
         refuse_another(self.seen, new, self.overrides, at_once=True)
@@ -360,7 +361,6 @@ class _Move:
 
     def _switch_over(self) -> None:
         """The guest stops; its state goes to the new QEMU, and is kept."""
-        gc.disable()  # a collection takes a millisecond or two, and the guest stands from here
         target = self.new.target
         target.restart_clock()
         self.source.take_main(self._forward)

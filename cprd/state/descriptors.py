@@ -369,7 +369,9 @@ def _by_name(
             group[id] = fd
         before = name
     name = last.decode("utf-8", "surrogateescape")
-    many = dict(zip(memoryview(ids)[first:], memoryview(fds)[first:], strict=True))
+    if first:
+        ids, fds = ids[first:], fds[first:]
+    many = dict(zip(ids, fds, strict=True))
     if name not in names:
         names[name] = many
     elif names[name].keys().isdisjoint(many):

@@ -1,9 +1,9 @@
 """Auxiliary state in QEMU's vmstate form: described, versioned, with descriptors beside the bytes.
 
-A description belongs to no registered object, because the state is needed before such objects
-exist. `description`, `kinds` and `fields` have the language and both directions of the encoding,
-and do no I/O; `stream` has bytes with descriptors between them; `channel` moves them.
-docs/vmstate.md has an example.
+A description belongs to no registered object: the state is needed before such objects exist.
+`description`, `kinds` and `fields` have the language and both directions of the encoding, and do no
+I/O; `stream` has bytes with descriptors in between; `channel` moves streams. docs/vmstate.md has an
+example.
 """
 
 from __future__ import annotations

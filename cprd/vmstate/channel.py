@@ -1,16 +1,16 @@
 """How a stream and its descriptors travel: a UNIX stream socket, or memory.
 
-Sending: the plain bytes so far, then each dummy byte in a message of its own with exactly one
-descriptor, as QEMU does. Receiving: any arrangement in which a descriptor is no later than its
-dummy byte. Lost control data (MSG_CTRUNC) is an error, never a shorter list.
+Sending: the plain bytes so far, then each dummy byte in a separate message with a single
+descriptor, as QEMU does. Receiving: any arrangement with no descriptor later than the dummy byte.
+Lost control data (MSG_CTRUNC) is an error, never a shorter list.
 """
 
 from __future__ import annotations
 
+import _socket  # without the enums of socket, which take 5 ms to import
 import errno
 import os
 import select
-import socket
 import time
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from cprd.vmstate.stream import Source, Stream, VMStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
     from typing import Any, Self
 
@@ -34,26 +35,26 @@ MAX_FDS = 1 << 16
 
 
 class Channel:
-    """Carries bytes, and descriptors in order. Closing it closes what it still owns."""
+    """Carries bytes, and descriptors in order. close() closes what the channel still owns."""
 
     def send(self, data: bytes, fd: int = -1) -> None:
-        """Send all of `data`; with `fd` (borrowed) `data` is its one dummy byte."""
+        """Send all of `data`; with `fd` (borrowed) `data` is the dummy byte."""
         raise NotImplementedError
 
     def receive(self) -> tuple[bytes, list[int]]:
-        """Some bytes and the descriptors that came with them, which are the caller's from now on.
-        No bytes: the end. LimitExceeded when descriptors were lost on the way (those that came
-        along have been closed; one may go on receiving, to let the sender finish)."""
+        """Some bytes and descriptors, the caller's from now on. No bytes: the end. Raises
+        LimitExceeded when descriptors were lost on the way (the others are closed; to go on
+        receiving lets the sender finish)."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Tell the receiver that nothing follows (half-close). QEMU's loader waits for it."""
+        """Tell the receiver that nothing follows (half-close): QEMU's loader waits for that."""
 
     def close(self) -> None:
         """Let go of everything; again is harmless."""
 
     def send_stream(self, stream: Stream) -> None:
-        """Send a whole stream, one descriptor a dummy byte. Its descriptors stay borrowed."""
+        """Send a whole stream. The descriptors stay borrowed."""
         for data, number in stream.pieces():
             self.send(data, number)
 
@@ -65,15 +66,14 @@ class Channel:
 
 
 class SocketChannel(Channel):
-    """Over a connected AF_UNIX SOCK_STREAM socket, which becomes the channel's: close() closes it.
+    """Over a connected AF_UNIX SOCK_STREAM socket, the channel's from now on.
 
-    `timeout` is in seconds, for everything done from now on together, not for each step, so that a
-    peer who drips bytes cannot stretch it; `restart_clock` begins anew. None waits for ever. The
-    socket's own blocking mode is neither used nor changed.
-    """
+    `timeout`: seconds for all steps from now on together (a peer that drips bytes does not stretch
+    the time); `restart_clock` begins anew. None waits for ever. The blocking mode of the socket is
+    neither used nor changed."""
 
     def __init__(self, sock: socket.socket, timeout: float | None = None) -> None:
-        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        if sock.family != _socket.AF_UNIX or sock.type != _socket.SOCK_STREAM:
             raise InvalidInput(
                 f"a channel needs a UNIX stream socket, this is {sock.family.name} {sock.type}"
             )
@@ -105,7 +105,7 @@ class SocketChannel(Channel):
                 if fd >= 0:
                     rights.send(self.sock, data, [fd])
                     return
-                rest = rest[self.sock.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+                rest = rest[self.sock.send(rest, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL) :]
             except BlockingIOError:
                 self._wait(select.POLLOUT, "the peer did not read the stream")
             except OSError as exc:
@@ -119,14 +119,14 @@ class SocketChannel(Channel):
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 raise Timeout(f"the stream did not end within {self._timeout:g} s")
             try:
-                data, fds, flags = rights.receive(self.sock, _CHUNK, socket.MSG_DONTWAIT)
+                data, fds, flags = rights.receive(self.sock, _CHUNK, _socket.MSG_DONTWAIT)
             except BlockingIOError:
                 self._wait(select.POLLIN, "the stream did not end")
             except OSError as exc:
                 raise Unavailable(f"the connection broke while receiving: {exc}") from exc
             else:
                 break
-        if flags & socket.MSG_CTRUNC:
+        if flags & _socket.MSG_CTRUNC:
             close_all(fds)
             raise LimitExceeded(
                 f"descriptors were lost on receiving (MSG_CTRUNC, {len(fds)} arrived): this "
@@ -136,13 +136,13 @@ class SocketChannel(Channel):
 
     def finish(self) -> None:
         try:
-            self.sock.shutdown(socket.SHUT_WR)
+            self.sock.shutdown(_socket.SHUT_WR)
         except OSError as exc:
             raise Unavailable(f"the connection broke before the stream's end: {exc}") from exc
 
     def wait_hangup(self) -> None:
-        """Wait until the peer has closed (or half-closed): QEMU's way to say that it has loaded
-        the CPR state. Anything it sends is a VMStateError."""
+        """Wait until the peer has closed (or half-closed): so QEMU says that the CPR state is
+        loaded. Raises VMStateError for anything that the peer sends."""
         data, fds = self.receive()
         close_all(fds)
         if data:
@@ -153,12 +153,10 @@ class SocketChannel(Channel):
 
 
 class Tape(Channel):
-    """A channel in memory: what is sent (or fed) is kept and can be received. For recording a
-    stream, and for replaying one.
+    """A channel in memory, to record a stream, and to replay a stream.
 
-    Owns `fds`. `offsets[k]` is where in `data` descriptor k arrived. The constructor takes
-    ownership of `fds` unless it raises.
-    """
+    Owns `fds`, unless the constructor raises. `offsets[k]` is where in `data` descriptor k
+    arrived."""
 
     def __init__(
         self, data: bytes = b"", fds: Sequence[int] = (), offsets: Sequence[int] | None = None
@@ -174,7 +172,7 @@ class Tape(Channel):
         self._read = 0
 
     def send(self, data: bytes, fd: int = -1) -> None:
-        """As a socket would: the descriptor is duplicated, the sender keeps its own."""
+        """As a socket does: keeps a duplicate of the descriptor."""
         self.feed(data, [os.dup(fd)] if fd >= 0 else [])
 
     def feed(self, data: bytes, fds: Sequence[int] = ()) -> None:
@@ -203,11 +201,9 @@ class Tape(Channel):
 
 
 class Reader(Source):
-    """Reads from a channel while the stream is still arriving.
-
-    It reads ahead, so that one reader belongs to a channel for good. Received descriptors are the
-    reader's until they are handed out; close() closes the others (never the channel).
-    """
+    """Reads from a channel while the stream is still arriving: ahead, so that a channel has a
+    single reader for good. Owns received descriptors until each is handed out; close() closes the
+    others, never the channel."""
 
     __slots__ = ("channel",)
 
@@ -232,12 +228,11 @@ class Reader(Source):
 
 
 def drain(channel: Channel, max_bytes: int = MAX_BYTES, max_fds: int = MAX_FDS) -> Tape:
-    """Read a channel to its end, whatever comes, and only then judge.
+    """Read a channel to the end, whatever comes, and only then judge.
 
-    A sender that is cut off in the middle may crash (QEMU 11.1 does), so that even a stream which
-    is already lost, by lost descriptors or a limit, is read on and thrown away. The tape owns its
-    descriptors and is the caller's; after an error there are none.
-    """
+    A sender that is cut off in the middle may crash (QEMU 11.1 does). So a stream that is lost
+    already, by lost descriptors or a limit, is read on and thrown away. The tape, the caller's,
+    owns the descriptors; after an error all are closed."""
     tape = Tape()
     failure: LimitExceeded | None = None
     thrown = 0
@@ -274,11 +269,13 @@ def drain(channel: Channel, max_bytes: int = MAX_BYTES, max_fds: int = MAX_FDS) 
 
 
 def as_channel(where: Channel | socket.socket | int, timeout: float | None = None) -> Channel:
-    """A channel over what one has: itself, a connected UNIX stream socket (becomes the channel's;
-    without `timeout` its own counts), or its number (duplicated, stays the caller's)."""
+    """A channel over a channel (returned as is), a connected UNIX stream socket (the channel's from
+    now on; without `timeout` that of the socket counts), or a number (duplicated)."""
     if isinstance(where, Channel):
         return where
     if isinstance(where, int):
+        import socket
+
         sock = socket.socket(fileno=os.dup(where))
         try:
             return SocketChannel(sock, timeout)
@@ -289,20 +286,17 @@ def as_channel(where: Channel | socket.socket | int, timeout: float | None = Non
 
 
 def save(channel: Channel, vmsd: VMStateDescription, obj: Any, version: int | None = None) -> None:
-    """Encode and send; an object that does not fit sends nothing. Descriptors stay the caller's.
-    Does not half-close: call `channel.finish()` when nothing follows."""
+    """Encode and send; of an object that does not fit, nothing. Descriptors stay the caller's. Does
+    not half-close: call `channel.finish()` when nothing follows."""
     channel.send_stream(encode(vmsd, obj, version))
 
 
 def load(
     reader: Reader, vmsd: VMStateDescription, obj: Any = None, version: int | None = None
 ) -> Any:
-    """Load one state from a stream that goes on (`reader.finish()` says whether it ended).
-    Returns `obj`, or a new SimpleNamespace, which owns the descriptors from then on.
-
-    When it raises, every descriptor that this load took has been closed, and no attribute names
-    one any more.
-    """
+    """Load a state from a stream that goes on (`reader.finish()` says whether the stream ended).
+    Returns `obj`, or a new SimpleNamespace, which owns the descriptors from then on. After an error
+    all descriptors of this load are closed, and no attribute names any."""
     obj = SimpleNamespace() if obj is None else obj
     reader.taken, reader.assigned = [], []
     try:

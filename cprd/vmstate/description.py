@@ -1,20 +1,20 @@
-"""Describe a state once, beside the objects that have it; encode and decode it as QEMU does.
+"""Describe a state once, beside the objects with the state; encode and decode as QEMU does.
 
-A description lists fields; each names an attribute of a plain Python object and has a *kind*, which
-knows its big-endian form. The rules are those of QEMU's migration/vmstate.c (docs/devel/migration):
+A description lists fields. A field names an attribute of a plain Python object and has a *kind*,
+which knows the big-endian form. The rules are QEMU's, migration/vmstate.c (docs/devel/migration):
 
-- a stream newer than `version_id` or older than `minimum_version_id` is refused; left out, that is
-  0, as in C: every older one is understood;
-- a field is in the stream when its own `version_id` is not newer than the stream's, or, when it has
+- a stream newer than `version_id` or older than `minimum_version_id` is refused; the default of the
+  latter is 0, as in C: every older stream is understood;
+- a field is in the stream when the field's `version_id` is not newer than the stream's; with
   `exists(obj, version)`, when that says so and for no other reason;
-- subsections follow the fields: 0x05, u8 length, name (its parent's name is the prefix), u32
-  version. They are written when `needed(obj)`, and found by name; one that the parent's name
-  prefixes and that nobody knows is refused, anything else ends the list;
+- subsections follow the fields: 0x05, u8 length, name (beginning with the parent's name), u32
+  version. A subsection is written when `needed(obj)`, and found by name. An unknown name that
+  begins with the parent's is refused; anything else ends the list;
 - no length, type or checksum of the whole is in the stream. Subsections are looked for after every
-  description, so that loading one needs a further byte, or the stream's end, to be complete.
+  description: a load is complete with a further byte, or with the end of the stream.
 
-Stricter than QEMU where it can only be damage: booleans and list markers are 0 or 1, a dummy byte
-is a space, a subsection comes once, and lengths have limits.
+Stricter than QEMU where only damage explains a value: booleans and list markers are 0 or 1, a dummy
+byte is a space, a subsection comes once, and lengths have limits.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ _U32 = Layout(">I")
 
 
 class Kind:
-    """How one value looks in the stream."""
+    """The form of a value in the stream."""
 
     def put(self, out: Sink, value: Any) -> None:
         raise NotImplementedError
 
     def get(self, src: Source, length: int, current: Any) -> Any:
-        """Read one value. `length`: what its length field said, -1 without one. `current`: what the
-        attribute holds, for kinds that load into an object that is there."""
+        """Read a value. `length`: by the length field, -1 without such a field. `current`: the
+        value of the attribute, for kinds that load into an object."""
         raise NotImplementedError
 
     def length(self, value: Any) -> int:
-        """What a length field says about this value."""
+        """The length of a value, for a length field."""
         raise VMStateError("has no length that another field could carry")
 
     blank: Any = None
-    """What the attribute is set back to when a load fails after it received descriptors."""
+    """The value of the attribute after a load that failed with descriptors received."""
     carries_fds = False
     anonymous = False  # has no attribute
 
 
 class Field:
-    """One field: the attribute `name`, present in streams of version `version_id` or newer, or as
-    `exists(obj, version)` says. `length_of` and `length` tie a buffer to the integer that has its
-    length. Made by the functions of this module."""
+    """A field: the attribute `name`, present in streams of version `version_id` or newer, or as
+    `exists(obj, version)` says. `length_of` and `length` tie a buffer to the integer with the
+    length of the buffer. Made by the functions of fields.py."""
 
     __slots__ = ("exists", "kind", "length", "length_of", "name", "version_id")
 
@@ -87,13 +87,12 @@ class Field:
 
 
 class VMStateDescription:
-    """What a state consists of.
+    """The parts of a state.
 
     `pre_save(obj)` runs before the fields are read, `post_load(obj, version)` after the fields and
-    subsections are there; a ValueError of either refuses the state. `post_load` borrows the
-    descriptors it finds: they are the object's only when the whole load has returned.
-    A subsection's description has `needed`, and "PARENT/" in front of its name.
-    """
+    subsections are loaded; a ValueError of either refuses the state. `post_load` borrows
+    descriptors: the object owns descriptors once the whole load has returned. The description of a
+    subsection has `needed`, and "PARENT/" in front of the name."""
 
     def __init__(
         self,
@@ -153,7 +152,7 @@ class VMStateDescription:
 
 def encode(vmsd: VMStateDescription, obj: Any, version: int | None = None) -> Stream:
     """The stream of `obj`, in the form of an older `version` when asked. Descriptors are borrowed:
-    keep `obj` until the stream has been sent. VMStateError names a value that does not fit."""
+    keep `obj` until the stream has been sent. Raises VMStateError for a value that does not fit."""
     out = Sink()
     try:
         put(out, vmsd, obj, vmsd.version_id if version is None else version)
@@ -172,12 +171,11 @@ def decode(
     version: int | None = None,
     into: Any = None,
 ) -> Any:
-    """Load a whole stream from memory: it must end where its state ends, with as many descriptors
-    as it has places for. Into `into`, or into a new SimpleNamespace; returns it.
+    """Load a whole stream from memory, which must end with the state and have a place for each
+    descriptor. Returns `into`, or a new SimpleNamespace.
 
-    `fds` are numbers here and stay their owner's, whatever happens; `offsets` says where each
-    arrived (default: before the first byte). Errors: VMStateError; Truncated when it ends early.
-    """
+    `fds` are only numbers here, and stay the caller's; `offsets` says where each arrived (default:
+    before the first byte). Raises VMStateError; Truncated for an early end."""
     src = Source(data, fds, offsets)
     obj = SimpleNamespace() if into is None else into
     try:
@@ -191,14 +189,14 @@ def decode(
 
 
 def place(exc: VMStateError, vmsd: VMStateDescription, src: Source) -> None:
-    """Complete the path of an error, and its position: where reading has come to."""
+    """Complete the path of an error, and the position: where reading has come to."""
     exc.inside(vmsd.name)
     if exc.offset < 0:
         exc.offset = src.offset
 
 
 def put(out: Sink, vmsd: VMStateDescription, obj: Any, version: int) -> None:
-    """Write one description's fields and subsections; paths of errors are relative to it."""
+    """Write the fields and subsections of a description; paths of errors are relative."""
     if vmsd.pre_save is not None:
         try:
             vmsd.pre_save(obj)
@@ -231,7 +229,7 @@ def put(out: Sink, vmsd: VMStateDescription, obj: Any, version: int) -> None:
 
 
 def get(src: Source, vmsd: VMStateDescription, obj: Any, version: int) -> None:
-    """Read one description's fields and subsections into `obj`, as of `version`."""
+    """Read the fields and subsections of a description into `obj`, as of `version`."""
     if version > vmsd.version_id:
         raise VMStateError(
             f"the stream has version {version}, newer than the {vmsd.version_id} known here",
@@ -311,8 +309,8 @@ def _get_subsections(src: Source, vmsd: VMStateDescription, obj: Any) -> None:
 
 
 def _refuse_half_a_subsection(src: Source, vmsd: VMStateDescription) -> None:
-    """A subsection that the stream's end cuts is not one to the rule above. At the end of
-    everything it can be nothing else."""
+    """A subsection cut by the end of the stream is none by the rule above. At the end of everything
+    the rest can be nothing else."""
     rest = src.peek(2 + 255)
     for sub in vmsd.subsections:
         if rest and _head(sub).startswith(rest):

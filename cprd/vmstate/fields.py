@@ -41,11 +41,7 @@ def _int_field(code: str) -> Callable[..., Field]:
     kind = Int(code)
 
     def make(
-        name: str,
-        *,
-        version_id: int = 0,
-        exists: Exists | None = None,
-        length_of: str = "",
+        name: str, *, version_id: int = 0, exists: Exists | None = None, length_of: str = ""
     ) -> Field:
         """An integer. With `length_of` it is no attribute: it has the length of that field."""
         return Field(name, kind, version_id, exists, length_of=length_of)

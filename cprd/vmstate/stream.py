@@ -1,8 +1,8 @@
-"""Bytes with descriptors between them: what a description writes to and reads from. No I/O.
+"""Bytes with descriptors in between, to write to and to read from. No I/O.
 
-A descriptor takes one byte of the stream, the *dummy byte* (a space), and travels beside it. On the
-way in the order of the descriptors counts, and that each arrived no later than its dummy byte:
-what QEMU's own loader asks for (it keeps a queue, and takes one from it at each dummy byte).
+A descriptor takes one byte of the stream, the *dummy byte* (a space), and travels beside the byte.
+On the way in the order of the descriptors counts, and no descriptor comes later than the dummy
+byte. (QEMU's own loader keeps a queue, and takes a descriptor at each dummy byte.)
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ DUMMY = 0x20
 """The byte that stands in the stream for a descriptor."""
 
 MAX_ITEMS = 1 << 22
-"""Array and list elements of one load together, for even an element of no bytes costs memory."""
+"""Elements of arrays and lists in a load: even an element of no bytes costs memory."""
 
 
 class VMStateError(ProtocolError):
-    """A stream that does not fit its description, or a value that does not fit its field.
-
-    `path` names the field ("CprState.fds[3].name"), `offset` is the position in the stream in
-    bytes, -1 when there is none (saving).
-    """
+    """A stream that does not fit the description, or a value that does not fit the field. `path`
+    names the field ("CprState.fds[3].name"), `offset` is the position in the stream in bytes, -1
+    while saving."""
 
     def __init__(self, what: str, *, path: str = "", offset: int = -1) -> None:
         super().__init__(what)
@@ -37,7 +35,7 @@ class VMStateError(ProtocolError):
         self.offset = offset
 
     def inside(self, segment: str) -> None:
-        """Put the name of what encloses the culprit in front of its path."""
+        """Put the name of what encloses the culprit in front of the path."""
         self.path = segment + self.path
 
     def __str__(self) -> str:
@@ -46,13 +44,12 @@ class VMStateError(ProtocolError):
 
 
 class Truncated(VMStateError):
-    """The stream ended inside a field: its sender died or failed. Nothing of it may be used."""
+    """The stream ended inside a field: the sender died or failed. Use nothing of the stream."""
 
 
 class Stream:
     """An encoded stream: `data`, and `marks`, an (offset of the dummy byte, descriptor) for each
-    descriptor, in order. Values only: the descriptors stay their owner's, who keeps them open until
-    the stream has been sent."""
+    descriptor, in order. The descriptors are borrowed until the stream has been sent."""
 
     __slots__ = ("data", "marks")
 
@@ -61,8 +58,8 @@ class Stream:
         self.marks = tuple(marks)
 
     def pieces(self) -> Iterator[tuple[bytes, int]]:
-        """What to send one after the other: plain bytes with -1, or one dummy byte with its
-        descriptor. QEMU sends like this, and takes no more than 16 descriptors at once."""
+        """The messages in order: plain bytes with -1, or a dummy byte with the descriptor. QEMU
+        sends so, too, and takes 16 descriptors at once at most."""
         at = 0
         for offset, number in self.marks:
             if offset > at:
@@ -74,7 +71,7 @@ class Stream:
 
 
 class Sink:
-    """Where a description writes: collects a Stream. Borrows the descriptors."""
+    """Collects a Stream. Borrows the descriptors."""
 
     __slots__ = ("data", "marks")
 
@@ -94,13 +91,11 @@ class Sink:
 
 
 class Source:
-    """Where a description reads: bytes and descriptors already here.
+    """Bytes and descriptors to read from.
 
     `offsets[k]` says where in the stream descriptor k arrived (default: all before the first byte).
-    The descriptors are numbers to this class: it closes none. `taken` collects those handed out,
-    `assigned` the attributes they went to, so that a loader that owns them can take a failed load
-    back.
-    """
+    Closes no descriptor. `taken`: the descriptors handed out, `assigned`: the attributes with
+    descriptors, so that the owner can take a failed load back."""
 
     __slots__ = ("_arrived", "_at", "_base", "_data", "_items", "assigned", "taken")
 
@@ -124,12 +119,12 @@ class Source:
         self.assigned: list[tuple[Any, str, Any]] = []
 
     def _pull(self) -> bool:
-        """Get more; False at the end of the stream. Here everything is here already."""
+        """Get more; False at the end of the stream. Here nothing more comes."""
         return False
 
     def _arrive(self, data: bytes, fds: Sequence[int]) -> None:
-        """Append what came together. Where in `data` the descriptors were attached cannot be seen,
-        so they count from its first byte, as in QEMU."""
+        """Append what came together. Nobody sees where in `data` the descriptors were attached: all
+        count from the first byte on, as in QEMU."""
         if self._at > 1 << 16:
             self._base += self._at
             del self._data[: self._at]
@@ -144,14 +139,14 @@ class Source:
         return self._base + self._at
 
     def peek(self, size: int) -> bytes:
-        """The next `size` bytes without reading them; fewer at the end of the stream."""
+        """The next `size` bytes, not read yet; fewer at the end of the stream."""
         while len(self._data) - self._at < size:
             if not self._pull():
                 break
         return bytes(self._data[self._at : self._at + size])
 
     def read(self, size: int) -> bytes:
-        """Exactly `size` bytes. Truncated when the stream ends before."""
+        """Exactly `size` bytes. Raises Truncated when the stream ends before."""
         found = self.peek(size)
         if len(found) < size:
             missing = size - len(found)
@@ -162,7 +157,7 @@ class Source:
         return found
 
     def get_fd(self) -> int:
-        """The next descriptor: reads its dummy byte. Raises when none has arrived by then."""
+        """The next descriptor: reads the dummy byte. Raises VMStateError where none has arrived."""
         dummy = self.peek(1)
         if not dummy:
             raise Truncated("the stream ends before the byte of a descriptor", offset=self.offset)

@@ -1,8 +1,6 @@
 /* cprd-c: each verb of cprd.h, from a shell. */
 #define _GNU_SOURCE
 #include "cprd.h"
-#include "cprd_live.h"
-#include "cprd_request.h" /* for unpack, which programs do not need */
 
 #include <errno.h>
 #include <fcntl.h>
@@ -14,8 +12,8 @@
 #include <unistd.h>
 
 static const char usage[] =
-    "cprd-c save NAME [--replace] [--prepare] [--abort] [--ttl=S] [--after-exit] [--store]\n"
-    "cprd-c load NAME [--wait=S] [--lease=S] [--begin] [--reject=WHY] [--next]\n"
+    "cprd-c save NAME [--replace] [--prepare] [--abort] [--ttl=S] [--after-exit[=PIDFD]] [--store]\n"
+    "cprd-c load NAME [--wait=S] [--lease=S] [--begin[=PIDFD]] [--reject=WHY|--next|--leave]\n"
     "cprd-c wait NAME [--wait=S]      cprd-c drop|release NAME [--force]      cprd-c list\n"
     "cprd-c live NAME [--wait=S] [--lease=S] [--unconfirmed]\n"
     "cprd-c unpack BUNDLE ...      cprd-c found ROOT ...      what inherited queues hold, each\n"
@@ -28,7 +26,7 @@ static const char usage[] =
     "    clear | check | confirm | end | batch (what follows up to \"commit\" is one change)\n";
 
 struct options {
-    int prepare, abort, force, begin, next;
+    int prepare, abort, force, begin, acting, next, leave; /* acting: a pidfd, or -1 */
     const char *reject;
     double timeout;
     int take, unconfirmed;
@@ -142,8 +140,8 @@ static int load(cprd *c, const char *name, const struct options *o) {
         return rc ? rc : failed();
     }
     print_state(cprd_claim_state(claim));
-    if (o->begin) rc = cprd_begin(claim, -1);
-    if (!rc)
+    if (o->begin) rc = cprd_begin(claim, o->acting);
+    if (!rc && !o->leave)
         rc = o->reject ? cprd_reject(claim, o->reject)
              : o->next ? cprd_confirm_next(claim, next, &o->save, NULL) : cprd_confirm(claim);
     if (rc) rc = failed();
@@ -247,9 +245,8 @@ static int own(int tx, int rx, uint64_t hold, int take) {
     if (take < 0) {
         if (cprd_live_begin(tx, rx, hold, &l)) return failed();
     } else {
-        if (cprd_live_read(take, &l)) return failed();
+        if (cprd_live_take(take, tx, rx, hold, &l)) return failed();
         print_state(cprd_live_state(l));
-        if (cprd_live_take(l, tx, rx, hold)) return failed();
         puts("taken"), fflush(stdout);
         if (cprd_live_settle(l)) return failed();
     }
@@ -262,11 +259,9 @@ static int own(int tx, int rx, uint64_t hold, int take) {
 static int look(char **queues, int is_live) {
     for (; *queues; queues++) {
         cprd_state *s = NULL;
-        cprd_live *l = NULL;
-        int rc = is_live ? cprd_live_read(atoi(*queues), &l) : cprd__unpack(atoi(*queues), &s);
-        if (!rc) print_state(is_live ? cprd_live_state(l) : s), puts("ok");
+        int rc = is_live ? cprd_live_read(atoi(*queues), &s) : cprd_unpack(atoi(*queues), &s);
+        if (!rc) print_state(s), puts("ok");
         else printf("%s: %s\n", cprd_code_name(rc), cprd_last()->text);
-        cprd_live_close(l);
         cprd_state_free(s);
     }
     return 0;
@@ -284,8 +279,15 @@ static int parse(char **words, struct options *o) {
         else if (!strcmp(*words, "--force")) o->force = 1;
         else if (!strcmp(*words, "--begin")) o->begin = 1;
         else if (!strcmp(*words, "--next")) o->next = 1;
+        else if (!strcmp(*words, "--leave")) o->leave = 1;
         else if (!strcmp(*words, "--unconfirmed")) o->unconfirmed = 1;
-        else if (value && !strncmp(*words, "--ttl=", 6)) o->save.ttl = atof(value);
+        else if (value && !strncmp(*words, "--begin=", 8)) {
+            o->begin = 1;
+            o->acting = atoi(value);
+        } else if (value && !strncmp(*words, "--after-exit=", 13)) {
+            o->save.after_exit = CPRD_AFTER_PROCESS;
+            o->save.process = atoi(value);
+        } else if (value && !strncmp(*words, "--ttl=", 6)) o->save.ttl = atof(value);
         else if (value && !strncmp(*words, "--wait=", 7)) o->load.wait = atof(value);
         else if (value && !strncmp(*words, "--lease=", 8)) o->load.lease = atof(value);
         else if (value && !strncmp(*words, "--reject=", 9)) o->reject = value;
@@ -297,7 +299,7 @@ static int parse(char **words, struct options *o) {
 }
 
 int main(int argc, char **argv) {
-    struct options o = {.take = -1};
+    struct options o = {.take = -1, .acting = -1};
     struct rlimit limit;
     cprd *c;
     int rc = 0;

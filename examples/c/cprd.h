@@ -1,4 +1,5 @@
-/* A client of cprd in C11, for Linux, without dependencies: compile cprd.c with your program.
+/* A client of cprd in C11, for Linux, without dependencies: compile cprd.c with your program, and
+ * cprd_live.c for live holds.
  *
  * A state is descriptors under keys (name, id), in order, and named sections of bytes. One process
  * saves a state under a name, another loads that state, whole, and confirms.
@@ -6,8 +7,12 @@
  * Functions return CPRD_OK or an error code; cprd_last() has the words. All block until cprd has
  * answered, at most the timeout of the connection (20 s, cprd_set_timeout) and whatever the call
  * itself waits for. A lost connection is opened again and the request repeated, with the same
- * nonce: whatever was asked for is done once. One thread at a time may use a connection and what
- * was made through the connection; a child of fork() needs a connection of its own.
+ * nonce: whatever was asked for is done once.
+ *
+ * Threads: requests of several threads over one connection take turns; one thread at a time uses a
+ * state, a claim, a prepared save or a live hold. A child of fork() needs a connection of its own:
+ * what the parent made is refused there with INVALID_INPUT, and closing a copy changes nothing for
+ * the parent.
  *
  * After CPRD_TIMEOUT or CPRD_UNAVAILABLE the outcome is unknown. The same call of commit, abort,
  * confirm or reject once more repeats the same request, and gets the first answer.
@@ -60,12 +65,10 @@ void cprd_state_free(cprd_state *state);
 
 /* `fd` is borrowed: must stay open until the state has been saved, and is the caller's then. */
 int cprd_add_fd(cprd_state *state, const char *name, int32_t id, int fd);
-/* The bytes are copied. `packed`: they are one msgpack value, else raw bytes. */
+/* The bytes are copied, and replace what was there. `packed`: one msgpack value, else raw bytes. */
 int cprd_add_section(cprd_state *state, const char *key, const void *data, size_t size, int packed);
 /* A memfd with all of F_SEAL_SEAL, SHRINK, GROW and WRITE; borrowed as cprd_add_fd. */
 int cprd_add_memfd(cprd_state *state, const char *key, int memfd, int packed);
-
-void cprd_delete_section(cprd_state *state, const char *key); /* absent: no error */
 
 size_t cprd_fd_count(const cprd_state *state);
 /* The descriptor number `index`, in the order of saving: borrowed, -1 where taken. */
@@ -124,7 +127,7 @@ struct cprd_load_options {
     uint64_t generation; /* that hold only, else FENCED; 0: any */
 };
 
-/* What a killed owner of a live hold left can be loaded, too, where cprd_hold.c is linked; memory
+/* What a killed owner of a live hold left can be loaded, too, where cprd_live.c is linked; memory
  * comes as sections "memory.NAME". */
 int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options, cprd_claim **out);
 /* Owned by the claim. Descriptors and bytes that nobody took live until cprd_claim_close. */
@@ -154,6 +157,202 @@ struct cprd_row {
     uint64_t uid, generation, fds, bytes;
 };
 int cprd_list(cprd *c, void (*each)(void *context, const struct cprd_row *row), void *context);
+
+
+/* -- a live hold: cprd_live.c -------------------------------------------------------------------
+ *
+ * A state that is kept at every change, so that kill -9 of its owner loses nothing. What a function
+ * changed is kept when the function returns CPRD_OK. No change talks to cprd. After CPRD_FENCED
+ * (the hold was dropped by force) no change counts any more. Hold the lock that keeps other threads
+ * out across fork(), too. A forked child has no part in a hold.
+ *
+ * delete, replace and settle let go of descriptors: they may block where the last close of a file
+ * does (SO_LINGER, network file systems). Close your own descriptor after the delete. */
+typedef struct cprd_live cprd_live;
+
+/* Claims what is held under `name`, live or saved, or begins with nothing. `options` may be NULL;
+ * no generation in it. Call it after the last fork of a program that daemonizes itself. */
+int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *options,
+                   cprd_live **out);
+/* Whether a predecessor left something: take what you need from the state, then confirm. Until
+ * then nothing can be changed, and the hold goes back whole if this process ends. */
+int cprd_live_found(const cprd_live *live);
+/* What the predecessor left; owned by the hold until cprd_live_close, what was taken excepted. */
+cprd_state *cprd_live_state(cprd_live *live);
+int cprd_live_confirm(cprd_live *live); /* once more after TIMEOUT or UNAVAILABLE */
+/* Where cprd keeps in memory only, an owner puts its hold back into the next cprd. Call this when
+ * cprd_live_socket() becomes readable, or every few seconds. Blocks as requests do. */
+int cprd_live_check(cprd_live *live);
+int cprd_live_socket(const cprd_live *live); /* borrowed; -1: call cprd_live_check soon */
+int cprd_live_end(cprd_live *live); /* keep nothing any more; then cprd_live_close */
+/* Stop owning; the next process finds everything. Frees `live`, and unmaps its memory. */
+void cprd_live_close(cprd_live *live);
+
+/* One change; `fd` is borrowed and may be closed after the return, `data` is copied. */
+enum cprd_live_op {
+    CPRD_SAVE_FD,        /* name, id, fd; refused where the key is in use */
+    CPRD_REPLACE_FD,     /* name, id, fd */
+    CPRD_DELETE_FD,      /* name, id; an absent key is no error, nor below */
+    CPRD_SAVE_SECTION,   /* name, data, size, packed; replaces */
+    CPRD_DELETE_SECTION, /* name */
+    CPRD_DELETE_MEMORY   /* name; what is mapped stays mapped until cprd_live_close */
+};
+struct cprd_live_change {
+    enum cprd_live_op op;
+    const char *name;
+    int32_t id;
+    int fd;
+    const void *data;
+    size_t size;
+    int packed;
+};
+/* All of them in one step, or none; a key appears once. LIMIT_EXCEEDED: nothing was changed, unless
+ * the text says that the change counts. */
+int cprd_live_change(cprd_live *live, const struct cprd_live_change *changes, size_t count);
+int cprd_live_save_fd(cprd_live *live, const char *name, int32_t id, int fd);
+int cprd_live_delete_fd(cprd_live *live, const char *name, int32_t id);
+int cprd_live_save_section(cprd_live *live, const char *key, const void *data, size_t size,
+                           int packed);
+/* Writable memory that outlives this process: zeros when new, else as the predecessor left it.
+ * INVALID_INPUT for another size than the memory has. Valid until cprd_live_close. */
+int cprd_live_memory(cprd_live *live, const char *name, size_t size, void **out);
+int cprd_live_clear(cprd_live *live); /* keep nothing, in one step */
+/* Let go of what an earlier change, or a killed predecessor, did not come to. The next change does
+ * the same. Confirm has done so. */
+int cprd_live_settle(cprd_live *live);
+size_t cprd_live_kept(const cprd_live *live); /* keys */
+
+/* Without cprd: by both ends of a root, a SEQPACKET pair whose receiving end somebody keeps. Owns
+ * `tx` and `rx`, also on failure. `hold`: a random number, not 0. */
+int cprd_live_begin(int tx, int rx, uint64_t hold, cprd_live **out);
+/* As begin, with what is kept in `root`, the receiving end of another root whose owner has ended:
+ * borrowed; nobody can append there from now on. No queue of the predecessor is changed before
+ * cprd_live_settle or the first change: whoever keeps `root` must have the new one by then. */
+int cprd_live_take(int root, int tx, int rx, uint64_t hold, cprd_live **out);
+/* What an owner that has ended left, as a state; memory as sections "memory.NAME". `root` as above.
+ * LIMIT_EXCEEDED: does not fit in this process. */
+int cprd_live_read(int root, cprd_state **out);
+
+/* What a bundle holds, as a state: `bundle` is a receiving end with one message, borrowed, and
+ * stays as it is. DAMAGED, BUSY (a later version), LIMIT_EXCEEDED (no room in this process). */
+int cprd_unpack(int bundle, cprd_state **out);
+
+/* -- between cprd.c and cprd_live.c: not for programs ------------------------------------------ */
+#ifdef CPRD_INTERNAL
+
+enum {
+    CPRD__SCM_MAX = 253, /* descriptors of one message */
+    CPRD__HEADER = 32,   /* bytes of a message of a bundle */
+    CPRD__FD = 0,        /* the spaces of keys */
+    CPRD__SECTION,
+    CPRD__MEMORY
+};
+
+extern _Thread_local struct cprd_error cprd__last;
+__attribute__((format(printf, 2, 3))) int cprd__fail(int code, const char *format, ...);
+int cprd__no_memory(void);
+int cprd__no_room(const char *what); /* for one more descriptor */
+int cprd__explain(int error);        /* the errno of a send with descriptors, as an error */
+#ifdef CPRD_PAUSE
+void cprd__point(const char *name); /* a pause point of the tests */
+#else
+#define cprd__point(name) ((void)0)
+#endif
+
+struct cprd__bytes { /* grows; `failed`: no memory, and the bytes are not all there */
+    unsigned char *at;
+    size_t size, room;
+    int failed;
+};
+void cprd__put(struct cprd__bytes *b, const void *data, size_t size);
+void cprd__put_little(struct cprd__bytes *b, uint64_t value, int width);
+uint64_t cprd__little(const unsigned char *at, int width);
+
+struct cprd__key { /* the first member of what lies in a table */
+    struct cprd__key *chain;
+    int space;
+    int32_t id;
+    size_t length;
+    char *name; /* and a NUL */
+};
+struct cprd__table {
+    struct cprd__key **slots;
+    size_t size, used;
+};
+int cprd__check_name(int space, const char *name, size_t length);
+/* Where the key is, or would be. The table has grown at least once. */
+struct cprd__key **cprd__slot(const struct cprd__table *t, int space, const char *name,
+                              size_t length, int32_t id);
+int cprd__grow(struct cprd__table *t); /* room for one more key */
+
+/* One message. Returns 0 or an errno. At the limit in flight it is sent once more, with the soft
+ * RLIMIT_NOFILE at the hard one. */
+int cprd__send(int sock, const void *data, size_t size, const int *fds, size_t count);
+/* One message. The caller owns fds[0..*count]. `flags`: in, and out MSG_CTRUNC, MSG_TRUNC. */
+long cprd__receive(int sock, void *data, size_t size, int *fds, size_t *count, int *flags);
+int cprd__pair(int *tx, int *rx);
+void cprd__close_all(const int *fds, size_t count);
+int cprd__waiting(int sock); /* bytes in its queue */
+uint64_t cprd__cookie(int fd); /* of a socket, as of no other; else 0 */
+int cprd__room_for(uint64_t count); /* of descriptors, in this process */
+int cprd__memfd(const char *name, const void *data, size_t size, int *out); /* sealed */
+int cprd__is_sealed(int memfd);
+
+/* Add to a state. A descriptor is the state's when this returns OK, where `owned`. */
+int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, const void *data,
+              size_t size, int packed);
+
+struct cprd__packed { /* a state apart from the queue of the root */
+    unsigned char header[CPRD__HEADER];
+    int *fds, *made;  /* of the root, borrowed; what packing opened */
+    size_t parked, made_count, fd_count;
+    uint64_t size;
+    int depth;
+};
+struct cprd__call { /* a request; cprd__request frees what the call has */
+    struct cprd__bytes m;
+    const char *verb;
+    unsigned count;
+    double wait; /* s; cprd lets the request wait so long */
+    const char *wait_as; /* the field for the time that is left, or NULL */
+    const struct cprd__packed *packed;
+    struct cprd__bytes *rows; /* of `list` */
+};
+struct cprd__answer { /* `fd` is the reader's to close; -1: none */
+    struct cprd_error error;
+    int fd, cut; /* cut: no room for a descriptor here */
+    uint64_t id, generation, attempts, version, more, found, live;
+    char kept[8], last_reject[1025];
+    unsigned char token[16];
+};
+struct cprd__ticket { /* the right to speak for a hold */
+    cprd *c;
+    cprd *own; /* a connection for this alone, or NULL */
+    char *name;
+    uint64_t generation;
+    unsigned char token[16], nonces[2][16]; /* of its two ends: the same words are one request */
+    int stored, over;
+};
+/* A request about `name` (or NULL). `nonce` NULL: a new one. cprd__fields adds more. */
+struct cprd__call cprd__call(const char *verb, const char *name, const void *nonce);
+struct cprd__call cprd__call_of(const struct cprd__ticket *t, const char *verb, const void *nonce);
+void cprd__fields(struct cprd__call *call, const char *format, ...);
+/* Sends a request, again where the connection is lost. Returns what cprd says, or UNAVAILABLE,
+ * TIMEOUT. */
+int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a);
+void cprd__hang_up(cprd *c);
+uint64_t cprd__connects(const cprd *c); /* how often */
+int cprd__no_fd(const struct cprd__answer *a); /* why an answer brought no descriptor */
+int cprd__open(struct cprd__ticket *t, cprd *c, const char *name, double wait);
+void cprd__set(struct cprd__ticket *t, const struct cprd__answer *a); /* what the answer gave */
+/* commit, abort, confirm, reject. `cause`: the error for which this process cannot read a state. */
+int cprd__end(struct cprd__ticket *t, const char *verb, const char *why, int cause,
+              struct cprd__answer *a);
+int cprd__give_back(struct cprd__ticket *t, int cause); /* unless ended; returns `cause` */
+void cprd__close(struct cprd__ticket *t);
+/* As cprd_unpack, of a live hold; NULL where cprd_live.c is not linked. */
+__attribute__((weak)) int cprd__unpack_live(int bundle, cprd_state **out);
+#endif
 
 #ifdef __cplusplus
 }

@@ -50,7 +50,6 @@ static int realize_irq(void) {
 static void hand_over(cprd *c, const char *name, const struct device *device) {
     struct cprd_save_options options = {.after_exit = CPRD_AFTER_ME};
     cprd_prepared *prepared;
-    cprd_delete_section(outgoing, "device"); /* of an attempt that failed */
     if (cprd_add_section(outgoing, "device", device, sizeof *device, 0) ||
         cprd_prepare(c, name, outgoing, &options, &prepared)) {
         fprintf(stderr, "vmm: the guest goes on here: %s\n", cprd_last()->text);

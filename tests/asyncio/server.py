@@ -35,10 +35,7 @@ async def main(name: str) -> None:
 
 
 async def serve(
-    state: LiveState,
-    listener: socket.socket,
-    fds: dict[int, int],
-    counts: dict[int, int],
+    state: LiveState, listener: socket.socket, fds: dict[int, int], counts: dict[int, int]
 ) -> None:
     tasks: set[asyncio.Task[None]] = set()
     writers: set[asyncio.StreamWriter] = set()

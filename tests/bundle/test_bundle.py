@@ -248,10 +248,7 @@ def hand() -> Iterator[Hand]:
 
 
 def keys(count: int) -> dict[str, Any]:
-    return {
-        "names": "\0".join("n" * count).encode(),
-        "ids": array("i", range(count)).tobytes(),
-    }
+    return {"names": "\0".join("n" * count).encode(), "ids": array("i", range(count)).tobytes()}
 
 
 def test_what_the_hand_makes_is_what_pack_makes(hand: Hand) -> None:

@@ -13,17 +13,14 @@ from tests.support.checkout import CHECKOUT
 from tests.support.patience import patience
 
 SOURCE = CHECKOUT / "examples/c"
-NEEDED = {
-    "gcc": "gcc libc6-dev",
-    "clang": "clang libclang-rt-dev libc6-dev",
-    "make": "make",
-}
+NEEDED = {"gcc": "gcc libc6-dev", "clang": "clang libclang-rt-dev libc6-dev", "make": "make"}
+PAUSE = f"PAUSE={CHECKOUT / 'tests/c/pause.c'}"
 KINDS = {
     "plain": [],
-    "pause": ["PAUSE=1"],
+    "pause": [PAUSE],
     "sanitized": ["SANITIZE=1", "CFLAGS=-g"],
-    "small": ["PAUSE=1", "SMALL=1"],
-    "sanitized small": ["SANITIZE=1", "PAUSE=1", "SMALL=1", "CFLAGS=-g"],
+    "small": [PAUSE, "SMALL=1"],
+    "sanitized small": ["SANITIZE=1", PAUSE, "SMALL=1", "CFLAGS=-g"],
 }
 
 

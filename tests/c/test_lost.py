@@ -59,15 +59,23 @@ class Between:
                 return
             server.connect(self._daemon)
             while data := client.recv(1 << 17):
+                self.heard(data)
                 server.send(data)
                 data, fds, _ = receive(server, 1 << 17)
                 try:
                     self.answers += 1
                     if self.answers == self.lost or not data:
                         return
-                    send(client, data, fds)
+                    send(client, self.said(client, data), fds)
                 finally:
                     close_all(fds)
+
+    def heard(self, data: bytes) -> None:
+        """A request passes."""
+
+    def said(self, client: socket.socket, data: bytes) -> bytes:
+        """An answer passes; as the client gets it."""
+        return data
 
     def close(self) -> None:
         self._ends = True

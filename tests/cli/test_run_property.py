@@ -382,10 +382,7 @@ def expectation(asked: list[Spec], held: list[HeldSpec], ports: list[int]) -> st
 
 
 def check(
-    daemon: DaemonProcess,
-    make_elsewhere: Make,
-    held: list[HeldSpec],
-    asked: list[Asked],
+    daemon: DaemonProcess, make_elsewhere: Make, held: list[HeldSpec], asked: list[Asked]
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="cprd-test.") as place:
         world = World(daemon, place, make_elsewhere)
@@ -481,9 +478,7 @@ PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 @given(example=examples())
 @settings(max_examples=60, deadline=None, suppress_health_check=QUIET, phases=PHASES)
 def test_what_is_asked_for_is_reachable_and_nothing_else(
-    one_daemon: DaemonProcess,
-    make_elsewhere: Make,
-    example: tuple[list[HeldSpec], list[Asked]],
+    one_daemon: DaemonProcess, make_elsewhere: Make, example: tuple[list[HeldSpec], list[Asked]]
 ) -> None:
     before = open_fds()
     check(one_daemon, make_elsewhere, *example)
@@ -495,8 +490,6 @@ def test_what_is_asked_for_is_reachable_and_nothing_else(
 @given(example=examples())
 @settings(max_examples=2000, deadline=None, suppress_health_check=QUIET, phases=PHASES)
 def test_what_is_asked_for_is_reachable_and_nothing_else_at_length(
-    one_daemon: DaemonProcess,
-    make_elsewhere: Make,
-    example: tuple[list[HeldSpec], list[Asked]],
+    one_daemon: DaemonProcess, make_elsewhere: Make, example: tuple[list[HeldSpec], list[Asked]]
 ) -> None:
     check(one_daemon, make_elsewhere, *example)

@@ -57,11 +57,7 @@ def environment(daemon: DaemonProcess, **extra: str) -> dict[str, str]:
 
 
 def cprctl(
-    daemon: DaemonProcess,
-    *arguments: str,
-    fds: Sequence[int] = (),
-    nofile: str = "",
-    **extra: str,
+    daemon: DaemonProcess, *arguments: str, fds: Sequence[int] = (), nofile: str = "", **extra: str
 ) -> subprocess.CompletedProcess[str]:
     prefix = ["prlimit", f"--nofile={nofile}"] if nofile else []
     return subprocess.run(
@@ -624,6 +620,27 @@ def test_load_imports_nothing_that_it_does_not_need(daemon: DaemonProcess) -> No
     heavy = {"trio", "rich", "asyncio", "subprocess", "dataclasses", "inspect", "json", "logging"}
     assert not heavy & loaded
     assert not {"cprd.cli.table", "cprd.daemon", "tempfile"} & loaded
+
+
+def test_a_guest_does_not_wait_for_imports_that_take_long() -> None:
+    """All that `qemu start` imports before it executes the QEMU, and then while the QEMU begins."""
+    first = "cprd.cli.qemu, cprd.linux.paths, cprd.qemu.start, cprd.qemu.command, cprd.qemu.restore"
+    code = f"""
+import sys
+before = set(sys.modules)
+import {first}
+print(*set(sys.modules) - before)
+import cprd.qemu.inventory, cprd.qemu.target
+print(*set(sys.modules) - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE
+    )
+    sooner, later = (set(line.split()) for line in done.stdout.splitlines())
+    assert "cprd.client.blocking" in sooner
+    heavy = {"argparse", "enum", "importlib", "json", "re", "signal", "socket", "threading"}
+    assert not sooner & (heavy | {"typing"})
+    assert not later & {"argparse", "signal", "socket", "threading", "typing"}
 
 
 # -- run -----------------------------------------------------------------------------------------

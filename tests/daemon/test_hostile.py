@@ -170,9 +170,7 @@ def test_random_noise_of_64_kib(daemon: DaemonProcess) -> None:
                 assert answer(sock) is None
 
 
-def test_names_that_are_none_are_refused_and_the_connection_goes_on(
-    daemon: DaemonProcess,
-) -> None:
+def test_names_that_are_none_are_refused_and_the_connection_goes_on(daemon: DaemonProcess) -> None:
     with raw(daemon.path) as sock:
         for name in ("", ".x", "a/b/c", "x/y", "\n", "4294967295/x", "99999999999/x", "x" * 256):
             sock.send(packed(**{**LOAD, "name": name}))

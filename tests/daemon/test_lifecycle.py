@@ -413,9 +413,7 @@ def test_a_save_by_another_process_than_the_one_that_acted_and_died_replaces_not
 # A claimant that goes on after it lost its connection
 
 
-def test_the_late_end_of_a_claims_former_connection_does_not_end_it(
-    daemon: DaemonProcess,
-) -> None:
+def test_the_late_end_of_a_claims_former_connection_does_not_end_it(daemon: DaemonProcess) -> None:
     with daemon.connect() as connection, raw(daemon.path) as first, raw(daemon.path) as second:
         connection.save("web", empty())
         request = wire.load("web")

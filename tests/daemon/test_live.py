@@ -532,9 +532,7 @@ def test_only_its_owner_can_put_a_hold_back(new_daemon: DaemonProcess) -> None:
         assert phase(new_daemon) == "live"
 
 
-def test_notes_that_cannot_be_written_are_said(
-    start_daemon: Callable[..., DaemonProcess],
-) -> None:
+def test_notes_that_cannot_be_written_are_said(start_daemon: Callable[..., DaemonProcess]) -> None:
     daemon = start_daemon()
     os.mkdir(daemon.path + ".live", 0o700)
     os.chmod(daemon.path + ".live", 0o777)

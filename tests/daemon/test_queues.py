@@ -249,9 +249,7 @@ def test_an_unread_queue_of_a_client_that_has_gone_holds_up_nothing(
             daemon.await_fds(before)
 
 
-def test_a_save_wants_a_queue_and_the_next_may_come_with_the_answer(
-    daemon: DaemonProcess,
-) -> None:
+def test_a_save_wants_a_queue_and_the_next_may_come_with_the_answer(daemon: DaemonProcess) -> None:
     with raw(daemon.path) as sock:
         for verb in ("save", "prepare"):
             with pytest.raises(cprd.ProtocolError, match="ask for a queue"):

@@ -248,9 +248,7 @@ def has_ended(pipe: int) -> bool:
 
 
 @pytest.mark.usefixtures("nothing_leaks")
-def test_killed_at_any_step_of_any_change_all_that_was_answered_is_there(
-    few_records: None,
-) -> None:
+def test_killed_at_any_step_of_any_change_all_that_was_answered_is_there(few_records: None) -> None:
     desk = Desk(stored(a_keeper(managed=True)))
     generations, snapshots = [], [desk.snapshot()]
     for index in range(len(SCRIPT)):

@@ -232,10 +232,7 @@ def test_a_daemon_that_stands_still_at_every_step_only_makes_its_clients_wait(
 
     acts = ("save", "reject", "next", "prepare", "begin")
     all_of(acts, first.path)
-    until(
-        lambda: log.read_text().split().count("slot:drain") >= 3,
-        log.read_text,
-    )
+    until(lambda: log.read_text().split().count("slot:drain") >= 3, log.read_text)
     first.stop()
     points = log.read_text().split()
     wanted = {"slot:written", "keeper:put", "keeper:ended", "daemon:applied"}

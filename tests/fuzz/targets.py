@@ -71,9 +71,7 @@ TARGETS = {
         (recorded.EARLY_RECORD, recorded.HELD_RECORD, recorded.CLAIMED_RECORD_2),
     ),
     "shelf": Target(
-        _shelf,
-        (),
-        (recorded.SHELF_SLOTS, recorded.SHELF_OUTCOMES, recorded.SHELF_COMPLETE),
+        _shelf, (), (recorded.SHELF_SLOTS, recorded.SHELF_OUTCOMES, recorded.SHELF_COMPLETE)
     ),
     "header": Target(_header, (Damaged, Busy), (recorded.BUNDLE,)),
     "manifest": Target(

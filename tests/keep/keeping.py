@@ -34,12 +34,7 @@ def children(pid: int) -> list[int]:
 class KeptByParent(Kept):
     """`parent` is the process that was started; `pid` is cprd's. Owns both until close()."""
 
-    def __init__(
-        self,
-        place: Path,
-        *arguments: str,
-        settings: str = "",
-    ) -> None:
+    def __init__(self, place: Path, *arguments: str, settings: str = "") -> None:
         """`settings`: Python that cprd's program runs at start."""
         self.place = place
         place.chmod(0o755)

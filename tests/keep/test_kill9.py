@@ -12,15 +12,7 @@ import pytest
 from tests.support.keeping import SMALL, things
 from tests.support.live_sweeps import LIVE_VERBS, DropByForce, LiveStep, TakeOver, sweep_live
 from tests.support.patience import until
-from tests.support.sweeps import (
-    VERBS,
-    Confirm,
-    Step,
-    Stream,
-    sweep,
-    sweep_rewriting,
-    sweep_start,
-)
+from tests.support.sweeps import VERBS, Confirm, Step, Stream, sweep, sweep_rewriting, sweep_start
 
 from .conftest import Keep
 from .keeping import KeptByParent

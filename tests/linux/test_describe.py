@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from cprd.linux.describe import describe, printable, size
+from cprd.linux.describe import describe, size
+from cprd.linux.stdio import printable
 from tests.support.patience import PATIENCE
 
 ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE

@@ -17,7 +17,10 @@ from tests.live.owning import HOLD, MIDDLE, SMALL, Model, Op, Root, Things, act,
 from tests.live.test_sweep import BATCH, BIG, LARGE, saves
 from tests.support.descriptors import open_fds
 
-BEFORE: list[Op] = [*saves(9), ("save", "f", 0, 24), ("section", "s", 1), ("section", "t", BIG)]
+BEFORE: list[Op] = [
+    *(*saves(9), ("save", "f", 0, 24), ("section", "s", 1), ("section", "t", BIG)),
+    ("memory", "n"),
+]
 CHANGES: dict[str, Op] = {
     "save": ("save", "c", 20, 3),
     "replace": ("save", "c", 4, 20),
@@ -29,17 +32,19 @@ CHANGES: dict[str, Op] = {
     "large batch": LARGE,
     "merge": ("batch", *[("delete", "c", n) for n in (1, 3, 6, 7, 8)]),
     "memory": ("memory", "m"),
+    "forget": ("forget", "n"),
     "clear": ("clear",),
 }
 NEXT: list[Op] = [("save", "after", 0, 5), ("delete", "c", 0), ("section", "s", 5)]
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at the `at`-th step of Python within cprd.live."""
+    """Raises KeyboardInterrupt at the `at`-th step of Python within cprd.live, or other files."""
 
-    def __init__(self, at: int, opcodes: bool) -> None:
+    def __init__(self, at: int, opcodes: bool, files: tuple[str, ...] = ("/cprd/live/",)) -> None:
         self.left = at
         self.opcodes = opcodes
+        self.files = files
 
     def __enter__(self) -> Interrupt:
         self._before = sys.gettrace()
@@ -51,7 +56,8 @@ class Interrupt:
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
-        if "/cprd/live/" not in code.co_filename or code.co_qualname.startswith("Made."):
+        mine = any(file in code.co_filename for file in self.files)
+        if not mine or code.co_qualname.startswith("Made."):
             return None  # what comes in a finalizer is reported and dropped
         frame.f_trace_opcodes = self.opcodes
         if event == ("opcode" if self.opcodes else "line"):
@@ -107,7 +113,7 @@ def interrupt(things: Things, op: Op, shape: Shape, at: int, opcodes: bool) -> b
             act(owner, things, op)
     except KeyboardInterrupt:
         interrupted = True
-    for after in NEXT:
+    for after in [*NEXT, ("memory", "m"), ("memory", "n")]:
         act(owner, things, after)
         old.apply(after)
         model.apply(after)

@@ -14,18 +14,7 @@ from cprd.live.owner import Owner
 from cprd.live.reader import read
 from cprd.live.shape import SHAPE, Shape
 from cprd.live.takeover import take_over
-from tests.live.owning import (
-    MIDDLE,
-    SMALL,
-    Child,
-    Model,
-    Op,
-    Root,
-    Things,
-    act,
-    fenced,
-    seen_in,
-)
+from tests.live.owning import MIDDLE, SMALL, Child, Model, Op, Root, Things, act, fenced, seen_in
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 

@@ -13,12 +13,7 @@ from typing import Any
 
 import hypothesis
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    invariant,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from cprd.errors import AlreadyHeld, Busy, CprdError, Damaged, Fenced, LimitExceeded, NotHeld
 from cprd.protocol.holds import Quota
@@ -421,10 +416,7 @@ class LifeCycle(RuleBasedStateMachine):
             expected = NotHeld
         elif records[-1].phase == "prepared" or (records[-1].phase != "held" and not force):
             expected = Busy
-        answer = self.ask(
-            lambda: self.registry.drop(caller, (UID, name), force=force),
-            expected,
-        )
+        answer = self.ask(lambda: self.registry.drop(caller, (UID, name), force=force), expected)
         if answer is not None:
             self.end(name, records[-1])
 
@@ -436,10 +428,7 @@ class LifeCycle(RuleBasedStateMachine):
             expected = NotHeld
         elif records[-1].phase != "held" and (records[-1].phase != "in-doubt" or not force):
             expected = Busy
-        answer = self.ask(
-            lambda: self.registry.release(caller, (UID, name), force=force),
-            expected,
-        )
+        answer = self.ask(lambda: self.registry.release(caller, (UID, name), force=force), expected)
         if answer is not None and records[-1].phase == "in-doubt":
             records[-1].serve_again(self.now)
             self.model[name] = records[-1:]

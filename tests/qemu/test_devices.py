@@ -109,10 +109,7 @@ ROWS = {
         ),
         {},
     ),
-    "VGA": (
-        device(f"VGA,{SLOT}"),
-        {f"{AT}/vga.rom": "64.0 KiB", f"{AT}/vga.vram": "16.0 MiB"},
-    ),
+    "VGA": (device(f"VGA,{SLOT}"), {f"{AT}/vga.rom": "64.0 KiB", f"{AT}/vga.vram": "16.0 MiB"}),
     "second-memory-backend": (
         device("-object memory-backend-memfd,id=other,size=16M,share=on"),
         {"other": "16.0 MiB"},

@@ -124,10 +124,7 @@ def test_no_qemu_listens_at_the_monitors_path(vm: Machine) -> None:
 
 @pytest.mark.parametrize(
     ("options", "cure"),
-    [
-        ({"share": "off"}, "share=on"),
-        ({"options": "aux-ram-share=off"}, "aux-ram-share=on"),
-    ],
+    [({"share": "off"}, "share=on"), ({"options": "aux-ram-share=off"}, "aux-ram-share=on")],
 )
 def test_memory_that_cannot_travel_is_refused_with_its_cure(
     make_machine: MakeMachine, options: dict[str, Any], cure: str
@@ -266,10 +263,7 @@ def test_the_image_is_locked_by_somebody(vm: Machine) -> None:
     vm.goes_on()
 
 
-@pytest.mark.parametrize(
-    "where",
-    ["listening", "cpr", "main", "loaded", "begun", "disarmed"],
-)
+@pytest.mark.parametrize("where", ["listening", "cpr", "main", "loaded", "begun", "disarmed"])
 def test_the_new_qemu_is_killed_while_it_is_being_given_the_state(vm: Machine, where: str) -> None:
     adopt_orphans()
     assert vm.save().returncode == 0

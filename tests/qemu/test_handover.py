@@ -38,12 +38,7 @@ def test_an_upgrade_with_the_same_monitor_path_three_times(vm: Machine) -> None:
         vm.goes_on()
         assert vm.status() == "running"  # at the path that both of them had
     assert vm.cprctl("show", "vm").returncode == 3
-    assert sorted(p.name for p in vm.place.iterdir()) == [
-        "disk.raw",
-        "qmp",
-        "serial.log",
-        "stderr",
-    ]
+    assert sorted(p.name for p in vm.place.iterdir()) == ["disk.raw", "qmp", "serial.log", "stderr"]
 
 
 @pytest.mark.full

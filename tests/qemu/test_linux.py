@@ -33,9 +33,7 @@ def test_linux_at_work_goes_through_holds_and_an_upgrade(
     guest.wrote_everything(tmp_path)
 
 
-def test_a_guest_that_sleeps_is_held_asleep_and_wakes_in_the_next_qemu(
-    boot: Boot,
-) -> None:
+def test_a_guest_that_sleeps_is_held_asleep_and_wakes_in_the_next_qemu(boot: Boot) -> None:
     guest = boot(sleep_at=10)
     vm = guest.vm
     vm.await_status("suspended")

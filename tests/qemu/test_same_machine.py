@@ -29,11 +29,7 @@ def starts(vm: Machine, words: Words, *options: str) -> None:
 
 
 def refuses(
-    vm: Machine,
-    words: Words,
-    *named: str,
-    by: str,
-    unharmed: Callable[[int], object] | None = None,
+    vm: Machine, words: Words, *named: str, by: str, unharmed: Callable[[int], object] | None = None
 ) -> None:
     """Neither an upgrade (of a guest that runs) nor a start (of a guest that is held) takes these
     words for the same machine; the guest is untouched. `unharmed`: how a guest goes on."""
@@ -206,7 +202,7 @@ def test_what_was_plugged_is_named_with_its_words(make_machine: MakeMachine) -> 
     assert status == 1
     words = [line.partition("COMMAND needs ")[2] for line in lines if "COMMAND needs " in line]
     assert [name for name in ("hotmem", "hot0", "hot1", "hot2") if name in " ".join(words)] == [
-        *("hotmem", "hot0", "hot1", "hot2"),
+        *("hotmem", "hot0", "hot1", "hot2")
     ]
     assert "'cold0' was unplugged" in " ".join(lines)
     at = vm.command.index("usb-tablet,id=cold0,bus=xhci.0")

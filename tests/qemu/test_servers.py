@@ -127,6 +127,52 @@ def test_a_server_that_has_stopped_listening_is_found_by_the_kernel(
     assert not [line for line in check(vm)[1] if line.startswith("not by upgrade")]
 
 
+def test_a_disk_server_with_one_place_excludes_an_upgrade(
+    make_machine: MakeMachine, tmp_path: Path
+) -> None:
+    """A real qemu-nbd listens on while its client has the only place, and leaves the next waiting.
+    What has asked for a place disturbs nobody who comes later."""
+    if shutil.which("qemu-nbd") is None:
+        pytest.skip("wants qemu-nbd: apt-get install qemu-utils")
+    path, image = tmp_path / "nbd", tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    vm = make_machine(
+        *("-drive", f"file=nbd+unix:///?socket={path},format=raw,if=none,id=d1"),
+        *("-device", "virtio-blk-pci,drive=d1"),
+    )
+
+    def serve(places: int) -> subprocess.Popen[bytes]:
+        path.unlink(missing_ok=True)
+        words = ["qemu-nbd", "-t", "-f", "raw", "-k", str(path), f"--shared={places}", str(image)]
+        server = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+        until(path.exists, lambda: "qemu-nbd does not listen")
+        return server
+
+    server = serve(1)
+    try:
+        vm.start()
+        vm.goes_on(3)
+        status, lines = check(vm)
+        assert status == 0, lines
+        (line,) = (line for line in lines if line.startswith("not by upgrade: "))
+        assert f"disk 'd1' is on nbd+unix://?socket={path}" in line
+        refused(vm, vm.command, "qemu-nbd --shared=2")
+        assert vm.save().returncode == 0
+        starts(vm, vm.command)
+        assert vm.save().returncode == 0
+        server.kill()
+        server.wait(PATIENCE)
+        server = serve(2)
+        starts(vm, vm.command)
+        assert not [line for line in check(vm)[1] if line.startswith("not by upgrade")]
+        done = vm.upgrade(vm.qmp, vm.command)
+        assert done.returncode == 0, done.stderr
+        vm.goes_on(3)
+    finally:
+        server.kill()
+        server.wait(PATIENCE)
+
+
 VIRTIOFSD = os.environ.get("CPRD_TEST_VIRTIOFSD", "/usr/libexec/virtiofsd")
 
 

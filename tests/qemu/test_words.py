@@ -95,7 +95,7 @@ MONITORS = [
 def test_every_monitor_is_known_and_a_pretty_one_comes_last() -> None:
     command = Command(MONITORS)
     assert sorted(command.monitors()) == [
-        *(("/c", False), ("/e", False), ("/f", True), ("/p", True), ("/q", False)),
+        *(("/c", False), ("/e", False), ("/f", True), ("/p", True), ("/q", False))
     ]
     assert sorted(path for path, _ in command.monitors(people=True)) == [
         "/c", "/d", "/e", "/f", "/g", "/h", "/p", "/q",

@@ -61,10 +61,7 @@ class Clients:
         program = machine.root / "run/boot/clients.py"
         program.write_text(CLIENTS)
         self._process = machine.popen(
-            "test-python",
-            "/run/boot/clients.py",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            "test-python", "/run/boot/clients.py", stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
     def are_served(self) -> int:

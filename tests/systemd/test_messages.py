@@ -159,9 +159,7 @@ async def test_under_trio_room_is_awaited_and_a_cancelled_wait_leaks_nothing(
         assert inbox.recv(100) == b"WATCHDOG=1"
 
 
-async def test_under_trio_a_barrier_ends_when_the_last_copy_is_closed(
-    inbox: socket.socket,
-) -> None:
+async def test_under_trio_a_barrier_ends_when_the_last_copy_is_closed(inbox: socket.socket) -> None:
     with inbox, manager(inbox) as told:
         told.send_now(notify.WATCHDOG)
         before = open_fds()

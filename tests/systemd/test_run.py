@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 
 import pytest
@@ -21,8 +20,8 @@ ASK = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8000', time
 
 @pytest.mark.full
 def test_a_unit_that_is_killed_refuses_nobody(systemd: Machine) -> None:
-    if shutil.which("node", path="/usr/bin") is None:
-        pytest.skip("needs node: apt-get install nodejs")
+    if systemd.attempt("test", "-x", "/usr/bin/node")[0]:
+        pytest.skip("needs node: apt-get install nodejs (in a tree: name nodejs to make-tree)")
     page = (CHECKOUT / "docs/run.md").read_text()
     [line] = re.findall(r"^\| systemd, in `\[Service\]` \| `(.+)` \|$", page, re.MULTILINE)
     install(systemd)

@@ -147,9 +147,7 @@ def test_a_guest_paused_by_its_user_stays_paused(guest: Guest) -> None:
     guest.runs_in_the_unit()
 
 
-def test_restarted_with_a_broken_configuration_it_goes_on_once_that_is_mended(
-    guest: Guest,
-) -> None:
+def test_restarted_with_a_broken_configuration_it_goes_on_once_that_is_mended(guest: Guest) -> None:
     guest.configure(guest.arguments.replace("128M", "256M"))
     assert guest.attempt("restart") != 0
     assert guest.phases() == {"test": "held"}

@@ -52,12 +52,12 @@ class Notes:
     def __init__(self, place: str) -> None:
         """`place`: the directory; an empty string: nowhere."""
         self._place = place
-        self._noted: dict[int, bytes] = {}  # shortened tokens
+        self.noted: dict[int, bytes] = {}  # shortened tokens
 
     def write(self, hold: Hold, pidfd: int) -> None:
         """Note a live hold; `pidfd` is of the owner (pid `saver`), borrowed."""
         token = living.shortened(hold.token)
-        if self._noted.get(hold.generation) == token or not self._place:
+        if self.noted.get(hold.generation) == token or not self._place:
             return
         _, inode = processes.identity(pidfd)
         note = {field: getattr(hold, field) for field in _FIELDS}
@@ -75,12 +75,12 @@ class Notes:
             why = f"{self._place}: {error.strerror}"
             log.event("not-noted", level=log.WARNING, uid=hold.uid, name=hold.name, why=why)
         else:
-            self._noted[hold.generation] = token
+            self.noted[hold.generation] = token
             point("note:written")
 
     def match(self, hold: Hold) -> bool:
         """Whether the note of a hold, if any, is of the present owner; forget the note if not."""
-        noted = self._noted.get(hold.generation)
+        noted = self.noted.get(hold.generation)
         is_noted = noted is not None and living.is_noted(hold, noted)
         if not is_noted:
             self.remove(hold.generation)
@@ -88,7 +88,7 @@ class Notes:
 
     def remove(self, generation: int) -> None:
         """Forget a hold that is not live any more."""
-        if self._noted.pop(generation, None) is None:
+        if self.noted.pop(generation, None) is None:
             return
         try:
             with _Place(self._place) as place:
@@ -108,7 +108,7 @@ class Notes:
                     if not name.isdigit():
                         continue
                     note = _read(place, name)
-                    self._noted[int(name)] = b"" if note is None else note.hold.token
+                    self.noted[int(name)] = b"" if note is None else note.hold.token
                     if note is not None:
                         yield note
                     else:

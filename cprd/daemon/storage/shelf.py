@@ -41,6 +41,7 @@ MAX_RECORD = 16384
 WANTED_BUFFER = 4 << 20  # as much as wmem_max allows is what it gets
 BYTES_A_MESSAGE = 768  # what a message of up to 192 bytes counts in the send buffer (measured)
 PREFIX_OF_NAMES = "shelf."
+_pack = msgpack.Packer(use_bin_type=True).pack  # packb() makes a packer each time
 
 
 class ShelfFull(Exception):
@@ -97,6 +98,11 @@ class Shelf:
         """Names of the outlet and the inlet in the store."""
         return f"{PREFIX_OF_NAMES}{self.number}.out", f"{PREFIX_OF_NAMES}{self.number}.in"
 
+    def add_slot(self, fds: tuple[int, ...]) -> None:
+        """As `add_slots`, a single slot."""
+        self._append(LOOPS if len(fds) == 1 else PAIRS, {"n": 1}, fds)
+        point("shelf:slots")
+
     def add_slots(self, slots: Iterable[tuple[int, ...]]) -> None:
         """Append slots, (socket,) or (outlet, inlet) each; borrowed. Raises ShelfFull,
         LimitExceeded."""
@@ -124,7 +130,7 @@ class Shelf:
         point("shelf:complete")
 
     def _append(self, kind: bytes, content: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        data = PREFIX.pack(MAGIC, VERSION, kind) + msgpack.packb(content, use_bin_type=True)
+        data = PREFIX.pack(MAGIC, VERSION, kind) + _pack(content)
         try:
             send(self.tx, data, fds)
         except OSError as error:

@@ -75,12 +75,7 @@ class Keeper:
         return "store" if self.shelf.durable else "memory"
 
     def write(
-        self,
-        step: Step,
-        bundle: int,
-        pidfds: Mapping[int, Pidfds],
-        *,
-        require_store: bool = False,
+        self, step: Step, bundle: int, pidfds: Mapping[int, Pidfds], *, require_store: bool = False
     ) -> None:
         """Write a step down. Raises LimitExceeded; then nothing has changed.
 
@@ -153,7 +148,7 @@ class Keeper:
 
     def _add(self, hold: Hold, new: Slot) -> None:
         try:
-            self._append(lambda: self.shelf.add_slots([new.fds]))
+            self._append(lambda: self.shelf.add_slot(new.fds))
         except BaseException:
             new.close()
             raise

@@ -30,7 +30,7 @@ from cprd.daemon.storage.shelf import records
 from cprd.errors import LimitExceeded
 from cprd.linux.loop import loop
 from cprd.linux.pause import point
-from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
+from cprd.linux.rights import close_all, receive, send
 from cprd.protocol.lifecycle import CLAIMED, Hold
 from cprd.protocol.registry import Ended
 from cprd.protocol.replies import IN_A_RECORD, Reply, restored
@@ -50,8 +50,12 @@ _BODY = tuple(name for name in Hold._fields if name not in (*_PREFIXED, "away"))
 _SINCE = ("saver_uid", "live", "took", "deaths", "last_end")
 _ADDED = {name: Hold._field_defaults[name] for name in _SINCE}
 _body_of = attrgetter(*_BODY)
+_pack = msgpack.Packer(use_bin_type=True).pack  # packb() makes a packer each time
 NOBODY: Mapping[str, int] = MappingProxyType({})  # one for all slots without pidfds
 ROLES = ("after_exit", "saver", "claimant", "acting", "owner")  # of the pidfds in a record
+
+
+_PEEK = int(socket.MSG_PEEK)
 
 
 class SlotFull(Exception):
@@ -85,13 +89,13 @@ def encode(
     content = {"roles": roles, "answers": [reply.stored() for reply in replies], "hold": body}
     if before:
         content["before"] = before
-    packed: bytes = msgpack.packb(content, use_bin_type=True)
+    packed: bytes = _pack(content)
     return prefix + name + packed
 
 
 def encode_last(hold: Hold, replies: Iterable[Reply] = (), version: int = VERSION) -> bytes:
     """The record that ends a slot, in every version. `version` tells a releaser how to let go."""
-    packed: bytes = msgpack.packb([reply.stored() for reply in replies], use_bin_type=True)
+    packed: bytes = _pack([reply.stored() for reply in replies])
     return PREFIX.pack(MAGIC, version, hold.uid, hold.generation, 0) + packed
 
 
@@ -332,8 +336,7 @@ class Slot:
 
     def bundle(self) -> int:
         """A copy of the bundle's descriptor, which the caller owns."""
-        self.outlet.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
-        _, fds, _ = receive(self.outlet, MAX_RECORD, socket.MSG_PEEK)
+        _, fds, _ = receive(self.outlet, MAX_RECORD, _PEEK)
         close_all(fds[1:])
         if not fds:
             raise LimitExceeded(

@@ -1,0 +1,232 @@
+/* What a library meets in a program: fork(), threads, a million changes. Ends with a line that says
+ * which condition failed, or with "ok". */
+#define _GNU_SOURCE
+#include "cprd.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define CHECK(condition)                                                                   \
+    do {                                                                                   \
+        if (!(condition)) {                                                                \
+            printf("line %d: %s: %s\n", __LINE__, #condition, cprd_last()->text);          \
+            fflush(stdout);                                                                \
+            _exit(1);                                                                      \
+        }                                                                                  \
+    } while (0)
+
+enum { THREADS = 4, ROUNDS = 25, KEYS = 1000 };
+
+static int refused(int code) {
+    return code == CPRD_INVALID_INPUT && strstr(cprd_last()->text, "forked child");
+}
+
+static cprd_state *state_of(int fd) {
+    cprd_state *s = cprd_state_new();
+    CHECK(s && !cprd_add_fd(s, "event", 0, fd));
+    return s;
+}
+
+static void await_child(pid_t child) {
+    int status;
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && !WEXITSTATUS(status));
+}
+
+/* A child uses what the parent made: is refused, and the parent's claim goes on. */
+static void fork_with_a_claim(void) {
+    cprd *c, *own;
+    cprd_claim *claim;
+    cprd_prepared *prepared;
+    int event = eventfd(0, EFD_CLOEXEC);
+    cprd_state *s = state_of(event);
+    CHECK(!cprd_connect(NULL, &c));
+    CHECK(!cprd_save(c, "web", s, NULL, NULL) && !cprd_load(c, "web", NULL, &claim));
+    CHECK(!cprd_prepare(c, "other", s, NULL, &prepared));
+    pid_t child = fork();
+    if (!child) {
+        CHECK(refused(cprd_save(c, "more", s, NULL, NULL)));
+        CHECK(refused(cprd_confirm(claim)) && refused(cprd_reject(claim, "")));
+        CHECK(refused(cprd_renew(claim, 1)) && refused(cprd_begin(claim, -1)));
+        CHECK(refused(cprd_commit(prepared, NULL)) && refused(cprd_abort(prepared)));
+        CHECK(refused(cprd_drop(c, "web", 1)) && refused(cprd_confirm_next(claim, s, NULL, NULL)));
+        cprd_claim_close(claim);
+        cprd_prepared_free(prepared);
+        cprd_close(c);
+        CHECK(!cprd_connect(NULL, &own) && !cprd_save(own, "child's", s, NULL, NULL));
+        CHECK(cprd_load(own, "web", NULL, &claim) == CPRD_BUSY);
+        cprd_close(own);
+        cprd_state_free(s);
+        _exit(0);
+    }
+    await_child(child);
+    CHECK(cprd_find_fd(cprd_claim_state(claim), "event", 0) >= 0);
+    CHECK(!cprd_renew(claim, 0) && !cprd_confirm(claim) && !cprd_commit(prepared, NULL));
+    CHECK(!cprd_drop(c, "other", 0) && !cprd_drop(c, "child's", 0));
+    cprd_claim_close(claim);
+    cprd_prepared_free(prepared);
+    cprd_state_free(s);
+    cprd_close(c);
+    close(event);
+}
+
+static void fork_with_a_live_hold(void) {
+    cprd *c, *own;
+    cprd_live *live, *childs;
+    void *memory;
+    int event = eventfd(0, EFD_CLOEXEC);
+    CHECK(!cprd_connect(NULL, &c) && !cprd_live_open(c, "web", NULL, &live));
+    CHECK(!cprd_live_save_fd(live, "event", 0, event));
+    CHECK(!cprd_live_memory(live, "m", 4096, &memory));
+    strcpy(memory, "parent's");
+    pid_t child = fork();
+    if (!child) {
+        CHECK(refused(cprd_live_save_fd(live, "event", 1, event)));
+        CHECK(refused(cprd_live_delete_fd(live, "event", 0)));
+        CHECK(refused(cprd_live_save_section(live, "s", "", 0, 0)));
+        CHECK(refused(cprd_live_memory(live, "m", 4096, &memory)));
+        CHECK(refused(cprd_live_clear(live)) && refused(cprd_live_settle(live)));
+        CHECK(refused(cprd_live_end(live)) && refused(cprd_live_check(live)));
+        cprd_live_close(live);
+        cprd_close(c);
+        CHECK(!cprd_connect(NULL, &own) && !cprd_live_open(own, "child's", NULL, &childs));
+        CHECK(!cprd_live_save_fd(childs, "event", 0, event));
+        CHECK(!cprd_live_end(childs));
+        cprd_live_close(childs);
+        cprd_close(own);
+        _exit(0);
+    }
+    await_child(child);
+    CHECK(!cprd_live_check(live) && !cprd_live_save_fd(live, "event", 1, event));
+    CHECK(!cprd_live_delete_fd(live, "event", 0) && cprd_live_kept(live) == 2);
+    CHECK(!strcmp(memory, "parent's"));
+    cprd_live_close(live); /* kept for the test */
+    cprd_close(c);
+    close(event);
+}
+
+struct worker {
+    pthread_t thread;
+    cprd *shared;
+    int number;
+};
+
+static void *saves_and_loads(void *argument) {
+    const struct worker *w = argument;
+    cprd *c = w->shared;
+    char name[32];
+    struct stat ours, theirs;
+    int event = eventfd(0, EFD_CLOEXEC);
+    snprintf(name, sizeof name, "thread%d", w->number);
+    cprd_state *s = state_of(event);
+    CHECK(c || !cprd_connect(NULL, &c));
+    CHECK(!fstat(event, &ours));
+    for (int n = 0; n < ROUNDS; n++) {
+        cprd_claim *claim;
+        struct cprd_saved saved;
+        CHECK(!cprd_save(c, name, s, NULL, &saved));
+        CHECK(cprd_save(c, name, s, NULL, NULL) == CPRD_ALREADY_HELD);
+        CHECK(strstr(cprd_last()->text, name)); /* of this thread, nobody else's */
+        CHECK(!cprd_load(c, name, NULL, &claim));
+        CHECK(cprd_claim_generation(claim) == saved.generation);
+        int fd = cprd_find_fd(cprd_claim_state(claim), "event", 0);
+        CHECK(fd >= 0 && !fstat(fd, &theirs) && ours.st_ino == theirs.st_ino);
+        CHECK(!cprd_confirm(claim));
+        cprd_claim_close(claim);
+    }
+    if (!w->shared) cprd_close(c);
+    cprd_state_free(s);
+    close(event);
+    return NULL;
+}
+
+static void *changes_a_live_hold(void *argument) {
+    const struct worker *w = argument;
+    char name[32];
+    cprd *c;
+    cprd_live *live;
+    int event = eventfd(0, EFD_CLOEXEC);
+    snprintf(name, sizeof name, "live%d", w->number);
+    CHECK(!cprd_connect(NULL, &c) && !cprd_live_open(c, name, NULL, &live));
+    for (int n = 0; n < 4 * ROUNDS; n++) CHECK(!cprd_live_save_fd(live, "event", n, event));
+    for (int n = 0; n < 4 * ROUNDS; n += 2) CHECK(!cprd_live_delete_fd(live, "event", n));
+    CHECK(cprd_live_kept(live) == 2 * ROUNDS && !cprd_live_end(live));
+    cprd_live_close(live);
+    cprd_close(c);
+    close(event);
+    return NULL;
+}
+
+static void in_threads(void *(*work)(void *), cprd *shared) {
+    struct worker workers[THREADS];
+    for (int n = 0; n < THREADS; n++) {
+        workers[n] = (struct worker){.shared = shared, .number = n};
+        CHECK(!pthread_create(&workers[n].thread, NULL, work, &workers[n]));
+    }
+    for (int n = 0; n < THREADS; n++) CHECK(!pthread_join(workers[n].thread, NULL));
+}
+
+/* So many changes of 1,000 keys at random, by one and by several at once; 900 are left. Sections
+ * among them. */
+static void change_often(int tx, int rx, int changes) {
+    cprd_live *live;
+    char kept[2 * KEYS] = {0};
+    int count = 0, event = eventfd(0, EFD_CLOEXEC);
+    srandom(1);
+    CHECK(!cprd_live_begin(tx, rx, 77, &live));
+    for (int n = 0; n < changes; n++) {
+        int id = (int)(random() % (2 * KEYS)), other = (id + 1) % (2 * KEYS);
+        struct cprd_live_change two[] = {{.op = CPRD_REPLACE_FD, .name = "key", .id = id},
+                                         {.op = CPRD_DELETE_FD, .name = "key", .id = other}};
+        two[0].fd = event;
+        if (n % 16 == 0 && !cprd_live_save_section(live, "hot", &n, sizeof n, 0)) continue;
+        if (n % 16 == 1 && kept[id]) {
+            CHECK(!cprd_live_change(live, two, 2));
+            count -= kept[other];
+            kept[other] = 0;
+        } else if (kept[id]) {
+            CHECK(!cprd_live_delete_fd(live, "key", id));
+            kept[id] = 0;
+            count--;
+        } else if (count < KEYS) {
+            CHECK(!cprd_live_save_fd(live, "key", id, event));
+            kept[id] = 1;
+            count++;
+        }
+    }
+    for (int id = 0; id < 2 * KEYS; id++)
+        if (count > 900 && kept[id]) {
+            CHECK(!cprd_live_delete_fd(live, "key", id));
+            count--;
+        }
+    CHECK(cprd_live_kept(live) == (size_t)count + 1);
+    printf("%d\n", count);
+    fflush(stdout);
+    getchar(); /* the test looks at this process, and lets it go on */
+    cprd_live_close(live);
+    close(event);
+}
+
+int main(int argc, char **argv) {
+    const char *what = argc > 1 ? argv[1] : "";
+    cprd *c;
+    if (!strcmp(what, "fork")) fork_with_a_claim();
+    else if (!strcmp(what, "fork-live")) fork_with_a_live_hold();
+    else if (!strcmp(what, "threads")) in_threads(saves_and_loads, NULL);
+    else if (!strcmp(what, "threads-live")) in_threads(changes_a_live_hold, NULL);
+    else if (!strcmp(what, "threads-one-connection")) {
+        CHECK(!cprd_connect(NULL, &c));
+        in_threads(saves_and_loads, c);
+        cprd_close(c);
+    } else if (!strcmp(what, "changes") && argc == 5)
+        change_often(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
+    else return 2;
+    puts("ok");
+    return 0;
+}
