@@ -16,6 +16,7 @@ import pytest
 from tests.qemu.linux import Linux, Missing, fetch
 from tests.qemu.linux_guest import BOOTING, Guest
 from tests.qemu.machine import QEMU, Machine
+from tests.qemu.sweep import adopt_orphans
 from tests.support.daemon import DaemonProcess
 
 MakeMachine = Callable[..., Machine]
@@ -59,6 +60,14 @@ def vm(make_machine: MakeMachine) -> Machine:
     machine.start()
     machine.goes_on()
     return machine
+
+
+@pytest.fixture
+def subreaper() -> Iterator[None]:
+    """Orphans become our children until the test ends: other tests look at what they leave."""
+    adopt_orphans()
+    yield
+    adopt_orphans(False)
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,17 @@ class Machine:
             check=False,
         )
 
+    def popen(self, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """`cprctl` in the background; `said` has what it says."""
+        with open(self.err, "ab") as err:
+            return subprocess.Popen(
+                self.argv(*words),
+                env={**self.env, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=err,
+                stderr=err,
+            )
+
     def save(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return self.cprctl("qemu", "save", self.name, "--qmp", self.qmp, *words, **options)
 
@@ -114,16 +125,9 @@ class Machine:
         self, *words: str, env: dict[str, str] | None = None, command: Sequence[str] | None = None
     ) -> subprocess.Popen[bytes]:
         """`cprctl qemu start`: the process that becomes the QEMU."""
-        with open(self.err, "ab") as err:
-            process = subprocess.Popen(
-                self.argv("qemu", "start", self.name, *words, "--", *(command or self.command)),
-                env={**self.env, **(env or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=err,
-                stderr=err,
-            )
-        self.processes.append(process)
-        return process
+        words = ("qemu", "start", self.name, *words, "--", *(command or self.command))
+        self.processes.append(self.popen(*words, env=env))
+        return self.processes[-1]
 
     def upgrade(self, qmp: str, command: Sequence[str], **options: Any) -> Any:
         words = ("qemu", "upgrade", self.name, "--qmp", qmp, "--", *command)

@@ -34,6 +34,20 @@ def points(log: Path) -> list[str]:
     return found
 
 
+def stopped() -> int:
+    """The pid of a child that has stopped itself: with `adopt_orphans`, a helper too."""
+    found: list[int] = []
+
+    def stops() -> bool:
+        stop = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG)
+        if stop is not None and stop.si_status == signal.SIGSTOP:
+            found.append(stop.si_pid)
+        return bool(found)
+
+    until(stops, lambda: "nothing stopped")
+    return found[0]
+
+
 def kill_where_it_stops(process: subprocess.Popen[bytes]) -> int:
     """Wait until `process` or one of its orphans stops itself; SIGKILL. The pid that was killed."""
     found: list[int] = []

@@ -12,7 +12,7 @@ from tests.qemu import guest
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
 from tests.qemu.steps import kill, rows
-from tests.qemu.sweep import adopt_orphans
+from tests.qemu.sweep import stopped
 from tests.support.patience import PATIENCE
 
 
@@ -74,10 +74,10 @@ def test_a_disk_that_is_full_right_after_an_upgrade_does_not_make_the_guest_run_
     once(busy)
 
 
+@pytest.mark.usefixtures("subreaper")
 @pytest.mark.parametrize("verb", ["start", "upgrade"])
 def test_the_new_qemu_dies_right_after_it_was_told_to_run(vm: Machine, verb: str) -> None:
     """The guest has run: what was held is older than its disk."""
-    adopt_orphans()
     old = vm.alive()
     env = {"CPRD_PAUSE": "qemu:cont"}
     if verb == "start":
@@ -86,33 +86,27 @@ def test_the_new_qemu_dies_right_after_it_was_told_to_run(vm: Machine, verb: str
     else:
         words = vm.argv("qemu", "upgrade", "vm", "--qmp", vm.qmp, "--", *vm.command)
         process = subprocess.Popen(words, env={**vm.env, **env}, stderr=subprocess.DEVNULL)
-    stopped = None
-    while stopped is None or stopped.si_status != signal.SIGSTOP:
-        stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED)
+    helper = stopped()
     (new,) = set(vm.alive()) - set(old)
     kill(new)
-    os.kill(stopped.si_pid, signal.SIGCONT)
+    os.kill(helper, signal.SIGCONT)
     assert process.wait(PATIENCE) != 0
     vm.until(lambda: rows(vm) == [], "the end of the hold")
     vm.until(lambda: vm.alive() == [], "the end of the old QEMU")
-    adopt_orphans(False)
 
 
+@pytest.mark.usefixtures("subreaper")
 def test_somebody_else_lets_the_guest_run_and_then_cprd_refuses(vm: Machine) -> None:
     """By the new QEMU's own monitor, which is open to all from the start. It is not taken back any
     more, and not ended either."""
-    adopt_orphans()
     assert vm.save().returncode == 0
     process = vm.start(env={"CPRD_PAUSE": "qemu-start:loaded"})
-    stopped = None
-    while stopped is None or stopped.si_status != signal.SIGSTOP:
-        stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED)
+    helper = stopped()
     vm.execute("cont")
     vm.goes_on()
     assert vm.cprctl("drop", "vm", "--force").returncode == 0  # so that `begin` will be refused
-    os.kill(stopped.si_pid, signal.SIGCONT)
+    os.kill(helper, signal.SIGCONT)
     vm.until(lambda: "somebody else let the guest run" in vm.said(), "said")
     vm.goes_on(50)
     assert process.poll() is None
     assert rows(vm) == []
-    adopt_orphans(False)

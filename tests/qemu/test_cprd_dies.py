@@ -5,16 +5,14 @@ While anything is uncommitted the guest must come out of it: in its old QEMU, or
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.qemu.machine import Machine
+from tests.qemu.steps import rows
 from tests.qemu.sweep import points
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import PATIENCE
@@ -22,20 +20,9 @@ from tests.support.patience import PATIENCE
 pytestmark = pytest.mark.full
 
 
-def rows(vm: Machine) -> list[dict[str, Any]]:
-    return list(json.loads(vm.cprctl("list", "--json").stdout))
-
-
 def run_through(vm: Machine, daemon: DaemonProcess, words: list[str], step: str) -> int:
     """The command, with cprd killed and started anew while it stands at `step`; its exit status."""
-    with open(vm.err, "ab") as err:
-        process = subprocess.Popen(
-            vm.argv(*words),
-            env={**vm.env, "CPRD_PAUSE": step},
-            stdin=subprocess.DEVNULL,
-            stdout=err,
-            stderr=err,
-        )
+    process = vm.popen(*words, env={"CPRD_PAUSE": step})
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
     daemon.restart()
     process.send_signal(signal.SIGCONT)

@@ -3,7 +3,6 @@ two."""
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
@@ -18,44 +17,22 @@ import cprd
 from cprd.qemu.command import Command
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
-from tests.qemu.sweep import adopt_orphans, kill_where_it_stops
+from tests.qemu.steps import rows, settings
+from tests.qemu.sweep import kill_where_it_stops, stopped
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import PATIENCE
-
-
-def rows(vm: Machine) -> list[dict[str, Any]]:
-    return list(json.loads(vm.cprctl("list", "--json").stdout))
-
-
-def popen(vm: Machine, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    with open(vm.err, "ab") as err:
-        return subprocess.Popen(
-            vm.argv(*words),
-            env={**vm.env, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=err,
-            stderr=err,
-        )
-
-
-def parameters(vm: Machine) -> tuple[Any, Any]:
-    return (
-        vm.execute("query-migrate-parameters")["mode"],
-        vm.execute("query-migrate-capabilities"),
-    )
-
 
 # Save
 
 
 def test_nobody_answers_at_cprds_socket(vm: Machine, daemon: DaemonProcess) -> None:
-    before = parameters(vm)
+    before = settings(vm)
     daemon.stop()
     saved = vm.save()
     assert saved.returncode == 1
     assert "cprd" in saved.stderr
     vm.goes_on()
-    assert parameters(vm) == before
+    assert settings(vm) == before
 
 
 def test_cprd_refuses_for_want_of_room_and_the_settings_are_put_back(
@@ -68,12 +45,12 @@ def test_cprd_refuses_for_want_of_room_and_the_settings_are_put_back(
     vm.goes_on()
     with cprd.connect(small.path) as daemon:
         daemon.save("other", cprd.State())
-    before = parameters(vm)
+    before = settings(vm)
     saved = vm.save()
     assert saved.returncode == 1
     assert "quota" in saved.stderr or "holds" in saved.stderr, saved.stderr
     assert "the guest runs on in its QEMU" in saved.stderr
-    assert parameters(vm) == before
+    assert settings(vm) == before
     vm.goes_on()
 
 
@@ -81,7 +58,7 @@ def test_cprd_refuses_for_want_of_room_and_the_settings_are_put_back(
 def test_cprd_is_killed_in_the_middle_of_a_save(
     vm: Machine, daemon: DaemonProcess, where: str
 ) -> None:
-    saving = popen(vm, "qemu", "save", "vm", "--qmp", vm.qmp, env={"CPRD_PAUSE": where})
+    saving = vm.popen("qemu", "save", "vm", "--qmp", vm.qmp, env={"CPRD_PAUSE": where})
     os.waitid(os.P_PID, saving.pid, os.WSTOPPED)
     daemon.restart()
     saving.send_signal(signal.SIGCONT)
@@ -141,10 +118,10 @@ def test_memory_that_cannot_travel_is_refused_with_its_cure(
     vm.goes_on()
 
 
+@pytest.mark.usefixtures("subreaper")
 def test_a_save_dies_between_prepare_and_shut_and_then_its_qemu_dies(vm: Machine) -> None:
-    adopt_orphans()
-    saving = popen(
-        vm, "qemu", "save", "vm", "--qmp", vm.qmp, env={"CPRD_PAUSE": "qemu-save:prepared"}
+    saving = vm.popen(
+        "qemu", "save", "vm", "--qmp", vm.qmp, env={"CPRD_PAUSE": "qemu-save:prepared"}
     )
     kill_where_it_stops(saving)
     vm.goes_on(500)  # five seconds that are not in what is held
@@ -160,11 +137,11 @@ def test_a_save_dies_between_prepare_and_shut_and_then_its_qemu_dies(vm: Machine
 def test_migrations_are_set_to_use_tls(vm: Machine) -> None:
     vm.execute("object-add", **{"qom-type": "tls-creds-anon", "id": "t0", "endpoint": "client"})
     vm.execute("migrate-set-parameters", **{"tls-creds": "t0"})
-    before = parameters(vm)
+    before = settings(vm)
     saved = vm.save()
     assert saved.returncode == 1
     assert "tls-creds=t0" in saved.stderr
-    assert parameters(vm) == before
+    assert settings(vm) == before
     vm.goes_on()
 
 
@@ -235,7 +212,7 @@ def test_a_command_that_does_not_fit_costs_nothing_and_says_why(
 def test_the_old_qemu_is_killed_in_the_middle_of_an_upgrade(vm: Machine) -> None:
     (old,) = vm.alive()
     words = ("qemu", "upgrade", "vm", "--qmp", vm.qmp, "--", *vm.command)
-    process = popen(vm, *words, env={"CPRD_PAUSE": "qemu-upgrade:completed"})
+    process = vm.popen(*words, env={"CPRD_PAUSE": "qemu-upgrade:completed"})
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
     os.kill(old, signal.SIGKILL)
     process.send_signal(signal.SIGCONT)
@@ -263,17 +240,15 @@ def test_the_image_is_locked_by_somebody(vm: Machine) -> None:
     vm.goes_on()
 
 
+@pytest.mark.usefixtures("subreaper")
 @pytest.mark.parametrize("where", ["listening", "cpr", "main", "loaded", "begun", "disarmed"])
 def test_the_new_qemu_is_killed_while_it_is_being_given_the_state(vm: Machine, where: str) -> None:
-    adopt_orphans()
     assert vm.save().returncode == 0
     process = vm.start(env={"CPRD_PAUSE": f"qemu-start:{where}"})
-    stopped = None
-    while stopped is None or stopped.si_status != signal.SIGSTOP:
-        stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED)
+    helper = stopped()
     process.kill()
     process.wait(PATIENCE)
-    os.kill(stopped.si_pid, signal.SIGCONT)
+    os.kill(helper, signal.SIGCONT)
     vm.until(lambda: rows(vm)[0]["phase"] in ("held", "in-doubt"), "the end of the claim")
     vm.until(lambda: rows(vm)[0]["claimant"] is None, "the end of the helper")
     force = rows(vm)[0]["phase"] == "in-doubt"
@@ -315,25 +290,25 @@ def test_an_upgrade_to_what_does_not_fit_leaves_the_guest_where_it_is(
     vm: Machine, old: str, new: str, said: str
 ) -> None:
     before = vm.alive()
-    settings = parameters(vm)
+    as_before = settings(vm)
     done = vm.upgrade(vm.qmp, _changed(vm, old, new))
     assert done.returncode == 1
     assert said in done.stderr
     assert "the guest runs on in its QEMU" in done.stderr
     assert vm.alive() == before
     vm.goes_on()
-    assert parameters(vm) == settings
+    assert settings(vm) == as_before
     assert rows(vm) == []
 
 
 def test_an_upgrade_that_cannot_keep_the_sockets_puts_the_settings_back(vm: Machine) -> None:
-    settings = parameters(vm)
+    as_before = settings(vm)
     in_the_way = vm.place / "qmp.old"
     in_the_way.mkdir()
     done = vm.upgrade(vm.qmp, vm.command)
     assert done.returncode == 1
     assert "the guest runs on in its QEMU" in done.stderr
-    assert parameters(vm) == settings
+    assert settings(vm) == as_before
     vm.goes_on()
     in_the_way.rmdir()
 
@@ -345,7 +320,7 @@ def test_an_upgrade_that_cannot_keep_the_sockets_puts_the_settings_back(vm: Mach
 def test_the_new_qemu_of_an_upgrade_is_killed(vm: Machine, where: str) -> None:
     before = vm.alive()
     words = ("qemu", "upgrade", "vm", "--qmp", vm.qmp, "--", *vm.command)
-    process = popen(vm, *words, env={"CPRD_PAUSE": f"qemu-upgrade:{where}"})
+    process = vm.popen(*words, env={"CPRD_PAUSE": f"qemu-upgrade:{where}"})
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
     (new,) = set(vm.alive()) - set(before)
     end = os.pidfd_open(new)
@@ -361,11 +336,11 @@ def test_the_new_qemu_of_an_upgrade_is_killed(vm: Machine, where: str) -> None:
     assert rows(vm) == []
 
 
+@pytest.mark.usefixtures("subreaper")
 @pytest.mark.parametrize("next_step", ["upgrade", "save", "start"])
 def test_what_a_killed_helper_left_in_doubt_ends_with_the_next_step(
     vm: Machine, next_step: str
 ) -> None:
-    adopt_orphans()
     assert vm.save().returncode == 0
     kill_where_it_stops(vm.start(env={"CPRD_PAUSE": "qemu-start:running"}))
     vm.goes_on()

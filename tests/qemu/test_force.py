@@ -6,21 +6,15 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
 from tests.qemu.machine import Machine
 from tests.qemu.steps import kill, rows
-from tests.qemu.sweep import adopt_orphans, kill_where_it_stops
+from tests.qemu.sweep import kill_where_it_stops
 from tests.support.patience import PATIENCE
 
-
-@pytest.fixture(autouse=True)
-def _subreaper() -> Iterator[None]:
-    adopt_orphans()
-    yield
-    adopt_orphans(False)
+pytestmark = pytest.mark.usefixtures("subreaper")
 
 
 def elsewhere(vm: Machine) -> list[str]:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,8 @@ from cprd.qemu.process import Process
 from cprd.qemu.sockets import SharedPaths, mend
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
-from tests.qemu.sweep import adopt_orphans
-from tests.qemu.test_failures import popen, rows
+from tests.qemu.steps import rows
 from tests.support.patience import PATIENCE
-
-
-@pytest.fixture
-def _subreaper() -> Iterator[None]:
-    adopt_orphans()
-    yield
-    adopt_orphans(False)
 
 
 def listener(path: Path | str) -> int:
@@ -46,7 +37,7 @@ def second_names(vm: Machine) -> list[str]:
 
 def stopped_upgrade(vm: Machine, step: str) -> subprocess.Popen[bytes]:
     words = ("qemu", "upgrade", vm.name, "--qmp", vm.qmp, "--", *vm.command)
-    process = popen(vm, *words, env={"CPRD_PAUSE": f"qemu-upgrade:{step}"})
+    process = vm.popen(*words, env={"CPRD_PAUSE": f"qemu-upgrade:{step}"})
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
     return process
 
@@ -154,7 +145,7 @@ def test_a_second_name_of_long_ago_is_not_given_back(vm: Machine) -> None:
     assert vm.status() == "running"
 
 
-@pytest.mark.usefixtures("_subreaper")
+@pytest.mark.usefixtures("subreaper")
 @pytest.mark.parametrize("moment", ["running", "succeeded", "quit"])
 def test_the_path_outlives_a_helper_that_is_killed_while_the_old_qemu_quits(
     vm: Machine, moment: str
@@ -176,7 +167,7 @@ def test_the_path_outlives_a_helper_that_is_killed_while_the_old_qemu_quits(
     vm.goes_on()
 
 
-@pytest.mark.usefixtures("_subreaper")
+@pytest.mark.usefixtures("subreaper")
 @pytest.mark.parametrize("verb", ["save", "stop", "check", "start"])
 def test_even_the_guard_was_killed_and_the_next_command_finds_the_path(
     vm: Machine, verb: str
@@ -210,7 +201,7 @@ def test_even_the_guard_was_killed_and_the_next_command_finds_the_path(
     vm.goes_on()
 
 
-@pytest.mark.usefixtures("_subreaper")
+@pytest.mark.usefixtures("subreaper")
 def test_the_new_qemu_ends_while_the_old_one_still_lives(vm: Machine) -> None:
     """The old one, stopped for good, has its path again: whoever looks for it finds it."""
     (old,) = vm.alive()

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 
 from tests.qemu.machine import Machine
 from tests.qemu.steps import Standing, rows, settings, words
-from tests.qemu.sweep import adopt_orphans
+from tests.qemu.sweep import stopped
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import PATIENCE
 
@@ -122,22 +121,12 @@ def test_stop_interrupted_leaves_the_guest_alone(vm: Machine) -> None:
 # Start: a helper does the work; the QEMU is what a supervisor signals.
 
 
-@pytest.fixture
-def _subreaper() -> Iterator[None]:
-    adopt_orphans()
-    yield
-    adopt_orphans(False)
-
-
 def helper_at(vm: Machine, step: str) -> int:
     vm.start(env={"CPRD_PAUSE": f"qemu-start:{step}"})
-    while True:
-        stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED)
-        if stopped is not None and stopped.si_status == signal.SIGSTOP:
-            return int(stopped.si_pid)
+    return stopped()
 
 
-@pytest.mark.usefixtures("_subreaper")
+@pytest.mark.usefixtures("subreaper")
 @pytest.mark.parametrize("number", [signal.SIGINT, SIGTERM])
 def test_the_helper_of_a_start_is_signalled(vm: Machine, number: signal.Signals) -> None:
     assert vm.save().returncode == 0
@@ -160,7 +149,7 @@ def test_the_helper_of_a_start_is_signalled(vm: Machine, number: signal.Signals)
         assert vm.save().returncode == 0
 
 
-@pytest.mark.usefixtures("_subreaper")
+@pytest.mark.usefixtures("subreaper")
 @pytest.mark.parametrize("step", ["go", "listening", "main", "loaded", "begun", "disarmed"])
 def test_the_qemu_of_a_start_is_told_to_end_before_its_guest_runs(vm: Machine, step: str) -> None:
     """As by a supervisor's SIGTERM to its main process: the hold is there as before."""

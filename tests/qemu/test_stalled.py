@@ -7,25 +7,20 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tests.qemu.machine import QEMU, Machine
-from tests.qemu.sweep import adopt_orphans
-from tests.qemu.test_failures import popen, rows
-from tests.support.patience import PATIENCE, patience, until
+from tests.qemu.steps import rows
+from tests.qemu.sweep import stopped
+from tests.support.patience import PATIENCE, patience
 
 TIMEOUT = ("--timeout", "1.5")
 
 FULL = pytest.mark.full
 
 
-@pytest.fixture(autouse=True)
-def _subreaper() -> Iterator[None]:
-    adopt_orphans()
-    yield
-    adopt_orphans(False)
+pytestmark = pytest.mark.usefixtures("subreaper")
 
 
 def stalling(vm: Machine) -> list[str]:
@@ -37,20 +32,6 @@ def stalling(vm: Machine) -> list[str]:
     program.chmod(0o755)
     at = vm.command.index(QEMU)
     return [*vm.command[:at], str(program), *vm.command[at + 1 :]]
-
-
-def stopped() -> int:
-    """The pid of the helper that has stopped itself."""
-    found: list[int] = []
-
-    def stops() -> bool:
-        stop = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG)
-        if stop is not None and stop.si_status == signal.SIGSTOP:
-            found.append(stop.si_pid)
-        return bool(found)
-
-    until(stops, lambda: "nothing stopped")
-    return found[0]
 
 
 def held_and_starts(vm: Machine) -> None:
@@ -101,7 +82,7 @@ def test_an_upgrade_ends_a_qemu_that_never_listens(vm: Machine) -> None:
 def test_an_upgrade_ends_a_qemu_that_stalls_with_the_state(vm: Machine, where: str) -> None:
     before = vm.alive()
     words = ("qemu", "upgrade", "vm", "--qmp", vm.qmp, *TIMEOUT, "--", *vm.command)
-    process = popen(vm, *words, env={"CPRD_PAUSE": f"qemu-upgrade:{where}"})
+    process = vm.popen(*words, env={"CPRD_PAUSE": f"qemu-upgrade:{where}"})
     assert stopped() == process.pid
     (new,) = set(vm.alive()) - set(before)
     end = os.pidfd_open(new)

@@ -8,28 +8,20 @@ why.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
-from tests.qemu.sweep import adopt_orphans, kill_where_it_stops, points
+from tests.qemu.steps import rows
+from tests.qemu.sweep import kill_where_it_stops, points
 from tests.qemu.test_overlap import second_names
 from tests.support.patience import PATIENCE, patience, until
 
-
-@pytest.fixture(autouse=True)
-def _subreaper() -> Iterator[None]:
-    adopt_orphans()
-    yield
-    adopt_orphans(False)  # other tests look at the children that they leave
+pytestmark = pytest.mark.usefixtures("subreaper")
 
 
 @pytest.fixture(params=["q35-1", pytest.param("pc-2", marks=pytest.mark.full)])
@@ -40,17 +32,6 @@ def vm(request: pytest.FixtureRequest, make_machine: MakeMachine) -> Machine:
     made.start()
     made.goes_on()
     return made
-
-
-def rows(vm: Machine) -> list[dict[str, Any]]:
-    return list(json.loads(vm.cprctl("list", "--json").stdout))
-
-
-def popen(vm: Machine, *words: str, env: dict[str, str]) -> subprocess.Popen[bytes]:
-    with open(vm.err, "ab") as err:
-        return subprocess.Popen(
-            vm.argv(*words), env={**vm.env, **env}, stdin=subprocess.DEVNULL, stdout=err, stderr=err
-        )
 
 
 def counts(vm: Machine) -> bool:
@@ -107,7 +88,7 @@ def test_save_is_killed_at_every_step(vm: Machine, tmp_path: Path) -> None:
     assert len(steps) >= 12, steps
     for step in steps:
         words = ("qemu", "save", vm.name, "--qmp", vm.qmp)
-        kill_where_it_stops(popen(vm, *words, env={"CPRD_PAUSE": step}))
+        kill_where_it_stops(vm.popen(*words, env={"CPRD_PAUSE": step}))
         go_on(vm, f"save killed at {step}")
 
 
@@ -135,7 +116,7 @@ def test_upgrade_is_killed_at_every_step(vm: Machine, tmp_path: Path) -> None:
     for step in steps:
         words = ("qemu", "upgrade", vm.name, "--qmp", vm.qmp, "--", *vm.command)
         try:
-            kill_where_it_stops(popen(vm, *words, env={"CPRD_PAUSE": step}))
+            kill_where_it_stops(vm.popen(*words, env={"CPRD_PAUSE": step}))
         except AssertionError as error:
             raise AssertionError(f"{step}: {error}: {vm.said()}") from None
         go_on(vm, f"upgrade killed at {step}")

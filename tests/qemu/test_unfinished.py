@@ -5,23 +5,18 @@ from __future__ import annotations
 
 import resource
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
 from tests.qemu.machine import Machine
 from tests.qemu.steps import Standing, kill, rows, words
-from tests.qemu.sweep import adopt_orphans, kill_where_it_stops
+from tests.qemu.sweep import kill_where_it_stops
 from tests.support.patience import PATIENCE
 
 SAID = "ended before its state was whole, and the guest with it"
 
 
-@pytest.fixture(autouse=True)
-def _subreaper() -> Iterator[None]:
-    adopt_orphans()
-    yield
-    adopt_orphans(False)
+pytestmark = pytest.mark.usefixtures("subreaper")
 
 
 def killed_at(vm: Machine, step: str) -> int:

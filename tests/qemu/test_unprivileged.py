@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.qemu.machine import Machine
+from tests.qemu.steps import rows
 from tests.qemu.test_overlap import listener, second_names
 from tests.support.daemon import answers
 from tests.support.others import UID, USER, python_and_path
@@ -61,10 +60,6 @@ def vm(place: Path) -> Iterator[Users]:
         machine.close()
         daemon.terminate()
         daemon.wait(PATIENCE)
-
-
-def rows(vm: Machine) -> list[dict[str, Any]]:
-    return list(json.loads(vm.cprctl("list", "--json").stdout))
 
 
 def uid_of(pid: int) -> int:

@@ -33,7 +33,7 @@ else:
     os.write(fd, b"precious")
     assert notify.drive(fdstore.keep(manager, [("thing", fd)]), 10)
     print("stored", flush=True)
-notify.drive(manager.tell(notify.READY + b"\n" + notify.status("here")), 10)
+notify.drive(manager.tell(notify.READY + b"\\n" + notify.status("here")), 10)
 import signal
 from tests.support.patience import PATIENCE
 signal.pause()

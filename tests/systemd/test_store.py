@@ -273,7 +273,7 @@ def test_names_up_to_the_bound_come_back_and_one_byte_more_ends_the_service(
 def test_a_reload_lasts_until_ready_is_said_again(systemd: Machine, tmp_path: Path) -> None:
     program = """
     def again(*_):
-        do(manager.tell(notify.reloading() + b"\n" + notify.status("at it")))
+        do(manager.tell(notify.reloading() + b"\\n" + notify.status("at it")))
         os.environ["AGAIN"] = "1"
         held.append(("own", memfd("own")))
         listen_fds.pass_on(held, os.environ)
