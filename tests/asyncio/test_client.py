@@ -26,11 +26,6 @@ from tests.support.patience import PATIENCE, until
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
-def phases(daemon: DaemonProcess) -> dict[str, str]:
-    with daemon.connect() as client:
-        return {row["name"]: row["phase"] for row in client.list()}
-
-
 def test_every_verb(run: Run, daemon: DaemonProcess) -> None:
     async def work() -> None:
         async with cprd.asyncio.connect(daemon.path) as client:
@@ -201,7 +196,7 @@ def test_the_end_of_the_loop_gives_a_claim_back(run: Run, daemon: DaemonProcess)
     with daemon.connect() as other:
         other.save("web", State())
     run(work())
-    assert phases(daemon) == {"web": "held"}
+    assert daemon.phases() == {"web": "held"}
 
 
 def test_a_mute_daemon_is_a_timeout_in_time(run: Run, daemon: DaemonProcess) -> None:

@@ -17,30 +17,13 @@ import pytest
 import cprd
 from benchmarks.listeners import PROGRAMS, is_there, measure
 from cprd.bind import build, program
-from tests.support.checkout import CHECKOUT
+from tests.support.cprctl import cprctl, free_port
 from tests.support.daemon import DaemonProcess
 
-CPRCTL = [sys.executable, "-m", "cprd.cli"]
 CC = shutil.which("cc")
 needs_cc = pytest.mark.skipif(
     CC is None, reason="needs a C compiler: apt-get install gcc libc6-dev"
 )
-
-
-def cprctl(daemon: DaemonProcess, *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*CPRCTL, *words],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "CPRD_SOCKET": daemon.path, **extra},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 # -- real programs -------------------------------------------------------------------------------

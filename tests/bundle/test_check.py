@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ from cprd.bundle.check import check_bundle
 from cprd.linux.rights import send
 from cprd.live.check import check_live
 from cprd.protocol import messages
+from tests.support import cprctl as support
 from tests.support import wire
-from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess
 from tests.support.eventfds import opened
 from tests.support.live import Live
@@ -139,14 +137,7 @@ def live(root: Vector) -> dict[str, Any]:
 
 
 def cprctl(daemon: DaemonProcess, *words: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "cprd.cli", *words],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "CPRD_SOCKET": daemon.path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = support.cprctl(daemon, *words)
     return done.returncode, done.stdout + done.stderr
 
 

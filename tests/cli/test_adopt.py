@@ -16,22 +16,10 @@ import pytest
 import cprd
 from benchmarks.listeners import PROGRAMS, Count, Service, is_there, stream
 from cprd.cli.adopting import Process
-from tests.support.checkout import CHECKOUT
+from tests.support.cprctl import cprctl
 from tests.support.daemon import DaemonProcess
 
-CPRCTL = [sys.executable, "-m", "cprd.cli"]
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
-
-
-def cprctl(daemon: DaemonProcess, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*CPRCTL, *words],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "CPRD_SOCKET": daemon.path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 async def adopt(name: str, daemon: DaemonProcess, place: Path, seconds: float) -> Count:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 import cprd
-from tests.cli.test_verbs import cprctl
+from tests.support.cprctl import cprctl
 from tests.support.daemon import DaemonProcess
 
 USER = 4242

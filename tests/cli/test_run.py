@@ -22,11 +22,10 @@ import cprd
 from cprd.cli.addresses import parse, parse_all, resolve
 from cprd.cli.opening import adjust
 from cprd.linux import sockets
-from tests.support.checkout import CHECKOUT
+from tests.support.cprctl import CPRCTL, cprctl, environment, free_port
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import patience, until
 
-CPRCTL = [sys.executable, "-m", "cprd.cli"]
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 # A command that says what it was given.
@@ -40,19 +39,6 @@ for i in range(int(os.environ.get("LISTEN_FDS", "0"))):
                  os.get_blocking(3 + i), sock.getsockopt(1, 15)])
 print(json.dumps([os.environ.get("LISTEN_FDNAMES"), said], default=repr))
 """
-
-
-def cprctl(daemon: DaemonProcess, *words: str, **extra: Any) -> subprocess.CompletedProcess[str]:
-    variables = {"PYTHONPATH": str(CHECKOUT), "CPRD_SOCKET": daemon.path}
-    return subprocess.run(
-        [*CPRCTL, *words],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        **extra,
-    )
 
 
 def run(
@@ -72,11 +58,6 @@ def fails(daemon: DaemonProcess, *listen: str, status: int = 1) -> str:
     done = cprctl(daemon, "run", "web", *words, "--", "true")
     assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
     return done.stderr
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 @contextmanager
@@ -178,7 +159,7 @@ def test_another_network_namespace_is_noticed(daemon: DaemonProcess) -> None:
     for listen, expected in (("", first), (f" --listen 127.0.0.1:{port}", None)):
         done = subprocess.run(
             [*unshare, "sh", "-c", f'{inside}{listen} -- "$@"', "sh", *tell],
-            env={**os.environ, "PYTHONPATH": str(CHECKOUT), "CPRD_SOCKET": daemon.path},
+            env=environment(daemon),
             capture_output=True,
             text=True,
             timeout=30,

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ import pytest
 import cprd
 from cprd.linux.child import in_a_child
 from tests.support.checkout import CHECKOUT
+from tests.support.cprctl import CPRCTL, cprctl, environment, free_port
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import PATIENCE, patience, until
 
-CPRCTL = [sys.executable, "-m", "cprd.cli"]
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 # What a command finds, as JSON: the variables, each descriptor, limits, ignored signals.
@@ -50,25 +50,6 @@ print(json.dumps({
 }))
 """
 COMMAND = [sys.executable, "-S", "-c", TELL]
-
-
-def environment(daemon: DaemonProcess, **extra: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(CHECKOUT), "CPRD_SOCKET": daemon.path, **extra}
-
-
-def cprctl(
-    daemon: DaemonProcess, *arguments: str, fds: Sequence[int] = (), nofile: str = "", **extra: str
-) -> subprocess.CompletedProcess[str]:
-    prefix = ["prlimit", f"--nofile={nofile}"] if nofile else []
-    return subprocess.run(
-        [*prefix, *CPRCTL, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env=environment(daemon, **extra),
-        pass_fds=fds,
-        check=False,
-    )
 
 
 def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -685,12 +666,6 @@ def asks(port: int) -> int:
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
         sock.settimeout(PATIENCE)
         return int(sock.recv(100))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def test_a_service_that_crashes_again_and_again_keeps_its_listener(daemon: DaemonProcess) -> None:

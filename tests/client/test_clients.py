@@ -170,11 +170,6 @@ def connect(request: pytest.FixtureRequest, daemon: DaemonProcess) -> Iterator[C
             )
 
 
-def phases(daemon: DaemonProcess) -> dict[str, str]:
-    with daemon.connect() as client:
-        return {row["name"]: row["phase"] for row in client.list()}
-
-
 # The surface
 
 
@@ -352,7 +347,7 @@ async def test_an_exception_in_the_block_rejects(
         async with client.load("web") as claim:
             assert claim.attempts == 2
             assert claim.last_reject == f"{error.__name__}: no good"
-    assert phases(daemon) == {}
+    assert daemon.phases() == {}
 
 
 async def test_an_exception_of_a_megabyte_rejects_too(connect: Connect) -> None:
@@ -374,10 +369,10 @@ async def test_after_begin_an_exception_leaves_it_in_doubt(
             async with client.load("web") as claim:
                 await claim.begin()
                 raise error
-        assert phases(daemon) == {"web": "in-doubt"}
+        assert daemon.phases() == {"web": "in-doubt"}
         with pytest.raises(Busy, match="in doubt"):
             await client.load("web")
-    assert phases(daemon) == {"web": "in-doubt"}
+    assert daemon.phases() == {"web": "in-doubt"}
     async with connect() as client:
         await client.release("web")
         async with client.load("web"):
@@ -410,13 +405,13 @@ async def test_what_was_left_in_doubt_is_ended_by_a_late_word(
                     raise Mishap
             if closed:
                 await client.close()
-            assert phases(daemon) == {"web": "in-doubt"}
+            assert daemon.phases() == {"web": "in-doubt"}
             if end == "reject":
                 await claim.reject("nothing ran")
-                assert phases(daemon) == {"web": "held"}
+                assert daemon.phases() == {"web": "held"}
             else:
                 await claim.confirm()
-                assert phases(daemon) == {}
+                assert daemon.phases() == {}
             for verb in (claim.reject, claim.confirm):
                 with pytest.raises(Fenced, match="already"):
                     await verb()
@@ -441,7 +436,7 @@ async def test_a_claimant_that_replaces_its_own_hold_has_confirmed(
                     await client.save(alias, of(fds), if_exists="replace")
                 with pytest.raises(Fenced, match="confirmed"):
                     await claim.confirm()
-            assert phases(daemon) == {"web": "held", "another": "held"}
+            assert daemon.phases() == {"web": "held", "another": "held"}
             async with client.load("web") as claim:
                 assert values(claim.state) == [1, 2]
             with pytest.raises(Mishap):  # noqa: PT012
@@ -465,14 +460,14 @@ async def test_giving_back_that_fails_ends_the_connection_of_the_claim(
         with pytest.raises(Mishap):
             async with client.load("web"):
                 raise Mishap
-        until(lambda: phases(daemon)["web"] == "held", lambda: repr(phases(daemon)))
+        until(lambda: daemon.phases()["web"] == "held", lambda: repr(daemon.phases()))
         async with client.load("other"):
             with pytest.raises(Mishap):
                 async with client.load("web"):
                     raise Mishap
             # Another claim hangs on that connection, which ends after that claim.
-            assert phases(daemon) == {"web": "claimed", "other": "claimed"}
-        until(lambda: phases(daemon) == {"web": "held"}, lambda: repr(phases(daemon)))
+            assert daemon.phases() == {"web": "claimed", "other": "claimed"}
+        until(lambda: daemon.phases() == {"web": "held"}, lambda: repr(daemon.phases()))
 
 
 async def test_an_interrupt_while_a_state_is_read_gives_it_back(
@@ -501,7 +496,7 @@ async def test_a_begin_that_is_refused_has_not_begun(
         with pytest.raises(InvalidInput, match="not a pidfd"):
             async with client.load("web") as claim:
                 await claim.begin(process=0)
-        assert phases(daemon) == {"web": "held"}
+        assert daemon.phases() == {"web": "held"}
 
 
 async def test_begin_names_who_acts(connect: Connect, daemon: DaemonProcess) -> None:
@@ -591,7 +586,7 @@ async def test_a_claim_outlives_the_block_of_its_connection(
         async with connect() as client:
             await client.save("web", of(fds))
             claim = await client.load("web")
-        assert phases(daemon) == {"web": "claimed"}
+        assert daemon.phases() == {"web": "claimed"}
         with pytest.raises(Busy):
             with daemon.connect() as other:
                 other.load("web")
@@ -599,7 +594,7 @@ async def test_a_claim_outlives_the_block_of_its_connection(
         assert values(claim.state) == [1, 2, 3]
         await claim.confirm()
         await claim.close()
-        assert phases(daemon) == {}
+        assert daemon.phases() == {}
 
 
 async def test_a_prepared_save_outlives_the_block_of_its_connection(
@@ -607,9 +602,9 @@ async def test_a_prepared_save_outlives_the_block_of_its_connection(
 ) -> None:
     async with connect() as client:
         prepared = await client.prepare("web", State())
-    assert phases(daemon) == {"web": "prepared"}
+    assert daemon.phases() == {"web": "prepared"}
     await prepared.commit()
-    assert phases(daemon) == {"web": "held"}
+    assert daemon.phases() == {"web": "held"}
 
 
 async def test_a_closed_connection_says_so(connect: Connect) -> None:
@@ -1016,8 +1011,8 @@ async def test_an_interrupted_request_ends_no_claim(
                 await client.close()
             with asleep(daemon):
                 await interrupted(lambda: REQUESTS[what](client, claim))
-            seen = phases(daemon)
-            until(lambda: phases(daemon)["other"] == "held", lambda: repr(seen))
+            seen = daemon.phases()
+            until(lambda: daemon.phases()["other"] == "held", lambda: repr(seen))
             assert seen["web"] == ("in-doubt" if what == "begin" else "claimed")
             assert seen["third"] == "claimed"
             assert seen["fourth"] == "prepared"
@@ -1028,7 +1023,7 @@ async def test_an_interrupted_request_ends_no_claim(
             await third.reject()
             await claim.close()
             await third.close()
-        seen = phases(daemon)
+        seen = daemon.phases()
         seen.pop("new", None)
         assert seen == {"other": "held", "third": "held", "fourth": "held"}
         with daemon.connect() as other, other.load("other") as last:
@@ -1050,7 +1045,7 @@ async def test_a_begin_interrupted_before_it_was_sent_does_not_keep_the_claim(
             with pytest.raises(Interrupt):
                 await claim.begin()
         await claim.close()
-        until(lambda: phases(daemon)["web"] == "held", lambda: repr(phases(daemon)))
+        until(lambda: daemon.phases()["web"] == "held", lambda: repr(daemon.phases()))
 
 
 async def test_an_interrupted_load_is_given_back_where_nothing_else_is_open(
@@ -1060,10 +1055,10 @@ async def test_an_interrupted_load_is_given_back_where_nothing_else_is_open(
         await client.save("web", State())
         with asleep(daemon):
             await interrupted(lambda: client.load("web"))
-        until(lambda: phases(daemon)["web"] == "held", lambda: repr(phases(daemon)))
+        until(lambda: daemon.phases()["web"] == "held", lambda: repr(daemon.phases()))
         with asleep(daemon):
             await interrupted(lambda: client.prepare("new", State()))
-        assert phases(daemon) == {"web": "held"}
+        assert daemon.phases() == {"web": "held"}
 
 
 async def test_a_load_interrupted_after_it_was_done_is_given_back(
@@ -1077,11 +1072,11 @@ async def test_a_load_interrupted_after_it_was_done_is_given_back(
             waker = wake_when_it_stands(daemon)
             await interrupted(lambda: client.load("other"), 0.3)
             waker.join()
-            until(lambda: phases(daemon)["other"] == "held", lambda: repr(phases(daemon)))
+            until(lambda: daemon.phases()["other"] == "held", lambda: repr(daemon.phases()))
             rows = {row["name"]: row for row in await client.list()}
             assert rows["other"]["last_reject"] == "interrupted"
             assert rows["other"]["attempts"] == 1
-    assert phases(daemon) == {"other": "held"}
+    assert daemon.phases() == {"other": "held"}
 
 
 def wake_when_it_stands(daemon: DaemonProcess) -> threading.Thread:
@@ -1143,18 +1138,18 @@ async def test_an_interrupted_confirm_has_an_outcome_that_is_known(
         else:
             with asleep(daemon):
                 await interrupted(starts[end])
-        seen = phases(daemon)
+        seen = daemon.phases()
         assert seen.pop("other") == "claimed"
         if end == "commit":
             assert seen == {"web": "claimed", "new": "held"}
             await claim.close()
-            assert phases(daemon)["web"] == "held"
+            assert daemon.phases()["web"] == "held"
         else:
             assert seen == {"new": "prepared", **({"web": "held"} if end == "next" else {})}
             with pytest.raises(Fenced, match="already"):
                 await claim.reject()
             await claim.close()
-            assert phases(daemon).get("web") == ("held" if end == "next" else None)
+            assert daemon.phases().get("web") == ("held" if end == "next" else None)
             await prepared.abort()
         await other.confirm()
         await other.close()
@@ -1220,7 +1215,7 @@ async def test_leaving_blocks_in_a_forked_child_does_nothing(
                 finally:
                     os._exit(status)
             assert os.waitpid(child, 0)[1] == 0
-            assert phases(daemon) == {"web": "claimed", "other": "held", "third": "prepared"}
+            assert daemon.phases() == {"web": "claimed", "other": "held", "third": "prepared"}
             assert values(claim.state) == [1, 2]
             await claim.confirm()
             await claim.close()
@@ -1239,13 +1234,13 @@ def test_garbage_collection_in_a_forked_child_does_nothing(daemon: DaemonProcess
             gc.collect()
             os._exit(0)
         os.waitpid(child, 0)
-        assert phases(daemon) == {"web": "claimed", "new": "prepared"}
+        assert daemon.phases() == {"web": "claimed", "new": "prepared"}
         everything[2].confirm()
         everything[1].commit()
         everything[2].close()
         everything[0].close()
         everything.clear()
-        assert phases(daemon) == {"new": "held"}
+        assert daemon.phases() == {"new": "held"}
 
 
 def test_a_child_that_keeps_the_connection_does_not_keep_the_claim(daemon: DaemonProcess) -> None:
@@ -1289,7 +1284,7 @@ def test_what_is_forgotten_is_let_go_by_garbage_collection(daemon: DaemonProcess
         assert prepared.generation
         del prepared
         gc.collect()
-        until(lambda: phases(daemon)["new"] == "in-doubt", lambda: repr(phases(daemon)))
+        until(lambda: daemon.phases()["new"] == "in-doubt", lambda: repr(daemon.phases()))
 
 
 def test_a_claim_forgotten_while_another_is_saved_is_given_back(
@@ -1309,7 +1304,7 @@ def test_a_claim_forgotten_while_another_is_saved_is_given_back(
         with monkeypatch.context() as patch:
             patch.setattr("cprd.bundle.pack.point", at)
             client.save("web", of(fds))
-        assert phases(daemon) == {"other": "held", "web": "held"}
+        assert daemon.phases() == {"other": "held", "web": "held"}
 
 
 # Of trio's client only
@@ -1391,9 +1386,9 @@ async def test_a_claim_that_was_waited_for_lives_on_its_own_connection(
         for _ in range(3):
             assert await client.wait("other", 5.0)
         await claim.renew()
-    assert phases(daemon) == {"web": "claimed", "other": "held"}
+    assert daemon.phases() == {"web": "claimed", "other": "held"}
     await claim.close()
-    assert phases(daemon) == {"web": "held", "other": "held"}
+    assert daemon.phases() == {"web": "held", "other": "held"}
 
 
 async def test_a_confirm_cancelled_before_it_was_sent_gives_back(daemon: DaemonProcess) -> None:

@@ -18,7 +18,7 @@ from cprd import Busy, InvalidInput, NotHeld, State, Timeout, Unavailable
 from cprd.client import blocking, exchange
 from cprd.client.exchange import Answer, Call, Common, Line, Lost, Step
 from cprd.protocol import messages
-from tests.client.test_clients import Connect, asleep, connect, inside, phases
+from tests.client.test_clients import Connect, asleep, connect, inside
 from tests.support import wire
 from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
@@ -96,14 +96,14 @@ async def test_a_prepare_past_the_deadline_is_aborted_by_the_next_request_and_en
             with asleep(daemon):
                 with pytest.raises(Timeout):
                     await client.prepare("new", of(fds), timeout=0.1)
-            until(lambda: "new" in phases(daemon), lambda: repr(phases(daemon)))
-            assert phases(daemon) == {"web": "claimed", "new": "prepared"}
+            until(lambda: "new" in daemon.phases(), lambda: repr(daemon.phases()))
+            assert daemon.phases() == {"web": "claimed", "new": "prepared"}
             prepared = await client.prepare("new", of(fds))  # the first is aborted before
             await prepared.commit()
             assert await claim.renew() == 30.0
             await claim.confirm()
             await claim.close()
-            assert phases(daemon) == {"new": "held"}
+            assert daemon.phases() == {"new": "held"}
 
 
 async def test_a_prepare_past_the_deadline_is_in_doubt_after_its_connection(
@@ -115,7 +115,7 @@ async def test_a_prepare_past_the_deadline_is_in_doubt_after_its_connection(
             with asleep(daemon):
                 with pytest.raises(Timeout):
                     await client.prepare("new", of(fds), timeout=0.1)
-        until(lambda: phases(daemon) == {"new": "in-doubt"}, lambda: repr(phases(daemon)))
+        until(lambda: daemon.phases() == {"new": "in-doubt"}, lambda: repr(daemon.phases()))
         async with connect() as client:
             with pytest.raises(Busy, match="between prepare and commit"):
                 await client.load("new")
@@ -139,7 +139,7 @@ async def test_a_load_past_the_deadline_ends_no_other_claim(
                     assert other.attempts == 2
                     assert values(other.state) == [1, 2]
                 await claim.renew()
-        assert phases(daemon) == {}
+        assert daemon.phases() == {}
 
 
 @pytest.mark.parametrize("end", ["confirm", "commit"])
@@ -156,7 +156,7 @@ async def test_a_confirm_past_the_deadline_is_learned_by_the_same_words(
                 await verb(timeout=0.1)
         await client.list()  # done by now
         await verb()
-        assert phases(daemon) == (
+        assert daemon.phases() == (
             {"new": "prepared"} if end == "confirm" else {"web": "claimed", "new": "held"}
         )
         await claim.close()

@@ -27,7 +27,8 @@ from tests.support import wire
 from tests.support.child import Child, Line, become
 from tests.support.daemon import DaemonProcess
 from tests.support.goods import state_of, tcp_pair
-from tests.support.patience import PATIENCE, patience, rest, until
+from tests.support.patience import patience, rest, until
+from tests.support.wire import silent
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -70,13 +71,6 @@ def nobody_else_waits(daemon: DaemonProcess) -> Iterator[None]:
         assert waits[:-2][-1:] < [PROMPT], waits[-5:]
         assert waits[-1] < patience(2), waits[-5:]
     assert daemon.alive()
-
-
-def silent(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(PATIENCE)
-    sock.connect(path)
-    return sock
 
 
 def raw(path: str) -> socket.socket:
@@ -188,7 +182,11 @@ def test_the_mute_and_those_that_do_not_read_are_cut_off(daemon: DaemonProcess) 
     with daemon.connect() as connection, nobody_else_waits(daemon):
         for number in range(60):
             connection.save(f"{number:03}{'x' * 200}", state_of("", [], []))
-        with silent(daemon.path) as mute, raw(daemon.path) as deaf, silent(daemon.path) as slow:
+        with (
+            silent(daemon.path) as mute,
+            raw(daemon.path) as deaf,
+            silent(daemon.path) as slow,
+        ):
             begin = time.monotonic()
             sent = 0
             with contextlib.suppress(BlockingIOError):

@@ -97,11 +97,6 @@ BETWEEN = pytest.mark.parametrize("between", [the_same, reexecuted])
 Between = Callable[[DaemonProcess], None]
 
 
-def phases(daemon: DaemonProcess) -> dict[str, str]:
-    with daemon.connect() as connection:
-        return {row["name"]: row["phase"] for row in connection.list()}
-
-
 @BETWEEN
 def test_a_second_save_with_a_used_nonce_is_refused_and_not_called_held(
     daemon: DaemonProcess, between: Between
@@ -129,7 +124,7 @@ def test_a_second_save_with_a_used_nonce_is_refused_and_not_called_held(
             with pytest.raises(cprd.ProtocolError):
                 second.save("A", a, "prepare")
             assert second.save("A", a)["generation"] == saved["generation"]
-    assert phases(daemon) == {"A": "held"}
+    assert daemon.phases() == {"A": "held"}
 
 
 @BETWEEN
@@ -147,9 +142,9 @@ def test_a_confirm_with_a_used_nonce_is_refused_and_the_claim_can_still_be_confi
                     claimant.say(verb, claim)
             with pytest.raises(cprd.ProtocolError):
                 claimant.say("reject", claim, why="", damaged=False)
-            assert phases(daemon) == {"A": "claimed"}
+            assert daemon.phases() == {"A": "claimed"}
             claimant.say("confirm", claim, nonce=b"o" * 16)
-    assert phases(daemon) == {}
+    assert daemon.phases() == {}
 
 
 @BETWEEN
@@ -164,9 +159,9 @@ def test_a_begin_with_a_used_nonce_is_refused_and_nothing_is_in_doubt(
         with raw(daemon) as claimant:
             with pytest.raises(cprd.ProtocolError):
                 claimant.say("begin", claim, pid=0, inode=0)
-            assert phases(daemon) == {"A": "claimed"}
+            assert daemon.phases() == {"A": "claimed"}
             claimant.say("begin", claim, pid=0, inode=0, nonce=b"o" * 16)
-            assert phases(daemon) == {"A": "in-doubt"}
+            assert daemon.phases() == {"A": "in-doubt"}
 
 
 @BETWEEN
@@ -186,7 +181,7 @@ def test_what_ended_a_hold_answers_for_itself_only(daemon: DaemonProcess, betwee
                 second.save("A", a)
             again = second.ask("drop", name="A", force=False, nonce=NONCE)
             assert again["generation"] == dropped
-    assert phases(daemon) == {"B": "held"}
+    assert daemon.phases() == {"B": "held"}
 
 
 def test_a_load_with_the_nonce_of_another_process_is_not_a_second_claim(

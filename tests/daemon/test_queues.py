@@ -23,6 +23,7 @@ from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 from tests.support.goods import state_of
 from tests.support.patience import PATIENCE, until
+from tests.support.wire import silent
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -79,13 +80,6 @@ def test_a_descriptor_cannot_be_sent_to_cprd(daemon: DaemonProcess) -> None:
             with pytest.raises(PermissionError):
                 send(sock, packed(verb="status"), [null])
     os.close(null)
-
-
-def silent(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(PATIENCE)
-    sock.connect(path)
-    return sock
 
 
 @pytest.mark.parametrize("said_hello", [True, False])

@@ -94,11 +94,6 @@ def reexec(daemon: DaemonProcess) -> None:
     assert daemon.pid == pid
 
 
-def phases(daemon: DaemonProcess) -> dict[str, str]:
-    with daemon.connect() as connection:
-        return {row["name"]: row["phase"] for row in connection.list()}
-
-
 def reason(daemon: DaemonProcess, name: str) -> str:
     with daemon.connect() as connection:
         return str(connection.show(name)["reason"])
@@ -129,7 +124,7 @@ def test_everything_in_every_phase_comes_along(
         assert one.hears() == "ok"
     assert claimed.hears() == "1"
     gone.end()
-    until(lambda: phases(daemon)["doubted"] == "in-doubt", lambda: str(phases(daemon)))
+    until(lambda: daemon.phases()["doubted"] == "in-doubt", lambda: str(daemon.phases()))
 
     expected = {
         "held": "held",
@@ -140,10 +135,10 @@ def test_everything_in_every_phase_comes_along(
         "prepared": "prepared",
         "doubted": "in-doubt",
     }
-    assert phases(daemon) == expected
+    assert daemon.phases() == expected
     reasons = {name: reason(daemon, name).split(", whose")[0] for name in expected}
     reexec(daemon)
-    assert phases(daemon) == expected
+    assert daemon.phases() == expected
     assert {name: reason(daemon, name).split(", whose")[0] for name in expected} == reasons
     assert "not today" in reasons["rejected"]
 
@@ -155,7 +150,7 @@ def test_everything_in_every_phase_comes_along(
             assert claim.state["number"] == 0
             os.write(claim.state.find_fd("fd", 0), b"still open")
         assert os.read(reading, 99) == b"still open"
-        assert set(phases(daemon)) == {"rejected", "waited-for", "prepared", "doubted"}
+        assert set(daemon.phases()) == {"rejected", "waited-for", "prepared", "doubted"}
         for name in ("rejected", "waited-for"):
             connection.drop(name)
     assert os.read(reading, 99) == b""
@@ -201,7 +196,7 @@ def test_a_claimant_that_dies_afterwards_ends_its_claim(
             assert "its process ended" in claim.last_reject
     else:
         until(lambda: "its process ended" in reason(daemon, "web"), lambda: reason(daemon, "web"))
-        assert phases(daemon) == {"web": "in-doubt"}
+        assert daemon.phases() == {"web": "in-doubt"}
 
 
 def test_a_lease_goes_on_running(daemon: DaemonProcess, client: Callable[[str], Client]) -> None:
@@ -240,7 +235,7 @@ def test_a_saver_that_died_before_the_new_code_looked_is_in_doubt(
     seen = len(daemon.log())
     os.kill(daemon.pid, signal.SIGCONT)
     daemon.await_log("ready pid=", since=seen)
-    until(lambda: phases(daemon) == {"web": "in-doubt"}, lambda: str(phases(daemon)))
+    until(lambda: daemon.phases() == {"web": "in-doubt"}, lambda: str(daemon.phases()))
 
 
 def test_a_broken_configuration_leaves_the_old_one_running(
@@ -386,7 +381,7 @@ def test_under_load_nothing_is_lost_nothing_comes_twice_and_no_client_sees_it(
         thread.join()
     assert not errors
     assert open_fds() == before
-    assert phases(daemon) == {}
+    assert daemon.phases() == {}
 
 
 def connection_has(connection: cprd.Daemon, name: str) -> bool:

@@ -15,6 +15,7 @@ import pytest
 
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
+from tests.support.cprctl import free_port
 from tests.support.patience import PATIENCE
 
 Words = list[str]
@@ -208,12 +209,6 @@ ONLY_BY_SAVE = {
         "addr.port={port}",
     ),
 }
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.mark.parametrize("row", ONLY_BY_SAVE)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cprd
 from tests.support.checkout import CHECKOUT
+from tests.support.cprctl import free_port
 from tests.support.daemon import DaemonProcess
 from tests.support.patience import PATIENCE, until
 
@@ -22,12 +23,6 @@ def programs() -> dict[str, str]:
     """The programs of the page, by the name in the first line."""
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.S)
     return dict(blocks)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 def left_in(daemon: DaemonProcess, name: str) -> tuple[list[tuple[str, int]], list[str]]:

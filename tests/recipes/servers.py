@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.recipe import free_port
+from tests.support.cprctl import free_port
 from tests.support.patience import PATIENCE, until
 
 

@@ -104,6 +104,11 @@ class DaemonProcess:
     def connect(self) -> cprd.Daemon:
         return cprd.connect(self.path)
 
+    def phases(self) -> dict[str, str]:
+        """The phase of each hold, by name."""
+        with self.connect() as daemon:
+            return {row["name"]: row["phase"] for row in daemon.list()}
+
     # Its descriptors
 
     def fds(self) -> int:

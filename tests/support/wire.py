@@ -9,6 +9,7 @@ from typing import Any
 
 from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
 from cprd.protocol import messages
+from tests.support.patience import PATIENCE
 
 
 def request(verb: str, **fields: Any) -> bytes:
@@ -16,6 +17,14 @@ def request(verb: str, **fields: Any) -> bytes:
 
 
 HELLO = request("hello", version=messages.VERSION)
+
+
+def silent(path: str) -> socket.socket:
+    """A connection that has said nothing."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(PATIENCE)
+    sock.connect(path)
+    return sock
 
 
 def load(name: str, wait: float = 0.0) -> bytes:
