@@ -533,7 +533,7 @@ def test_cprd_in_memory_killed_alone_is_given_the_hold_back_each_time(
 @pytest.mark.timeout(900)
 def test_five_minutes_of_changes_and_deaths(daemon: DaemonProcess) -> None:
     """Owners of both clients, killed at random moments, and clients of a server; at the end cprd
-    has no descriptor more, and hardly more memory."""
+    has hardly more descriptors and memory."""
     hunted("blocking", daemon.path, 20, seed=0)  # to warm up
     fds, memory = daemon.fds(), resident(daemon.pid)
     end = time.monotonic() + 300
@@ -545,7 +545,8 @@ def test_five_minutes_of_changes_and_deaths(daemon: DaemonProcess) -> None:
             changes += hunted(client, daemon.path, 15, seed=rounds)[1]
         clients_through_kills(daemon.path, 100, 4)
         deaths += 7
-    daemon.await_fds(fds)
+    # A releaser more or less; a descriptor lost with each death would be hundreds.
+    until(lambda: daemon.fds() <= fds + 4, lambda: f"{daemon.fds()} descriptors, not {fds}")
     grown = resident(daemon.pid) - memory
     print(f"{rounds} rounds, {deaths} deaths, {changes} changes; cprd grew by {grown} KiB")
     assert grown < 10_000

@@ -110,5 +110,6 @@ def test_any_changes_with_crashes() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_10000_changes_with_crashes() -> None:
     _run(200, 50)

@@ -190,6 +190,7 @@ def test_many_owners_leave_what_the_keys_need(verb: str) -> None:
     root.close()
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("changes", [100_000, pytest.param(1_000_000, marks=pytest.mark.full)])
 def test_many_changes_leave_what_the_keys_need(changes: int) -> None:
     """1,000 keys, changed at random: descriptors in flight, the owner's, and its memory."""
