@@ -343,7 +343,7 @@ from cprd.live.owner import Owner
 from cprd.live.queue import make_pair
 from cprd.systemd import fdstore, notify
 manager = notify.Manager.from_environment(os.environ)
-notify.drive(manager.tell(notify.ready()), 10)
+notify.drive(manager.tell(notify.READY), 10)
 owner = Owner(*make_pair(), 1)
 fds = [os.eventfd(0) for _ in range({CONNECTIONS} + {TURN})]  # the manager ignores what it has
 number = 0

@@ -39,7 +39,7 @@ FDSTORE = f"""
 import os, sys, time
 from cprd.systemd import fdstore, notify
 manager = notify.Manager.from_environment(os.environ)
-notify.drive(manager.tell(notify.ready()), 10)
+notify.drive(manager.tell(notify.READY), 10)
 fds = [os.eventfd(0) for _ in range({COUNT})]
 with open("/run/boot/go") as go, open("/run/boot/took", "w") as took:
     for _ in go:
