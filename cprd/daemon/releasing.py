@@ -36,7 +36,7 @@ MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
 MOST_PENDING = 4000  # where something moves: many holds can end at once
 STILL = 3.0  # s without an acknowledgement: something blocks, on a busy machine too
 LINGER = 5.0  # s until an idle releaser is told to end
-GATHERED = 0.02  # s: what comes meanwhile is heard at once, and slots are sent at once
+GATHERED = 0.02  # s: what comes meanwhile is heard together, and further slots go together
 
 Fds = tuple[int, ...]
 
@@ -161,6 +161,7 @@ class Releasing:
         self._watched: socket.socket | None = None
         self._tended = False
         self._gathering = False  # slots wait for more slots
+        self._sent = -math.inf  # when last slots were sent
         self._spare = self._forker.made()  # warm: has started by the time of the first need
         self._watch_forker()
 
@@ -239,9 +240,12 @@ class Releasing:
         if not (releaser.queue or releaser.sent):
             releaser.moved = time.monotonic()
         releaser.queue.append(work)
-        if work.kind == DRAIN and self._tended and len(releaser.queue) < AT_ONCE:
-            self._gather()
-            return
+        if work.kind == DRAIN:
+            now = time.monotonic()
+            if now - self._sent < GATHERED and self._tended and len(releaser.queue) < AT_ONCE:
+                self._gather()
+                return
+            self._sent = now  # the first one goes at once: a peer waits for the end
         if len(releaser.sent) >= AT_ONCE:
             self._hear()
         self._advance(uid, releaser)
@@ -328,9 +332,10 @@ class Releasing:
 
     def collect(self) -> None:
         """Hear acknowledgements so far, and follow up."""
-        self._gathering = False
         self._hear()
         now = time.monotonic()
+        if self._gathering:
+            self._gathering, self._sent = False, now
         for uid, releaser in list(self._releasers.items()):
             self._advance(uid, releaser)
             if not (releaser.queue or releaser.sent) and now - releaser.moved > LINGER:

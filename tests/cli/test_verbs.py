@@ -321,7 +321,7 @@ def test_status_in_both_forms(daemon: DaemonProcess) -> None:
     assert status["pid"] == daemon.pid
     text = cprctl(daemon, "status").stdout
     assert re.search(rf"^pid +{daemon.pid}$", text, re.MULTILINE)
-    assert re.search(r"^uptime +[0-9.]+ s$", text, re.MULTILINE)
+    assert re.search(r"^uptime +[0-9.]+ (s|min)$", text, re.MULTILINE)
 
 
 # -- load ----------------------------------------------------------------------------------------

@@ -46,7 +46,10 @@ say("started", *(name for name, _ in named))
 while True:
     exec(line())
 """
-READY = "drive(manager.tell(ready('2 holds, kept: store'))); drive(manager.barrier()); say('ready')"
+READY = (
+    "drive(manager.tell(READY + b'\\n' + status('2 holds, kept: store')));"
+    " drive(manager.barrier()); say('ready')"
+)
 
 
 class Toy:

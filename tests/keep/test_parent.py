@@ -221,7 +221,7 @@ def test_each_failed_start_is_waited_for_longer(toy: Toy) -> None:
     assert [line.split("pause=")[1] for line in toy.said().splitlines() if "pause=" in line] == [
         *("0.05", "0.1", "0.2")
     ]
-    assert toy.ask("drive(manager.tell(ready())); drive(manager.barrier()); say('r')") == "r"
+    assert toy.ask("drive(manager.tell(READY)); drive(manager.barrier()); say('r')") == "r"
     assert toy.kill() == ["cprd.socket"]
     assert toy.said().splitlines()[-1].endswith("pause=0.05")
 
@@ -339,7 +339,7 @@ def test_a_manager_above_is_told(make: Make, tmp_path: Path) -> None:
         toy = make(env={"NOTIFY_SOCKET": str(tmp_path / "above"), "WATCHDOG_USEC": "200000"})
         assert toy.hears() == "started cprd.socket"
         assert not [message for message in heard if "READY" in message]
-        toy.do("drive(manager.tell(ready('2 holds')))")
+        toy.do("drive(manager.tell(READY + b'\\n' + status('2 holds')))")
         await_message("READY=1\nSTATUS=2 holds")
         assert toy.ask("say(drive(fdstore.keep(manager, [('x', os.eventfd(7))])))") == "True"
         await_message("WATCHDOG=1")

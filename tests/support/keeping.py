@@ -34,12 +34,11 @@ import cprd.daemon.storage.fdstore
 
 def arm(*_):
     with open(PLACE + "/pause") as file:
-        cprd.linux.pause._where = file.read()
-    cprd.linux.pause._hits.clear()
+        cprd.linux.pause.arm(file.read())
 
 signal.signal(signal.SIGUSR1, arm)
 if os.path.exists(PLACE + "/pause-at-start"):
-    cprd.linux.pause._where = open(PLACE + "/pause-at-start").read()
+    cprd.linux.pause.arm(open(PLACE + "/pause-at-start").read())
 if os.path.exists(PLACE + "/settings"):
     exec(open(PLACE + "/settings").read())
 from cprd.daemon.command import main
