@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
+from cprd.live.records import entry_size
 from cprd.live.segment import OWN, ROOM, SECTION_KEYS, SECTIONS, SHARED, Put, Segment
 
 SPARE = 4  # empty segments that stay for the next keys
@@ -54,6 +55,15 @@ class Pool:
             segment.filed = place
             self.spreads = self._filled + len(self._inherited) < self.spread
 
+    def recount(self) -> None:
+        """Count keys and bytes anew, of which an interrupt may have left some counted halfway."""
+        self.kept = self._filled = 0
+        for segment in [*self.segments.values()]:
+            segment.counted = 0
+            segment.size = sum([entry_size(key, kept[2]) for key, kept in segment.keys.items()])
+            self.file(segment)
+        self.spreads = self._filled + len(self._inherited) < self.spread
+
     def _place(self, segment: Segment) -> dict[Segment, None]:
         """Of any segment but a shared one with keys that can be appended to."""
         if segment.tx is None:
@@ -71,6 +81,9 @@ class Pool:
         self.segments.pop(segment.id, None)
         if segment.filed is not None:
             segment.filed.pop(segment, None)
+        self.kept -= segment.counted
+        self._filled -= segment.counted > 0
+        segment.counted = 0
         self.spreads = self._filled + len(self._inherited) < self.spread
         if self.current is segment:
             self.current = None

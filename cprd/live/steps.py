@@ -142,6 +142,7 @@ class Steps:
             queue, sent, apply, arguments = self.pending
             if queue.resync(sent):
                 apply(*arguments)
+            self.ledger.pool.recount()
             self.pending = None
         self.close_dropped()
         for unfinished in [*self.unfinished]:

@@ -12,6 +12,8 @@ import pytest
 
 from cprd.live.owner import Owner
 from cprd.live.reader import read
+from cprd.live.records import entry_size
+from cprd.live.segment import SHARED
 from cprd.live.shape import Shape
 from tests.live.owning import HOLD, MIDDLE, SMALL, Model, Op, Root, Things, act, seen_in
 from tests.live.test_sweep import BATCH, BIG, LARGE, saves
@@ -118,11 +120,33 @@ def interrupt(things: Things, op: Op, shape: Shape, at: int, opcodes: bool) -> b
         old.apply(after)
         model.apply(after)
     assert not owner.unfinished
+    assert counted(owner) == counted_anew(owner), at
     owner.close()
     seen = seen_in(read(root.kept))
     root.close()
     assert seen in ([model.seen(), old.seen()] if interrupted else [model.seen()]), at
     return interrupted
+
+
+Counts = tuple[int, int, bool, list[int]]
+
+
+def counted(owner: Owner) -> Counts:
+    """What the pool and its segments say of keys, segments with keys, and bytes."""
+    pool = owner._ledger.pool
+    return pool.kept, pool._filled, pool.spreads, [each.size for each in pool.segments.values()]
+
+
+def counted_anew(owner: Owner) -> Counts:
+    pool = owner._ledger.pool
+    shared = [each for each in pool.segments.values() if each.kind == SHARED and each.tx]
+    filled = sum(1 for each in shared if each.keys)
+    sizes = [
+        sum(entry_size(key, kept[2]) for key, kept in each.keys.items())
+        for each in pool.segments.values()
+    ]
+    spreads = filled + len(pool._inherited) < pool.spread
+    return sum(len(each.keys) for each in shared), filled, spreads, sizes
 
 
 @pytest.mark.usefixtures("nothing_leaks")
