@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _LIMITS: tuple[str, ...] = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "iops_size")
 _LIMITS += tuple(f"{name}_max" for name in _LIMITS[:6])
+NBD = ("nbd://", "nbd+unix://")
+"""What the names of images on NBD servers begin with."""
 _REMOTE = ("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "lustre", "afs", "glusterfs")
 """File systems whose times are another machine's."""
 _UNSTABLE = ("cifs", "smb3", "9p", "fuse")

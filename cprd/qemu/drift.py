@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cprd.qemu.command import keyed
-from cprd.qemu.disks import label, limits, option, paths, shown
+from cprd.qemu.disks import NBD, label, limits, option, paths, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -86,7 +86,7 @@ def _names(drive: Drive, command: Command, name: str) -> bool:
     """Whether the words that make a drive name its image. For a drive whose words are not found by
     an id: whether any words do."""
     said = _words(drive, command)
-    if name.startswith("nbd"):  # that has many spellings
+    if name.startswith(NBD):  # that has many spellings
         server = _server(name)
         return any(server in word for word in (said.values() if said else command.words))
     if said is not None and _file(said):
@@ -107,7 +107,7 @@ def _names(drive: Drive, command: Command, name: str) -> bool:
 def _server(name: str) -> str:
     """The part of an NBD image's name that each spelling has: the path of a socket, or the host."""
     where, unix, path = name.partition("?socket=")
-    return path if unix else where.partition("://")[2].partition("/")[0].partition(":")[0]
+    return path if unix else where.partition("://")[2].partition("/")[0].rpartition(":")[0]
 
 
 def _words(drive: Drive, command: Command) -> dict[str, str] | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import socket
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import parse_qs, urlsplit
 
 from cprd.linux import unix_diag
 from cprd.linux.sockets import others_with
@@ -119,16 +118,13 @@ def full(drives: list[Drive], pid: int) -> list[str]:
 
 def _nbd(name: str, pid: int) -> str | tuple[str, int] | None:
     """The path, or (host, port), of the server in an image's name; None for another image."""
-    if not name.startswith("nbd"):
+    if not name.startswith(disks.NBD):
         return None
-    try:
-        found = urlsplit(name)
-        if found.scheme == "nbd+unix":
-            (path,) = parse_qs(found.query)["socket"]
-            return seen_from_here(pid, path)
-        return found.hostname or "", found.port or 10809
-    except (KeyError, ValueError):
-        return None
+    where, unix, path = name.partition("?socket=")  # QEMU escapes nothing
+    if unix:
+        return seen_from_here(pid, path)
+    host, _, port = where.partition("://")[2].partition("/")[0].rpartition(":")
+    return (host.strip("[]"), int(port)) if host and port.isdecimal() else None
 
 
 def _greets(address: str | tuple[str, int]) -> bool:

@@ -7,13 +7,16 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cprd.linux import unix_diag
+from cprd.qemu import servers
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
 from tests.qemu.test_check import check, replaced
@@ -125,6 +128,28 @@ def test_a_server_that_has_stopped_listening_is_found_by_the_kernel(
         refused(vm, words, f"{path}, where nobody listens")
         connection.close()
     assert not [line for line in check(vm)[1] if line.startswith("not by upgrade")]
+
+
+def test_a_file_with_the_name_of_a_protocol_is_no_disk_server(tmp_path: Path) -> None:
+    """And QEMU escapes nothing in the name of an image on a server."""
+    path = tmp_path / "a+b%41"
+
+    def drive(name: str) -> dict[str, Any]:
+        return {"drive": "d1", "chain": [{"name": name}]}
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        names = [f"nbd+unix:///?socket={path}", "nbd.img", "nbd", "nbd-1/disk.img"]
+        greeting = threading.Thread(target=lambda: server.accept()[0].send(b"NBDMAGIC"))
+        greeting.start()
+        assert servers.full([drive(name) for name in names], os.getpid()) == []
+        greeting.join(PATIENCE)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        name = f"nbd://127.0.0.1:{closed.getsockname()[1]}/disk"
+        (said,) = servers.full([drive(name)], os.getpid())
+        assert name in said
 
 
 def test_a_disk_server_with_one_place_excludes_an_upgrade(
