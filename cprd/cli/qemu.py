@@ -212,7 +212,7 @@ def run_save(args: argparse.Namespace) -> int:
 def run_start(args: argparse.Namespace) -> int:
     from cprd.linux.paths import default_socket
     from cprd.qemu.acting import owner_of
-    from cprd.qemu.start import Order, start
+    from cprd.qemu.start import Order, Overrides, start
 
     order = Order(
         args.socket or default_socket(user=args.user),
@@ -221,7 +221,7 @@ def run_start(args: argparse.Namespace) -> int:
         args.command or [],
         cold=args.cold,
         force=args.force,
-        overrides=(args.other_images, args.force_machine),
+        overrides=Overrides(args.other_images, args.force_machine),
         agent=args.set_time,
         timeout=args.timeout,
     )
@@ -232,11 +232,12 @@ def run_upgrade(args: argparse.Namespace) -> int:
     from cprd.cli.arguments import connect
     from cprd.qemu import signals
     from cprd.qemu.command import Command
+    from cprd.qemu.start import Overrides
     from cprd.qemu.upgrade import upgrade
 
     command = Command(args.command or [])
     with connect(args) as daemon, signals.watched():
-        overrides = (args.other_images, args.force_machine)
+        overrides = Overrides(args.other_images, args.force_machine)
         done = upgrade(
             daemon, args.name, args.qmp, command, overrides=overrides, timeout=args.timeout
         )

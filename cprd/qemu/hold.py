@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import fcntl
-from collections import namedtuple
 
 from cprd.cpr import CprState, VMStateError, downgrade, encode, parse
 from cprd.errors import Damaged, InvalidInput
@@ -34,14 +33,7 @@ KEPT = (*LIVE, "paused", "io-error", "prelaunch", "watchdog")
 """Run states that are worth keeping, and in which QEMU can migrate."""
 
 
-_Origin = namedtuple(  # (to import typing for NamedTuple takes 4 ms)
-    "_Origin",
-    "version qmp status machine uid old new untouched boot drives",
-    defaults=(-1, None, None, "", "", None),
-)
-
-
-class Origin(_Origin):
+class Origin:
     """The section "qemu": the origin of the state, and the run state of the guest.
 
     `old` and `new` are records of processes (pid and start time). Only an upgrade has `new`, and
@@ -49,8 +41,39 @@ class Origin(_Origin):
     exists, the new QEMU has not run. `drives` (disks.py): None in a hold of an older cprctl;
     `boot`: the id of the kernel's boot."""
 
+    __slots__ = (
+        *("version", "qmp", "status", "machine", "uid"),
+        *("old", "new", "untouched", "boot", "drives"),
+    )
+
+    def __init__(
+        self,
+        *,
+        version: Sequence[int],
+        qmp: str,
+        status: str,
+        machine: str,
+        uid: int = -1,
+        old: dict[str, int] | None,
+        new: dict[str, int] | None = None,
+        untouched: str = "",
+        boot: str = "",
+        drives: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self.version = tuple(version)
+        self.qmp = qmp
+        self.status = status
+        self.machine = machine
+        self.uid = uid
+        self.old = old
+        self.new = new
+        self.untouched = untouched
+        self.boot = boot
+        self.drives = drives
+
     def section(self) -> dict[str, Any]:
-        return {"format": FORMAT, **self._asdict(), "version": ".".join(map(str, self.version))}
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return {"format": FORMAT, **fields, "version": ".".join(map(str, self.version))}
 
     @classmethod
     def read(cls, value: Any) -> Origin:
@@ -147,8 +170,7 @@ class Held:
         if not is_whole(self.main):
             raise Damaged("its main stream ends too early: a QEMU would wait for the rest")
         # By the stream's own word; what was seen before may not have been so any more.
-        status = run_state(self.main) or self.origin.status
-        self.origin = self.origin._replace(status=status)
+        self.origin.status = run_state(self.main) or self.origin.status
 
     def pieces(self) -> list[tuple[bytes, int]]:
         """The CPR stream for any QEMU: (bytes, -1), or a dummy byte with its descriptor, which

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cprd.qemu.disks import Drive
     from cprd.qemu.machine import Machine
     from cprd.qemu.monitor import Monitor
+    from cprd.qemu.start import Overrides
 
 MONITORS = ("monitor-qmp", "monitor-hmp")
 """Objects that a guest does not see (from QEMU 11.1 on; each monitor is such an object)."""
@@ -121,17 +122,15 @@ def drives(monitor: Monitor, pid: int) -> list[Drive]:
     return disks.read(monitor.execute("query-block"), OpenFiles(pid).find)
 
 
-def refuse_another(
-    old: Inventory, new: Inventory, overrides: tuple[bool, bool], *, at_once: bool
-) -> None:
+def refuse_another(old: Inventory, new: Inventory, overrides: Overrides, *, at_once: bool) -> None:
     """Raises Refused with every difference between the QEMU before and the next that no override
     allows. `at_once`: both look at their images at this moment."""
     found = []
-    if not overrides[0]:
+    if not overrides.images:
         compare = disks.Compare(at_once=at_once, same_boot=old.boot == new.boot)
         found += compare.differences(old.drives, new.drives)
     images = len(found)
-    if not overrides[1] and old.machine and new.machine:
+    if not overrides.machine and old.machine and new.machine:
         found += machine.differences(old.machine, new.machine)
     if found:
         options = ["--other-images"] * (images > 0) + ["--force-machine"] * (len(found) > images)

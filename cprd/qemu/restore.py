@@ -268,13 +268,14 @@ class _Restore:
         if self.command.changes_user():
             raise Refused(self.command.changes_user())
         lacking = missing(self.held.machine, self.command)
-        if lacking and not self.overrides[1]:
+        if lacking and not self.overrides.machine:
             raise Refused(lacking)
 
     def _refuse_another_machine(self, target: Target, asked: list[int]) -> None:
         """Raises Refused when the new QEMU has other disks, or makes another machine."""
         origin = self.held.origin
-        if origin.drives is None or all(self.overrides):
+        allowed = self.overrides
+        if origin.drives is None or (allowed.images and allowed.machine):
             return
         inventory = self._inventory
         words = self.command.words[self.command.program :]
@@ -291,7 +292,7 @@ class _Restore:
             target.await_loaded()  # raises the reason
             raise
         try:
-            inventory.refuse_another(old, new, self.overrides, at_once=False)
+            inventory.refuse_another(old, new, allowed, at_once=False)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Damaged(f"what it says of its machine is garbled: {error!r}") from None
 

@@ -29,11 +29,20 @@ if TYPE_CHECKING:
     from cprd.qemu.command import Command
 
 
+class Overrides:
+    """The differences that an operator wants: other `images`, another `machine`."""
+
+    __slots__ = ("images", "machine")
+
+    def __init__(self, images: bool = False, machine: bool = False) -> None:
+        self.images = images
+        self.machine = machine
+
+
 class Order:
     """What to start. `socket`: the path of cprd's; `owner`: the uid with that NAME; `words`:
-    COMMAND; `overrides`: whether COMMAND may have other images, and make another machine; `agent`:
-    the socket of a guest agent that sets the guest's clock afterwards; `timeout`: seconds to load a
-    state."""
+    COMMAND; `overrides`: what COMMAND may have otherwise; `agent`: the socket of a guest agent that
+    sets the guest's clock afterwards; `timeout`: seconds to load a state."""
 
     def __init__(
         self,
@@ -44,7 +53,7 @@ class Order:
         *,
         cold: bool,
         force: bool,
-        overrides: tuple[bool, bool],
+        overrides: Overrides,
         agent: str,
         timeout: float,
     ) -> None:

@@ -43,6 +43,7 @@ from cprd.qemu.private import MARK, PrivateDirectory
 from cprd.qemu.process import Process, output_of
 from cprd.qemu.sockets import SharedPaths
 from cprd.qemu.source import TIMEOUT, Source
+from cprd.qemu.start import Overrides
 from cprd.qemu.target import GONE, KILLED, Target
 from cprd.qemu.tell import tell
 
@@ -75,11 +76,11 @@ def upgrade(
     qmp: str,
     command: Command,
     *,
-    overrides: tuple[bool, bool],
+    overrides: Overrides,
     timeout: float = TIMEOUT,
 ) -> UpgradeResult:
     """Move the guest of the QEMU at `qmp` into a new one. Blocks until the guest runs there.
-    `overrides`: whether COMMAND may have other images, and make another machine; `timeout`: seconds
+    `overrides`: what COMMAND may have otherwise; `timeout`: seconds
     for each step of a QEMU.
 
     Raises Refused or Failed (the guest is in the old QEMU as before), InDoubt, Busy."""
@@ -96,7 +97,7 @@ def _upgrade(
     name: str,
     path: str,
     command: Command,
-    overrides: tuple[bool, bool],
+    overrides: Overrides,
     timeout: float,
 ) -> UpgradeResult:
     with untouched():
@@ -110,7 +111,7 @@ def _upgrade(
         status = examine(old).refuse()
         point("qemu-upgrade:connected")
         seen = inventory.take(old, old.process.pid, plugged=True)
-        if (lacking := missing(seen.machine, command)) and not overrides[1]:
+        if (lacking := missing(seen.machine, command)) and not overrides.machine:
             raise Refused(lacking)
         if conflicts := servers.full(seen.drives, old.process.pid):
             raise Refused(f"cannot overlap: {'; '.join(conflicts)}")
@@ -275,7 +276,7 @@ class _Move:
         self.directory = directory
         self.status = status
         self.seen = Inventory("", [], {})
-        self.overrides = (False, False)
+        self.overrides = Overrides()
         self.new = _New(self.old, command, path)
         self.main_fd = -1  # the memfd in what is prepared that gets the main stream
         self.is_whole = False  # it has all of the stream
