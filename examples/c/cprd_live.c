@@ -688,7 +688,10 @@ static int decode(struct record *r) {
     const unsigned char *ops = r->ids + 4 * r->id_count, *births = ops + r->count;
     const unsigned char *ids = births + 8 * r->count, *sizes = ids + 4 * r->count, *values = sizes;
     size_t carried = 0;
-    for (size_t n = 0; n < r->count; n++) values += ops[n] == RAW || ops[n] == PACKED ? 4 : 0;
+    for (size_t n = 0; n < r->count; n++) {
+        r->entries[n].fd = -1; /* whatever comes: who frees the record closes what entries have */
+        values += ops[n] == RAW || ops[n] == PACKED ? 4 : 0;
+    }
     if (values > end) return wrong("a record that ends too early");
     for (size_t n = 0; n < r->count; n++) {
         struct entry *e = &r->entries[n];
@@ -1168,8 +1171,12 @@ void cprd_live_close(cprd_live *l) {
     struct cprd_error before = cprd__last;
     if (!l) return;
     if (l->ticket.c && l->owner == getpid() && !l->ticket.over && l->over != CPRD_FENCED) {
-        if (l->known) say_end(l, l->kept > 0);
-        else cprd__give_back(&l->ticket, CPRD_OK);
+        struct cprd__answer a;
+        int rc = l->known ? say_end(l, l->kept > 0)
+                          : cprd__end(&l->ticket, "reject", "closed without confirm", CPRD_OK, &a);
+        l->known = 1;
+        l->unconfirmed = 0;
+        if (rc == CPRD_FENCED && l->kept && !cprd_live_check(l)) say_end(l, 1); /* cprd is new */
     }
     cprd__close(&l->ticket);
     live_free(l);

@@ -213,6 +213,38 @@ def test_a_hold_in_the_memory_of_a_killed_cprd_is_put_back(
         live.end(keep=False)
 
 
+def test_a_hold_in_the_memory_of_a_killed_cprd_is_put_back_by_its_end_as_well(
+    daemon: DaemonProcess, built: Build, pipes: list[int]
+) -> None:
+    """The owner ends before anybody has asked whether cprd is still the same."""
+    owner = Owner(built("sanitized"), daemon.path, pipes)
+    owner.hear()
+    owner.keep(pipes)
+    daemon.restart()
+    assert owner.end() == (0, "")
+    with Live(daemon.path, NAME, wait=PATIENCE) as live:
+        assert kept_in(live.read().state) == inodes(pipes)
+        live.confirm()
+        live.end(keep=False)
+
+
+def test_a_claim_goes_back_into_the_cprd_that_comes_after_a_killed_one(
+    daemon: DaemonProcess, built: Build, pipes: list[int]
+) -> None:
+    first = Owner(built("sanitized"), daemon.path, pipes)
+    first.hear()
+    first.keep(pipes)
+    first.kill()
+    second = Owner(built("sanitized"), daemon.path, [], "--unconfirmed", "--wait=20")
+    second.hear()
+    daemon.restart()
+    assert second.end() == (0, "")
+    with Live(daemon.path, NAME, wait=PATIENCE) as live:
+        assert kept_in(live.read().state) == inodes(pipes)
+        live.confirm()
+        live.end(keep=False)
+
+
 def test_a_hold_that_is_dropped_by_force_is_fenced(
     daemon: DaemonProcess, built: Build, pipes: list[int]
 ) -> None:

@@ -20,6 +20,8 @@ from cprd.bundle.unpack import unpack
 from cprd.errors import CprdError
 from cprd.linux.rights import close_all
 from cprd.live import reader
+from cprd.live.queue import make_pair
+from cprd.live.records import FD, HEADER, ROOT, deletion, encode
 from tests.c.building import Programs
 from tests.c.conftest import Build
 from tests.support.patience import PATIENCE
@@ -59,20 +61,28 @@ def python_says(fd: int, is_live: bool) -> str:
 
 
 def c_says(programs: Programs, fds: list[int], is_live: bool) -> list[str]:
-    """Of each queue "ok", or the class of the error."""
-    done = subprocess.run(
-        [programs.command, "found" if is_live else "unpack", *map(str, fds)],
-        pass_fds=fds,
-        capture_output=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    """Of each queue "ok", or the class of the error. None of them closes another descriptor: stdin
+    is a good queue, which comes last."""
+    good = next(vector for vector in (HOLDS if is_live else BUNDLES) if "error" not in vector)
+    stdin = vectors.build(good)
+    try:
+        done = subprocess.run(
+            [programs.command, "found" if is_live else "unpack", *map(str, fds), "0"],
+            stdin=stdin,
+            pass_fds=fds,
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    finally:
+        os.close(stdin)
     assert done.returncode == 0, done.stderr.decode()
     said = []
     for line in done.stdout.decode(errors="replace").splitlines():
         first = line.split(": ")[0]
         if first in ("ok", "Damaged", "Busy", "LimitExceeded", "InvalidInput", "CprdError"):
             said.append(first)
+    assert said.pop() == "ok"
     return said
 
 
@@ -137,6 +147,18 @@ def test_changed_bytes_mean_the_same_in_c_as_in_python(
         finally:
             close_all(fds)
     assert {"ok", "Damaged"} <= seen
+
+
+def test_a_record_with_an_entry_that_cannot_be_closes_nothing(built: Build) -> None:
+    """Of the entries behind that, none has been looked at."""
+    ended = [deletion((FD, b"c", number)) for number in range(3)]
+    data = bytearray(encode(ROOT, 1, 1, 0, ended, 0, part=(1, 1)))
+    data[HEADER.size + 4] = 99  # the first op
+    tx, rx = make_pair()
+    tx.send(data)
+    assert c_says(built("sanitized"), [rx.fileno()], True) == ["Damaged"]
+    tx.close()
+    rx.close()
 
 
 # -- a cprd that says anything -------------------------------------------------------------------
