@@ -541,7 +541,7 @@ static int order(const void *one, const void *other) {
 
 static int change(cprd_live *l, const struct cprd_live_change *c, size_t count, int memory) {
     int rc = guard(l), done = 0;
-    size_t own = 0, made = 0, kept = 0;
+    size_t own = 0, made = 0, kept = 0, there = 0;
     struct entry *entries = rc ? NULL : calloc(count + 1, sizeof *entries);
     if (!entries) return rc ? rc : cprd__no_memory();
     for (; made < count && !rc; made++) {
@@ -554,9 +554,11 @@ static int change(cprd_live *l, const struct cprd_live_change *c, size_t count, 
     }
     for (size_t n = 0; n < made; n++)
         if (entries[n].k) entries[n].k->found = NULL;
-    for (size_t n = 0; n < l->count && own; n++)
-        own += l->segments[n]->own && l->segments[n]->count;
-    if (!rc && own > MOST_OWN)
+    for (size_t n = 0; n < l->count; n++) there += l->segments[n]->own && l->segments[n]->count;
+    size_t wanted = there + own, most = there > MOST_OWN ? there : MOST_OWN;
+    for (size_t n = 0; n < made; n++) /* what is replaced, or ends */
+        wanted -= entries[n].k && entries[n].k->op < DELETE && entries[n].k->segment->own;
+    if (!rc && own && wanted > most && l->bundle < 0) /* what was saved is taken whole */
         rc = cprd__fail(CPRD_LIMIT_EXCEEDED, "more than %d descriptors that are neither socket,"
                         " pipe nor anonymous inode (files, memfds), and sections above %d bytes;"
                         " nothing was changed", MOST_OWN, INLINE);

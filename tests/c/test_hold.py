@@ -168,6 +168,28 @@ def test_a_saved_state_becomes_a_live_hold_in_c(
         live.end(keep=False)
 
 
+def test_what_was_saved_is_taken_however_many_large_sections_there_are(
+    daemon: DaemonProcess, built: Build, tmp_path: Path
+) -> None:
+    state = cprd.State()
+    for number in range(600):
+        state[f"s{number}"] = bytes(5000)
+    with daemon.connect() as connection:
+        connection.save(NAME, state)
+    large = tmp_path / "large"
+    large.write_bytes(bytes([1]) * 5000)
+    owner = Owner(built("sanitized"), daemon.path, [])
+    owner.hear()
+    assert owner.tell(f"raw s7 {large}") == "ok"
+    assert "more than 512" in owner.tell(f"raw another {large}")
+    assert owner.tell("drop s8") == "ok"
+    assert owner.end() == (0, "")
+    with daemon.connect() as connection, connection.load(NAME) as claim:
+        assert len([*claim.state.sections()]) == 599
+        assert bytes(claim.state["s7"]) == large.read_bytes()
+        claim.confirm()
+
+
 def test_unconfirmed_a_hold_cannot_be_changed_and_goes_back_whole(
     daemon: DaemonProcess, built: Build, pipes: list[int]
 ) -> None:
