@@ -321,7 +321,7 @@ static void apply(cprd_live *l, struct segment *s, const struct entry *entries, 
     for (size_t n = 0; n < count; n++) {
         const struct entry *e = &entries[n];
         struct kept *k = e->k;
-        l->kept += (e->op < DELETE) - (k->op < DELETE);
+        l->kept += (size_t)(e->op < DELETE) - (size_t)(k->op < DELETE);
         mark_void(k, s);
         leave(k);
         k->op = e->op;
