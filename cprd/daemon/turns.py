@@ -104,12 +104,14 @@ class Turns:
             self._serve_all()
 
     def _serve_all(self) -> None:
-        """Serve what comes, for `PIECE` and a nap at most."""
+        """Serve what comes: a round at least, and for `PIECE` and a nap at most."""
         pace = Pace()
         self.others = False
         self._look(0)
-        while self._ready and not pace.over:
+        while self._ready:
             self._round()
+            if pace.over:
+                return
             self._look(0 if self._ready or self.others else NAP)
 
     def _look(self, seconds: float) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,12 @@ import trio
 import trio.testing
 
 import cprd
-from cprd.daemon import log
+from cprd.daemon import log, turns
+from cprd.daemon.connection import Came, Connection, Peer
+from cprd.daemon.releasing import Releasing
 from cprd.daemon.tending import LONGEST_PAUSE, tend
+from cprd.daemon.turns import Pace, Turns
+from cprd.linux.processes import Watch
 from cprd.protocol import messages
 from tests.support import wire
 from tests.support.daemon import DaemonProcess
@@ -191,3 +196,29 @@ async def test_what_ends_well_is_not_begun_again() -> None:
 
     await tend("x", work)
     assert calls == [1]
+
+
+async def test_requests_are_served_even_where_time_is_over_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a machine so busy that nothing but looking fits into a piece of time."""
+    monkeypatch.setattr(turns, "Pace", partial(Pace, 0.0))
+    all_turns = Turns()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    releasing = Releasing()
+    connection = Connection(theirs, Peer(5, 0), -1, releasing, all_turns, Watch())
+
+    async def serve(_: Connection, came: Came) -> bool:
+        return came == b"x"
+
+    all_turns.add(connection)
+    ours.send(b"x")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(all_turns.run)
+        with trio.fail_after(PATIENCE):
+            assert await all_turns.serve(connection, serve)
+        nursery.cancel_scope.cancel()
+    all_turns.remove(connection)
+    connection.close()
+    ours.close()
+    releasing.stop()
