@@ -132,7 +132,11 @@ class Turns:
     def _serve_one(self, connection: Connection) -> bool:
         """Begin the request that came on a connection, if any. Returns whether any has."""
         task, serve = self._waiting[connection]
-        came = connection.take()
+        try:
+            came = connection.take()
+        except Exception as error:  # ends this connection, and delays no other
+            self._hand_over(connection, task, error)
+            return False
         if came is None:
             return False
         if not came:

@@ -77,6 +77,21 @@ def test_accepting(seeded: Callable[..., Seeded]) -> None:
     assert "task=accept" in daemon.await_log("task-failed")
 
 
+def test_an_error_on_a_connection_ends_no_other(seeded: Callable[..., Seeded]) -> None:
+    daemon = seeded(failing("cprd.daemon.connection", "Connection.take", is_async=False))
+
+    def is_served() -> bool:
+        try:
+            serves(daemon)
+        except cprd.Unavailable:
+            return False
+        return True
+
+    until(is_served, lambda: str(daemon.log()))
+    assert daemon.await_log("failed uid=")
+    assert not [line for line in daemon.log() if line.startswith("task-failed")]
+
+
 def test_watching_processes(seeded: Callable[..., Seeded]) -> None:
     """Whoever waits for a predecessor's end is served by the task alone."""
     daemon = seeded(failing("cprd.linux.processes", "Watch.collect", is_async=False))
