@@ -39,8 +39,8 @@ def _owned(step: Step) -> Hold | None:
 async def _fence(server: Server, connection: Connection, hold: Hold) -> None:
     """Let the owner of a live hold change nothing any more. Raises LimitExceeded where that cannot
     be done in time, for files of the uid block when they are closed."""
+    bundle = server.keeper.bundle(hold.generation)  # of a hold that may end soon
     await connection.apart()
-    bundle = server.keeper.bundle(hold.generation)
     point("daemon:fence")
     with trio.move_on_after(FENCED) as waiting:
         await server.releasing.fence(hold.uid, bundle)
@@ -113,9 +113,10 @@ async def status(server: Server, connection: Connection, request: Request) -> No
 
     (The last line of the unit's reload asks.)"""
     del request
-    if server.reloading is not None:
+    reloading = server.reloading
+    if reloading is not None:
         await connection.apart()
-        await server.reloading.wait()
+        await reloading.wait()
     uid = connection.peer.uid
     await connection.answer(
         messages.ok(

@@ -170,10 +170,14 @@ def let_go(slot: int) -> None:
     """Drain a slot. Of a live hold, as the last record says: all that is kept, wherever else an end
     of a queue is open still; or the root alone, whose segments another hold has."""
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM, 0, os.dup(slot))
+    sock.setsockopt(_socket.SOL_SOCKET, _SO_PEEK_OFF, -1)  # a killed reader leaves another
     try:
-        sock.setsockopt(_socket.SOL_SOCKET, _SO_PEEK_OFF, -1)  # a killed reader leaves another
-        if _version(sock.recv(_LAST.size, _PEEK)) in (LIVING, HANDED_ON):  # as in every record
-            _let_go_of_live(slot)
+        version = _version(sock.recv(_LAST.size, _PEEK))  # as in every record
+    except OSError:
+        version = 0
+    if version in (LIVING, HANDED_ON):
+        _let_go_of_live(slot)  # should that fail, another releaser is asked
+    try:
         while sock.recv(1, _socket.MSG_DONTWAIT):
             pass
     except OSError:

@@ -250,14 +250,18 @@ class Releasing:
             self._hear()
         self._advance(uid, releaser)
         if not releaser.sent:
-            os.eventfd_write(self._stuck.fileno(), 1)
+            self._wake()
+
+    def _wake(self) -> None:
+        """Let `tend` look at all releasers soon."""
+        os.eventfd_write(self._stuck.fileno(), 1)
 
     def _gather(self) -> None:
         """Let `tend` send soon: a releaser that wakes up for each slot takes as much CPU time as a
         request."""
         if not self._gathering:
             self._gathering = True
-            os.eventfd_write(self._stuck.fileno(), 1)
+            self._wake()
 
     def _advance(self, uid: int, releaser: Releaser, at_once: int = AT_ONCE) -> None:
         if not releaser.queue:
@@ -332,6 +336,7 @@ class Releasing:
 
     def collect(self) -> None:
         """Hear acknowledgements so far, and follow up."""
+        self._stuck.read(8)  # or None
         self._hear()
         now = time.monotonic()
         if self._gathering:
@@ -354,10 +359,8 @@ class Releasing:
 
     def _hear(self) -> None:
         for fd, _ in self._epoll.poll(0):
-            if fd == self._stuck.fileno():
-                os.eventfd_read(fd)
             if fd not in self._by_socket:
-                continue  # or the forker has ended
+                continue  # `_stuck` is for `tend` alone; or the forker has ended
             releaser = self._releasers[self._by_socket[fd]]
             done, alive = releaser.heard()
             for work, said in done:
@@ -368,6 +371,7 @@ class Releasing:
                     work.done(said)
             if not alive:
                 self._lose(releaser)
+                self._wake()  # another one is to be asked
 
     def pass_on(self) -> Passed:
         """Send whatever can be sent, and give away the rest, before an exec: exec closes

@@ -1,7 +1,8 @@
-"""Tasks beside the requests: no such task can end the daemon.
+"""Tasks that serve no single connection: no such task can end the daemon.
 
 The log, the store, reports to the service manager, deadlines, ended processes: where such a task
-fails, the log says so, and after a pause the task begins again. Holds are served meanwhile.
+fails, the log says so, and after a pause the task begins again. Holds are served meanwhile, unless
+the task that begins requests is the failing task: an error of a request is the end of a connection.
 """
 
 from __future__ import annotations

@@ -104,12 +104,14 @@ class Turns:
             self._serve_all()
 
     def _serve_all(self) -> None:
-        """Serve what comes, for `PIECE` and a nap at most."""
+        """Serve what comes: a round at least, and for `PIECE` and a nap at most."""
         pace = Pace()
         self.others = False
         self._look(0)
-        while self._ready and not pace.over:
+        while self._ready:
             self._round()
+            if pace.over:
+                return
             self._look(0 if self._ready or self.others else NAP)
 
     def _look(self, seconds: float) -> None:
@@ -130,7 +132,11 @@ class Turns:
     def _serve_one(self, connection: Connection) -> bool:
         """Begin the request that came on a connection, if any. Returns whether any has."""
         task, serve = self._waiting[connection]
-        came = connection.take()
+        try:
+            came = connection.take()
+        except Exception as error:  # ends this connection, and delays no other
+            self._hand_over(connection, task, error)
+            return False
         if came is None:
             return False
         if not came:

@@ -91,7 +91,7 @@ def queued(sock: socket.SocketType | int) -> int:
     return int.from_bytes(fcntl.ioctl(sock, 0x541B, b"\0" * 4), sys.byteorder)
 
 
-def unread(sock: socket.SocketType) -> int:
+def unread(sock: socket.SocketType | int) -> int:
     """Memory of the messages that the peer of a socket has not read yet (SIOCOUTQ)."""
     return int.from_bytes(fcntl.ioctl(sock, 0x5411, b"\0" * 4), sys.byteorder)
 

@@ -13,7 +13,7 @@ import pytest
 
 import cprd
 from cprd.daemon.operators import FENCED
-from cprd.linux.rights import close_all
+from cprd.linux.rights import close_all, unread
 from tests.daemon.test_sweep import stops
 from tests.support.blocking import Fuse, Lingering, Writeback, reload
 from tests.support.child import Child, Line
@@ -156,3 +156,31 @@ def test_cprd_re_executes_before_and_after_a_fence(
         dropping.finish(0)
         assert ask(owner) == "Fenced"
         assert phases(daemon) == {}
+
+
+def test_a_hold_that_ends_while_a_drop_leaves_its_turn_is_no_failure(
+    new_daemon: DaemonProcess,
+) -> None:
+    live = cprd.live("chat", new_daemon.path)
+    live["count"] = 1
+    with new_daemon.connect() as client:
+        refused: list[Exception] = []
+
+        def drop() -> None:
+            try:
+                client.drop("chat", force=True)
+            except cprd.NotHeld as error:
+                refused.append(error)
+
+        os.kill(new_daemon.pid, signal.SIGSTOP)  # and both requests are in line, in this order
+        threads = []
+        for request, line in ((drop, client.fileno()), (live.end, live._live.line.fileno())):
+            threads.append(threading.Thread(target=request))
+            threads[-1].start()
+            until(lambda fd=line: unread(fd), lambda: "not asked")  # type: ignore[misc]
+        os.kill(new_daemon.pid, signal.SIGCONT)
+        for thread in threads:
+            thread.join(patience(5))
+            assert not thread.is_alive()
+        assert len(refused) == 1
+    assert not [line for line in new_daemon.log() if line.startswith("failed ")]

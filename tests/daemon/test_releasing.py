@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 import cprd
 from cprd.daemon import releasing
 from cprd.daemon.forker import Forker
-from cprd.linux.rights import close_all
+from cprd.daemon.releaser import LIVING, let_go
+from cprd.daemon.storage.slot import Slot, encode_last
+from cprd.linux.loop import loop
+from cprd.linux.rights import close_all, queued, send
+from cprd.protocol.lifecycle import LIVE, Hold
 from tests.support.blocking import Lingering, await_ends, connections, releasers, reload
 from tests.support.daemon import DaemonProcess
 from tests.support.memory import Memory
@@ -172,3 +179,71 @@ def test_the_end_of_a_daemon_that_may_send_nothing_more_waits_for_nobody(
     assert daemon.stop() == 0
     assert time.monotonic() - begin < patience(2)
     blocker.close()
+
+
+def slot_with(fd: int) -> int:
+    """A queue with a descriptor, borrowed. Owned by the caller."""
+    slot = loop()
+    send(slot, b"x", [fd])
+    return slot.detach()
+
+
+def test_slots_of_a_uid_are_drained_soon_whoever_else_has_files_that_block() -> None:
+    forker = Forker()
+    every = releasing.Releasing(forker)
+    until(lambda: len(releasers(forker.pid)) == 1, lambda: "no releaser is warm")
+    (warm,) = releasers(forker.pid)
+    os.kill(warm, signal.SIGSTOP)
+    ours, theirs = os.pipe()
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(every.tend)
+            await trio.testing.wait_all_tasks_blocked()
+            for _ in range(releasing.AT_ONCE):
+                every.close(5, [os.open(os.devnull, os.O_RDONLY)])
+            await trio.testing.wait_all_tasks_blocked()
+            every.drain(5, slot_with(0))  # the first one does not wait for more
+            every.drain(6, slot_with(theirs))
+            os.close(theirs)
+            every.close(5, [os.open(os.devnull, os.O_RDONLY)])  # listens to all releasers
+            with trio.fail_after(patience(1)):
+                await trio.lowlevel.wait_readable(ours)
+            assert every.pending(5) == releasing.AT_ONCE + 2
+            os.kill(warm, signal.SIGCONT)
+            with trio.fail_after(patience(5)):
+                while every.blocked():
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(run)
+    finally:
+        os.kill(warm, signal.SIGCONT)
+    os.close(ours)
+    assert forker.sock is not None
+    forker.sock.close()
+    assert os.waitpid(forker.pid, 0)[0] == forker.pid
+
+
+def test_a_releaser_without_a_descriptor_left_says_of_no_live_slot_that_it_is_empty() -> None:
+    """Whoever closes such a slot drops the last references."""
+    hold = Hold(uid=5, name="chat", generation=7, phase=LIVE, live=True)
+    bundle = loop()
+    slot = Slot.create(hold, bundle.fileno(), {})
+    send(slot.outlet, encode_last(hold, version=LIVING))
+    before = queued(slot.outlet)
+    free = os.dup(0)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            let_go(slot.outlet.fileno())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert queued(slot.outlet) == before
+    let_go(slot.outlet.fileno())
+    assert queued(slot.outlet) == 0
+    slot.close()
+    bundle.close()

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,12 @@ import trio
 import trio.testing
 
 import cprd
-from cprd.daemon import log
+from cprd.daemon import log, turns
+from cprd.daemon.connection import Came, Connection, Peer
+from cprd.daemon.releasing import Releasing
 from cprd.daemon.tending import LONGEST_PAUSE, tend
+from cprd.daemon.turns import Pace, Turns
+from cprd.linux.processes import Watch
 from cprd.protocol import messages
 from tests.support import wire
 from tests.support.daemon import DaemonProcess
@@ -70,6 +75,21 @@ def test_accepting(seeded: Callable[..., Seeded]) -> None:
     for _ in range(3):
         serves(daemon)
     assert "task=accept" in daemon.await_log("task-failed")
+
+
+def test_an_error_on_a_connection_ends_no_other(seeded: Callable[..., Seeded]) -> None:
+    daemon = seeded(failing("cprd.daemon.connection", "Connection.take", is_async=False))
+
+    def is_served() -> bool:
+        try:
+            serves(daemon)
+        except cprd.Unavailable:
+            return False
+        return True
+
+    until(is_served, lambda: str(daemon.log()))
+    assert daemon.await_log("failed uid=")
+    assert not [line for line in daemon.log() if line.startswith("task-failed")]
 
 
 def test_watching_processes(seeded: Callable[..., Seeded]) -> None:
@@ -191,3 +211,29 @@ async def test_what_ends_well_is_not_begun_again() -> None:
 
     await tend("x", work)
     assert calls == [1]
+
+
+async def test_requests_are_served_even_where_time_is_over_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a machine so busy that nothing but looking fits into a piece of time."""
+    monkeypatch.setattr(turns, "Pace", partial(Pace, 0.0))
+    all_turns = Turns()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    releasing = Releasing()
+    connection = Connection(theirs, Peer(5, 0), -1, releasing, all_turns, Watch())
+
+    async def serve(_: Connection, came: Came) -> bool:
+        return came == b"x"
+
+    all_turns.add(connection)
+    ours.send(b"x")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(all_turns.run)
+        with trio.fail_after(PATIENCE):
+            assert await all_turns.serve(connection, serve)
+        nursery.cancel_scope.cancel()
+    all_turns.remove(connection)
+    connection.close()
+    ours.close()
+    releasing.stop()
