@@ -42,7 +42,7 @@ from cprd.protocol import messages  # noqa: E402
 
 warnings.simplefilter("ignore", RuntimeWarning)  # nobody here asks for what was saved
 OWN, ATTACKER, VICTIMS = 2000, 2001, (0, 2002)
-BOUND = 0.050  # s
+BOUND = 0.050  # s, on a machine that is not `--slower`
 TIMES = 3.0
 GROWTH = 30 << 20  # bytes
 NOFILE = 20_000
@@ -552,7 +552,7 @@ def all_kept(path: str) -> bool:
         return sum(row["name"].startswith("kept.") for row in daemon.list()) == 0
 
 
-def measure(attack: Callable[..., None], seconds: float) -> tuple[str, bool]:
+def measure(attack: Callable[..., None], seconds: float, bound: float) -> tuple[str, bool]:
     """One row of the table, and whether cprd withstood."""
     with own_cprd() as (path, pid):
         keep_some(path)
@@ -573,7 +573,7 @@ def measure(attack: Callable[..., None], seconds: float) -> tuple[str, bool]:
     cells, good = [], grown <= GROWTH and whole
     for still, attacked in zip(calm, under, strict=True):
         base, worst = quantile(still, 0.99), quantile(attacked, 0.99)
-        good = good and worst <= max(BOUND, TIMES * base)
+        good = good and worst <= max(bound, TIMES * base)
         figures = (quantile(still, 0.5), base, quantile(attacked, 0.5), worst)
         cells.append(" ".join(f"{1000 * figure:6.1f}" for figure in figures))
     row = "   ".join(
@@ -599,6 +599,7 @@ def others_aside() -> Iterator[None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--slower", type=float, default=1.0, help="times that the 50 ms are taken")
     parser.add_argument("attacks", nargs="*", metavar="ATTACK", help=", ".join(ATTACKS))
     options = parser.parse_args()
     if os.geteuid() != 0:
@@ -608,14 +609,14 @@ def main() -> int:
     if unknown:
         raise SystemExit(f"no such attack: {', '.join(unknown)}; there are {', '.join(ATTACKS)}")
     with others_aside():
-        return report(chosen, options.seconds)
+        return report(chosen, options.seconds, BOUND * options.slower)
 
 
-def report(chosen: list[str], seconds: float) -> int:
+def report(chosen: list[str], seconds: float, bound: float) -> int:
     print(f"{'':16} root: p50, p99, attacked p50, p99   uid 2002: the same          MiB")
     failed = False
     for name in chosen:
-        row, good = measure(ATTACKS[name], seconds)
+        row, good = measure(ATTACKS[name], seconds, bound)
         print(f"{name:16} {row}", flush=True)
         failed = failed or not good
     return int(failed)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Serve = Callable[[Connection, Came], _Request]
 
 PIECE = 0.002  # s
+REQUESTS = 0.0005  # s of requests, until new connections and all other tasks have a turn
+HANDED_OVER = 4  # requests in that time that go on in their tasks, or end their connections
 NAP = 0.001  # s in which the next request saves a pass of the event loop
 _EVENTS = select.EPOLLIN | select.EPOLLET
 
@@ -34,6 +36,7 @@ class Turns:
     def __init__(self) -> None:
         self.connections: Counter[int] = Counter()  # by uid
         self.others = False  # tasks of connections have something to do: no nap
+        self._handed_over = 0  # so far
         self._epoll = select.epoll()
         self._asleep = False
         self._waiting: dict[Connection, tuple[trio.lowlevel.Task, Serve]] = {}  # for a request
@@ -104,13 +107,14 @@ class Turns:
             self._serve_all()
 
     def _serve_all(self) -> None:
-        """Serve what comes: a round at least, and for `PIECE` and a nap at most."""
-        pace = Pace()
+        """Serve what comes: a round at least, and for `REQUESTS` and a nap at most."""
+        pace = Pace(REQUESTS)
         self.others = False
         self._look(0)
+        before = self._handed_over
         while self._ready:
             self._round()
-            if pace.over:
+            if pace.over or self._handed_over - before >= HANDED_OVER:
                 return
             self._look(0 if self._ready or self.others else NAP)
 
@@ -167,6 +171,7 @@ class Turns:
     ) -> None:
         """The task of a connection goes on."""
         del self._waiting[connection]
+        self._handed_over += 1
         self._over[connection] = what
         self.others = True
         trio.lowlevel.reschedule(task)

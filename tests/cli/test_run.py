@@ -391,7 +391,8 @@ def test_cold_starts_without_cprd_when_asked_to(
 
 def test_a_ttl_runs_from_the_end_of_the_command(daemon: DaemonProcess) -> None:
     address = f"127.0.0.1:{free_port()}"
-    words = ["run", "web", "--listen", address, "--ttl", "0.3", "--", "sleep", "1"]
+    ttl = f"{patience(0.5)}"
+    words = ["run", "web", "--listen", address, "--ttl", ttl, "--", "sleep", f"{patience(1)}"]
     for _ in range(2):  # cold, and (it was in time) warm
         assert cprctl(daemon, *words).returncode == 0
         with daemon.connect() as connection:

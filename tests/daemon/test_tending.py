@@ -9,7 +9,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from cprd.daemon import log, turns
 from cprd.daemon.connection import Came, Connection, Peer
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.tending import LONGEST_PAUSE, tend
-from cprd.daemon.turns import Pace, Turns
+from cprd.daemon.turns import Turns
 from cprd.linux.processes import Watch
 from cprd.protocol import messages
 from tests.support import wire
@@ -217,7 +216,7 @@ async def test_requests_are_served_even_where_time_is_over_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on a machine so busy that nothing but looking fits into a piece of time."""
-    monkeypatch.setattr(turns, "Pace", partial(Pace, 0.0))
+    monkeypatch.setattr(turns, "REQUESTS", 0.0)
     all_turns = Turns()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     releasing = Releasing()
