@@ -146,11 +146,13 @@ class OwnCopy:
 
     def _store(self, key: str, section: Section | None) -> None:
         """What is kept now."""
-        self._live.asked.add(key)
-        old = self._live.sections.pop(key, None) if section is None else None
-        if section is not None:
-            old = self._live.sections.get(key)
-            self._live.sections[key] = section
+        live = self._live
+        live.asked.add(key)
+        old = live.sections.get(key)
+        if section is None:
+            live.sections.pop(key, None)
+        else:
+            live.sections[key] = section
         if old is not section:
             close_section(old)
 

@@ -60,12 +60,16 @@ def _received(sock: _socket.socket, size: int, how: int) -> tuple[bytes, list[in
 def empty(fd: int) -> None:
     """Drop everything queued in a socket. Blocks as long as a dropped file does."""
     sock = _socket.socket(fileno=os.dup(fd))
+    _drop(sock)
+    sock.close()
+
+
+def _drop(sock: _socket.socket) -> None:
     try:
         while sock.recv(1, _socket.MSG_DONTWAIT):
             pass
     except OSError:
         pass
-    sock.close()
 
 
 def records(sock: _socket.socket | None, most: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
@@ -177,11 +181,7 @@ def let_go(slot: int) -> None:
         version = 0
     if version in (LIVING, HANDED_ON):
         _let_go_of_live(slot)  # should that fail, another releaser is asked
-    try:
-        while sock.recv(1, _socket.MSG_DONTWAIT):
-            pass
-    except OSError:
-        pass
+    _drop(sock)
     sock.close()
 
 

@@ -35,8 +35,7 @@ class Turns:
 
     def __init__(self) -> None:
         self.connections: Counter[int] = Counter()  # by uid
-        self.others = False  # tasks of connections have something to do: no nap
-        self._handed_over = 0  # so far
+        self._handed_over = 0  # in this piece: tasks of connections with something to do
         self._epoll = select.epoll()
         self._asleep = False
         self._waiting: dict[Connection, tuple[trio.lowlevel.Task, Serve]] = {}  # for a request
@@ -109,14 +108,13 @@ class Turns:
     def _serve_all(self) -> None:
         """Serve what comes: a round at least, and for `REQUESTS` and a nap at most."""
         pace = Pace(REQUESTS)
-        self.others = False
         self._look(0)
-        before = self._handed_over
+        self._handed_over = 0
         while self._ready:
             self._round()
-            if pace.over or self._handed_over - before >= HANDED_OVER:
+            if pace.over or self._handed_over >= HANDED_OVER:
                 return
-            self._look(0 if self._ready or self.others else NAP)
+            self._look(0 if self._ready or self._handed_over else NAP)
 
     def _look(self, seconds: float) -> None:
         for fd, _ in self._epoll.poll(seconds, len(self._by_fd) or 1):
@@ -173,7 +171,6 @@ class Turns:
         del self._waiting[connection]
         self._handed_over += 1
         self._over[connection] = what
-        self.others = True
         trio.lowlevel.reschedule(task)
 
 

@@ -57,6 +57,10 @@ def cost(size: int) -> int:
     return 320 + max(512, 1 << (size + 319).bit_length())
 
 
+SMALL = 193  # bytes: a smaller record takes LEAST
+LEAST = cost(SMALL - 1)
+
+
 def make_pair() -> tuple[socket.SocketType, socket.SocketType]:
     """The sending and the receiving end of a new queue. Raises LimitExceeded."""
     try:
@@ -121,7 +125,7 @@ class Queue:
         """Write down that a record lies in the queue. May be said twice."""
         if ordinal >= self.next:
             self.records.append((ordinal, size, keys))
-            self.spent += 832 if size < 193 else cost(size)
+            self.spent += LEAST if size < SMALL else cost(size)
             self.next = ordinal + 1
 
     def peek(self, copies: Copies) -> dict[Key, int]:

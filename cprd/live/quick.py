@@ -17,10 +17,11 @@ from cprd.linux import pause
 from cprd.linux.pause import point
 from cprd.live.ledger import Ledger
 from cprd.live.puts import FORMAT, SHAREABLE, SOCKET, lingers
-from cprd.live.queue import APPEND, cost
+from cprd.live.queue import APPEND, LEAST, SMALL, cost
 from cprd.live.records import (
     BEGIN,
     CHANGE,
+    ENTRY,
     HEADER,
     LENGTH,
     MAGIC,
@@ -126,9 +127,9 @@ class Quick:
         if pause.armed:
             pause.point("live:sent")
         records.append(sent)
-        segment.spent += 832 if size < 193 else cost(size)
+        segment.spent += LEAST if size < SMALL else cost(size)
         segment.next = ordinal + 1
-        segment.size += 18 + len(name)
+        segment.size += ENTRY + len(name)
         keys[key] = SAVE, birth, b"", False
         where[key] = segment
         if segment.filed is pool.fuller:
@@ -186,7 +187,7 @@ class Quick:
             self._send(segment, data, ())
         point("live:sent")
         segment.records.append(sent)
-        segment.spent += 832 if size < 193 else cost(size)
+        segment.spent += LEAST if size < SMALL else cost(size)
         segment.next = ordinal + 1
         self._appended(segment, put)
         steps.pending = None
@@ -267,7 +268,7 @@ class Quick:
         steps.copies.close()
         segment.receive(len(segment.records) - 1)
         segment.records = [sent]
-        segment.spent = 832 if size < 193 else cost(size)
+        segment.spent = LEAST if size < SMALL else cost(size)
         self._unfinished.pop(segment, None)
         return True
 

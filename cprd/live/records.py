@@ -33,6 +33,7 @@ BEGIN = struct.Struct("<4sHBBQ")
 SINGLE = struct.Struct("<16sQQIIBQi")
 """A record with one entry, from the BEGIN of a header on: length and bytes of a value follow, if
 the op has any, and the name."""
+ENTRY = 18  # bytes of an entry, at most, besides name and value
 ONE_WITH_FD, ONE_WITHOUT = 0x10001, 1
 """The numbers of entries and of descriptors in a SINGLE."""
 LENGTH = struct.Struct("<I")
@@ -98,7 +99,7 @@ def deletion(key: Key) -> Entry:
 
 def entry_size(key: Key, value: bytes = b"") -> int:
     """How many bytes an entry adds to a record, at most."""
-    return 18 + len(key[1]) + len(value)
+    return ENTRY + len(key[1]) + len(value)
 
 
 def encode(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import _socket as socket  # as in queue
 
 from cprd.live.queue import Queue, cost
-from cprd.live.records import CARRIES, HEADER, SAVE, Key, entry_size
+from cprd.live.records import CARRIES, ENTRY, HEADER, SAVE, Key, entry_size
 
 # What a segment is for.
 SHARED, SECTIONS, OWN = "shared", "sections", "own"
@@ -97,7 +97,7 @@ class Segment(Queue):
             self.size -= entry_size(key, old[2])
             self.may_block = self.may_block or old[3]
         keys[key] = op, birth, value, may_block
-        self.size += 18 + len(key[1]) + len(value)  # entry_size
+        self.size += ENTRY + len(key[1]) + len(value)  # entry_size, without a call
 
     def lose(self, key: Key) -> None:
         """Write down that a key does not lie here any more. May be said twice."""

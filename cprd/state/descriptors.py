@@ -507,8 +507,10 @@ def number_of(thing: object) -> int:
 
 def _speaks_tls(thing: Any) -> bool:
     ssl = sys.modules.get("ssl")
-    if ssl is None or isinstance(thing, ssl.SSLSocket):
-        return ssl is not None
+    if ssl is None:
+        return False
+    if isinstance(thing, ssl.SSLSocket):
+        return True
     asyncio = sys.modules.get("asyncio")
     if asyncio is None or type(thing).__name__ != "TransportSocket":
         return False

@@ -217,6 +217,14 @@ def test_unconfirmed_a_hold_cannot_be_changed_and_goes_back_whole(
         assert connection.list() == []
 
 
+def finds(daemon: DaemonProcess, kept: list[tuple[str, int, int]]) -> None:
+    """Python takes the hold over, finds these descriptors, and ends the hold."""
+    with Live(daemon.path, NAME, wait=PATIENCE) as live:
+        assert kept_in(live.read().state) == kept
+        live.confirm()
+        live.end(keep=False)
+
+
 def test_a_hold_in_the_memory_of_a_killed_cprd_is_put_back(
     daemon: DaemonProcess, built: Build, pipes: list[int]
 ) -> None:
@@ -229,10 +237,7 @@ def test_a_hold_in_the_memory_of_a_killed_cprd_is_put_back(
     assert owner.tell("check") == "ok"
     assert owner.tell("check") == "ok"
     owner.kill()
-    with Live(daemon.path, NAME, wait=PATIENCE) as live:
-        assert kept_in(live.read().state) == inodes(pipes)[1:]
-        live.confirm()
-        live.end(keep=False)
+    finds(daemon, inodes(pipes)[1:])
 
 
 def test_a_hold_in_the_memory_of_a_killed_cprd_is_put_back_by_its_end_as_well(
@@ -244,10 +249,7 @@ def test_a_hold_in_the_memory_of_a_killed_cprd_is_put_back_by_its_end_as_well(
     owner.keep(pipes)
     daemon.restart()
     assert owner.end() == (0, "")
-    with Live(daemon.path, NAME, wait=PATIENCE) as live:
-        assert kept_in(live.read().state) == inodes(pipes)
-        live.confirm()
-        live.end(keep=False)
+    finds(daemon, inodes(pipes))
 
 
 def test_a_claim_goes_back_into_the_cprd_that_comes_after_a_killed_one(
@@ -261,10 +263,7 @@ def test_a_claim_goes_back_into_the_cprd_that_comes_after_a_killed_one(
     second.hear()
     daemon.restart()
     assert second.end() == (0, "")
-    with Live(daemon.path, NAME, wait=PATIENCE) as live:
-        assert kept_in(live.read().state) == inodes(pipes)
-        live.confirm()
-        live.end(keep=False)
+    finds(daemon, inodes(pipes))
 
 
 def test_a_hold_that_is_dropped_by_force_is_fenced(
