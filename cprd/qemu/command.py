@@ -279,7 +279,7 @@ def keyed(value: str) -> dict[str, str]:
             parsed = json.loads(value)
         except ValueError:
             return {"": ""}
-        found = dict(_dotted("", parsed))
+        found = dict(dotted("", parsed))
         kinds = (found.get(key) for key in ("qom-type", "driver", "type"))
         found.setdefault("", next((kind for kind in kinds if kind), ""))
         return found
@@ -296,13 +296,13 @@ def keyed(value: str) -> dict[str, str]:
     return found
 
 
-def _dotted(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+def dotted(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _dotted(f"{prefix}.{key}" if prefix else str(key), item)
+            yield from dotted(f"{prefix}.{key}" if prefix else str(key), item)
     elif isinstance(value, list):
         for at, item in enumerate(value):
-            yield from _dotted(f"{prefix}.{at}", item)
+            yield from dotted(f"{prefix}.{at}", item)
     else:
         yield prefix, ("on" if value else "off") if isinstance(value, bool) else str(value)
 

@@ -26,8 +26,8 @@ _USB = re.compile(r" +addr \d+\.\d+, port ([\d.]+), ")
 # What the host has, and the guest does not see.
 _HOST = frozenset(
     (  # noqa: SIM905
-        "drive netdev chardev audiodev tpmdev fsdev rng iothread iothread-vq-mapping cryptodev"
-        " memdev vhostfd vhostfds romfile display host sysfsdev fd hostbus hostaddr hostdevice"
+        "drive audiodev tpmdev fsdev rng iothread iothread-vq-mapping cryptodev"
+        " vhostfd vhostfds romfile display host sysfsdev fd hostbus hostaddr hostdevice"
         " hostport logfile werror rerror account-invalid account-failed share-rw tx x-txtimer"
         " x-txburst hpet-offset-saved ebpf-rss-fds backend_defaults ioeventfd rombar MCFG busnr"
     ).split()
@@ -122,10 +122,19 @@ def visible(devices: Devices, added: Iterable[str]) -> Devices:
     return found
 
 
+_BACKENDS = ("netdev", "chardev", "memdev")
+"""What lies behind a device, by an id that may be another in COMMAND, unless another device had the
+id."""
+
+
 def differences(old: Devices, new: Devices, *, same_version: bool) -> Iterator[str]:
     """A message for each difference; both sides are named. Between two versions the devices that
     QEMU makes by itself may have other names, and properties other defaults: only devices with an
     id count, and properties that identify."""
+    had, have = (
+        {(name, device[name]) for device in side.values() for name in _BACKENDS if name in device}
+        for side in (old, new)
+    )
     for key, before in old.items():
         after = new.get(key)
         if after is None:
@@ -134,7 +143,9 @@ def differences(old: Devices, new: Devices, *, same_version: bool) -> Iterator[s
             continue
         for name, value in before.items():
             other = after.get(name, value)
-            if value != other and (same_version or name in _IDENTITY):
+            if name in _BACKENDS and not ((name, value) in have and (name, other) in had):
+                continue
+            if value != other and (same_version or name in (*_IDENTITY, *_BACKENDS)):
                 yield (
                     f"device {key!r} ({before['type']}): {name} is {value or 'unset'} in the old"
                     f" QEMU, {other or 'unset'} in COMMAND"
@@ -145,6 +156,20 @@ def differences(old: Devices, new: Devices, *, same_version: bool) -> Iterator[s
                 f"device {key!r} ({after['type']}) is in COMMAND, and was not in the old QEMU:"
                 " leave it out"
             )
+
+
+def tell(old: Devices, new: Devices, kind: str, name: str) -> bool:
+    """Whether each device of a kind has a property in the lists (itself, or the device on its
+    virtio-bus), so that `differences` knows of the property, however it was set."""
+    found = []
+    for devices in (old, new):
+        for key, device in devices.items():
+            if device["type"] == kind:
+                place = key if _has_id(key) else f"{device['bus']}/{device.get('addr', '?')}"
+                bus = f"{place}/virtio-bus"
+                inner = [other for other in devices.values() if other["bus"] == bus]
+                found.append(any(name in one for one in (device, *inner)))
+    return bool(found) and all(found)
 
 
 def _has_id(key: str) -> bool:

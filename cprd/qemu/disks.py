@@ -2,9 +2,10 @@
 differ. Pure.
 
 A drive is a map: `qdev` (the path of its device, "" for none), `drive` (the id of its -drive, ""
-for a -blockdev), `node`, `removable`, `ro`, `limits` (throttling, by QEMU's names), and `chain`:
-the images from the one that takes the guest's writes down to the last backing file; empty for no
-medium. An image is {"format", "name", "files": one list of file maps (files.py) a file name}.
+for a -blockdev), `node`, `removable`, `ro`, `limits` (throttling, by QEMU's names), `groups`
+(limits of throttle groups, by name: inventory.py adds these), and `chain`: the images from the one
+that takes the guest's writes down to the last backing file; empty for no medium. An image is
+{"format", "name", "files": one list of file maps (files.py) a file name}.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _LIMITS: tuple[str, ...] = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_
 _LIMITS += tuple(f"{name}_max" for name in _LIMITS[:6])
 NBD = ("nbd://", "nbd+unix://")
 """What the names of images on NBD servers begin with."""
+_PLAIN = ("raw", "file", "host_device", "host_cdrom", "nbd")
+"""Formats of images whose bytes are the guest's."""
 _REMOTE = ("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "lustre", "afs", "glusterfs")
 """File systems whose times are another machine's."""
 _UNSTABLE = ("cifs", "smb3", "9p", "fuse")
@@ -80,25 +83,62 @@ def _names(image: dict[str, Any]) -> Iterator[str]:
 def paths(name: str) -> Iterator[str]:
     """The paths of files in one of QEMU's names for an image; none for another protocol."""
     if name.startswith("json:"):
-        try:
-            yield from _leaves(json.loads(name[5:]))
-        except ValueError:
-            return
+        yield from (path for path, _ in _leaves(parsed(name)))
     elif name.startswith(("blkdebug:", "blkverify:")):
         yield name.split(":", 2)[-1]
     elif "://" not in name and (":" not in name or name.startswith(("/", "file:", "."))):
         yield name
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def parsed(name: str) -> dict[str, Any]:
+    """The options in an image's name that begins with "json:"; none for another name."""
+    try:
+        found = json.loads(name[5:]) if name.startswith("json:") else None
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _leaves(value: Any, *, below: bool = False) -> Iterator[tuple[str, bool]]:
+    """(file name, whether of a backing file) of each file in options."""
     if isinstance(value, dict):
         if isinstance(value.get("filename"), str):
-            yield value["filename"]
-        for item in value.values():
-            yield from _leaves(item)
+            yield value["filename"], below
+        for key, item in value.items():
+            yield from _leaves(item, below=below or key == "backing")
     elif isinstance(value, list):
         for item in value:
-            yield from _leaves(item)
+            yield from _leaves(item, below=below)
+
+
+def groups(drive: Drive) -> list[str]:
+    """The names of the throttle groups in the images of a drive."""
+    found = (parsed(image["name"]).get("throttle-group") for image in drive["chain"])
+    return [name for name in found if isinstance(name, str)]
+
+
+def content(value: Any) -> Any:
+    """What the options of an image tell of the guest's bytes, beside the names of files: an offset,
+    a size, a format below. An image that is all of its file: an empty map. (The format on top and
+    backing files are compared by themselves.)"""
+    if isinstance(value, list):
+        return [content(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key, item in value.items():
+        if key in _NAMED or key.endswith("key-secret") or (key, item) in _DEFAULTS:
+            continue
+        kept = content(item)
+        if isinstance(item, dict) and item.get("driver") not in (None, *_PLAIN):
+            kept["driver"] = item["driver"]
+        if kept != {}:
+            found[key] = kept
+    return found
+
+
+_NAMED = ("driver", "filename", "backing", "throttle-group")
+_DEFAULTS = (("offset", 0),)
 
 
 # The comparison
@@ -150,13 +190,19 @@ class Compare:
                 f"{label(old)} is throttled to {sides[0]} in the old QEMU, to {sides[1]} in"
                 f" COMMAND: {change}"
             )
+        grouped = [list(side.get("groups", {}).values()) for side in (old, new)]
+        if "groups" in old and grouped[0] != grouped[1]:
+            yield (
+                f"{label(old)} is throttled in its groups to {grouped[0]} in the old QEMU, to"
+                f" {grouped[1]} in COMMAND: change limits of -object throttle-group"
+            )
         if not self.at_once:
             for before, after in zip(old["chain"], new["chain"], strict=True):
                 yield from self._written(old, before, after)
 
     def _same_chain(self, old: list[Any], new: list[Any]) -> bool:
         return len(old) == len(new) and all(
-            before["format"] == after["format"] and self._same_image(before, after)
+            _bytes(before) == _bytes(after) and self._same_image(before, after)
             for before, after in zip(old, new, strict=True)
         )
 
@@ -164,9 +210,10 @@ class Compare:
         if not any(old["files"]) or not any(new["files"]):
             return bool(old["name"] == new["name"])
         named = old["name"] == new["name"]
-        return len(old["files"]) == len(new["files"]) and all(
+        sides = _own_files(old), _own_files(new)
+        return len(sides[0]) == len(sides[1]) and all(
             any(self.is_same_file(one, other, named=named) for one in ours for other in theirs)
-            for ours, theirs in zip(old["files"], new["files"], strict=True)
+            for ours, theirs in zip(*sides, strict=True)
         )
 
     def is_same_file(self, old: File, new: File, *, named: bool) -> bool:
@@ -186,7 +233,7 @@ class Compare:
 
     def _written(self, drive: Drive, old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         """An image that changed while nobody ran."""
-        for ours, theirs in zip(old["files"], new["files"], strict=True):
+        for ours, theirs in zip(_own_files(old), _own_files(new), strict=True):
             if len(ours) != 1 or len(theirs) != 1 or "rdev" in ours[0]:
                 continue
             before, after = ours[0], theirs[0]
@@ -198,6 +245,18 @@ class Compare:
                     f" ({sides[0]} then, {sides[1]} now): the guest does not know of that. Restore"
                     " the image as it was, or drop the hold and boot"
                 )
+
+
+def _bytes(image: dict[str, Any]) -> tuple[str, Any]:
+    """How the guest's bytes lie in the files of an image."""
+    kind = "raw" if image["format"] in _PLAIN else image["format"]
+    return kind, content(parsed(image["name"]))
+
+
+def _own_files(image: dict[str, Any]) -> list[list[File]]:
+    """The files of an image, without its backing files."""
+    below = [is_below for _, is_below in _leaves(parsed(image["name"]))]
+    return [found for at, found in enumerate(image["files"]) if not any(below[at : at + 1])]
 
 
 def pair(

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cprd.qemu.command import keyed
-from cprd.qemu.disks import NBD, label, limits, option, paths, shown
+from cprd.qemu.command import dotted, keyed
+from cprd.qemu.disks import NBD, label, limits, option, parsed, paths, shown
+from cprd.qemu.machine import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,31 +66,71 @@ def _unplugged(objects: dict[str, str], command: Command) -> Iterator[str]:
 
 
 def _disk(drive: Drive, command: Command) -> Iterator[str]:
+    words, said = _Words(command).of(drive)
+    change = f"change {words or option(drive)}"
+    file = said and _file(said)
     if not drive["chain"]:
-        said = _words(drive, command)
-        if said is not None and _file(said):
-            yield (
-                f"{label(drive)} has no medium any more, and {_file(said)} in COMMAND: change"
-                f" {option(drive)}"
-            )
+        if file:
+            yield f"{label(drive)} has no medium any more, and {file} in COMMAND: {change}"
         return
     name = drive["chain"][0]["name"]
-    if not _names(drive, command, name):
+    if not _names(said, command, name) or not _names_backing(said, drive):
         yield (
             f"{label(drive)} is {shown(drive)} since the start (a snapshot, a mirror, another"
-            f" medium): COMMAND names another image, change {option(drive)}"
+            f" medium): COMMAND names another image, {change}"
         )
-    yield from _throttled(drive, command)
+    elif file and _window(said) != _window(dotted("", parsed(name))):
+        yield (
+            f"{label(drive)} is {shown(drive)} since the start (blockdev-reopen): COMMAND names"
+            f" another part of that file, {change}"
+        )
+    yield from _throttled(drive, said, command, words or option(drive))
 
 
-def _names(drive: Drive, command: Command, name: str) -> bool:
-    """Whether the words that make a drive name its image. For a drive whose words are not found by
-    an id: whether any words do."""
-    said = _words(drive, command)
+class _Words:
+    """The -drive and -blockdev options of a command, by id and by node name."""
+
+    def __init__(self, command: Command) -> None:
+        self._devices = {keyed(value).get("id", ""): value for value in command.values("device")}
+        found = [keyed(value) for value in command.values("drive")]
+        self._drives = {options["id"]: options for options in found if "id" in options}
+        found = [keyed(value) for value in command.values("blockdev")]
+        self._nodes = {it["node-name"]: it for it in found if "node-name" in it}
+
+    def of(self, drive: Drive) -> tuple[str, dict[str, str]]:
+        """The option, for people, and what that says, of the drive of a device; by the words of the
+        device first: another node may have come to the device since. Empty for none."""
+        device = keyed(self._devices.get(drive["qdev"].rpartition("/")[2] or "?", "")).get("drive")
+        for name in (device, drive["drive"], drive["node"]):
+            if name and name in self._drives:
+                return f"-drive id={name}", self._whole(self._drives[name])
+            if name and name in self._nodes:
+                return f"-blockdev node-name={name}", self._whole(self._nodes[name])
+        return "", {}
+
+    def _whole(self, options: dict[str, str], depth: int = 8) -> dict[str, str]:
+        """With the options of the nodes that these name."""
+        whole = dict(options)
+        for key, value in options.items():
+            if key.rpartition(".")[2] in ("file", "backing") and value in self._nodes and depth:
+                below = self._whole(self._nodes[value], depth - 1)
+                whole |= {f"{key}.{name}": said for name, said in below.items() if name}
+            if value.startswith("json:"):
+                whole |= dict(dotted(key, parsed(whole.pop(key))))
+        return whole
+
+
+def _names(said: dict[str, str], command: Command, name: str) -> bool:
+    """Whether the words that make a drive name its image. For a drive whose words are not found:
+    whether any words do."""
     if name.startswith(NBD):  # that has many spellings
-        server = _server(name)
-        return any(server in word for word in (said.values() if said else command.words))
-    if said is not None and _file(said):
+        server, export = _server(name)
+        words = list(said.values() if said else command.words)
+        spelled = [f"{sign}{export}" for sign in '/="']
+        return any(server in word for word in words) and any(
+            export in ("", word) or any(it in word for it in spelled) for word in words
+        )
+    if _file(said):
         return _file(said) == name or bool(set(paths(name)) & set(said.values()))
     wanted = {name, *paths(name)}
     if name.startswith("json:") and not set(paths(name)):
@@ -104,21 +145,30 @@ def _names(drive: Drive, command: Command, name: str) -> bool:
     return any(word in wanted for word in command.words)
 
 
-def _server(name: str) -> str:
-    """The part of an NBD image's name that each spelling has: the path of a socket, or the host."""
+def _names_backing(said: dict[str, str], drive: Drive) -> bool:
+    """Whether a backing file that the words name is there."""
+    below = {key[8:]: value for key, value in said.items() if key.startswith("backing.")}
+    return not _file(below) or any(
+        _file(below) in (image["name"], *paths(image["name"])) for image in drive["chain"][1:]
+    )
+
+
+def _window(options: Any) -> list[tuple[str, Any]]:
+    """The part of a file that the options of an image name."""
+    found = {
+        key.rpartition(".")[2]: said
+        for key, said in dict(options).items()
+        if not key.startswith("backing.")
+    }
+    return [(key, plain(found.get(key, "0"))) for key in ("offset", "size")]
+
+
+def _server(name: str) -> tuple[str, str]:
+    """The part of an NBD image's name that each spelling has: the path of a socket, or the host;
+    and the export."""
     where, unix, path = name.partition("?socket=")
-    return path if unix else where.partition("://")[2].partition("/")[0].rpartition(":")[0]
-
-
-def _words(drive: Drive, command: Command) -> dict[str, str] | None:
-    """The options of the -drive or -blockdev that makes a drive, found by its id."""
-    for name in ("drive", "blockdev"):
-        for value in command.values(name):
-            options = keyed(value)
-            key = options.get("id") if name == "drive" else options.get("node-name")
-            if key and key == drive["drive" if name == "drive" else "node"]:
-                return options
-    return None
+    host, _, export = where.partition("://")[2].partition("/")
+    return (path if unix else host.rpartition(":")[0]), export
 
 
 def _file(options: dict[str, str]) -> str:
@@ -128,25 +178,52 @@ def _file(options: dict[str, str]) -> str:
     return named or ("" if options.get("driver") else options.get("file", ""))
 
 
-def _throttled(drive: Drive, command: Command) -> Iterator[str]:
+def _throttled(drive: Drive, said: dict[str, str], command: Command, words: str) -> Iterator[str]:
     """Limits that were changed since the start."""
-    said = _words(drive, command)
-    if said is None or "throttling.group" in said:
-        return
-    wanted: dict[str, Any] = {}
-    for name in ("bps", "iops"):
-        for part in ("", "_rd", "_wr", "_max", "_rd_max", "_wr_max"):
-            key = f"{name}{part}"
-            spelled = _LIMIT.get(key, key.replace("_rd", "-read").replace("_wr", "-write"))
-            value = said.get(f"throttling.{spelled.replace('_', '-')}") or said.get(key)
-            if value and value != "0":
-                wanted[key] = value
-    # Values may have units (10M), and a limit may imply its _max: names and plain numbers count.
-    now = drive["limits"]
-    changed = [key for key in wanted if wanted[key].isdigit() and int(wanted[key]) != now.get(key)]
-    changed += [key for key in now if key not in wanted and not key.endswith(("_max", "_size"))]
-    if changed or (wanted and not now):
+    sharing = [keyed(value) for value in command.values("drive")]
+    group = said.get("throttling.group")
+    shared = [it for it in sharing if group and it.get("throttling.group") == group]
+    spoken = [it for it in shared if len([key for key in it if key.startswith("throttling.")]) > 1]
+    if said and _changed((spoken or [said])[-1], drive["limits"]):
         yield (
             f"{label(drive)} is throttled to {limits(drive)} since the start: COMMAND says"
-            f" otherwise, change throttling.* of {option(drive)}"
+            f" otherwise, change throttling.* of {words}"
         )
+    objects = {it.get("id", ""): it for it in map(keyed, command.values("object"))}
+    for name, now in drive["groups"].items():
+        named = {
+            f"throttling.{key.removeprefix('limits.').removeprefix('x-')}": value
+            for key, value in objects.get(name, {}).items()
+        }
+        if _changed(named, {_SPELLED.get(key, key): value for key, value in now.items()}):
+            yield (
+                f"throttle group {name!r} has {now} since the start: COMMAND says otherwise, change"
+                f" limits of -object throttle-group,id={name}"
+            )
+
+
+_KEYS = [
+    f"{name}{part}"
+    for name in ("bps", "iops")
+    for part in ("", "_rd", "_wr", "_max", "_rd_max", "_wr_max")
+]
+
+
+def _spelled(key: str) -> str:
+    """A limit's name in options."""
+    said = _LIMIT.get(key, key.replace("_rd", "-read").replace("_wr", "-write"))
+    return said.replace("_", "-")
+
+
+_SPELLED = {_spelled(key): key for key in _KEYS}
+
+
+def _changed(said: dict[str, str], now: dict[str, Any]) -> bool:
+    found = {key: said.get(f"throttling.{_spelled(key)}") or said.get(key) for key in _KEYS}
+    wanted = {key: value for key, value in found.items() if value and value != "0"}
+    # Values may have units (10M), and a limit may imply its _max: names and plain numbers count.
+    changed = [key for key in wanted if wanted[key].isdigit() and int(wanted[key]) != now.get(key)]
+    changed += [
+        key for key in now if key not in wanted and not key.endswith(("_max", "size", "-length"))
+    ]
+    return bool(changed or (wanted and not now))

@@ -15,6 +15,7 @@ from cprd.qemu.process import command_line
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from cprd.qemu.disks import Drive
@@ -45,7 +46,7 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
     ("query-vm-generation-id", {}),
     ("query-memory-devices", {}),
     ("query-memdev", {}),
-    ("qom-get", {"path": "/machine", "property": "type"}),
+    *(("qom-get", {"path": "/machine", "property": name}) for name in ("type", "smp", "memory")),
     *(("qom-list", {"path": path}) for path in _PERIPHERAL),
     *_questions_about_cpu(_FIRST_CPU),
 ]
@@ -81,7 +82,8 @@ def read(
 ) -> Inventory:
     """`take`, for QUESTIONS that were sent already. Raises MonitorLost."""
     answers = monitor.answers(requests)
-    blocks, qtree, cpus, uuid, generation, memory, memdevs, kind, named, unnamed, *cpu = answers
+    blocks, qtree, cpus, uuid, generation, memory, memdevs, kind, smp, size, *rest = answers
+    named, unnamed, *cpu = rest
     tree = devices.parse(qtree or "")
     command = Command(words, running=True)
     ids, last = command.ids(), _words(command)
@@ -100,37 +102,60 @@ def read(
         "cpus": sorted(_place(row) for row in cpus or ()),
         "cpu": _cpu(cpu),
         "cpu_set": _set_by_words(last.get("cpu", "")),
+        "tables": _tables(command),
+        "smp": {name: value for name, value in (smp or {}).items() if name != "cpus"},
+        "size": size or {},
         "words": last,
         "uuid": (uuid or {}).get("UUID", ""),
         "generation": (generation or {}).get("guid", ""),
         "memory": sorted(_plugged_memory(row) for row in memory or ()),
+        "memdevs": {row["data"].get("id", ""): row["data"].get("memdev") for row in memory or ()},
         "plugged": [],
     }
     if plugged:
         seen["plugged"] = _Plugged(monitor, tree, command).find(named, unnamed)
-    return Inventory(boot_id(), disks.read(blocks or [], OpenFiles(pid).find), seen)
+        seen["values"] = _values(monitor, _plain(monitor), _NO_FEATURES)
+    return Inventory(boot_id(), _drives(monitor, pid, blocks), seen)
 
 
 def read_drives(monitor: Monitor, pid: int, requests: list[int]) -> Inventory:
     """The drives alone, for DISKS that were sent already. Raises MonitorLost."""
     (blocks,) = monitor.answers(requests)
-    return Inventory(boot_id(), disks.read(blocks or [], OpenFiles(pid).find), {})
+    return Inventory(boot_id(), _drives(monitor, pid, blocks), {})
 
 
 def drives(monitor: Monitor, pid: int) -> list[Drive]:
     """Only the drives. Raises MonitorLost, MonitorRefused."""
-    return disks.read(monitor.execute("query-block"), OpenFiles(pid).find)
+    return _drives(monitor, pid, monitor.execute("query-block"))
 
 
-def refuse_another(old: Inventory, new: Inventory, overrides: Overrides, *, at_once: bool) -> None:
-    """Raises Refused with every difference between the QEMU before and the next that no override
-    allows. `at_once`: both look at their images at this moment."""
+def _drives(monitor: Monitor, pid: int, blocks: Any) -> list[Drive]:
+    found = disks.read(blocks or [], OpenFiles(pid).find)
+    for drive in found:
+        drive["groups"] = {}
+        for name in disks.groups(drive):
+            said = monitor.ask(("qom-get", {"path": f"/objects/{name}", "property": "limits"}))[0]
+            drive["groups"][name] = {
+                key: value
+                for key, value in (said or {}).items()
+                if value > key.endswith("-length")  # (1 s unless set)
+            }
+    return found
+
+
+def refuse_another(
+    old: Inventory, new: Inventory, overrides: Overrides, monitor: Monitor, *, at_once: bool
+) -> None:
+    """Raises Refused with every difference between the QEMU before and the next (`monitor`) that no
+    override allows, MonitorLost. `at_once`: both look at their images at this moment."""
     found = []
     if not overrides.images:
         compare = disks.Compare(at_once=at_once, same_boot=old.boot == new.boot)
         found += compare.differences(old.drives, new.drives)
     images = len(found)
     if not overrides.machine and old.machine and new.machine:
+        if "values" in old.machine:
+            new.machine["values"] = _values(monitor, *machine.in_doubt(old.machine, new.machine))
         found += machine.differences(old.machine, new.machine)
     if found:
         options = ["--other-images"] * (images > 0) + ["--force-machine"] * (len(found) > images)
@@ -185,17 +210,20 @@ _NO_FEATURES: tuple[str, ...] = (
     "level",
 )
 _NO_FEATURES += ("xlevel", "xlevel2", "host-phys-bits", "tsc-frequency", "kvm", "ucode-rev")
+_NO_FEATURES += ("l3-cache", "legacy-cache", "fill-mtrr-mask", "vmware-cpuid-freq")
 
 
 def _set_by_words(cpu: str) -> dict[str, Any]:
     """What -cpu sets beside features. (To ask QEMU for each takes a millisecond or two in all, and
     the guest waits.)"""
-    options = keyed(cpu)
-    named = {key.replace("_", "-"): value for key, value in options.items() if key}
+    named: dict[str, Any] = {}
+    for key, value in keyed(cpu).items():
+        sign, name = (key[0], key[1:]) if key[:1] in ("+", "-") else ("", key)
+        named[name.replace("_", "-")] = {"+": "on", "-": "off"}.get(sign, value)
     return {
         key: value
         for key, value in named.items()
-        if key in _NO_FEATURES or key.startswith(("hv-", "min-"))
+        if key in _NO_FEATURES or key.startswith(("hv-", "min-", "x-")) or "cache" in key
     }
 
 
@@ -216,7 +244,30 @@ def _children(rows: list[dict[str, str]] | None) -> dict[str, str]:
     }
 
 
-_HOST_OPTIONS = ("", "type", "accel", "memory-backend", "aux-ram-share", "memory-encryption")
+def _plain(monitor: Monitor) -> list[str]:
+    """The names of the machine's properties that are plain values."""
+    rows = monitor.ask(("qom-list", {"path": "/machine"}))[0] or ()
+    kinds = ("bool", "string", "str", "size", "OnOffAuto", "OnOffSplit")
+    return [row["name"] for row in rows if row["type"] in kinds or "int" in row["type"]]
+
+
+def _values(
+    monitor: Monitor, names: Iterable[str], of_cpu: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """The properties of these names, of the machine and of the first CPU, as QEMU has them."""
+    first = (monitor.ask(("query-cpus-fast", {}))[0] or [{}])[0].get("qom-path", _FIRST_CPU)
+    asked = [("/machine", name) for name in names] + [(first, name) for name in of_cpu]
+    rows = [("qom-get", {"path": path, "property": name}) for path, name in asked]
+    found: dict[str, dict[str, Any]] = {"machine": {}, "cpu": {}}
+    for (path, name), value in zip(asked, monitor.ask(*rows) if rows else (), strict=True):
+        if value is not None:
+            found["machine" if path == "/machine" else "cpu"][name] = value
+    return found
+
+
+_HOST_OPTIONS: tuple[str, ...] = ("", "type", "accel", "memory-backend", "aux-ram-share")
+_HOST_OPTIONS += ("memory-encryption", "kernel-irqchip", "kvm-shadow-mem", "dump-guest-core")
+_HOST_OPTIONS += ("mem-merge", "dumpdtb")
 
 
 def _set(command: Command) -> dict[str, str]:
@@ -227,10 +278,26 @@ def _set(command: Command) -> dict[str, str]:
         if "driver" in options:
             found[f"-global {options['driver']}.{options.get('property')}"] = options["value"]
             continue
-        for key, said in options.items():
+        for name, said in options.items():
+            key = name if "." in name else name.replace("_", "-")
             if key in _HOST_OPTIONS or key.startswith("migration."):
                 continue
             found[f"-global {key}" if "." in key else f"-machine {key}"] = said
+    return found
+
+
+def _tables(command: Command) -> dict[str, str]:
+    """What the firmware tells the guest, by name: -smbios, -fw_cfg, -acpitable."""
+    found: dict[str, str] = {}
+    for option, value in command.options:
+        if value is None or option not in ("smbios", "fw_cfg", "acpitable"):
+            continue
+        options = keyed(value)
+        first = options.pop("", "")
+        what = f"type={options.pop('type')}" if "type" in options else options.pop("name", first)
+        name = f"-{option} {what}".strip()
+        said = ",".join(f"{key}={options[key]}" for key in sorted(options) if key)
+        found[name] = "; ".join(filter(None, (found.get(name), said)))
     return found
 
 

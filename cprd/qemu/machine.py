@@ -4,9 +4,11 @@ A machine is a map (inventory.py makes it): `version` of QEMU, `type` of the mac
 (devices.py), `objects` (devices with an id, by name: their types), `named` (the objects whose id is
 in the command line), `backends` (of memory, by name: their bytes), `cpus` (the place of each CPU),
 `cpu` (the model and the features of the first CPU), `cpu_set` (what -cpu sets beside), `set` (by
--machine and -global), `words` (of -cpu and -smp), `uuid`, `generation` (the id of a vmgenid
-device), `memory` (plugged memory), and `plugged`: the options that make what was plugged since the
-start.
+-machine and -global), `tables` (the words of -smbios and the like), `smp` and `size` (the topology,
+the room for memory), `words` (of -cpu and -smp), `uuid`, `generation` (the id of a vmgenid device),
+`memory` (plugged memory), `memdevs` (its backends, by device), `plugged`: the options that make
+what was plugged since the start, and `values`: properties of the machine and of its first CPU as
+QEMU has them: all of the QEMU before, of the next those `in_doubt`.
 """
 
 from __future__ import annotations
@@ -39,14 +41,24 @@ def differences(old: Machine, new: Machine) -> list[str]:
                 f"{what} is {old[key] or 'unset'} in the old QEMU, {new[key] or 'unset'} in"
                 f" COMMAND: give COMMAND {option}{'' if option[-1] == '=' else ' '}{old[key]}"
             )
-    for name in sorted({*old["set"], *new["set"]}):
-        sides = [side["set"].get(name, "not set") for side in (old, new)]
-        if sides[0] != sides[1]:
+    for place in ("set", "tables"):
+        for name in _changed(old, new, place):
+            sides = [side[place].get(name, "not set") for side in (old, new)]
             found.append(f"{name} is {sides[0]} in the old QEMU, {sides[1]} in COMMAND")
+    if old["size"] != new["size"]:
+        found.append(
+            f"the room for memory is {_shown(old['size'])} in the old QEMU,"
+            f" {_shown(new['size'])} in COMMAND: change -m"
+        )
     found += devices.differences(old["devices"], new["devices"], same_version=same_version)
     for what, place in (("missing in", old["memory"]), ("only in", new["memory"])):
         other = new["memory"] if place is old["memory"] else old["memory"]
         found += [f"plugged memory {row} is {what} COMMAND" for row in place if row not in other]
+    found += [
+        f"device {name!r} has {backend} in the old QEMU, {new['memdevs'][name]} in COMMAND"
+        for name, backend in sorted(old["memdevs"].items())
+        if new["memdevs"].get(name, backend) != backend
+    ]
     for name, kind in sorted(old["objects"].items()):
         if name not in new["objects"] and name not in old["devices"]:
             found.append(f"{name!r} ({kind}) is missing in COMMAND")
@@ -54,6 +66,60 @@ def differences(old: Machine, new: Machine) -> list[str]:
         if name not in old["objects"] and name not in new["devices"]:
             found.append(f"{name!r} ({kind}) is in COMMAND, and was not in the old QEMU")
     return found
+
+
+_SWITCHES = {"yes": "on", "true": "on", "y": "on", "no": "off", "false": "off", "n": "off"}
+
+
+def plain(said: str) -> str | int:
+    """A value without its spelling."""
+    number, unit = said.lower(), 0
+    if number[:-1].isdecimal() and number[-1:] in "bkmgtpe":
+        number, unit = number[:-1], "bkmgtpe".index(number[-1])
+    try:
+        return int(number, 0) << 10 * unit
+    except ValueError:
+        return _SWITCHES.get(number, said)
+
+
+def _changed(old: Machine, new: Machine, place: str) -> list[str]:
+    """The names in a map of words whose values differ, but for those that both QEMUs have the same
+    all the same."""
+    found = []
+    for name in sorted({*old[place], *new[place]}):
+        sides = [side[place].get(name) for side in (old, new)]
+        if sides[0] == sides[1] or (None not in sides and plain(sides[0]) == plain(sides[1])):
+            continue
+        kind, _, key = name.rpartition(" ")
+        if kind == "-machine" and _same_value(old, new, "machine", key):
+            continue
+        if kind == "-global" and devices.tell(old["devices"], new["devices"], *_parts(key)):
+            continue
+        found.append(name)
+    return found
+
+
+def _parts(key: str) -> tuple[str, str]:
+    kind, _, name = key.rpartition(".")
+    return kind, name
+
+
+def _same_value(old: Machine, new: Machine, what: str, name: str) -> bool:
+    sides = [side.get("values", {}).get(what, {}) for side in (old, new)]
+    return all(name in side for side in sides) and bool(sides[0][name] == sides[1][name])
+
+
+def in_doubt(old: Machine, new: Machine) -> tuple[list[str], list[str]]:
+    """The properties of the machine, and of its first CPU, for which the words differ: `values` of
+    the next QEMU decide."""
+    old = {**new, **old}
+    names = [name.partition(" ")[2] for name in _changed(old, new, "set") if name[:2] == "-m"]
+    same = old["cpu"].get("type") == new["cpu"].get("type") and old["cpu_set"] == new["cpu_set"]
+    return names, [] if same else sorted(old["values"]["cpu"])
+
+
+def _shown(size: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={size[name]}" for name in sorted(size))
 
 
 def _kind(old: Machine, new: Machine) -> Iterator[str]:
@@ -72,28 +138,43 @@ def _kind(old: Machine, new: Machine) -> Iterator[str]:
             )
 
 
+_TOPOLOGY = ("sockets", "dies", "cores", "threads", "maxcpus")
+
+
 def _processors(old: Machine, new: Machine) -> Iterator[str]:
-    said = [side["words"].get("smp") or f"{len(side['cpus'])}" for side in (old, new)]
+    both = (old, new)
+    said = [side["words"].get("smp") or f"{len(side['cpus'])}" for side in both]
     if len(old["cpus"]) != len(new["cpus"]):
         yield (
             f"{len(old['cpus'])} CPUs in the old QEMU, {len(new['cpus'])} in COMMAND: change"
             f" -smp {said[1]} (it was {said[0]})"
         )
-    elif old["cpus"] != new["cpus"]:
+    elif old["cpus"] != new["cpus"] and old["size"] == new["size"]:  # (-m makes nodes, too)
         yield (
             f"the CPUs lie elsewhere (sockets, cores, threads, nodes) than in COMMAND: change"
             f" -smp {said[1]} (it was {said[0]})"
         )
+    elif any(old["smp"][name] != new["smp"][name] for name in old["smp"] if name in new["smp"]):
+        smp = [",".join(f"{name}={side['smp'].get(name)}" for name in _TOPOLOGY) for side in both]
+        yield (
+            f"the CPUs have {smp[0]} in the old QEMU, {smp[1]} in COMMAND: change -smp {said[1]}"
+            f" (it was {said[0]})"
+        )
+    alike = bool(old.get("values", {}).get("cpu")) and all(
+        _same_value(old, new, "cpu", name) for name in old["values"]["cpu"]
+    )
     changed = [
         f"{name} {old['cpu'][name]} in the old QEMU, {new['cpu'][name]} in COMMAND"
         for name in old["cpu"]
         if name in new["cpu"] and old["cpu"][name] != new["cpu"][name]
+        if not (alike and name == "type")
     ]
     changed += [
         f"{name} is {old['cpu_set'].get(name, 'not set')} in the old QEMU,"
         f" {new['cpu_set'].get(name, 'not set')} in COMMAND"
         for name in sorted({*old["cpu_set"], *new["cpu_set"]})
         if old["cpu_set"].get(name) != new["cpu_set"].get(name)
+        if not _same_value(old, new, "cpu", name)
     ]
     if changed:
         words = [side["words"].get("cpu") or "none" for side in (old, new)]

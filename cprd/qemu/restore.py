@@ -292,7 +292,7 @@ class _Restore:
             target.await_loaded()  # raises the reason
             raise
         try:
-            inventory.refuse_another(old, new, allowed, at_once=False)
+            inventory.refuse_another(old, new, allowed, monitor, at_once=False)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Damaged(f"what it says of its machine is garbled: {error!r}") from None
 

@@ -326,8 +326,9 @@ class _Move:
         monitor = self.source.monitor
         self.seen.drives = inventory.drives(monitor, self.old.pid)
         words = self.new.command.words[self.new.command.program :]
-        new = inventory.take(self.new.target.monitor, self.new.process.pid, words, plugged=False)
-        refuse_another(self.seen, new, self.overrides, at_once=True)
+        target = self.new.target.monitor
+        new = inventory.take(target, self.new.process.pid, words, plugged=False)
+        refuse_another(self.seen, new, self.overrides, target, at_once=True)
 
     def _prepare_hold(self) -> None:
         """Prepare all in cprd while the guest runs. The main stream is to go into a memfd that is

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from cprd.qemu import disks
+from cprd.qemu import disks, drift
 from cprd.qemu.command import Command
 from cprd.qemu.examine import about_command_line
+from cprd.qemu.inventory import Inventory
 
 FILE = {"ino": 12, "dev": 65024, "size": 1 << 20, "mtime": 10**18, "mnt": 27, "fs": "ext4"}
 
@@ -73,6 +74,7 @@ def test_the_files_in_a_name_of_qemus(name: str) -> None:
 def drive(name: str, image: str, **more: Any) -> dict[str, Any]:
     chain = [{"format": "raw", "name": image, "files": []}] if image else []
     usual = {"qdev": "", "drive": name, "node": "", "removable": False, "ro": False, "limits": {}}
+    usual["groups"] = {}
     return {**usual, "chain": chain, **more}
 
 
@@ -83,6 +85,70 @@ def test_another_protocol_is_compared_by_its_uri() -> None:
     (said,) = compare.differences(old, [drive("d", "nbd://a/y")])
     assert "nbd://a/x" in said
     assert "nbd://a/y" in said
+
+
+RAW = 'json:{"driver": "raw", "file": {"driver": "file", "filename": "/b"}}'
+PART = 'json:{"driver": "raw", "offset": 512, "file": {"driver": "file", "filename": "/b"}}'
+LUKS = 'json:{"driver": "luks", "key-secret": "s", "file": {"driver": "file", "filename": "/b"}}'
+OVER = 'json:{"driver": "qcow2", "backing": {"filename": "/a"}, "file": {"filename": "/b"}}'
+BYTES = {
+    "a node of the protocol alone": ("raw /b", "file /b", True),
+    "the options in full": ("raw /b", f"raw {RAW}", True),
+    "another part of the file": ("raw /b", f"raw {PART}", False),
+    "another offset": (f"raw {PART}", f"raw {PART.replace('512', '1024')}", False),
+    "another name of a secret": (f"luks {LUKS}", "luks " + LUKS.replace('"s"', '"t"'), True),
+    "the backing file named as well": ("qcow2 /b", f"qcow2 {OVER}", True),
+    "another format": ("raw /b", "qcow2 /b", False),
+    "a format below": (f"raw {RAW}", "raw " + RAW.replace('"file", "f', '"luks", "f'), False),
+}
+
+
+@pytest.mark.parametrize("row", BYTES)
+def test_the_same_file_may_be_spelled_otherwise_but_not_hold_other_bytes(row: str) -> None:
+    old, new, same = BYTES[row]
+    sides = []
+    for text in (old, new):
+        kind, _, name = text.partition(" ")
+        files = [[file(ino=len(path))] if path == "/b" else [] for path in disks.paths(name)]
+        sides.append([drive("d", "x", chain=[{"format": kind, "name": name, "files": files}])])
+    assert (disks.Compare(at_once=True).differences(*sides) == []) == same
+
+
+WORDS = (
+    "-blockdev file,node-name=f1,filename=/1 -blockdev raw,node-name=n1,file=f1"
+    " -blockdev file,node-name=f2,filename=/2 -blockdev raw,node-name=n2,file=f2,offset=512"
+    " -blockdev qcow2,node-name=n3,file.filename=/3,backing=n1"
+    " -device virtio-blk-pci,id=d1,drive=n1 -device virtio-blk-pci,id=d2,drive=n2"
+    " -drive file=nbd+unix:///a?socket=/s,id=n4 -device virtio-blk-pci,id=d3,drive=n3"
+    " -object throttle-group,id=g,x-iops-total=50"
+    " -drive id=n5,file=/5,throttling.iops-total=9,throttling.group=t"
+    " -drive id=n6,file=/6,throttling.group=t"
+)
+PART_2 = 'json:{"driver": "raw", "offset": 512, "file": {"filename": "/2"}}'
+DRIFTED = {
+    "as at the start": (drive("", "/1", qdev="/m/p/d1", node="n1"), ""),
+    "swapped": (drive("", "/2", qdev="/m/p/d1", node="n1"), "change -blockdev node-name=n1"),
+    "another node": (drive("", "/2", qdev="/m/p/d1", node="n2"), "change -blockdev node-name=n1"),
+    "a part of the file": (drive("", PART_2, qdev="/m/p/d2", node="n2"), ""),
+    "the whole file": (drive("", "/2", qdev="/m/p/d2", node="n2"), "another part"),
+    "streamed": (drive("", "/3", qdev="/m/p/d3", node="n3"), "change -blockdev node-name=n3"),
+    "on a server": (drive("n4", "nbd+unix:///a?socket=/s"), ""),
+    "another export": (drive("n4", "nbd+unix:///b?socket=/s"), "change -drive id=n4"),
+    "in its group": (drive("", "/1", node="n1", groups={"g": {"iops-total": 50}}), ""),
+    "another limit": (drive("", "/1", node="n1", groups={"g": {"iops-total": 5}}), "id=g"),
+    "limits shared": (drive("n6", "/6", limits={"iops": 9}), ""),
+    "limits shared, and changed": (drive("n6", "/6", limits={"iops": 8}), "throttling.*"),
+}
+
+
+@pytest.mark.parametrize("row", DRIFTED)
+def test_a_drive_that_is_no_more_what_its_words_make(row: str) -> None:
+    seen, named = DRIFTED[row]
+    command = Command(["kvm", *WORDS.split(" ")])
+    machine = {"plugged": [], "objects": {"d1": "", "d2": "", "d3": ""}}
+    said = drift.differences(Inventory("", [seen], machine), command)
+    assert len(said) == bool(named), said
+    assert all(named in line for line in said)
 
 
 def test_drives_are_paired_by_device_then_by_id() -> None:
