@@ -47,18 +47,12 @@ _PLACES: tuple[str, ...] = (
 _IDENTITY = ("mac", "serial", "wwn", "addr", "num-queues", "uuid", "guid", "port", "unit", "lun")
 """The properties that count between two versions of QEMU."""
 _WORDS: tuple[str, ...] = (
-    *_PLACES[:6],
-    "drive",
-    "netdev",
-    "chardev",
-    "fsdev",
-    "mac",
-    "serial",
-    "wwn",
-    "memdev",
+    *("bus", *_PLACES[:6], "drive", "netdev", "chardev", "fsdev", "mac", "serial", "wwn", "name"),
 )
-_WORDS += ("socket-id", "die-id", "module-id", "core-id", "thread-id")
-"""The properties that make up the words of a plugged device."""
+"""The properties that make up the words of a plugged device, and have no usual value."""
+_BY_ITSELF: tuple[str, ...] = ("vectors", "num-queues", "disable-legacy", "romsize")
+_BY_ITSELF += ("cyls", "heads", "secs", "lcyls", "lheads", "lsecs", "discard_granularity")
+"""The properties to which QEMU gives a value, where none is given."""
 
 
 def parse(text: str) -> Devices:
@@ -176,15 +170,26 @@ def _has_id(key: str) -> bool:
     return "@" not in key
 
 
-def words(kind: str, name: str, device: dict[str, Any]) -> str:
-    """The -device option that makes a device of the list."""
-    parts = [kind, *([f"id={name}"] if name else [])]
-    if device.get("bus"):
-        parts.append(f"bus={device['bus']}")
-    said = {key: str(device[key]) for key in _WORDS if key in device}
-    parts += [
-        f"{key}={value}"
-        for key, value in said.items()
-        if value not in ("", "-1", "4294967295") and (key, value) != ("wwn", "0")
-    ]
-    return f"-device {','.join(parts)}"
+def unusual(device: Device, usual: dict[str, Any]) -> Device:
+    """The properties that make up the words of a device. `usual`: the value of each where none is
+    given; None for no value."""
+    found = {}
+    for name, value in device.items():
+        normal = usual.get(name)
+        if name in _WORDS:
+            other = value not in ("", "-1", "4294967295") and (name, value) != ("wwn", "0")
+        else:
+            said = str(normal).lower() if isinstance(normal, bool) else str(normal)
+            other = normal is not None and value not in (said, "<null>", "")
+            other = other and name not in _BY_ITSELF and not name.startswith("x-")
+            other = other and not (name.endswith("block_size") and value == "512")
+        if other:
+            found[name] = value
+    return found
+
+
+def words(kind: str, name: str, said: dict[str, Any]) -> str:
+    """The -device option that makes a device."""
+    order = sorted(said, key=lambda key: _WORDS.index(key) if key in _WORDS else len(_WORDS))
+    parts = [f"{key}={said[key]}".replace(",", ",,") for key in order]
+    return f"-device {','.join([kind, *([f'id={name}'] if name else []), *parts])}"

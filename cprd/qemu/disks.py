@@ -292,6 +292,21 @@ def option(drive: Drive) -> str:
     return f"-blockdev node-name={drive['node']}" if drive["node"] else "its -drive"
 
 
+def words(drive: Drive) -> str:
+    """The option that makes a drive of one image, as far as the name of that tells."""
+    image = drive["chain"][0]
+    kind, name = image["format"], image["name"]
+    if drive["drive"] or "://" in name:
+        file = name.replace(",", ",,")
+        return f"-drive if=none,id={drive['drive'] or drive['node']},format={kind},file={file}"
+    block = any("rdev" in file for found in image["files"] for file in found)
+    driver = "host_device" if block else "file"
+    file = {"driver": driver, "filename": name}
+    node = parsed(name) or (file if kind == driver else {"driver": kind, "file": file})
+    node = {"node-name": drive["node"], **node, **({"read-only": True} if drive["ro"] else {})}
+    return f"-blockdev {json.dumps(node, separators=(',', ':'))}"
+
+
 def shown(drive: Drive) -> str:
     """The images, for people."""
     if not drive["chain"]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cprd.qemu.command import Command
     from cprd.qemu.disks import Drive
     from cprd.qemu.inventory import Inventory
+    from cprd.qemu.machine import Machine
 
 _LIMIT = {"bps": "bps-total", "iops": "iops-total", "bps_max": "bps-total-max"}
 _LIMIT |= {"iops_max": "iops-total-max"}
@@ -28,9 +29,11 @@ def differences(seen: Inventory, command: Command) -> list[str]:
         f"{option.split(' ')[1]} was plugged since the start: COMMAND needs {option}"
         for _, option in seen.machine["plugged"]
     ]
-    found += _unplugged(seen.machine["objects"], command)
+    found += _unplugged(seen.machine, command)
+    late = {name for name, _ in seen.machine["plugged"]}
     for drive in seen.drives:
-        found += _disk(drive, command)
+        if not late & {drive["drive"] or drive["node"]}:
+            found += _disk(drive, command)
     if any(keyed(value).get("guid") == "auto" for value in _devices(command, "vmgenid")):
         found.append(
             "the next QEMU would give vmgenid another id (guid=auto), as if the guest were a copy:"
@@ -57,12 +60,18 @@ def _devices(command: Command, kind: str) -> Iterator[str]:
     return (value for value in command.values("device") if keyed(value)[""] == kind)
 
 
-def _unplugged(objects: dict[str, str], command: Command) -> Iterator[str]:
-    """Devices with an id that are no more."""
-    for value in command.values("device"):
-        name = keyed(value).get("id", "")
-        if name and name not in objects:
+def _unplugged(seen: Machine, command: Command) -> Iterator[str]:
+    """Devices that are no more."""
+    names = [keyed(value).get("id", "") for value in command.values("device")]
+    for name in names:
+        if name and name not in seen["objects"]:
             yield f"device {name!r} was unplugged since the start: COMMAND must not have it"
+    late = sum(1 for name, _ in seen["plugged"] if not name)
+    if len(seen["unnamed"]) - late < names.count(""):
+        yield (
+            "a device without an id was unplugged since the start: COMMAND must not have it (an id"
+            " for each would tell which)"
+        )
 
 
 def _disk(drive: Drive, command: Command) -> Iterator[str]:

@@ -7,6 +7,8 @@ answers are compared (disks.py, machine.py).
 
 from __future__ import annotations
 
+import re
+
 from cprd.qemu import devices, disks, machine
 from cprd.qemu.command import Command, keyed
 from cprd.qemu.errors import Refused
@@ -15,7 +17,7 @@ from cprd.qemu.process import command_line
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
     from cprd.qemu.disks import Drive
@@ -97,6 +99,7 @@ def read(
         "package": monitor.package,
         "type": str(kind or "").removesuffix("-machine"),
         "objects": _children(named),
+        "unnamed": sorted(_children(unnamed)),
         "named": {name: kind for name, kind in _children(named).items() if name in ids},
         "backends": {row["id"]: row["size"] for row in memdevs or () if "id" in row},
         "cpus": sorted(_place(row) for row in cpus or ()),
@@ -112,10 +115,11 @@ def read(
         "memdevs": {row["data"].get("id", ""): row["data"].get("memdev") for row in memory or ()},
         "plugged": [],
     }
+    drives = _drives(monitor, pid, blocks)
     if plugged:
-        seen["plugged"] = _Plugged(monitor, tree, command).find(named, unnamed)
+        seen["plugged"] = _Plugged(monitor, tree, command, drives).find(named, unnamed)
         seen["values"] = _values(monitor, _plain(monitor), _NO_FEATURES)
-    return Inventory(boot_id(), _drives(monitor, pid, blocks), seen)
+    return Inventory(boot_id(), drives, seen)
 
 
 def read_drives(monitor: Monitor, pid: int, requests: list[int]) -> Inventory:
@@ -170,7 +174,9 @@ def made_by(seen: Machine, drift: list[str], words: list[str]) -> list[str]:
     boot of the host; none for a machine that has drifted from its words, and where more than words
     counts."""
     command = Command(words, running=True)
-    if drift or seen["plugged"] or any(command.values("readconfig")):
+    numbers = [f"device[{at}]" for at in range(len(seen["unnamed"]))]
+    gaps = seen["unnamed"] != sorted(numbers)  # some were unplugged, or never came to be
+    if drift or gaps or seen["plugged"] or any(command.values("readconfig")):
         return []
     return [] if any("guid=auto" in word for word in command.words) else command.own()
 
@@ -307,17 +313,26 @@ def _words(command: Command) -> dict[str, str]:
     return {name: value for name, value in found if value is not None}
 
 
+_NETWORK = re.compile(r"^(?: \\ )?([^\s:]+): index=\d+,type=([\w-]+)", re.MULTILINE)
+"""A line of `info network`."""
+
+
 class _Plugged:
     """Finds what was plugged into a QEMU since its start."""
 
-    def __init__(self, monitor: Monitor, tree: devices.Devices, command: Command) -> None:
+    def __init__(
+        self, monitor: Monitor, tree: devices.Devices, command: Command, drives: list[Drive]
+    ) -> None:
         self.monitor = monitor
         self.tree = tree
         self.command = command
+        self.drives = drives
+        self._ids = command.ids()
+        self._used: set[str] = set()  # the ids of all that plugged devices name
 
     def find(self, named: Any, unnamed: Any) -> list[list[str]]:
-        """(id, option) of each plugged device and object; the id is "" for a device without."""
-        found = [*self._objects(self.monitor.ask(("qom-list", {"path": "/objects"}))[0])]
+        """(id, option) of each plugged device, and of what makes up that: objects, images, networks
+        and character devices; the id is "" for a device without."""
         rows = [(_PERIPHERAL[0], name, kind) for name, kind in _children(named).items()]
         rows += [(_PERIPHERAL[1], name, kind) for name, kind in _children(unnamed).items()]
         flags = self.monitor.ask(
@@ -327,44 +342,80 @@ class _Plugged:
             )
         )
         late = [row for row, flag in zip(rows, flags, strict=True) if flag]
+        found = []
         for path, name, kind in late:
-            device = self._described(path, name)
             key = name if path == _PERIPHERAL[0] else ""
-            found.append([key, devices.words(kind, key, device)])
-        return found
-
-    def _objects(self, rows: Any) -> list[list[str]]:
-        """Objects that the command line does not name."""
+            found.append([key, devices.words(kind, key, self._described(f"{path}/{name}", kind))])
         if not self.command.words or any(True for _ in self.command.values("readconfig")):
-            return []
-        known = self.command.ids() | set(self._implicit())
-        return [
-            [name, f"-object {kind},id={name}{self._size(name, kind)}"]
-            for name, kind in _children(rows).items()
-            if name not in known and kind not in MONITORS
-        ]
+            return found
+        before = [*self._objects(), *self._networks(), *self._characters(), *self._images()]
+        return before + found
 
-    def _implicit(self) -> list[str]:
-        """The names of the backends that QEMU makes by itself."""
-        machines = self.monitor.ask(("query-machines", {}))[0] or ()
-        return [row["default-ram-id"] for row in machines if "default-ram-id" in row]
-
-    def _size(self, name: str, kind: str) -> str:
-        if not kind.startswith("memory-backend-"):
-            return ""
-        size = self.monitor.ask(("qom-get", {"path": f"/objects/{name}", "property": "size"}))[0]
-        return f",size={size},share=on"
-
-    def _described(self, path: str, name: str) -> dict[str, Any]:
-        """The properties for the words of a device."""
+    def _described(self, where: str, kind: str) -> dict[str, Any]:
+        """The properties for the words of a device: those that are not as usual."""
+        name = where.rpartition("/")[2]
+        rows = self.monitor.ask(("device-list-properties", {"typename": kind}))[0] or ()
+        links = [row["name"] for row in rows if row["type"].startswith("link<")]
+        values = self.monitor.ask(
+            *(("qom-get", {"path": where, "property": link}) for link in links)
+        )
+        found = {
+            link: value[9:]
+            for link, value in zip(links, values, strict=True)
+            if str(value).startswith("/objects/")
+        }
         if name in self.tree:
             inner = (self.tree[key] for key in self.tree if key.startswith(f"{name}/virtio-bus/"))
-            return {**next(inner, {}), **self.tree[name]}
-        where = f"{path}/{name}"
-        for row in self.monitor.ask(("query-hotpluggable-cpus", {}))[0] or ():
-            if row.get("qom-path") == where:
-                return {f"{key}": value for key, value in row["props"].items()}
-        for row in self.monitor.ask(("query-memory-devices", {}))[0] or ():
-            if row["data"].get("id") == name:
-                return {"memdev": row["data"]["memdev"].rpartition("/")[2]}
-        return {}
+            usual = {row["name"]: row.get("default-value") for row in rows}
+            found |= devices.unusual({**next(inner, {}), **self.tree[name]}, usual)
+        else:
+            for row in self.monitor.ask(("query-hotpluggable-cpus", {}))[0] or ():
+                if row.get("qom-path") == where:
+                    found |= {f"{key}": value for key, value in row["props"].items()}
+        for drive in self.drives:  # (a USB disk has given the drive to the SCSI disk in it)
+            if f"{drive['qdev']}/".startswith(f"{where}/"):
+                found["drive"] = drive["drive"] or drive["node"]
+        self._used |= set(map(str, found.values()))
+        return found
+
+    def _objects(self) -> Iterator[list[str]]:
+        """Objects that the command line does not name, and that a guest needs: memory, and what a
+        plugged device names."""
+        rows = self.monitor.ask(("qom-list", {"path": "/objects"}))[0]
+        implicit = self.monitor.ask(("query-machines", {}))[0] or ()
+        known = self._ids | {row.get("default-ram-id") for row in implicit}
+        for name, kind in _children(rows).items():
+            if name in known:
+                continue
+            where = {"path": f"/objects/{name}", "property": "size"}
+            if kind.startswith("memory-backend-"):
+                size = self.monitor.ask(("qom-get", where))[0]
+                yield [name, f"-object {kind},id={name},size={size},share=on"]
+            elif name in self._used:
+                yield [name, f"-object {kind},id={name}"]
+
+    def _networks(self) -> Iterator[list[str]]:
+        """Networks of plugged devices, and any of kind "user", whose state is in the stream."""
+        question = ("human-monitor-command", {"command-line": "info network"})
+        by_kind = any(True for _ in self.command.values("nic", "net"))  # these make names
+        for name, kind in _NETWORK.findall(self.monitor.ask(question)[0] or ""):
+            if name in self._ids or name[:1] == "#" or (by_kind and name.startswith(f"{kind}.")):
+                continue
+            if kind == "user" or (name in self._used and kind not in ("nic", "hubport")):
+                yield [name, f"-netdev {kind},id={name}"]
+
+    def _characters(self) -> Iterator[list[str]]:
+        for row in self.monitor.ask(("query-chardev", {}))[0] or ():
+            name = row["label"]
+            if name not in self._ids and name in self._used:
+                kind, _, where = row["filename"].removeprefix("disconnected:").partition(":")
+                if kind == "unix":
+                    where = where.partition(",server")
+                    kind = f"socket,path={where[0]}" + (",server=on,wait=off" if where[1] else "")
+                yield [name, f"-chardev {kind},id={name}"]
+
+    def _images(self) -> Iterator[list[str]]:
+        for drive in self.drives:
+            name = drive["drive"] or drive["node"]
+            if name not in self._ids and name in self._used and drive["chain"]:
+                yield [name, disks.words(drive)]

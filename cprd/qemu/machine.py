@@ -1,14 +1,15 @@
 """The machine that a guest sees, but for its disks: how two of them differ. Pure.
 
 A machine is a map (inventory.py makes it): `version` of QEMU, `type` of the machine, `devices`
-(devices.py), `objects` (devices with an id, by name: their types), `named` (the objects whose id is
-in the command line), `backends` (of memory, by name: their bytes), `cpus` (the place of each CPU),
-`cpu` (the model and the features of the first CPU), `cpu_set` (what -cpu sets beside), `set` (by
--machine and -global), `tables` (the words of -smbios and the like), `smp` and `size` (the topology,
-the room for memory), `words` (of -cpu and -smp), `uuid`, `generation` (the id of a vmgenid device),
-`memory` (plugged memory), `memdevs` (its backends, by device), `plugged`: the options that make
-what was plugged since the start, and `values`: properties of the machine and of its first CPU as
-QEMU has them: all of the QEMU before, of the next those `in_doubt`.
+(devices.py), `objects` (devices with an id, by name: their types), `unnamed` (the devices without,
+as QEMU numbers these), `named` (the objects whose id is in the command line), `backends` (of
+memory, by name: their bytes), `cpus` (the place of each CPU), `cpu` (the model and the features of
+the first CPU), `cpu_set` (what -cpu sets beside), `set` (by -machine and -global), `tables` (the
+words of -smbios and the like), `smp` and `size` (the topology, the room for memory), `words` (of
+-cpu and -smp), `uuid`, `generation` (the id of a vmgenid device), `memory` (plugged memory),
+`memdevs` (its backends, by device), `plugged`: the options that make what was plugged since the
+start, and `values`: properties of the machine and of its first CPU as QEMU has them: all of the
+QEMU before, of the next those `in_doubt`.
 """
 
 from __future__ import annotations

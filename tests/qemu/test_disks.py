@@ -145,7 +145,7 @@ DRIFTED = {
 def test_a_drive_that_is_no_more_what_its_words_make(row: str) -> None:
     seen, named = DRIFTED[row]
     command = Command(["kvm", *WORDS.split(" ")])
-    machine = {"plugged": [], "objects": {"d1": "", "d2": "", "d3": ""}}
+    machine = {"plugged": [], "objects": {"d1": "", "d2": "", "d3": ""}, "unnamed": []}
     said = drift.differences(Inventory("", [seen], machine), command)
     assert len(said) == bool(named), said
     assert all(named in line for line in said)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cprd.qemu.command import Command
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
 from tests.qemu.test_check import boot, check, replaced
@@ -183,8 +184,9 @@ def test_limits_that_were_set_since_the_start_are_named(vm: Machine) -> None:
 
 def test_what_was_plugged_is_named_with_its_words(make_machine: MakeMachine) -> None:
     vm = make_machine(
-        *("-m", "128M,slots=2,maxmem=1G", "-device", "qemu-xhci,id=xhci"),
+        *("-m", "128M,slots=2,maxmem=1G", "-device", "qemu-xhci,id=xhci,p2=8"),
         *("-smp", "1,maxcpus=2", "-device", "usb-tablet,id=cold0,bus=xhci.0"),
+        *("-device", "pcie-root-port,id=port0,chassis=1", "-device", "usb-mouse,bus=xhci.0,port=4"),
     )
     vm.start()
     vm.goes_on()
@@ -196,17 +198,30 @@ def test_what_was_plugged_is_named_with_its_words(make_machine: MakeMachine) -> 
     slots = vm.execute("query-hotpluggable-cpus")
     free = next(row for row in slots if "qom-path" not in row)
     vm.execute("device_add", driver=free["type"], id="hot2", **{**place, **free["props"]})
+    image = vm.place / "hot.raw"
+    image.write_bytes(bytes(1 << 20))
+    vm.execute("blockdev-add", driver="file", filename=str(image), **{"node-name": "hotdisk"})
+    vm.execute("device_add", driver="usb-storage", id="hot3", bus="xhci.0", drive="hotdisk")
+    vm.execute("netdev_add", type="user", id="hotnet")
+    net = {"driver": "virtio-net-pci", "netdev": "hotnet", "mrg_rxbuf": False}
+    vm.execute("device_add", id="hot4", bus="port0", **net)
+    vm.execute("object-add", id="unused", **{"qom-type": "iothread"})  # no guest sees that
     vm.execute("device_del", id="cold0")
+    unnamed = vm.execute("qom-list", path="/machine/peripheral-anon")
+    mouse = next(row["name"] for row in unnamed if "usb-mouse" in row["type"])
+    vm.execute("device_del", id=f"/machine/peripheral-anon/{mouse}")
     vm.until(lambda: "cold0" not in str(vm.execute("qom-list", path="/machine/peripheral")), "gone")
     status, lines = check(vm)
     assert status == 1
+    assert "a device without an id was unplugged" in " ".join(lines)
     words = [line.partition("COMMAND needs ")[2] for line in lines if "COMMAND needs " in line]
-    assert [name for name in ("hotmem", "hot0", "hot1", "hot2") if name in " ".join(words)] == [
-        *("hotmem", "hot0", "hot1", "hot2")
-    ]
+    ids = Command(["kvm", *(word for option in words for word in option.split(" "))]).ids()
+    assert ids == {"hotmem", "hotdisk", "hotnet", *(f"hot{number}" for number in range(5))}
+    assert "mrg_rxbuf=false" in " ".join(words)
     assert "'cold0' was unplugged" in " ".join(lines)
     at = vm.command.index("usb-tablet,id=cold0,bus=xhci.0")
-    right = [*vm.command[: at - 1], *vm.command[at + 1 :]]
+    assert vm.command[at + 4] == "usb-mouse,bus=xhci.0,port=4"
+    right = [*vm.command[: at - 1], *vm.command[at + 1 : at + 3], *vm.command[at + 5 :]]
     for option in words:
         right += option.split(" ")
     refuses(vm, vm.command, "hot0", "hot1", "hot2", "hotmem", by="upgrade")
