@@ -355,8 +355,7 @@ def _by_name(
     if not count:
         return names, False
     # A server's state has some keys, and then a name with many: nothing is taken apart for those.
-    last = joined.rpartition(b"\0")[2]
-    first = count - _repeats(joined, last, count)
+    last, first, _ = tail(joined)
     head = joined[: len(joined) - (len(last) + 1) * (count - first)]
     texts = head.decode("utf-8", "surrogateescape").split("\0") if first else []
     before, mixed = "", False
@@ -380,17 +379,16 @@ def _by_name(
     return names, mixed
 
 
-def _repeats(joined: bytes, last: bytes, most: int) -> int:
-    """How often `joined` repeats its last name, at its end: some 14 comparisons for 10,000."""
-    one, whole = b"\0" + last, b"\0" + joined
-    low, high = 1, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if whole.endswith(one * middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def tail(joined: bytes) -> tuple[bytes, int, int]:
+    """The last name; how many names come before the first of those that end `joined` and are all
+    like the last; how many these are (1 where the last name also stands before another)."""
+    last = joined.rpartition(b"\0")[2]
+    one, whole = last + b"\0", joined + b"\0"
+    at = 0 if whole.startswith(one) else whole.find(b"\0" + one) + 1
+    times, rest = divmod(len(whole) - at, len(one))
+    if rest or whole[at:] != one * times:
+        at, times = len(whole) - len(one), 1
+    return last, whole.count(b"\0", 0, at), times
 
 
 def _bytes(text: str) -> bytes:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cprd import InvalidInput, LimitExceeded, State
 from cprd.bundle.unpack import unpack
 from cprd.linux.rights import close_all
+from cprd.state.descriptors import tail
 from tests.support.bundles import pack
 from tests.support.descriptors import open_fds
 from tests.support.eventfds import full_table, opened
@@ -43,6 +44,17 @@ def as_they_travel(state: State) -> list[tuple[str, int]]:
     assert len(fds) == len(ids)
     texts = names.decode("utf-8", "surrogateescape").split("\0") if names else []
     return [*zip(texts, ids, strict=True)]
+
+
+@given(st.lists(st.sampled_from([b"", b"a", b"ba", b"b"]), min_size=1, max_size=9))
+def test_the_tail_of_names_is_all_that_are_like_the_last_or_the_last_alone(
+    names: list[bytes],
+) -> None:
+    last, before, times = tail(b"\0".join(names))
+    first = names.index(last)
+    assert last == names[-1]
+    assert before + times == len(names)
+    assert before == (first if set(names[first:]) == {last} else len(names) - 1)
 
 
 # Many at once
