@@ -161,7 +161,8 @@ class Descriptors:
     ) -> None:
         """Add many descriptors under one name: a mapping of ids, or pairs (id, fd).
 
-        As save_fd for each, in one step: an error adds nothing. 10,000 numbers take 0.3 ms."""
+        As save_fd for each, in one step: an error adds nothing. 10,000 numbers take 0.4 ms, sockets
+        1 ms."""
         new, ids = _checked(name, fds)
         # The columns that the checks make serve save(); never made anew for few more keys.
         before = None if self._owned or self.fd_count > len(new) else self.columns()
@@ -176,8 +177,7 @@ class Descriptors:
             numbers = _copies(name, numbers)
             self._asked.update((name, id) for id in numbers)
         elif numbers is not new:
-            kept = {id: fd for id, fd in new.items() if not isinstance(fd, int)}
-            self._keep[name] = {**self._keep.get(name, {}), **kept}
+            self._keep.setdefault(name, {}).update(new)
         if numbers:
             self._append(name, numbers)
             if before is not None:
@@ -432,18 +432,30 @@ def _checked(
 
 def _numbers(name: str, new: dict[int, int | HasFileno]) -> tuple[dict[int, int], array[int]]:
     """The numbers of the descriptors, by id, and alone: `new` itself where all are numbers."""
+    column = _open_column(new)
+    if column is not None:
+        return new, column  # type: ignore[return-value]
+    sockets = sys.modules.get("socket")
+    if sockets is not None and {*map(type, new.values())} == {sockets.socket}:
+        # None speaks TLS: those are of another class. A third of the time of number_of.
+        numbers = dict(zip(new, map(sockets.socket.fileno, new.values()), strict=True))
+    else:
+        numbers = {id: fd if isinstance(fd, int) else number_of(fd) for id, fd in new.items()}
+    column = _open_column(numbers)
+    if column is None:
+        raise next(
+            _refused(name, id, number) for id, number in numbers.items() if not 0 <= number < _I32
+        )
+    return numbers, column
+
+
+def _open_column(numbers: dict[int, Any]) -> array[int] | None:
+    """The numbers alone; None unless all may be numbers of open descriptors."""
     try:
-        column = _column(new.values(), len(new))  # type: ignore[arg-type]
-        if column.tobytes()[_HIGHEST::4].isascii():  # none is negative
-            return new, column  # type: ignore[return-value]
+        column = _column(numbers.values(), len(numbers))
     except (TypeError, struct.error):
-        pass
-    numbers = {}
-    for id, fd in new.items():
-        numbers[id] = number = fd if isinstance(fd, int) else number_of(fd)
-        if not 0 <= number < _I32:
-            raise _refused(name, id, number)
-    return numbers, _column(numbers.values(), len(new))
+        return None
+    return column if column.tobytes()[_HIGHEST::4].isascii() else None  # none is negative
 
 
 def _copies(name: str, numbers: dict[int, int]) -> dict[int, int]:

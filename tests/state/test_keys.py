@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -116,6 +117,8 @@ def test_objects_stay_alive_until_each_is_let_go() -> None:
     assert open_fds() == before
 
 
+CLOSED = socket.socket()
+CLOSED.close()
 BAD: list[tuple[Any, str]] = [
     ({1: 0, 5: 0}, r"\('a', 5\) is used already"),
     ([(1, 0), (2, 0), (1, 1)], r"\('a', 1\) is used already"),
@@ -125,6 +128,7 @@ BAD: list[tuple[Any, str]] = [
     ({1: 0, None: 0}, r"key \('a', None\)"),
     ({1: 0, 2: object()}, "has no descriptor"),
     ({1: 0, 2: -1}, r"fd -1 of \('a', 2\)"),
+    ({1: CLOSED, 2: CLOSED}, r"fd -1 of \('a', 1\)"),
     ({1: 0, 2: 1 << 31}, r"fd 2147483648 of \('a', 2\)"),
     ([1, 2], "wants ids with their descriptors"),
     ([(1, 2, 3)], "wants ids with their descriptors"),
@@ -148,6 +152,16 @@ def test_what_save_fds_refuses_changes_nothing(fds: Any, why: str, owned: bool) 
         with pytest.raises(InvalidInput, match="name"):
             state.save_fds(name, {1: 0})  # type: ignore[arg-type]
     state.close()
+
+
+def test_save_fds_refuses_tls_beside_plain_sockets() -> None:
+    state, context = State(), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    with socket.socket() as plain, context.wrap_socket(socket.socket(), server_hostname="a") as tls:
+        for many in ({1: tls}, {1: plain, 2: tls}):
+            with pytest.raises(InvalidInput, match="speaks TLS"):
+                state.save_fds("a", many)
+        state.save_fds("a", {1: plain})
+    assert keys(state) == [("a", 1)]
 
 
 def test_save_fds_of_a_loaded_state_copies_all_or_nothing() -> None:
