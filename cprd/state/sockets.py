@@ -14,18 +14,18 @@ def as_sockets(
 
     Raises InvalidInput for a descriptor that is no such socket; `group` is as before then. After an
     interrupt `group` lacks at most the descriptor whose owner nobody can tell."""
-    known = (-1, -1, -1)  # family, type and protocol: for the kernel to tell
+    known_family = known_type = proto = -1  # for the kernel to tell
     fds, made = dict(group), dict[int, socket]()
     id: int | None = None
     fd = -1
     try:
         group.clear()
         for id, fd in fds.items():
-            made[id] = sock = socket(*known, fd)
-            if known[0] == -1:
+            made[id] = sock = socket(known_family, known_type, proto, fd)
+            if proto < 0:
                 _check(name, id, sock, family, type)
                 if family is not None and type is not None:
-                    known = (sock.family, sock.type, sock.proto)
+                    known_family, known_type, proto = sock.family, sock.type, sock.proto
         for sock in made.values():
             sock.setblocking(blocking)
     except BaseException as error:

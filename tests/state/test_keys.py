@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from cprd import InvalidInput, LimitExceeded, State
 from cprd.bundle.unpack import unpack
 from cprd.linux.rights import close_all
+from cprd.state.descriptors import tail
 from tests.support.bundles import pack
 from tests.support.descriptors import open_fds
 from tests.support.eventfds import full_table, opened
@@ -43,6 +45,17 @@ def as_they_travel(state: State) -> list[tuple[str, int]]:
     assert len(fds) == len(ids)
     texts = names.decode("utf-8", "surrogateescape").split("\0") if names else []
     return [*zip(texts, ids, strict=True)]
+
+
+@given(st.lists(st.sampled_from([b"", b"a", b"ba", b"b"]), min_size=1, max_size=9))
+def test_the_tail_of_names_is_all_that_are_like_the_last_or_the_last_alone(
+    names: list[bytes],
+) -> None:
+    last, before, times = tail(b"\0".join(names))
+    first = names.index(last)
+    assert last == names[-1]
+    assert before + times == len(names)
+    assert before == (first if set(names[first:]) == {last} else len(names) - 1)
 
 
 # Many at once
@@ -104,6 +117,8 @@ def test_objects_stay_alive_until_each_is_let_go() -> None:
     assert open_fds() == before
 
 
+CLOSED = socket.socket()
+CLOSED.close()
 BAD: list[tuple[Any, str]] = [
     ({1: 0, 5: 0}, r"\('a', 5\) is used already"),
     ([(1, 0), (2, 0), (1, 1)], r"\('a', 1\) is used already"),
@@ -113,6 +128,7 @@ BAD: list[tuple[Any, str]] = [
     ({1: 0, None: 0}, r"key \('a', None\)"),
     ({1: 0, 2: object()}, "has no descriptor"),
     ({1: 0, 2: -1}, r"fd -1 of \('a', 2\)"),
+    ({1: CLOSED, 2: CLOSED}, r"fd -1 of \('a', 1\)"),
     ({1: 0, 2: 1 << 31}, r"fd 2147483648 of \('a', 2\)"),
     ([1, 2], "wants ids with their descriptors"),
     ([(1, 2, 3)], "wants ids with their descriptors"),
@@ -136,6 +152,16 @@ def test_what_save_fds_refuses_changes_nothing(fds: Any, why: str, owned: bool) 
         with pytest.raises(InvalidInput, match="name"):
             state.save_fds(name, {1: 0})  # type: ignore[arg-type]
     state.close()
+
+
+def test_save_fds_refuses_tls_beside_plain_sockets() -> None:
+    state, context = State(), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    with socket.socket() as plain, context.wrap_socket(socket.socket(), server_hostname="a") as tls:
+        for many in ({1: tls}, {1: plain, 2: tls}):
+            with pytest.raises(InvalidInput, match="speaks TLS"):
+                state.save_fds("a", many)
+        state.save_fds("a", {1: plain})
+    assert keys(state) == [("a", 1)]
 
 
 def test_save_fds_of_a_loaded_state_copies_all_or_nothing() -> None:
