@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import checkout, signals
 from tests.support.daemon import DaemonProcess, Shared
@@ -32,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
         checkout.compile_for_children()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16), hard))
+    # An example is bounded by its test; 0.2 s of its own would bound the other load of the machine.
+    settings.register_profile("cprd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("cprd")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -305,8 +305,8 @@ def _close(state: State, held: list[Held], made: Plan) -> None:
         note(f"cprctl: the held listener {each.facts} is closed{lost}: {why}")
         path = each.facts.path
         if os.path.isabs(path) and leads_to(path, each.fd, each.facts):
-            file = os.stat(path)
-            if not others_with([each.facts.inode]):
+            file = os.stat(path)  # which stays where anybody serves: the search ends nowhere early
+            if not others_with([each.facts.inode], most=float("inf")):
                 remove(path, file.st_dev, file.st_ino)
         state.delete_fd(*each.key)
 

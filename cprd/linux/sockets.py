@@ -253,21 +253,20 @@ def _datagram_bytes(fd: int) -> int:
 # -- processes -----------------------------------------------------------------------------------
 
 
-def others_with(inodes: Iterable[int], *, patience: float = 0.3) -> dict[int, str]:
-    """Other processes with a socket of `inodes` open: pid -> name. Looks for at most `patience`
-    seconds, and only where /proc allows."""
+def others_with(inodes: Iterable[int], *, most: float = 0.3) -> dict[int, str]:
+    """Other processes with a socket of `inodes` open: pid -> name. The search begins with the
+    newest process, takes at most `most` seconds of CPU time, so that other load cuts nothing off,
+    and sees what /proc allows."""
     links = {f"socket:[{inode}]" for inode in inodes}
-    end = time.monotonic() + patience
+    end = time.thread_time() + most
     found = {}
     mine = _file("/proc/self/cmdline")  # our own children look at what is held, and close it
-    for entry in os.listdir("/proc") if links else ():
-        if not entry.isdigit() or int(entry) == os.getpid():
-            continue
-        if time.monotonic() > end:
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()] if links else []
+    for pid in sorted(pids, reverse=True):
+        if time.thread_time() > end:
             break
-        if _has_open(int(entry), links) and _file(f"/proc/{entry}/cmdline") != mine:
-            name = _file(f"/proc/{entry}/comm").decode("utf-8", "replace").strip()
-            found[int(entry)] = name
+        if pid != os.getpid() and _has_open(pid, links) and _file(f"/proc/{pid}/cmdline") != mine:
+            found[pid] = _file(f"/proc/{pid}/comm").decode("utf-8", "replace").strip()
     return found
 
 

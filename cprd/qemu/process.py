@@ -208,7 +208,7 @@ def output_of(process: Process, which: int) -> int:
     (another uid, ptrace_scope), the answer is our own output, or /dev/null instead of a pipe."""
     fd = -1
     with identity.wholly():
-        guard = _guard_of(process) if which == 2 else None
+        guard = guard_of(process) if which == 2 else None
         if guard is not None:
             fd = _getfd(guard.pidfd, 1)
             guard.close()
@@ -224,9 +224,9 @@ def output_of(process: Process, which: int) -> int:
     return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
-def _guard_of(process: Process) -> Process | None:
-    """The guard that the environment of a process names, if the kernel agrees: a process of the
-    same uid that reads the pipe at the stderr of the first."""
+def guard_of(process: Process) -> Process | None:
+    """The guard (the caller's) that the environment of a process names, if the kernel agrees: a
+    process of the same uid that reads the pipe at the stderr of the first."""
     found = _named_guard(process)
     if found is None:
         return None

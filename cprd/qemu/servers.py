@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from cprd.qemu.disks import Drive
     from cprd.qemu.monitor import Monitor
 
-_LOOK = 0.3  # s for a look at the processes that may have the other end
-
 
 class Server(NamedTuple):
     """`path`: as bound; `file`: (device, inode) of that; `listens`: whether somebody listens there;
@@ -89,7 +87,7 @@ def connected(pid: int) -> list[Server] | None:
         client = mine.get(there.peer)
         if client is None or client.path or not there.path or there.kind != socket.SOCK_STREAM:
             continue
-        named = others_with([there.inode], patience=_LOOK)
+        named = others_with([there.inode])
         who = ", ".join(f"{name}, pid {pid}" for pid, name in named.items())
         same = [it for it in every if (it.path, it.file) == (there.path, there.file)]
         found.append(_server(there.path, there.file, same, who))

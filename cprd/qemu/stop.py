@@ -14,13 +14,14 @@ from cprd.linux import identity
 from cprd.qemu import signals
 from cprd.qemu.errors import Failed, InDoubt, MonitorBusy, NoListener, one_line
 from cprd.qemu.monitor import Monitor, event_is, socket_path
-from cprd.qemu.process import Process
+from cprd.qemu.process import Process, guard_of
 from cprd.qemu.signals import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _ENDED = ("shutdown", "guest-panicked", "internal-error")
+_PASSED_ON = 5.0  # s for a guard to pass on QEMU's last words; nobody may read them
 _RESTARTED = 3.0  # s for cprd's socket to come back: it may be restarted together with us
 
 
@@ -28,9 +29,34 @@ def stop(qmp: str, save: Callable[[], str], *, powerdown: float, down_marker: st
     """Save, or shut the guest of the QEMU at `qmp` down. Returns a line for people. `save` puts the
     guest into a hold; `powerdown`: seconds for the guest to shut down; `down_marker`: a path that
     exists when the machine goes down for good. Raises when the guest neither is held nor has
-    ended."""
+    ended.
+
+    The guard of the QEMU has ended as well: systemd refuses to start the next QEMU (SendSIGKILL=no)
+    beside any process of the unit."""
+    guards: list[Process] = []
+    try:
+        said = _stop(qmp, save, powerdown, down_marker, guards)
+        for guard in guards:
+            guard.wait(_PASSED_ON)
+        return said
+    finally:
+        for guard in guards:
+            guard.close()
+
+
+def _stop(
+    qmp: str,
+    save: Callable[[], str],
+    powerdown: float,
+    down_marker: str,
+    guards: list[Process],
+) -> str:
+    """As `stop`; the guard of the QEMU goes into `guards`, and is the caller's."""
     try:
         with _connected(qmp) as monitor:
+            guard = guard_of(monitor.process) if monitor.process is not None else None
+            if guard is not None:
+                guards.append(guard)
             if monitor.status() in _ENDED:
                 monitor.end()
                 return "the guest had ended; its QEMU has quit"

@@ -112,7 +112,7 @@ values_of_sections = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     keys=st.lists(st.tuples(names, st.integers(-(1 << 31), (1 << 31) - 1)), unique=True),
     sections=st.dictionaries(names, values_of_sections, max_size=4),

@@ -407,6 +407,8 @@ def test_a_command_that_goes_into_the_background_is_noticed(daemon: DaemonProces
     done = cprctl(daemon, *hide)
     sleeper = int(done.stdout)
     try:
+        comm = Path(f"/proc/{sleeper}/comm")
+        until(lambda: comm.read_text() == "sleep\n", comm.read_text)  # still the shell until then
         _, _, said = run(daemon, address)
         assert f"pid {sleeper} (sleep)" in said
         assert "foreground" in said

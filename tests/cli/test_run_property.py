@@ -476,7 +476,7 @@ PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 
 
 @given(example=examples())
-@settings(max_examples=60, deadline=None, suppress_health_check=QUIET, phases=PHASES)
+@settings(max_examples=60, suppress_health_check=QUIET, phases=PHASES)
 def test_what_is_asked_for_is_reachable_and_nothing_else(
     one_daemon: DaemonProcess, make_elsewhere: Make, example: tuple[list[HeldSpec], list[Asked]]
 ) -> None:
@@ -488,7 +488,7 @@ def test_what_is_asked_for_is_reachable_and_nothing_else(
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @given(example=examples())
-@settings(max_examples=2000, deadline=None, suppress_health_check=QUIET, phases=PHASES)
+@settings(max_examples=2000, suppress_health_check=QUIET, phases=PHASES)
 def test_what_is_asked_for_is_reachable_and_nothing_else_at_length(
     one_daemon: DaemonProcess, make_elsewhere: Make, example: tuple[list[HeldSpec], list[Asked]]
 ) -> None:

@@ -23,6 +23,7 @@ import cprd.trio
 from cprd import Busy, Fenced, InvalidInput, MissingKey, State
 from cprd.daemon.counting import MOMENT
 from cprd.linux.rights import close_all
+from tests.daemon.test_sweep import stops
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 from tests.support.eventfds import opened, values
@@ -765,7 +766,7 @@ async def test_letting_go_of_a_lingering_socket_blocks_no_loop(daemon: DaemonPro
     peer, mine = pair()
     with peer:
         async with cprd.trio.live("chat", daemon.path) as state:
-            mine.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3))
+            mine.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
             mine.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 while True:
@@ -774,7 +775,7 @@ async def test_letting_go_of_a_lingering_socket_blocks_no_loop(daemon: DaemonPro
             mine.close()  # before delete_fd, which is now the last close, and waits for the peer
             began = time.monotonic()
             state.delete_fd("client", 7)
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < patience(1)
             state["other"] = 1
             assert state.fd_keys() == []
             while peer.recv(1 << 20):
@@ -1048,6 +1049,7 @@ def test_an_interrupted_or_late_confirm_can_be_repeated(
             with pytest.raises(cprd.Timeout):
                 state.confirm(timeout=0.2)
             assert not state.confirmed
+            stops(daemon.pid)  # which may come after the timeout, too
             os.kill(daemon.pid, signal.SIGCONT)
             state.confirm()
             assert state.confirmed

@@ -183,7 +183,7 @@ def test_a_part_deep_in_the_tree_that_was_received_is_found_by_who_reads(
 
 def test_a_death_after_begin_leaves_doubt(daemon: DaemonProcess) -> None:
     with daemon.connect() as connection, goods("x") as cargo:
-        connection.save("web", cargo.state(), ttl=0.1)
+        connection.save("web", cargo.state(), ttl=patience(0.3))  # after the claim
         with Child(claims, daemon.path) as claimant:
             claimant.hear()
             claimant.say("begin")
@@ -335,10 +335,11 @@ def test_a_request_while_one_waits_ends_the_wait_with_a_reason(daemon: DaemonPro
 
 
 def test_a_ttl_ends_a_hold_and_stands_still_while_it_is_claimed(daemon: DaemonProcess) -> None:
+    ttl = patience(0.3)  # the claim has to come before the end
     with daemon.connect() as connection:
-        connection.save("web", empty(), ttl=0.3)
+        connection.save("web", empty(), ttl=ttl)
         claim = connection.load("web")
-        rest(0.4)  # what must not happen meanwhile has no event
+        rest(ttl + 0.1)  # what must not happen meanwhile has no event
         assert the_row(connection)["phase"] == "claimed"
         claim.reject("later")
         claim.close()

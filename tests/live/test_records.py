@@ -113,7 +113,6 @@ ENTRY: st.SearchStrategy[Entry] = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(ENTRY, max_size=40), st.integers(1, (1 << 64) - 1), BIRTH, BIRTH)
 def test_what_is_encoded_is_decoded(
     entries: list[Entry], hold: int, seq: int, ordinal: int
@@ -126,7 +125,7 @@ def test_what_is_encoded_is_decoded(
     assert ordinal_of(data) == ordinal
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from([made for made, _ in VECTORS.values()]), st.data())
 def test_spoilt_records_are_damaged_or_still_records(data: bytes, draw: st.DataObject) -> None:
     """No other exception comes of any bytes, and nothing grows beyond them."""

@@ -795,7 +795,6 @@ def test_ten_thousand_steps_of_the_life_cycle_agree_with_the_model(
         settings=hypothesis.settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
-            deadline=None,
             derandomize=True,
             database=None,
             report_multiple_bugs=False,

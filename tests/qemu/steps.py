@@ -7,8 +7,10 @@ import os
 import select
 import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
+from cprd.qemu.process import Process
 from tests.qemu.machine import Machine
 from tests.support.patience import PATIENCE
 
@@ -73,3 +75,12 @@ class Standing:
     def end(self) -> tuple[int, str]:
         _, said = self.process.communicate(timeout=2 * PATIENCE)
         return self.process.returncode, said
+
+
+def guard_named_by(qemu: int) -> Process:
+    """The guard that reads the stderr of a QEMU; the caller's."""
+    environment = Path(f"/proc/{qemu}/environ").read_bytes().split(b"\0")
+    (mark,) = (entry for entry in environment if entry.startswith(b"CPRD_GUARD="))
+    guard = Process.open(int(mark.partition(b"=")[2].partition(b":")[0]))
+    assert guard is not None
+    return guard

@@ -19,7 +19,7 @@ from cprd.qemu.process import Process
 from cprd.qemu.sockets import SharedPaths, mend
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
-from tests.qemu.steps import rows
+from tests.qemu.steps import guard_named_by, rows
 from tests.support.patience import PATIENCE
 
 
@@ -216,10 +216,7 @@ def test_the_new_qemu_ends_while_the_old_one_still_lives(vm: Machine) -> None:
 
 
 def _kill_guard(qemu: int) -> None:
-    environment = Path(f"/proc/{qemu}/environ").read_bytes().split(b"\0")
-    (mark,) = (entry for entry in environment if entry.startswith(b"CPRD_GUARD="))
-    guard = Process.open(int(mark.partition(b"=")[2].partition(b":")[0]))
-    assert guard is not None
+    guard = guard_named_by(qemu)
     guard.kill()
     assert guard.wait(PATIENCE)
     guard.close()

@@ -4,19 +4,41 @@ that it can neither save nor shut down."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 
 import pytest
 
+from cprd.qemu.process import command_line
 from tests.qemu.machine import Machine
-from tests.qemu.steps import Standing, kill, rows, words
+from tests.qemu.steps import Standing, guard_named_by, kill, rows, words
 from tests.support.daemon import DaemonProcess
 from tests.support.others import USER, python_and_path
+from tests.support.patience import PATIENCE, rest
 
 
 def stop(vm: Machine, qmp: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     wait = ("--powerdown-timeout", "2")
     return vm.cprctl("qemu", "stop", vm.name, "--qmp", qmp or vm.qmp, *wait, env=env)
+
+
+def test_it_ends_after_the_guard_that_reads_the_stderr_of_qemu(vm: Machine) -> None:
+    """Beside which systemd, told SendSIGKILL=no, would start no other QEMU."""
+    assert vm.upgrade(vm.qmp, vm.command).returncode == 0
+    (qemu,) = vm.alive()
+    guard = guard_named_by(qemu)
+    vm.until(lambda: command_line(guard.pid) == ["cat"], "the guard as cat")
+    os.kill(guard.pid, signal.SIGSTOP)
+    process = vm.popen("qemu", "stop", vm.name, "--qmp", vm.qmp)
+    try:
+        vm.until(lambda: not vm.alive(), "the end of QEMU")
+        rest(0.3)  # in which it must not end
+        assert process.poll() is None
+    finally:
+        os.kill(guard.pid, signal.SIGCONT)
+    assert process.wait(PATIENCE) == 0, vm.said()
+    assert guard.ended()
+    guard.close()
 
 
 def test_its_monitor_is_not_for_us(vm: Machine) -> None:

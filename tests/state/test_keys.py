@@ -264,7 +264,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(operations)
 def test_any_order_of_verbs_is_that_of_a_list(steps: list[tuple[Any, ...]]) -> None:
     """The descriptor of each key is standard input; a loaded state's are copies."""
