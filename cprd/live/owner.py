@@ -6,6 +6,7 @@ descriptor is installed. A forked child has no part in the hold. Once fenced, al
 
 from __future__ import annotations
 
+import _socket as socket  # as in queue
 import errno
 import os
 import threading
@@ -17,6 +18,7 @@ from os import getpid
 from sys import _getframe
 
 from cprd.errors import CprdError, Fenced, InvalidInput, LimitExceeded, MissingKey
+from cprd.linux.processes import here
 from cprd.linux.rights import close_all
 from cprd.live import puts as make
 from cprd.live.memory import Memory, check_size, make_memfd
@@ -30,7 +32,6 @@ from cprd.state.descriptors import number_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import _socket as socket
     from types import FrameType
     from typing import Any
 
@@ -74,7 +75,9 @@ class Owner:
         self._inherited: dict[str, int] = {}  # memfds of a predecessor's memory, not mapped yet
         self._pid = os.getpid()
         self._over: CprdError | None = None
-        self._changing: FrameType | None = None
+        self._changing: FrameType | Key | None = (
+            None  # of the verb that runs: a frame, save_fd's key
+        )
         _owners.add(self)
         if begin:
             self._act(self._writer.write_root)
@@ -87,16 +90,17 @@ class Owner:
         Raises InvalidInput for a key in use unless `replace`, a bad name or id, or what cannot be
         passed to another process."""
         key = make.fd_key(name, id)
-        number = fd if type(fd) is int else number_of(fd)
-        if getpid() != self._pid:
-            raise _forked()
+        plain = type(fd) is int or type(fd).__base__ is socket.SocketType
+        thing: Any = fd if plain else number_of(fd)
+        if here[0] != self._pid:
+            self._refuse_child()
         with self._lock:  # as _act, in less time
             if self._over is not None or self._changing is not None:
                 self._refuse()
             try:
-                self._changing = _getframe()
-                if not self._quick.save_fd(key, number):
-                    self._save_fd(key, number, replace)
+                self._changing = key
+                if not self._quick.save_fd(key, thing):
+                    self._save_fd(key, number_of(thing), replace)
             except (Fenced, OSError) as error:
                 raise self._failed(error) from None
             finally:
@@ -329,8 +333,8 @@ class Owner:
 
     def _act(self, step: Any, *arguments: Any) -> None:
         """Take one step of the writer, alone."""
-        if getpid() != self._pid:
-            raise _forked()
+        if here[0] != self._pid:
+            self._refuse_child()
         with self._lock:
             if self._over is not None or self._changing is not None:
                 self._refuse()
@@ -341,6 +345,12 @@ class Owner:
                 raise self._failed(error) from None
             finally:
                 self._changing = None
+
+    def _refuse_child(self) -> None:
+        """Raise in a forked child, which a C library may have forked."""
+        if getpid() != self._pid:
+            raise _forked()
+        here[0] = self._pid
 
     def _refuse(self) -> None:
         """Raise, but for a change that an interrupt ended."""
@@ -505,16 +515,18 @@ def _explained(error: OSError) -> CprdError:
     return LimitExceeded(f"cannot keep the descriptors: {error.strerror}; nothing was changed")
 
 
-def runs(frame: FrameType) -> bool:
-    """Whether a frame is among the callers of this one; an interrupt may have left it noted."""
+def runs(mark: FrameType | Key) -> bool:
+    """Whether a verb is among the callers of this call, by a frame, or by the key of a save_fd; an
+    interrupt may have left the mark."""
     caller: FrameType | None = _getframe()
     while caller is not None:
-        if caller is frame:
+        if caller is mark or (caller.f_code is _SAVE_FD and caller.f_locals.get("key") is mark):
             return True
         caller = caller.f_back
     return False
 
 
+_SAVE_FD = Owner.save_fd.__code__
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 _held: list[Owner] = []
 

@@ -2,6 +2,9 @@
 
 What is done here is what the writer does, in fewer calls: half of the time of such a change would
 be spent on calls. Whatever is not so simple is left to the writer.
+
+Descriptors come in runs: whether a segment takes a further key is found out for several keys at
+once, and what such a run took is counted when the run ends. Every other change ends the run.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from cprd.live.queue import APPEND, LEAST, SMALL, cost
 from cprd.live.records import (
     BEGIN,
     CHANGE,
-    ENTRY,
     HEADER,
     LENGTH,
     MAGIC,
@@ -46,10 +48,12 @@ from cprd.live.segment import (
     Segment,
 )
 from cprd.live.shape import Shape
-from cprd.live.steps import Steps
+from cprd.live.steps import Pending, Steps
 
 _SOL = socket.SOL_SOCKET
 _RIGHTS = socket.SCM_RIGHTS
+_TYPE, _LINGER = socket.SO_TYPE, socket.SO_LINGER
+_ORDINARY = (socket.SOCK_STREAM, socket.SOCK_DGRAM)  # types of sockets that no hold has
 _FULL = ROOM - 512
 _SINGLE, _single = SINGLE.size, SINGLE.pack
 _SAVES = bytes([SAVE]) * 256
@@ -72,27 +76,74 @@ class Quick:
         self._steps = steps
         self._unfinished = steps.unfinished
         self._defers = defers
-        self._after = self._saved
+        self._segment: Segment | None = None  # of the run
+        self._left = 0  # keys that the run may still take
+        self._run: Pending | None = None
         self._fd = array("i", [0])
         self._with_fd = ((_SOL, _RIGHTS, self._fd),)
         self._limit = shape.keys
         self._begin = BEGIN.pack(MAGIC, VERSION, CHANGE, 0, steps.hold)
         self._records = shape.records
 
-    def save_fd(self, key: Key, fd: int) -> bool:
+    def save_fd(self, key: Key, fd: int | socket.SocketType) -> bool:
         """Keep a descriptor by one more record. False: not so simple, and nothing was done."""
         try:
-            found = fstat(fd)
+            if type(fd) is int:
+                found = fstat(fd)
+                kind = found.st_mode & FORMAT
+                if kind not in SHAREABLE or (
+                    kind == SOCKET
+                    and (found.st_ino in self._inodes or (self._defers and lingers(fd)))
+                ):
+                    return False
+            else:  # the kernel says as much in less time
+                if fd.getsockopt(_SOL, _TYPE) not in _ORDINARY or (  # type: ignore[union-attr]
+                    self._defers and fd.getsockopt(_SOL, _LINGER)  # type: ignore[union-attr]
+                ):
+                    return False
+                fd = fd.fileno()  # type: ignore[union-attr]
         except (OSError, OverflowError):
             return False
-        kind = found.st_mode & FORMAT
-        if kind not in SHAREABLE or (
-            kind == SOCKET and (found.st_ino in self._inodes or (self._defers and lingers(fd)))
-        ):
+        steps, where = self._steps, self._where
+        if key in where or steps.pending is not None:
             return False
-        steps, pool, where = self._steps, self._pool, self._where
-        if key in where or steps.pending is not None or self._dirty or self._unfinished:
-            return False
+        segment = self._segment
+        if not self._left or segment is None:
+            segment = self._begin_run(key)
+            if segment is None:
+                return False
+            if not self._left:
+                put = (SAVE, key, next(self._ledger.births), fd, b"", False, False)
+                return segment.plain and self._rewrite(segment, None, put)
+        name, birth, ordinal = key[1], next(self._ledger.births), segment.next
+        steps.seq = seq = steps.seq + 1
+        size = _SINGLE + len(name)
+        data = _single(self._begin, seq, ordinal, ONE_WITH_FD, size, SAVE, birth, key[2]) + name
+        self._fd[0] = fd
+        steps.pending = self._run
+        segment.keys[key] = SAVE, birth, b"", False
+        segment.records.append((ordinal, size, (key,)))
+        if pause.armed:
+            pause.point("live:send")
+        try:
+            segment.tx.sendmsg((data,), self._with_fd, APPEND)  # type: ignore[union-attr]
+        except OSError:
+            self._send_again(segment, key, data, fd)
+        if pause.armed:
+            pause.point("live:sent")
+        segment.next = ordinal + 1
+        where[key] = segment
+        self._left -= 1
+        steps.pending = None
+        return True
+
+    def _begin_run(self, key: Key) -> Segment | None:
+        """The segment for a descriptor, and how many keys it takes by one more record each: none
+        where one record for all is due."""
+        self.end_run()
+        pool = self._pool
+        if self._dirty or self._unfinished:
+            return None
         segment = pool.current
         if (
             segment is None
@@ -102,56 +153,48 @@ class Quick:
             or segment.size > _FULL
             or not 0 < len(segment.keys) < self._limit
         ):
-            segment = self._other(key)
+            put = (SAVE, key, 0, 0, b"", False, False)
+            segment = pool.for_shared([put], entry_size(key), None)
             if segment is None:
-                return False
-        name, birth = key[1], next(self._ledger.births)
-        keys, records = segment.keys, segment.records
-        count = len(keys) + 1
-        if len(records) >= self._records or (count >= self._limit and not segment.changes):
-            put = (SAVE, key, birth, fd, b"", False, False)
-            return segment.plain and self._rewrite(segment, None, put)
-        steps.seq = seq = steps.seq + 1
-        ordinal = segment.next
-        size = _SINGLE + len(name)
-        data = _single(self._begin, seq, ordinal, ONE_WITH_FD, size, SAVE, birth, key[2]) + name
-        sent = (ordinal, size, (key,))
-        self._fd[0] = fd
-        steps.pending = segment, sent, self._after, (segment, key, birth)
-        if pause.armed:
-            pause.point("live:send")
-        try:
-            segment.tx.sendmsg((data,), self._with_fd, APPEND)  # type: ignore[union-attr]
-        except OSError:
-            self._send(segment, data, (fd,))
-        if pause.armed:
-            pause.point("live:sent")
-        records.append(sent)
-        segment.spent += LEAST if size < SMALL else cost(size)
-        segment.next = ordinal + 1
-        segment.size += ENTRY + len(name)
-        keys[key] = SAVE, birth, b"", False
-        where[key] = segment
-        if segment.filed is pool.fuller:
-            segment.counted = count
-            pool.kept += 1
-        else:
-            pool.file(segment)
-        steps.pending = None
-        return True
-
-    def _other(self, key: Key) -> Segment | None:
-        """A segment for a descriptor that the current one does not take."""
-        segment = self._pool.for_shared(
-            [(SAVE, key, 0, 0, b"", False, False)], entry_size(key), None
-        )
-        if segment is not None and not segment.keys:
-            segment.use(SHARED)
+                return None
+            if not segment.keys:
+                segment.use(SHARED)
+        room = self._limit - len(segment.keys) - (not segment.changes)
+        left = min(room, self._records - len(segment.records), (ROOM - segment.size) // 512)
+        self._run = (segment, None, self._resume, (segment,))
+        self._segment = segment
+        self._left = min(left, 1) if pool.spreads else max(left, 0)
         return segment
 
-    def _saved(self, segment: Segment, key: Key, birth: int) -> None:
-        """What save_fd writes down, after an interrupt."""
-        self._appended(segment, (SAVE, key, birth, -1, b"", False, False))
+    def end_run(self) -> None:
+        """Count what the run took. To be said before anything else is changed."""
+        self._left = 0
+        segment = self._segment
+        if segment is not None:
+            self._steps.pending = self._run
+            segment.size = sum([entry_size(key, kept[2]) for key, kept in segment.keys.items()])
+            segment.spent = sum([cost(record[1]) for record in segment.records])
+            self._pool.file(segment)
+            self._segment = self._steps.pending = None
+
+    def _resume(self, segment: Segment) -> None:
+        """After an interrupt: of the key that came last the queue says whether it is kept."""
+        for key in [*segment.keys]:
+            if key not in self._where:
+                if segment.records and key in segment.records[-1][2]:
+                    self._where[key] = segment
+                else:
+                    segment.keys.pop(key)
+
+    def _send_again(self, segment: Segment, key: Key, data: bytes, fd: int) -> None:
+        """Once more: limits are raised, or the error explains."""
+        try:
+            segment.send(data, (fd,))
+        except Exception:
+            segment.keys.pop(key)
+            segment.records.pop()
+            self._steps.pending = None
+            raise
 
     def save_value(self, put: Put) -> bool:
         """As save_fd, of a section: a new value of the key, or a new key."""
@@ -184,7 +227,11 @@ class Quick:
         try:
             segment.tx.send(data, APPEND)
         except OSError:
-            self._send(segment, data, ())
+            try:
+                segment.send(data, ())
+            except Exception:
+                steps.pending = None
+                raise
         point("live:sent")
         segment.records.append(sent)
         segment.spent += LEAST if size < SMALL else cost(size)
@@ -192,14 +239,6 @@ class Quick:
         self._appended(segment, put)
         steps.pending = None
         return True
-
-    def _send(self, segment: Segment, data: bytes, fds: tuple[int, ...]) -> None:
-        """Once more: limits are raised, or the error explains."""
-        try:
-            segment.send(data, fds)
-        except Exception:
-            self._steps.pending = None
-            raise
 
     def _appended(self, segment: Segment, put: Put) -> None:
         """May be said twice."""
@@ -224,7 +263,12 @@ class Quick:
             or self._unfinished
         ):
             return False
-        return self._rewrite(segment, key, None)
+        if segment is self._segment or self._pool.spreads:
+            self.end_run()
+        left, self._left = self._left, 0  # an interrupt ends the run
+        done = self._rewrite(segment, key, None)
+        self._left = left
+        return done
 
     def _rewrite(self, segment: Segment, gone: Key | None, put: Put | None) -> bool:
         """One record for all that a segment keeps, one key less or more."""

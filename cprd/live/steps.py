@@ -26,6 +26,11 @@ Defer = Callable[[Callable[[], None]], object]
 """Runs a function, which may block, in another thread."""
 
 
+Pending = tuple[Queue, "Sent | None", Callable[..., None], tuple["Any", ...]]
+"""A queue, a record that may have been sent (None: the last that was written down), and the call
+that writes down what the record changed."""
+
+
 class Steps:
     """`unfinished`: queues with void records. `dropped`: segments out of the root, to be closed.
     `copies`: what is installed in this process for a moment."""
@@ -39,7 +44,7 @@ class Steps:
         self.copies = Copies()
         self.unfinished: dict[Queue, None] = {}
         self.dropped: list[Segment] = []
-        self.pending: tuple[Queue, Sent, Callable[..., None], tuple[Any, ...]] | None = None
+        self.pending: Pending | None = None
         self._lock = lock
         self._defer = defer
 
@@ -140,7 +145,7 @@ class Steps:
         self.copies.close()
         if self.pending is not None:
             queue, sent, apply, arguments = self.pending
-            if queue.resync(sent):
+            if queue.resync(sent) or sent is None:
                 apply(*arguments)
             self.ledger.pool.recount()
             self.pending = None

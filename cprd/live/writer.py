@@ -334,6 +334,7 @@ class Writer:
     def shrink(self) -> None:
         """Merge sparse segments, and take useless ones out of the root: as much in flight as the
         keys need. Limits are no error here."""
+        self.quick.end_run()
         try:
             segment = self.ledger.pool.sparse()
             if segment is not None:
@@ -376,5 +377,6 @@ class Writer:
         """Finish what an interrupt left, or a limit."""
         if not self.steps.idle:
             self.steps.finish()
+        self.quick.end_run()
         if self.ledger.dirty:
             self._tidy()

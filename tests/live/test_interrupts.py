@@ -133,6 +133,7 @@ Counts = tuple[int, int, bool, list[int]]
 
 def counted(owner: Owner) -> Counts:
     """What the pool and its segments say of keys, segments with keys, and bytes."""
+    owner._quick.end_run()  # what a run took is counted at the end
     pool = owner._ledger.pool
     return pool.kept, pool._filled, pool.spreads, [each.size for each in pool.segments.values()]
 

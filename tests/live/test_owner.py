@@ -3,6 +3,7 @@ away."""
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import random
@@ -296,6 +297,9 @@ def test_a_socket_of_the_hold_is_refused() -> None:
         for end in (root.kept, mine.rx.fileno(), mine.tx.fileno()):
             with pytest.raises(InvalidInput, match="live hold itself"):
                 owner.save_fd("b", 0, end)
+            with socket.socket(fileno=os.dup(end)) as sock:
+                with pytest.raises(InvalidInput, match="live hold itself"):
+                    owner.save_fd("b", 0, sock)
 
 
 def test_what_may_block_goes_to_another_thread() -> None:
@@ -375,6 +379,32 @@ def test_a_forked_child_has_no_part() -> None:
         assert os.pread(found.memories["m"], 1, 0) == b"\5"
         found.state.close()
         found.close()
+
+
+def test_a_child_that_a_c_library_forked_has_no_part() -> None:
+    """No code of Python runs at such a fork."""
+    libc = ctypes.PyDLL(None)
+    with owning() as (owner, _), eventfds(1) as (fd,), socket.socket() as sock:
+        owner.save_fd("a", 0, fd)
+        pid = libc.fork()
+        if pid == 0:
+            status = 1
+            try:
+                for thing in (fd, sock):
+                    with pytest.raises(InvalidInput, match="forked child"):
+                        owner.save_fd("a", 1, thing)
+                with pytest.raises(InvalidInput, match="forked child"):
+                    owner.delete_fd("a", 0)
+                with owning() as (other, _):  # of its own
+                    other.save_fd("a", 1, fd)
+                    other.save_fd("a", 2, sock)
+                    assert other.kept == 2
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        owner.save_fd("a", 1, fd)
+        assert owner.kept == 2
 
 
 def test_a_fork_while_changes_go_on_keeps_no_copy() -> None:
