@@ -39,7 +39,7 @@ static void once(cprd *old, cprd *new, const char *name, int fd)
     check(cprd_save(old, name, state, NULL, NULL));
     cprd_state_free(state);
     check(cprd_load(new, name, NULL, &claim));
-    int taken = cprd_take_fd(claim->state, "client", 7);
+    int taken = cprd_take_fd(cprd_claim_state(claim), "client", 7);
     check(cprd_confirm(claim));
     close(taken);
     cprd_claim_close(claim);

@@ -95,19 +95,23 @@ static uint32_t crc32(const unsigned char *data, size_t size) { /* zlib's */
     return ~crc;
 }
 
-static void print_state(const cprd_state *s) {
-    const struct cprd_item *item;
-    for (size_t n = 0; (item = cprd_item_at(s, n)); n++) {
+static void print_state(cprd_state *s) {
+    for (size_t n = 0; n < cprd_fd_count(s); n++) {
+        const char *name;
+        int32_t id;
         struct stat there = {0};
-        if (item->key.kind != CPRD_FD) continue;
-        fstat(item->fd, &there);
-        printf("fd %s %d %d %llu\n", item->key.name, item->key.id, item->fd,
-               (unsigned long long)there.st_ino);
+        int fd = cprd_fd_at(s, n, &name, &id);
+        fstat(fd, &there);
+        printf("fd %s %d %d %llu\n", name, id, fd, (unsigned long long)there.st_ino);
     }
-    for (size_t n = 0; (item = cprd_item_at(s, n)); n++)
-        if (item->key.kind == CPRD_SECTION)
-            printf("%s %s %zu %08x\n", item->packed ? "packed" : "raw", item->key.name, item->size,
-                   crc32(item->data, item->size));
+    for (size_t n = 0; n < cprd_section_count(s); n++) {
+        const char *key = cprd_section_key(s, n);
+        const void *data;
+        size_t size;
+        int packed;
+        if (cprd_section(s, key, &data, &size, &packed)) exit(failed());
+        printf("%s %s %zu %08x\n", packed ? "packed" : "raw", key, size, crc32(data, size));
+    }
     fflush(stdout);
 }
 
@@ -119,7 +123,7 @@ static int save(cprd *c, const char *name, const struct options *o) {
         cprd_prepared *p;
         rc = cprd_prepare(c, name, s, &o->save, &p);
         if (!rc) rc = o->abort ? cprd_abort(p) : cprd_commit(p, &saved);
-        cprd_claim_close(p);
+        cprd_prepared_free(p);
     } else if (!rc) rc = cprd_save(c, name, s, &o->save, &saved);
     if (rc) rc = failed();
     else if (!o->abort)
@@ -136,7 +140,7 @@ static int load(cprd *c, const char *name, const struct options *o) {
         cprd_state_free(next);
         return rc ? rc : failed();
     }
-    print_state(claim->state);
+    print_state(cprd_claim_state(claim));
     if (o->begin) rc = cprd_begin(claim, o->acting);
     if (!rc && !o->leave)
         rc = o->reject ? cprd_reject(claim, o->reject)
@@ -253,8 +257,10 @@ static int live(cprd *c, const char *name, const struct options *o) {
 
 static int own(int tx, int rx, uint64_t hold, int take) {
     cprd_live *l;
-    if (cprd_live_begin(take, tx, rx, hold, &l)) return failed();
-    if (take >= 0) {
+    if (take < 0) {
+        if (cprd_live_begin(tx, rx, hold, &l)) return failed();
+    } else {
+        if (cprd_live_take(take, tx, rx, hold, &l)) return failed();
         print_state(cprd_live_state(l));
         puts("taken");
         fflush(stdout);

@@ -59,23 +59,9 @@ const char *cprd_code_name(int code);     /* "NotHeld" */
 
 typedef struct cprd_state cprd_state;
 
-enum cprd_kind { CPRD_FD, CPRD_SECTION };
-struct cprd_key { /* no two items of a state have the same */
-    int kind; /* of enum cprd_kind */
-    int32_t id; /* 0 of a section */
-    const char *name;
-};
-struct cprd_item { /* a descriptor, or a section; read it, write nothing */
-    struct cprd_key key;
-    int fd;     /* borrowed; -1: taken. Of a section: its memfd; -1: it has none */
-    int packed; /* a section: one msgpack value, else raw bytes */
-    size_t size; /* of the data of a section, which is valid as long as the item is there */
-    const void *data;
-};
-
 cprd_state *cprd_state_new(void); /* NULL: no memory */
 /* Frees the state; closes what the state owns: the descriptors of a loaded state that nobody took,
- * and the memfds of its sections. Never closes what was added by cprd_add_fd, cprd_add_memfd. */
+ * and the memfds of its sections. Never closes what was added by cprd_add_*. */
 void cprd_state_free(cprd_state *state);
 
 /* `fd` is borrowed: must stay open until the state has been saved, and is the caller's then. */
@@ -85,12 +71,16 @@ int cprd_add_section(cprd_state *state, const char *key, const void *data, size_
 /* A memfd with all of F_SEAL_SEAL, SHRINK, GROW and WRITE; borrowed as cprd_add_fd. */
 int cprd_add_memfd(cprd_state *state, const char *key, int memfd, int packed);
 
-/* Number `index` from 0, in the order of adding; of a loaded state sections come first. NULL: there
- * are no more. */
-const struct cprd_item *cprd_item_at(const cprd_state *state, size_t index);
+size_t cprd_fd_count(const cprd_state *state);
+/* The descriptor number `index`, in the order of saving: borrowed, -1 where taken. */
+int cprd_fd_at(const cprd_state *state, size_t index, const char **name, int32_t *id);
 int cprd_find_fd(const cprd_state *state, const char *name, int32_t id); /* borrowed; -1: none */
 int cprd_take_fd(cprd_state *state, const char *name, int32_t id); /* the caller's from now on */
-const struct cprd_item *cprd_find_section(const cprd_state *state, const char *key); /* or NULL */
+size_t cprd_section_count(const cprd_state *state);
+const char *cprd_section_key(const cprd_state *state, size_t index);
+/* The bytes of a section, valid until cprd_state_free. NOT_HELD: the state has no such section. */
+int cprd_section(cprd_state *state, const char *key, const void **data, size_t *size, int *packed);
+int cprd_section_fd(const cprd_state *state, const char *key); /* its memfd, borrowed; -1: none */
 
 /* -- a connection ------------------------------------------------------------------------------ */
 
@@ -121,21 +111,19 @@ enum { CPRD_NOW, CPRD_AFTER_ME, CPRD_AFTER_PROCESS };
 int cprd_save(cprd *c, const char *name, cprd_state *state, const struct cprd_save_options *options,
               struct cprd_saved *out);
 
-typedef struct cprd_claim { /* an exclusive lease on a hold; read it, write nothing */
-    cprd_state *state; /* owned by the claim: what nobody took lives until cprd_claim_close */
-    uint64_t generation;
-    uint64_t attempts;      /* loads of the hold, this one included */
-    char last_reject[1025]; /* why it was given back before, or "" */
-} cprd_claim;
-typedef cprd_claim cprd_prepared; /* kept, and not served before the commit; without a state */
+typedef struct cprd_prepared cprd_prepared; /* kept, and not served before the commit */
 
 int cprd_prepare(cprd *c, const char *name, cprd_state *state,
                  const struct cprd_save_options *options, cprd_prepared **out);
 int cprd_commit(cprd_prepared *p, struct cprd_saved *out);
 int cprd_abort(cprd_prepared *p); /* what was held before is served */
+void cprd_prepared_free(cprd_prepared *p); /* without a commit or abort the state is in doubt,
+                                              as soon as the connection ends */
+
+typedef struct cprd_claim cprd_claim; /* an exclusive lease on a hold */
 
 struct cprd_load_options {
-    double wait;         /* seconds to wait for the hold, at most */
+    double wait;         /* seconds to wait for the hold, at most; on a connection of its own */
     double lease;        /* seconds until an unconfirmed claim goes back; 0: 30 */
     uint64_t generation; /* that hold only, else FENCED; 0: any */
 };
@@ -143,6 +131,11 @@ struct cprd_load_options {
 /* What a killed owner of a live hold left can be loaded, too, where cprd_live.c is linked; memory
  * comes as sections "memory.NAME". */
 int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options, cprd_claim **out);
+/* Owned by the claim. Descriptors and bytes that nobody took live until cprd_claim_close. */
+cprd_state *cprd_claim_state(cprd_claim *claim);
+uint64_t cprd_claim_generation(const cprd_claim *claim);
+uint64_t cprd_claim_attempts(const cprd_claim *claim); /* loads of the hold, this one included */
+const char *cprd_claim_last_reject(const cprd_claim *claim); /* why it was given back before */
 int cprd_renew(cprd_claim *claim, double lease); /* seconds; 0: as before */
 /* From now on this process, or that of the pidfd `process` (borrowed; -1: none), acts on the
  * state: without a confirm or reject the hold is in doubt, and served again by force only. */
@@ -152,21 +145,20 @@ int cprd_confirm(cprd_claim *claim); /* the hold is gone; the state is this prog
 int cprd_confirm_next(cprd_claim *claim, cprd_state *next, const struct cprd_save_options *options,
                       struct cprd_saved *out);
 int cprd_reject(cprd_claim *claim, const char *why); /* held again, with the reason */
-/* Gives back what is neither confirmed, rejected nor begun, and closes what nobody took. What is
- * prepared, and neither committed nor aborted, is in doubt when the connection ends. */
+/* Gives back what is neither confirmed, rejected nor begun, and closes what nobody took. */
 void cprd_claim_close(cprd_claim *claim);
 
-/* Waits until `name` could be loaded; claims nothing. Errors as of a load when the time is over. As
- * a load that waits, it has the connection for itself: another thread's request comes after. */
+/* Waits until `name` could be loaded; claims nothing. Errors as of a load when the time is over. */
 int cprd_wait(cprd *c, const char *name, double seconds, uint64_t *generation);
 int cprd_drop(cprd *c, const char *name, int force);
 int cprd_release(cprd *c, const char *name, int force);
 
 struct cprd_row {
-    char name[512], phase[32];
+    const char *name, *phase; /* valid during the call */
     uint64_t uid, generation, fds, bytes;
 };
 int cprd_list(cprd *c, void (*each)(void *context, const struct cprd_row *row), void *context);
+
 
 /* -- a live hold: cprd_live.c -------------------------------------------------------------------
  *
@@ -241,13 +233,14 @@ int cprd_live_settle(cprd_live *live);
 size_t cprd_live_kept(const cprd_live *live); /* keys */
 
 /* Without cprd: by both ends of a root, a SEQPACKET pair whose receiving end somebody keeps. Owns
- * `tx` and `rx`, also on failure. `hold`: a random number, not 0. `root`: -1, or the receiving end
- * of another root whose owner has ended; borrowed; nobody can append there from now on. What is
- * kept there is kept in the new one. No queue of the predecessor is changed before
+ * `tx` and `rx`, also on failure. `hold`: a random number, not 0. */
+int cprd_live_begin(int tx, int rx, uint64_t hold, cprd_live **out);
+/* As begin, with what is kept in `root`, the receiving end of another root whose owner has ended:
+ * borrowed; nobody can append there from now on. No queue of the predecessor is changed before
  * cprd_live_settle or the first change: whoever keeps `root` must have the new one by then. */
-int cprd_live_begin(int root, int tx, int rx, uint64_t hold, cprd_live **out);
-/* What an owner that has ended left, as a state; memory as sections "memory.NAME". `root`: as
- * above. LIMIT_EXCEEDED: does not fit in this process. */
+int cprd_live_take(int root, int tx, int rx, uint64_t hold, cprd_live **out);
+/* What an owner that has ended left, as a state; memory as sections "memory.NAME". `root` as above.
+ * LIMIT_EXCEEDED: does not fit in this process. */
 int cprd_live_read(int root, cprd_state **out);
 
 /* What a bundle holds, as a state: `bundle` is a receiving end with one message, borrowed, and
@@ -259,19 +252,21 @@ int cprd_unpack(int bundle, cprd_state **out);
 
 enum {
     CPRD__SCM_MAX = 253, /* descriptors of one message */
-    CPRD__MEMORY = 2     /* a kind of key, in live holds */
+    CPRD__HEADER = 32,   /* bytes of a message of a bundle */
+    CPRD__FD = 0,        /* the spaces of keys */
+    CPRD__SECTION,
+    CPRD__MEMORY
 };
 
 extern _Thread_local struct cprd_error cprd__last;
 __attribute__((format(printf, 2, 3))) int cprd__fail(int code, const char *format, ...);
 int cprd__no_memory(void);
-int cprd__no_room(uint64_t count);  /* for so many descriptors */
-int cprd__room_for(uint64_t count); /* of descriptors, in this process */
-int cprd__explain(int error);       /* the errno of a send with descriptors, as an error */
+int cprd__no_room(const char *what); /* for one more descriptor */
+int cprd__explain(int error);        /* the errno of a send with descriptors, as an error */
 #ifdef CPRD_PAUSE
-void cprd__point(const char *what, const char *when); /* a pause point of the tests */
+void cprd__point(const char *name); /* a pause point of the tests */
 #else
-#define cprd__point(what, when) ((void)0)
+#define cprd__point(name) ((void)0)
 #endif
 
 struct cprd__bytes { /* grows; `failed`: no memory, and the bytes are not all there */
@@ -283,10 +278,22 @@ void cprd__put(struct cprd__bytes *b, const void *data, size_t size);
 void cprd__put_little(struct cprd__bytes *b, uint64_t value, int width);
 uint64_t cprd__little(const unsigned char *at, int width);
 
-int cprd__by_key(const void *one, const void *other); /* of what begins with a key: for tsearch */
-int cprd__check_name(int kind, const char *name, size_t length);
-/* Adds a copy. The descriptor is the state's when this returns OK, where `owned`. */
-int cprd__add(cprd_state *s, const struct cprd_item *item, size_t length, int owned);
+struct cprd__key { /* the first member of what lies in a table */
+    struct cprd__key *chain;
+    int space;
+    int32_t id;
+    size_t length;
+    char *name; /* and a NUL */
+};
+struct cprd__table {
+    struct cprd__key **slots;
+    size_t size, used;
+};
+int cprd__check_name(int space, const char *name, size_t length);
+/* Where the key is, or would be. The table has grown at least once. */
+struct cprd__key **cprd__slot(const struct cprd__table *t, int space, const char *name,
+                              size_t length, int32_t id);
+int cprd__grow(struct cprd__table *t); /* room for one more key */
 
 /* One message. Returns 0 or an errno. At the limit in flight it is sent once more, with the soft
  * RLIMIT_NOFILE at the hard one. */
@@ -294,66 +301,70 @@ int cprd__send(int sock, const void *data, size_t size, const int *fds, size_t c
 /* One message. The caller owns fds[0..*count]; NULL: no descriptor is installed. `flags`: in, and
  * out MSG_CTRUNC, MSG_TRUNC. */
 long cprd__receive(int sock, void *data, size_t size, int *fds, size_t *count, int *flags);
-void cprd__peek_from(int sock, int from); /* 0: each message after the other; -1: the first one */
 int cprd__pair(int *tx, int *rx);
 void cprd__close_all(const int *fds, size_t count);
 int cprd__waiting(int sock); /* bytes in its queue */
 uint64_t cprd__cookie(int fd); /* of a socket, as of no other; else 0 */
+int cprd__room_for(uint64_t count); /* of descriptors, in this process */
 int cprd__memfd(const char *name, const void *data, size_t size, int *out); /* sealed */
 int cprd__is_sealed(int memfd);
 int cprd__fdinfo(int fd, const char *key, long *value); /* of /proc; returns whether it is there */
 
-struct cprd__header { /* of a message of a bundle; little-endian */
-    char magic[4];
-    uint16_t version;
-    uint8_t kind, depth;
-    uint32_t here, total;
-    uint64_t size, index;
-};
+/* Add to a state. A descriptor is the state's when this returns OK, where `owned`. */
+int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, const void *data,
+              size_t size, int packed);
+
 struct cprd__packed { /* a state apart from the queue of the root */
-    struct cprd__header header;
-    int *fds, *made; /* of the root, borrowed; what packing opened */
-    size_t made_count;
-    uint64_t parked, fd_count, size, depth;
+    unsigned char header[CPRD__HEADER];
+    int *fds, *made;  /* of the root, borrowed; what packing opened */
+    size_t parked, made_count, fd_count;
+    uint64_t size;
+    int depth;
 };
-struct cprd__exchange { /* a request and its answer: docs/protocol.md has the fields */
-    const char *verb, *name, *if_exists, *require, *after_exit, *why; /* NULL, 0: left out */
-    const unsigned char *token, *nonce; /* 16 bytes. nonce NULL: a new one */
-    const uint64_t *fds; /* NULL: left out */
-    uint64_t version, id, generation, bytes, parked, depth, pid, inode, after;
-    uint64_t force, keep, live, damaged, uncounted;
-    double ttl, lease, wait, timeout;
-    const struct cprd__packed *packed; /* parked before */
-    struct cprd__answer {
-        struct cprd_error said;
-        uint64_t id, generation, attempts, version, more, found, live;
-        unsigned char token[16];
-        char error[32], kept[8], last_reject[1025];
-        int fd, cut; /* fd: the caller's; -1: none. cut: no room for one here */
-    } answer;
-    struct cprd__bytes rows; /* of `list`: the caller frees it */
+struct cprd__call { /* a request; cprd__request frees what the call has */
+    struct cprd__bytes m;
+    const char *verb;
+    unsigned count;
+    double wait; /* s; cprd lets the request wait so long */
+    const char *wait_as; /* the field for the time that is left, or NULL */
+    const struct cprd__packed *packed;
+    struct cprd__bytes *rows; /* of `list` */
 };
+struct cprd__answer { /* `fd` is the reader's to close; -1: none */
+    struct cprd_error error;
+    int fd, cut; /* cut: no room for a descriptor here */
+    uint64_t id, generation, attempts, version, more, found, live;
+    char kept[8], last_reject[1025];
+    unsigned char token[16];
+};
+struct cprd__ticket { /* the right to speak for a hold */
+    cprd *c;
+    cprd *own; /* a connection for this alone, or NULL */
+    char *name;
+    uint64_t generation;
+    unsigned char token[16], nonces[2][16]; /* of its two ends: the same words are one request */
+    int stored, over;
+};
+/* A request about `name` (or NULL). `nonce` NULL: a new one. cprd__fields adds more. */
+struct cprd__call cprd__call(const char *verb, const char *name, const void *nonce);
+struct cprd__call cprd__call_of(const struct cprd__ticket *t, const char *verb, const void *nonce);
+void cprd__fields(struct cprd__call *call, const char *format, ...);
 /* Sends a request, again where the connection is lost. Returns what cprd says, or UNAVAILABLE,
  * TIMEOUT. */
-int cprd__exchange(cprd *c, struct cprd__exchange *x);
+int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a);
 uint64_t cprd__connects(cprd *c); /* the number of the connection; 0: cprd has ended it */
 uint64_t cprd__cookie_of(cprd *c);
-
-struct cprd__ticket { /* the right to speak for a hold */
-    cprd_claim known; /* first: what a program sees */
-    cprd *c;
-    char *name;
-    unsigned char token[16], nonces[2][16]; /* of its two ends: the same words are one request */
-    int stored, over, stays, bundle; /* stays: is not given back */
-};
-/* `load` or `live`. The ticket is to be closed in any case, where it is not NULL. */
-int cprd__claim(cprd *c, struct cprd__exchange *x, const struct cprd_load_options *options,
-                struct cprd__ticket **out);
-void cprd__set(struct cprd__ticket *t, const struct cprd__answer *a); /* what the answer gave */
-struct cprd__exchange cprd__of(const struct cprd__ticket *t, const char *verb);
-/* Gives back, unless ended; `cause`: the error for which this process cannot read the state. */
-int cprd__give_back(struct cprd__ticket *t, int cause);
 int cprd__no_fd(const struct cprd__answer *a); /* why an answer brought no descriptor */
+/* `load` or `live`. The ticket is to be closed in any case. */
+int cprd__claim(struct cprd__ticket *t, cprd *c, const char *verb, const char *name,
+                const struct cprd_load_options *options, const struct cprd__packed *packed,
+                struct cprd__answer *a);
+void cprd__set(struct cprd__ticket *t, const struct cprd__answer *a); /* what the answer gave */
+/* commit, abort, confirm, reject. `cause`: the error for which this process cannot read a state. */
+int cprd__end(struct cprd__ticket *t, const char *verb, const char *why, int cause,
+              struct cprd__answer *a);
+int cprd__give_back(struct cprd__ticket *t, int cause); /* unless ended; returns `cause` */
+void cprd__close(struct cprd__ticket *t);
 /* As cprd_unpack, of a live hold; NULL where cprd_live.c is not linked. */
 __attribute__((weak)) int cprd__unpack_live(int bundle, cprd_state **out);
 #endif

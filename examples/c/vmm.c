@@ -20,7 +20,7 @@ static void cpr_save_fd(const char *name, int id, int fd) {
     if (cprd_add_fd(outgoing, name, id, fd)) die(name);
 }
 static int cpr_find_fd(const char *name, int id) {
-    int fd = claim ? cprd_take_fd(claim->state, name, id) : -1;
+    int fd = claim ? cprd_take_fd(cprd_claim_state(claim), name, id) : -1;
     if (fd >= 0) cpr_save_fd(name, id, fd); /* for the next upgrade */
     return fd;
 }
@@ -73,12 +73,14 @@ int main(int argc, char **argv) {
     volatile unsigned long long *ram = realize_ram();
     int irq = realize_irq();
     if (claim) {
-        const struct cprd_item *saved = cprd_find_section(claim->state, "device");
-        if (!saved || saved->size != sizeof device) {
+        const void *data;
+        size_t size;
+        int bad = cprd_section(cprd_claim_state(claim), "device", &data, &size, NULL);
+        if (bad || size != sizeof device) {
             cprd_reject(claim, "no state of the device in it");
             return 1;
         }
-        memcpy(&device, saved->data, sizeof device);
+        memcpy(&device, data, size);
         if (cprd_confirm(claim)) die(argv[1]); /* before the guest runs: from now on it is ours */
         cprd_claim_close(claim);
         claim = NULL;

@@ -11,11 +11,9 @@
 #include <string.h>
 #include <unistd.h>
 
-void cprd__point(const char *what, const char *when) {
+void cprd__point(const char *name) {
     static int hits;
-    char name[64];
     const char *where = getenv("CPRD_PAUSE"), *log = getenv("CPRD_PAUSE_LOG");
-    snprintf(name, sizeof name, "%s:%s", what, when);
     if (log) {
         int fd = open(log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
         if (fd < 0 || dprintf(fd, "%s\n", name) < 0) abort();

@@ -354,9 +354,7 @@ def test_a_successor_killed_at_every_step_loses_nothing(
     assert listed(owner.hear()) == inodes(pipes)
     owner.kill()
     points = log.read_text().split()
-    assert {"live:answered", "live:read", "confirm_next:before", "confirm_next:answered"} <= set(
-        points
-    )
+    assert {"live:answered", "live:read", "confirm:before", "confirm:answered"} <= set(points)
     for number in range(1, len(points) + 1):
         owner = Owner(programs, daemon.path, [], "--wait=20", CPRD_PAUSE=f"#{number}")
         found = os.waitid(os.P_PID, owner.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)

@@ -59,7 +59,7 @@ static void fork_with_a_claim(void) {
         CHECK(refused(cprd_commit(prepared, NULL)) && refused(cprd_abort(prepared)));
         CHECK(refused(cprd_drop(c, "web", 1)) && refused(cprd_confirm_next(claim, s, NULL, NULL)));
         cprd_claim_close(claim);
-        cprd_claim_close(prepared);
+        cprd_prepared_free(prepared);
         cprd_close(c);
         CHECK(!cprd_connect(NULL, &own) && !cprd_save(own, "child's", s, NULL, NULL));
         CHECK(cprd_load(own, "web", NULL, &claim) == CPRD_BUSY);
@@ -68,11 +68,11 @@ static void fork_with_a_claim(void) {
         _exit(0);
     }
     await_child(child);
-    CHECK(cprd_find_fd(claim->state, "event", 0) >= 0);
+    CHECK(cprd_find_fd(cprd_claim_state(claim), "event", 0) >= 0);
     CHECK(!cprd_renew(claim, 0) && !cprd_confirm(claim) && !cprd_commit(prepared, NULL));
     CHECK(!cprd_drop(c, "other", 0) && !cprd_drop(c, "child's", 0));
     cprd_claim_close(claim);
-    cprd_claim_close(prepared);
+    cprd_prepared_free(prepared);
     cprd_state_free(s);
     cprd_close(c);
     close(event);
@@ -159,8 +159,8 @@ static void *saves_and_loads(void *argument) {
         CHECK(cprd_save(c, name, s, NULL, NULL) == CPRD_ALREADY_HELD);
         CHECK(strstr(cprd_last()->text, name)); /* of this thread, nobody else's */
         CHECK(!cprd_load(c, name, NULL, &claim));
-        CHECK(claim->generation == saved.generation);
-        int fd = cprd_find_fd(claim->state, "event", 0);
+        CHECK(cprd_claim_generation(claim) == saved.generation);
+        int fd = cprd_find_fd(cprd_claim_state(claim), "event", 0);
         CHECK(fd >= 0 && !fstat(fd, &theirs) && ours.st_ino == theirs.st_ino);
         CHECK(!cprd_confirm(claim));
         cprd_claim_close(claim);
@@ -204,7 +204,7 @@ static void change_often(int tx, int rx, int changes) {
     char kept[2 * KEYS] = {0};
     int count = 0, event = eventfd(0, EFD_CLOEXEC);
     srandom(1);
-    CHECK(!cprd_live_begin(-1, tx, rx, 77, &live));
+    CHECK(!cprd_live_begin(tx, rx, 77, &live));
     for (int n = 0; n < changes; n++) {
         int id = (int)(random() % (2 * KEYS)), other = (id + 1) % (2 * KEYS);
         struct cprd_live_change two[] = {{.op = CPRD_REPLACE_FD, .name = "key", .id = id},
