@@ -54,7 +54,7 @@ def table(figures: list[Figure]) -> None:
         value = f"{figure.value:.2f}{figure.unit}"
         colour = "green" if figure.good else "red"
         shown.add_row(figure.what, f"[{colour}]{value}[/]", figure.limit, figure.detail)
-    Console().print(shown)
+    Console(width=None if sys.stdout.isatty() else 150).print(shown)
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,7 @@ class Successor:
         self._hear = os.fdopen(hear, "rb")
 
     def _serve(self, path: str) -> None:
+        warnings.simplefilter("ignore")  # the descriptors end with the claim, all but one unasked
         with os.fdopen(self._told, "rb") as told, os.fdopen(self._said, "wb") as said:
             with cprd.connect(path) as daemon:
                 while True:

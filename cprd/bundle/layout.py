@@ -24,13 +24,9 @@ from cprd.linux.rights import SCM_MAX_FD
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
-    from typing import Protocol, TypeVar
+    from typing import TypeVar
 
     T = TypeVar("T")
-
-    class Readable(Protocol):
-        def read(self, count: int, /) -> bytes: ...
-
 
 VERSION = 1
 MAGIC = b"CPRB"
@@ -110,38 +106,34 @@ def _binary(key: str, data: memoryview) -> tuple[bytes, memoryview]:
     return msgpack.packb(key) + struct.pack(">BI", 0xC6, len(data)), data  # 0xC6: bin 32
 
 
-def decode_manifest(
-    manifest: Readable, size: int, most: int
-) -> tuple[bytes, array[int], list[Section]]:
-    """(names joined by NUL, ids, sections) of a manifest of `size` bytes whose bundle carries
-    `most` descriptors.
+def decode_manifest(data: bytes | memoryview, most: int) -> tuple[bytes, array[int], list[Section]]:
+    """(names joined by NUL, ids, sections) of a manifest whose bundle carries `most` descriptors.
 
     A hostile manifest takes no more memory than some times the bytes: containers and extension
     types are refused where none belongs, and so are names above 255 bytes. Raises Damaged.
     """
-    if size > MAX_MANIFEST:
-        raise Damaged(f"a manifest of {size} bytes; the limit is {MAX_MANIFEST}")
+    if len(data) > MAX_MANIFEST:
+        raise Damaged(f"a manifest of {len(data)} bytes; the limit is {MAX_MANIFEST}")
     try:
-        return _decode_manifest(manifest, size, most)
+        return _decode_manifest(data, most)
     except (ValueError, TypeError, msgpack.UnpackException, msgpack.BufferFull) as error:
         raise Damaged(f"the manifest cannot be read: {error!r:.300}") from None
 
 
 def _decode_manifest(
-    manifest: Readable, size: int, most: int
+    data: bytes | memoryview, most: int
 ) -> tuple[bytes, array[int], list[Section]]:
     parser = msgpack.Unpacker(
-        manifest,
-        read_size=4096,  # what lies beyond is read without the parser's buffer
         raw=False,
         strict_map_key=True,
         max_buffer_size=MAX_MANIFEST,
         max_str_len=MAX_NAME,
-        max_bin_len=size,
+        max_bin_len=len(data),
         max_array_len=0,  # unpack() makes scalars only
         max_map_len=0,
         max_ext_len=0,
     )
+    parser.feed(data)
     found: dict[str, bytes] = {}
     sections: list[Section] = []
     for _ in range(_at_most(parser.read_map_header(), 16, "parts")):
@@ -149,11 +141,11 @@ def _decode_manifest(
         if part == "sections":
             sections += _decode_sections(parser)
         elif part in ("ids", "names"):
-            found[part] = _decode_column(parser, size)
+            found[part] = _is(bytes, parser.unpack(), part)
         else:
             parser.skip()  # of a later version, which says that this one may go without it
     names, packed = found.get("names"), found.get("ids")
-    if names is None or packed is None or parser.tell() != size:
+    if names is None or packed is None or parser.tell() != len(data):
         raise ValueError("a part is missing, or something follows")
     if len(packed) > 4 * most or len(names) > (MAX_NAME + 1) * most:
         raise ValueError(f"more keys than the {most} descriptors")
@@ -162,21 +154,6 @@ def _decode_manifest(
     if sys.byteorder == "big":
         ids.byteswap()
     return names, ids, sections
-
-
-_WIDTHS = {b"\xc4": 1, b"\xc5": 2, b"\xc6": 4}  # bytes of the length: bin 8, bin 16, bin 32
-
-
-def _decode_column(parser: msgpack.Unpacker, size: int) -> bytes:
-    """A binary value, read past the parser: copied once."""
-    width = _WIDTHS.get(parser.read_bytes(1))
-    if width is None:
-        raise ValueError("a column that is not binary")
-    length = int.from_bytes(parser.read_bytes(width), "big")
-    column: bytes = parser.read_bytes(min(length, size))
-    if len(column) != length:
-        raise ValueError(f"a column of {length} bytes that is not whole")
-    return column
 
 
 def _decode_sections(parser: msgpack.Unpacker) -> list[Section]:

@@ -13,7 +13,7 @@ from array import array
 
 from cprd.bundle.layout import HEADER, LEAF, MAGIC, VERSION, Header, decode_manifest
 from cprd.errors import Damaged, LimitExceeded
-from cprd.linux.memfd import missing_seals
+from cprd.linux.memfd import mapping, missing_seals
 from cprd.linux.nofile import ADVICE, limits
 from cprd.linux.pause import point
 from cprd.linux.rights import SO_PEEK_OFF, close_all, queued, receive
@@ -23,6 +23,7 @@ from cprd.state.descriptors import tail
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _CTRUNC, _SOL_SOCKET = socket.MSG_CTRUNC, socket.SOL_SOCKET
 _OURS = (errno.ENOMEM, errno.ENOBUFS)
+SMALL = 64 * 1024  # bytes of a manifest; reading more touches more fresh pages than a mapping
 _UNIX, _SEQPACKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
 
@@ -170,9 +171,16 @@ def _state_of(root: Header, carried: array[int]) -> State:
         size = os.fstat(manifest).st_size
         if not size:
             raise Damaged("the manifest is empty")
-        names, ids, described = decode_manifest(_Reader(manifest), size, root.total)
+        # A small manifest is read in a third of the time that a mapping takes.
+        small = os.pread(manifest, size, 0) if size <= SMALL else b""
+        mapped = None if small else mapping(manifest)
     except OSError as error:
         raise _unread("the manifest cannot be read", error) from None
+    if mapped is None:
+        names, ids, described = decode_manifest(small, root.total)
+    else:
+        with mapped, memoryview(mapped) as data:
+            names, ids, described = decode_manifest(data, root.total)
     memfds = 0
     sections: dict[str, InlineSection | MemfdSection] = {}
     for key, packed, memfd, content in described:
@@ -190,21 +198,6 @@ def _state_of(root: Header, carried: array[int]) -> State:
     state = State.owning(names, ids, fds, sections)
     os.close(manifest)
     return state
-
-
-class _Reader:
-    """Reads a memfd, whose position all holders share, from the beginning."""
-
-    __slots__ = ("_at", "_fd")
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._at = 0
-
-    def read(self, count: int) -> bytes:
-        data = os.pread(self._fd, count, self._at)
-        self._at += len(data)
-        return data
 
 
 def _check_memfd(fd: int, what: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import socket
 from collections.abc import Callable
@@ -76,7 +75,7 @@ TARGETS = {
     ),
     "header": Target(_header, (Damaged, Busy), (recorded.BUNDLE,)),
     "manifest": Target(
-        lambda data: layout.decode_manifest(io.BytesIO(data), len(data), 10),
+        lambda data: layout.decode_manifest(data, 10),
         (Damaged, Busy, LimitExceeded),
         (recorded.MANIFEST,),
     ),
