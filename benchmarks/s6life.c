@@ -13,8 +13,8 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 #include <skalibs/tai.h>
@@ -65,7 +65,7 @@ int main(int argc, char **argv)
 	setrlimit(RLIMIT_NOFILE, &limit);
 	kept = atoi(argv[2]);
 	ids = malloc((kept + 1) * sizeof *ids);
-	fd = eventfd(0, EFD_CLOEXEC);
+	fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	tain_now_set_stopwatch_g();
 	tain_addsec_g(&deadline, 3600);
 	tain_add_g(&expiry, &tain_infinite_relative);

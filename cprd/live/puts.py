@@ -85,8 +85,13 @@ def _encoded(name: str) -> bytes:
 
 
 def section_key(key: str) -> Key:
-    check_section_key(key)
-    return (SECTION, key.encode(), 0)
+    try:
+        encoded = key.encode()
+    except (AttributeError, UnicodeEncodeError):
+        encoded = b""
+    if not 0 < len(encoded) < 256 or b"\0" in encoded:
+        check_section_key(key)  # raises
+    return (SECTION, encoded, 0)
 
 
 def memory_key(name: str) -> Key:
@@ -142,6 +147,8 @@ def lingers(fd: int) -> bool:
 def put_section(key: Key, birth: int, value: Any, made: Made) -> Put:
     """Keep a value; an InlineSection is one that was encoded before. `made` gets the memfd of a
     large one, and has to live until the change is done. Raises InvalidInput, LimitExceeded."""
+    if type(value) is bytes and len(value) <= INLINE:
+        return (RAW, key, birth, -1, value, False, False)
     section = value if isinstance(value, InlineSection) else encode(key[1].decode(), value)
     if len(section.data) <= INLINE:
         op = PACKED if section.packed else RAW

@@ -135,7 +135,7 @@ class Queue:
         Raises Fenced on any disorder, LimitExceeded when not all fit in this process."""
         found = self._copy(copies)
         fds = _fds(found)
-        keys = [*chain.from_iterable([record[2] for record in self.records])]
+        keys = self.records[0][2] if len(self.records) == 1 else _keys(self.records)
         if len(fds) < len(keys) and any(item[2] & _CTRUNC for item in found):
             with hard_limit():  # what came is closed with the rest
                 found = self._copy(copies)
@@ -268,6 +268,11 @@ class Copies:
             runs = self._runs
             _consume(starmap(os.closerange, map(runs.pop, repeat(-1, len(runs)))))
             point("live:closed")
+
+
+def _keys(records: list[Sent]) -> tuple[Key, ...]:
+    """The keys whose descriptors come with records, in this order."""
+    return tuple(chain.from_iterable([record[2] for record in records]))
 
 
 def _fds(found: list[Peeked]) -> array[int]:

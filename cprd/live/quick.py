@@ -13,6 +13,7 @@ import _socket as socket  # as in queue
 import functools
 import struct
 from array import array
+from operator import itemgetter
 from os import fstat
 
 from cprd.errors import LimitExceeded
@@ -57,6 +58,7 @@ _ORDINARY = (socket.SOCK_STREAM, socket.SOCK_DGRAM)  # types of sockets that no 
 _FULL = ROOM - 512
 _SINGLE, _single = SINGLE.size, SINGLE.pack
 _SAVES = bytes([SAVE]) * 256
+_BIRTH = itemgetter(1)  # of what is kept of a key
 
 
 @functools.cache
@@ -223,7 +225,8 @@ class Quick:
         data = _single(self._begin, seq, ordinal, ONE_WITHOUT, size, op, birth, 0) + rest
         sent = (ordinal, size, NO_KEYS)
         steps.pending = segment, sent, self._appended, (segment, put)
-        point("live:send")
+        if pause.armed:
+            pause.point("live:send")
         try:
             segment.tx.send(data, APPEND)
         except OSError:
@@ -232,11 +235,15 @@ class Quick:
             except Exception:
                 steps.pending = None
                 raise
-        point("live:sent")
+        if pause.armed:
+            pause.point("live:sent")
         segment.records.append(sent)
         segment.spent += LEAST if size < SMALL else cost(size)
         segment.next = ordinal + 1
-        self._appended(segment, put)
+        if old is not None and len(old.keys[key][2]) == len(value):  # nothing to be counted
+            old.keys[key] = op, birth, value, False
+        else:
+            self._appended(segment, put)
         steps.pending = None
         return True
 
@@ -276,27 +283,30 @@ class Quick:
         try:
             alone = put is None and len(kept) == 1
             copies = {} if alone else segment.peek(steps.copies)
-            left = [key for key in kept if key != gone]
-            fds = [copies[key] for key in left]
+            left = [*kept]
+            if gone is not None:
+                left.remove(gone)
+            fds = [*map(copies.__getitem__, left)]
         except LimitExceeded:
             steps.copies.close()
             return False
-        births = [kept[key][1] for key in left]
+        births = [*map(_BIRTH, map(kept.__getitem__, left))]
         if put is not None:
             left.append(put[1])
             fds.append(put[3])
             births.append(put[2])
         steps.seq = seq = steps.seq + 1
         ordinal, count = segment.next, len(left)
-        names = b"\0".join([key[1] for key in left])
-        size = HEADER.size + 13 * count + len(names)
+        _, names, ids = zip(*left, strict=True) if left else ((), (), ())
+        named = b"\0".join(names)
+        size = HEADER.size + 13 * count + len(named)
         head = (MAGIC, VERSION, SNAPSHOT, 0, steps.hold, seq, ordinal, count, count, size)
-        columns = _columns(count).pack(_SAVES[:count], *births, *[key[2] for key in left])
+        columns = _columns(count).pack(_SAVES[:count], *births, *ids)
         sent = (ordinal, size, tuple(left))
         steps.pending = (segment, sent, self._rewritten, (segment, gone, put, ordinal))
         point("live:send")
         try:
-            segment.send(HEADER.pack(*head) + columns + names, fds)
+            segment.send(HEADER.pack(*head) + columns + named, fds)
         except LimitExceeded:
             steps.pending = None
             steps.copies.close()

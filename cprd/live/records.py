@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 from cprd.errors import Busy, Damaged
 
@@ -170,7 +171,7 @@ def decode(data: bytes) -> Record:
     elif kind not in (CHANGE, SNAPSHOT):
         raise Damaged(f"a live hold with a record of the unknown kind {kind}")
     record.entries = _decode_columns(data, at, count)
-    carried = sum(entry[0] in CARRIES for entry in record.entries)
+    carried = sum([entry[0] in CARRIES for entry in record.entries])
     if carried != descriptors - len(record.ids):
         raise Damaged(f"a record says {descriptors} descriptors and describes {carried}")
     return record
@@ -209,13 +210,17 @@ def _decode_columns(data: bytes, at: int, count: int) -> list[Entry]:
     names = data[at:].split(b"\0")
     if len(names) != count:
         raise Damaged(f"a record with {count} entries and {len(names)} names")
+    if max(births) >= MAX_COUNT:
+        raise Damaged("a record with a birth beyond all numbers")
+    if ops.count(SAVE) == count:  # the usual case, in calls of C
+        keys = [*zip(repeat(FD), names, ids)]
+        _check_keys({name: (FD, name, 0) for name in names}.values())
+        return [*zip(ops, births, keys, repeat(b""))]
     try:
         keys = [(SPACES[op], name, id) for op, name, id in zip(ops, names, ids, strict=True)]
     except KeyError as error:
         raise Damaged(f"a record with the unknown op {error}") from None
     _check_keys(keys)
-    if max(births) >= MAX_COUNT:
-        raise Damaged("a record with a birth beyond all numbers")
     if not values:
         return [(op, birth, key, b"") for op, birth, key in zip(ops, births, keys, strict=True)]
     left = iter(values)

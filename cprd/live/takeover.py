@@ -12,7 +12,7 @@ import _socket as socket  # as in queue
 from cprd.live.ledger import Ledger
 from cprd.live.owner import Owner
 from cprd.live.queue import cost
-from cprd.live.reader import Found, FoundSegment
+from cprd.live.reader import Found, FoundSegment, no_collection
 from cprd.live.records import CARRIES, entry_size
 from cprd.live.root import Root
 from cprd.live.segment import OWN, SECTIONS, SHARED, Segment
@@ -40,8 +40,9 @@ def take_over(
     try:
         writer = owner.inherit(found.birth, dict(found.memories))
         writer.steps.seq, writer.branches.next_id = found.seq, found.next_id
-        segments = [_segment(there) for there in found.segments]
-        _file(writer.ledger, writer.branches.root, segments)
+        with no_collection():
+            segments = [_segment(there) for there in found.segments]
+            _file(writer.ledger, writer.branches.root, segments)
         writer.write_root()
     except BaseException:
         for segment in segments:
@@ -60,12 +61,10 @@ def _segment(there: FoundSegment) -> Segment:
     segment = Segment(there.id, None, rx)
     segment.records = there.records
     segment.next = there.records[-1][0] + 1 if there.records else 0
-    segment.spent = sum(cost(size) for _, size, _ in there.records)
+    segment.spent = sum([cost(size) for _, size, _ in there.records])
     segment.stale = there.stale
-    segment.keys = {
-        key: (op, birth, value, False) for key, (op, birth, value) in there.keys.items()
-    }
-    segment.size = sum(entry_size(key, kept[2]) for key, kept in segment.keys.items())
+    segment.keys = there.keys
+    segment.size = sum([entry_size(key, kept[2]) for key, kept in segment.keys.items()])
     ops = {kept[0] for kept in segment.keys.values()}
     segment.kind = OWN if there.own else SHARED if ops & CARRIES else SECTIONS
     return segment
@@ -76,14 +75,13 @@ def _file(ledger: Ledger, root: Root, segments: list[Segment]) -> None:
     for segment in segments:
         ledger.inodes.update(segment.inodes())
         ledger.pool.file(segment)
-        for key in segment.keys:
-            ledger.where[key] = segment
+        ledger.where.update(dict.fromkeys(segment.keys, segment))
     for segment in segments:
         for key in segment.stale:
             ledger.tombstones.add(key, segment, ledger.where.get(key, root))
             ledger.dirty[segment] = None
         # What a record of the same queue made void is let go of, too: the predecessor did not
         # come to that.
-        parked = sum(len(keys) for _, _, keys in segment.records)
-        if parked > sum(kept[0] in CARRIES for kept in segment.keys.values()):
+        parked = sum([len(keys) for _, _, keys in segment.records])
+        if parked > sum([kept[0] in CARRIES for kept in segment.keys.values()]):
             ledger.dirty[segment] = None
