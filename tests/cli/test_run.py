@@ -39,6 +39,7 @@ for i in range(int(os.environ.get("LISTEN_FDS", "0"))):
                  os.get_blocking(3 + i), sock.getsockopt(1, 15)])
 print(json.dumps([os.environ.get("LISTEN_FDNAMES"), said], default=repr))
 """
+HIDE = "sleep 60 >&- 2>&- & echo $!"
 
 
 def run(
@@ -401,9 +402,25 @@ def test_a_ttl_runs_from_the_end_of_the_command(daemon: DaemonProcess) -> None:
         until(lambda: not connection.list(), lambda: "held")
 
 
+def test_the_file_of_a_listener_that_is_closed_goes_unless_somebody_serves_there(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    address, path = f"127.0.0.1:{free_port()}", tmp_path / "sock"
+    run(daemon, f"unix:{path}")
+    run(daemon, address)
+    assert not path.exists()
+    hide = ["run", "web", "--listen", f"unix:{path}", "--", "sh", "-c", HIDE]
+    sleeper = int(cprctl(daemon, *hide).stdout)
+    try:
+        run(daemon, address)
+        assert path.exists()
+    finally:
+        os.kill(sleeper, signal.SIGKILL)
+
+
 def test_a_command_that_goes_into_the_background_is_noticed(daemon: DaemonProcess) -> None:
     address = f"127.0.0.1:{free_port()}"
-    hide = ["run", "web", "--listen", address, "--", "sh", "-c", "sleep 60 >&- 2>&- & echo $!"]
+    hide = ["run", "web", "--listen", address, "--", "sh", "-c", HIDE]
     done = cprctl(daemon, *hide)
     sleeper = int(done.stdout)
     try:
