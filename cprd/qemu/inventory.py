@@ -288,10 +288,11 @@ def _set(command: Command) -> dict[str, str]:
 
 
 def _tables(command: Command) -> dict[str, str]:
-    """What the firmware tells the guest, by name: -smbios, -fw_cfg, -acpitable."""
+    """What the firmware tells the guest, by name, and what QEMU's own stream does not fit
+    without: -smbios, -fw_cfg, -acpitable, -icount."""
     found: dict[str, str] = {}
     for option, value in command.options:
-        if value is None or option not in ("smbios", "fw_cfg", "acpitable"):
+        if value is None or option not in ("smbios", "fw_cfg", "acpitable", "icount"):
             continue
         options = keyed(value)
         first = options.pop("", "")
