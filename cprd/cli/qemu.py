@@ -105,6 +105,26 @@ def _add_stop(stop: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run a verb; the exit status. Who listens at a monitor may answer in any form."""
+    from cprd.errors import CprdError
+
+    try:
+        return _run(args)
+    except CprdError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        where = f"{place.tb_frame.f_code.co_name}:{place.tb_lineno}" if place is not None else ""
+        raise CprdError(
+            f"{getattr(args, 'qmp', '') or args.name}: an answer has another form than QEMU's"
+            f" ({error!r}, {where}); no step was taken after that. If it is a"
+            " QEMU that listens there, cprctl is at fault: please report this line"
+        ) from None
+
+
+def _run(args: argparse.Namespace) -> int:
     """As root, act as the uid that the command line names, before anything is done by path."""
     from cprd.errors import CprdError
     from cprd.qemu.errors import OtherOwner, one_line

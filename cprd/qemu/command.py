@@ -198,7 +198,7 @@ class Command:
         )
 
     def truncating(self) -> list[str]:
-        """Files that a new QEMU would empty: -chardev file without append=on."""
+        """Files that a new QEMU would empty: -chardev file without append=on, logs."""
         files = [
             options["path"]
             for options in self.chardevs().values()
@@ -212,11 +212,15 @@ class Command:
             for options in self.chardevs().values()
             if "logfile" in options and not is_on(options, "logappend")
         ]
-        for value in self.values("object"):
-            options = keyed(value)
-            if options[""] == "filter-dump" and "file" in options:
-                files.append(options["file"])
-        return files
+        for name, said in self.options:
+            options = keyed(said or "")
+            if (name, options[""]) in (("object", "filter-dump"), ("trace", options[""])):
+                files.append(options.get("file", ""))
+            if (name, options[""]) == ("audiodev", "wav"):
+                files.append(options.get("path", ""))
+            if name == "D":
+                files.append(said or "")
+        return [path for path in files if path]
 
     def incoming(self, *, monitor: int, main: int, cpr: str) -> list[str]:
         """The command of a QEMU that waits, stopped, for a state. `monitor` and `main`: descriptor

@@ -94,7 +94,7 @@ def parsed(name: str) -> dict[str, Any]:
     """The options in an image's name that begins with "json:"; none for another name."""
     try:
         found = json.loads(name[5:]) if name.startswith("json:") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {}
 

@@ -120,6 +120,17 @@ def _lost(monitor: Monitor, notes: list[str]) -> None:
         if row["type"] in (f"child<{kind}>" for kind in inventory.MONITORS)
         if words and row["name"] not in known and not row["name"].startswith("compat_monitor")
     ]
+    bitmaps = {
+        row.get("name", "?"): disk.get("device") or disk.get("qdev", "?")
+        for disk in _ask(monitor, "query-block", [])
+        for row in disk.get("inserted", {}).get("dirty-bitmaps", [])
+        if not row.get("persistent")
+    }
+    notes += [
+        f"the dirty bitmap {name!r} of disk {disk!r} is not persistent, and ends with this QEMU:"
+        " the next backup with it has to be a full one"
+        for name, disk in bitmaps.items()
+    ]
     auth = _ask(monitor, "query-vnc", {}) or {}
     if auth.get("enabled") and auth.get("auth") not in (None, "none"):
         notes.append("the password of VNC ends with this QEMU: set it again in the next")
@@ -268,7 +279,7 @@ def _notes(command: Command) -> Iterator[str]:
     for path in command.truncating():
         yield (
             f"{path} would be emptied by the next QEMU: use -chardev file,...,append=on (of a"
-            " logfile=: logappend=on)"
+            " logfile=: logappend=on), or move the file away first"
         )
     if command.only_pretty():
         yield command.only_pretty()

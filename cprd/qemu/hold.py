@@ -146,8 +146,12 @@ class Held:
         for key in ("cpr", "qemu", *(("main",) if main_fd < 0 else ())):
             if key not in state:
                 raise Damaged(f"there is no section {key!r}: no QEMU was saved under this name")
+            if key != "qemu" and not isinstance(state[key], bytes | memoryview):
+                raise Damaged(f"its section {key!r} is no stream")
         self.origin = Origin.read(state["qemu"])
         self.machine: dict[str, Any] = state.get("machine", {})
+        if not isinstance(self.machine, dict):
+            raise Damaged('its section "machine" is no map')
         self._section: MemfdSection | None = None  # the map of it, while this lives
         if main_fd < 0:
             self.main: memoryview = state["main"]

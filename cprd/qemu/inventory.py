@@ -271,11 +271,6 @@ def _values(
     return found
 
 
-_HOST_OPTIONS: tuple[str, ...] = ("", "type", "accel", "memory-backend", "aux-ram-share")
-_HOST_OPTIONS += ("memory-encryption", "kernel-irqchip", "kvm-shadow-mem", "dump-guest-core")
-_HOST_OPTIONS += ("mem-merge", "dumpdtb")
-
-
 def _set(command: Command) -> dict[str, str]:
     """What -machine and -global set, by name."""
     found = {}
@@ -286,17 +281,18 @@ def _set(command: Command) -> dict[str, str]:
             continue
         for name, said in options.items():
             key = name if "." in name else name.replace("_", "-")
-            if key in _HOST_OPTIONS or key.startswith("migration."):
+            if key in machine.HOST or key.startswith("migration."):
                 continue
             found[f"-global {key}" if "." in key else f"-machine {key}"] = said
     return found
 
 
 def _tables(command: Command) -> dict[str, str]:
-    """What the firmware tells the guest, by name: -smbios, -fw_cfg, -acpitable."""
+    """What the firmware tells the guest, by name, and what QEMU's own stream does not fit
+    without: -smbios, -fw_cfg, -acpitable, -icount."""
     found: dict[str, str] = {}
     for option, value in command.options:
-        if value is None or option not in ("smbios", "fw_cfg", "acpitable"):
+        if value is None or option not in ("smbios", "fw_cfg", "acpitable", "icount"):
             continue
         options = keyed(value)
         first = options.pop("", "")

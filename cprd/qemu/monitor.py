@@ -223,11 +223,18 @@ class Monitor:
 
     def status(self) -> str:
         """The run state: "running", "paused", "postmigrate", ..."""
-        return str(self.execute("query-status")["status"])
+        return self._word("query-status")
 
     def migration(self) -> str:
         """The status of the last migration; "" for none."""
-        return str(self.execute("query-migrate").get("status", ""))
+        return self._word("query-migrate")
+
+    def _word(self, question: str) -> str:
+        """The "status" in an answer."""
+        answer = self.execute(question)
+        if not isinstance(answer, dict):
+            raise MonitorLost(f"QEMU's answer to {question} has no form: {str(answer)[:80]!r}")
+        return str(answer.get("status", ""))
 
     # Events
 

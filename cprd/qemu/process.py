@@ -62,9 +62,10 @@ class Process:
     def find(cls, record: dict[str, Any] | None, uid: int = 0) -> Process | None:
         """The process of a record, unless that process has ended. `uid`: the author of the record;
         only root's word counts for a process of another uid."""
-        if not record or not isinstance(record.get("pid"), int):
+        pid = record.get("pid") if isinstance(record, dict) else None
+        if record is None or not isinstance(pid, int) or not 0 < pid < 1 << 31:
             return None
-        found = cls.open(record["pid"], uid)
+        found = cls.open(pid, uid)
         if found is None:
             return None
         other = uid != 0 and effective_uid(found.pid) != uid

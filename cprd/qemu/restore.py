@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import _thread
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import cprd
 from cprd.errors import Busy, CprdError, Damaged, NotHeld
@@ -32,6 +32,8 @@ from cprd.qemu.tell import tell
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cprd.qemu.start import Order
     from cprd.qemu.target import Target
 
@@ -267,8 +269,11 @@ class _Restore:
         give the state to another user."""
         if self.command.changes_user():
             raise Refused(self.command.changes_user())
-        lacking = missing(self.held.machine, self.command)
-        if lacking and not self.overrides.machine:
+        if self.overrides.machine:
+            return
+        with _claims():
+            lacking = missing(self.held.machine, self.command)
+        if lacking:
             raise Refused(lacking)
 
     def _refuse_another_machine(self, target: Target, asked: list[int]) -> None:
@@ -291,10 +296,8 @@ class _Restore:
         except MonitorLost:
             target.await_loaded()  # raises the reason
             raise
-        try:
+        with _claims():
             inventory.refuse_another(old, new, allowed, monitor, at_once=False)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Damaged(f"what it says of its machine is garbled: {error!r}") from None
 
     def _let_run(self, target: Target, guard: Guard) -> None:
         """begin, cont, confirm. Raises InDoubt when nobody can say whether the guest runs."""
@@ -345,6 +348,19 @@ class _Restore:
         except CprdError as lost:
             why += f" (and cprd was not told: {lost})"
         raise InDoubt(why) from error
+
+
+@contextmanager
+def _claims() -> Iterator[None]:
+    """A block that reads what the saver wrote of its machine. Raises Damaged for what has no such
+    form."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise Damaged(
+            f"what it says of its machine is garbled ({error!r}): --other-images --force-machine"
+            " would start the guest in COMMAND's machine all the same"
+        ) from None
 
 
 class _Renewing:

@@ -83,7 +83,7 @@ class Linux:
         puts itself to sleep (S3) before round `sleep_at`."""
         return [
             *("-kernel", str(self.kernel), "-initrd", str(self.initramfs), "-no-reboot"),
-            *("-append", f"console=ttyS0 quiet panic=-1 sleep_at={sleep_at}"),
+            *("-append", f"console=ttyS0 quiet panic=-1 no_timer_check sleep_at={sleep_at}"),
         ]
 
 

@@ -301,7 +301,10 @@ def test_a_block_job_under_way_would_be_lost(make_machine: MakeMachine) -> None:
     assert "block-job-cancel" in lines[0]
     vm.execute("block-job-cancel", device="slow", force=True)
     vm.until(lambda: vm.execute("query-block-jobs") == [], "the end of the job")
-    assert check(vm)[0] == 0
+    vm.execute("block-dirty-bitmap-add", node="d0", name="backup")
+    status, lines = check(vm)
+    assert status == 0
+    assert "the dirty bitmap 'backup' of disk 'd0'" in lines[0]
 
 
 def test_what_a_guest_does_decides_as_well(make_machine: MakeMachine) -> None:

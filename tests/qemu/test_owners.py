@@ -553,6 +553,47 @@ os._exit(0)
 # What a QEMU says
 
 
+PLAYS_QEMU = """
+import json, os, socket
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(words[0] + "~")
+listener.listen(5)
+os.rename(words[0] + "~", words[0])
+version = {"qemu": {"major": 10, "minor": 0, "micro": 2}}
+usual = {"query-status": {"status": "running"}, "query-migrate": {}}
+while True:
+    monitor, _ = listener.accept()
+    try:
+        monitor.sendall(json.dumps({"QMP": {"version": version}}).encode() + b"\\n")
+        for line in monitor.makefile("rb"):
+            asked = json.loads(line)
+            answer = usual.get(asked["execute"], ["\\x1b[31m"])
+            monitor.sendall(json.dumps({"id": asked["id"], "return": answer}).encode() + b"\\n")
+    except OSError:
+        pass
+"""
+
+
+def test_answers_of_another_form_are_said_in_a_line(make_machine: MakeMachine) -> None:
+    theirs = make_machine()
+    give_away(theirs)
+    theirs.name = f"{USER}/vm"
+    code = f"import sys\nwords = sys.argv[1:]\n{PLAYS_QEMU}"
+    peer = subprocess.Popen([*SETPRIV, sys.executable, "-c", code, theirs.qmp])
+    try:
+        theirs.until(lambda: Path(theirs.qmp).exists(), "a listener")
+        for verb in (["check"], ["save", theirs.name], ["upgrade", theirs.name]):
+            more = ["--", *theirs.command] if verb[0] == "upgrade" else []
+            done = theirs.cprctl("qemu", *verb, "--qmp", theirs.qmp, *more)
+            assert done.returncode == 1
+            assert "another form than QEMU's" in done.stderr
+            assert done.stderr.count("\n") == 1
+            assert "\x1b" not in done.stderr
+    finally:
+        peer.kill()
+        peer.wait()
+
+
 def test_no_escape_sequence_of_a_qemu_reaches_a_terminal(make_machine: MakeMachine) -> None:
     vm = make_machine()
     escape = "\x1b]0;owned\x07"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import cprd
 from cprd.qemu.command import Command
 from tests.qemu.conftest import MakeMachine
 from tests.qemu.machine import Machine
@@ -137,7 +138,11 @@ def test_an_image_that_was_written_while_nobody_ran_is_refused(vm: Machine) -> N
         file.seek(600_000)
         file.write(b"edited")
     refuses(vm, vm.command, "'d0'", "was written", by="start")
-    starts(vm, vm.command, "--other-images")
+    with cprd.connect(vm.daemon) as daemon, daemon.load(vm.name) as claim:
+        claim.state["machine"] = {**claim.state["machine"], "devices": 5, "command": []}
+        claim.confirm(next=claim.state, after_exit=False)
+    refuses(vm, vm.command, "garbled", by="start")  # a section is a claim, not a fact
+    starts(vm, vm.command, "--other-images", "--force-machine")
     assert vm.save().returncode == 0
     starts(vm, vm.command)
 

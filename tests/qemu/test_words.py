@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from cprd.qemu import stream
 from cprd.qemu.command import Command, keyed
 from cprd.qemu.errors import Refused
 from cprd.qemu.examine import about_command_line
-from cprd.qemu.hold import pieces
+from cprd.qemu.hold import Held, Origin, pieces
+from cprd.qemu.process import Process
 from cprd.qemu.sockets import refuse_taken
 
 WORDS = [
@@ -49,6 +51,8 @@ def test_only_what_listens_is_a_listening_path() -> None:
 
 def test_files_that_the_next_qemu_would_empty() -> None:
     assert Command(WORDS).truncating() == ["/tmp/serial"]
+    logs = "-D /1 -trace enable=x,file=/2 -audiodev wav,id=a,path=/3 -trace y -d unimp"
+    assert Command(["kvm", *logs.split(" ")]).truncating() == ["/1", "/2", "/3"]
 
 
 def test_qmp_is_preferred_and_hmp_is_no_qmp() -> None:
@@ -185,6 +189,27 @@ def test_a_stream_goes_in_the_form_that_every_version_takes() -> None:
     devices = [CprVfioDevice("vfio0", 0, 1, 2)]
     whole = CprState(fds, devices, VFIO)
     assert pieces(whole) == list(encode(whole).pieces())
+
+
+JUNK: list[object] = [None, 0, 1 << 62, "", "x", [], {}, b"z", True, 1.5]
+SECTION = {"format": 1, "version": "10.0.2", "qmp": "/x", "status": "running", "machine": "q"}
+SECTION |= {"uid": 0, "old": {"pid": 1, "start": 2}, "new": None, "untouched": "", "drives": []}
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_sections_of_any_form_are_damaged_at_worst(junk: object) -> None:
+    for name in ("main", "cpr", "qemu", "machine"):
+        state = cprd.State()
+        for key, value in {"main": b"QEVM", "cpr": b"QCPR", "qemu": SECTION, name: junk}.items():
+            state[key] = value
+        with pytest.raises(cprd.CprdError):
+            Held(state)
+    for name in SECTION:
+        with suppress(cprd.Damaged):
+            origin = Origin.read({**SECTION, name: junk})
+            assert Process.find(origin.old) is None
+    for name in ("pid", "start"):
+        assert Process.find({"pid": 1, "start": 2, name: junk}) is None
 
 
 def _main(json_text: bytes) -> bytes:
