@@ -691,6 +691,32 @@ class Noting(AtOnce):
 
 
 @pytest.mark.usefixtures("nothing_leaks")
+def test_an_end_empties_the_bundle_and_leaves_the_slot_to_the_next_shelf(desk: Desk) -> None:
+    """To empty a slot makes the kernel look at all sockets in flight. After a restart nothing of a
+    client is left to be drained."""
+    reading, desk.pipes[1] = os.pipe()
+    desk.save("a", 1)
+    os.close(desk.pipes.pop(1))
+    desk.perform(desk.registry.drop(caller(), (1000, "a"), force=False))
+    assert has_ended(reading)
+    os.close(reading)
+    parked, _ = desk.keeper.in_flight()
+    assert parked == 2  # the slot and the bundle
+    releasing = Noting()
+    again = Desk(a_keeper(releasing))
+    again.adopt({desk.keeper.shelf.number: _copies(desk)})
+    assert again.snapshot() == []
+    assert again.keeper.in_flight()[0] == parked
+    assert releasing.uids == []
+    close(again)
+    for number in range(shelves.MANY_MESSAGES // 2):
+        desk.save("b", number + 2)
+        desk.perform(desk.registry.drop(caller(), (1000, "b"), force=False))
+        assert desk.keeper.shelf.in_flight <= shelves.MANY_MESSAGES + 2
+    assert desk.keeper.shelf.number > 1
+
+
+@pytest.mark.usefixtures("nothing_leaks")
 def test_what_ended_before_a_restart_is_drained_by_its_owners_releaser(desk: Desk) -> None:
     """Files that block when they are closed are to hold up their owner, not root."""
     desk.save("a", 1)

@@ -57,7 +57,7 @@ class Store:
         # need not be taken out.
         for old in [old for old in self.keeper.retired if old.number not in self._offered]:
             self.keeper.retired.remove(old)
-            old.close()
+            self.keeper.close_shelf(old)
         self._wanted.set()
 
     async def tend(self) -> None:
@@ -205,7 +205,7 @@ class Store:
             point("store:removed")
             self.keeper.retired.remove(shelf)
             self._offered.discard(shelf.number)
-            shelf.close()
+            self.keeper.close_shelf(shelf)
 
     # The manager's silences
 

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from cprd.daemon import log
-from cprd.daemon.releaser import empty
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage.recover import Found, Pairs, recover
 from cprd.daemon.storage.shelf import Shelf, ShelfFull
@@ -68,6 +67,7 @@ class Keeper:
         self.untouchable: list[Shelf] = []  # have records that cannot be read: kept as they are
         self.merging: list[Shelf] = []  # count as well, until the next shelf takes over the slots
         self.wants_spare: Callable[[], None] = lambda: None
+        self.close_shelf: Callable[[Shelf], None] = Shelf.close  # with all ended slots there
 
     @property
     def kept(self) -> str:
@@ -157,7 +157,8 @@ class Keeper:
     def _append(self, append: Callable[[], None]) -> None:
         """Append to the shelf; a full shelf is written anew first. Raises LimitExceeded."""
         many = max(MANY_MESSAGES, 2 * len(self.slots))
-        if self.shelf.messages > min(many, self.shelf.room // 2):
+        ended = self.shelf.in_flight - len(self.slots)
+        if max(self.shelf.messages, ended) > many or self.shelf.messages > self.shelf.room // 2:
             try:
                 self.compact()
             except LimitExceeded as error:
@@ -272,7 +273,7 @@ class Keeper:
         if self.managed:
             self.retired.append(old)
         else:
-            old.close()
+            self.close_shelf(old)
 
     def new_spare(self) -> Shelf:
         """An empty shelf, which the caller owns. No number is used twice."""
@@ -283,8 +284,27 @@ class Keeper:
         """Drain the slots of ended holds: soon, in the releasers of the owners."""
         for hold in ended:
             old = self.slots.pop(hold.generation, None)
-            if old is not None:
+            if old is not None and not (old.says_ended and self._drain_bundle(old, hold)):
                 self._drain(old, hold.uid)
+
+    def _drain_bundle(self, old: Slot, hold: Hold) -> bool:
+        """Drain the bundle of a slot that says the end; the slot stays until the shelf is written
+        anew. False where the slot has to be drained.
+
+        A drain of the slot takes a socket out of a socket in flight: then the kernel's collector
+        looks at all sockets in flight, and whoever has many there waits for the collector."""
+        if hold.live:
+            return False
+        try:
+            bundle = old.bundle()
+        except (LimitExceeded, OSError):
+            return False
+        point("slot:drain")
+        self.shelf.in_flight += old.in_flight
+        self.releasing.drain(hold.uid, bundle)
+        old.close()  # the bundle has a copy until drained: not the last one
+        point("slot:drained")
+        return True
 
     def forget(self, hold: Hold) -> None:
         """End an outdated hold. A newer hold of the name may have the content of a live hold."""
@@ -349,10 +369,10 @@ class Keeper:
             self._retire(old)
         self._restore_replies(found)
         for dead in (*found.ended, *found.outdated):
-            if dead.foreign or dead in found.outdated:
+            if dead in found.outdated or dead.has_foreign(self.releasing.draining):
                 self._drain(dead, dead.uid)
-            else:  # drained before, to the bundle at least: only pidfds of cprd can be left
-                empty(dead.outlet.fileno())
+            else:  # drained before: only pidfds of cprd can be left
+                self.shelf.in_flight += dead.in_flight
                 dead.close()
         if self.merging:
             try:
