@@ -126,12 +126,27 @@ class Server:
             nursery.start_soon(tend, "deadlines", self.steps.watch_deadlines)
             nursery.start_soon(tend, "orphans", self.steps.end_orphans)
             nursery.start_soon(tend, "counting", self.steps.counting.count)
+            nursery.start_soon(tend, "next shelf", self._write_shelves)
             nursery.start_soon(tend, "old shelves", self._close_shelves)
             nursery.start_soon(tend, "waiters", self.steps.waiters.serve_further)
             for listener in listeners:
                 listener.setblocking(False)
                 take_no_rights(listener)  # for what is sent before cprd has accepted
                 nursery.start_soon(tend, "accept", partial(self._accept, listener, nursery))
+
+    async def _write_shelves(self) -> None:
+        """Write shelves anew, in pieces. Until cancelled."""
+        while True:
+            wanted = trio.Event()
+            self.keeper.compact_soon = wanted.set
+            await wanted.wait()
+            pace = Pace()
+            self.keeper.begin()
+            try:
+                while self.keeper.fill():
+                    await pace.pause()
+            except LimitExceeded as error:
+                log.event("shelf-not-compacted", level=log.WARNING, why=str(error))
 
     async def _close_shelves(self) -> None:
         """Close replaced shelves, in pieces: each can lead to thousands of ended slots. Until

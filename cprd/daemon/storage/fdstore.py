@@ -177,6 +177,8 @@ class Store:
         """Retire a spare that the store has lost, unless the spare took over meanwhile."""
         if not await self._keep(spare) and self.keeper.spare is spare:
             self.keeper.spare = None
+            if self.keeper.next is spare:
+                self.keeper.next = None
             self.keeper.retired.append(spare)
 
     async def _keep(self, shelf: Shelf) -> bool:
