@@ -431,6 +431,46 @@ def lists(path: str, say: Callable[[object], object]) -> None:
         sock.recv(messages.MAX_ANSWER)
 
 
+def hang_ups(path: str, say: Callable[[object], object]) -> None:
+    """A process with as many connections as it may have ends, again and again."""
+    said = False
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            end_with_parent()
+            mine = links(path, 490)
+            os._exit(0 if mine else 1)
+        os.waitpid(pid, 0)
+        if not said:
+            said = bool(say("here")) or True
+
+
+def unread(path: str, say: Callable[[object], object]) -> None:
+    """Whole pages of long names asked for by 400 connections that read nothing; the process ends,
+    again and again."""
+    with cprd.connect(path) as daemon:
+        state = cprd.State()
+        state.save_fd("event", 0, os.eventfd(0))
+        for number in range(600):
+            daemon.save(f"unread.{number}." + "x" * 200, state)
+    said = False
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            end_with_parent()
+            for sock in links(path, 400):
+                sock.setblocking(False)
+                with contextlib.suppress(OSError):
+                    while True:
+                        sock.send(messages.encode({"verb": "list", "after": 0}))
+                sock.detach()
+            time.sleep(0.5)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        if not said:
+            said = bool(say("here")) or True
+
+
 def owners(path: str, say: Callable[[object], object]) -> None:
     """Owners of live holds, eight at once, each of which ends without a word."""
     said = False
@@ -466,6 +506,8 @@ ATTACKS = {
             self_holding,
             churn,
             lists,
+            hang_ups,
+            unread,
             owners,
         ),
     )

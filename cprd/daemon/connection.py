@@ -273,6 +273,8 @@ class Connection:
                     return
                 except BlockingIOError:
                     await trio.lowlevel.wait_writable(self.sock)
+                    async with self.turns.few:
+                        pass
                 except OSError as error:
                     if error.errno in (errno.ENOBUFS, errno.ENOMEM):
                         await trio.sleep(0.01)

@@ -80,7 +80,9 @@ def _visible(server: Server, uid: int, after: int = 0) -> list[Hold]:
 
 async def list_holds(server: Server, connection: Connection, request: Request) -> None:
     """A page of rows by generation, after generation `after`; `more` says where to go on."""
-    server.steps.pidfds.collect()
+    while not server.steps.pidfds.collect():
+        await connection.apart()
+        await trio.lowlevel.checkpoint()
     after = request.message["after"]
     rows: list[messages.Message] = []
     size = 0

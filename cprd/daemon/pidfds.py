@@ -54,12 +54,12 @@ class Pidfds:
                 self.watched.remove(fd)
                 self._ended(generation, role)
 
-    def collect(self) -> None:
-        """Report all ended processes."""
-        self.watched.collect()
+    def collect(self) -> bool:
+        """Report ended processes, for `PIECE` at most. Returns whether all were reported."""
+        return self.watched.collect(PIECE)
 
     async def watch(self) -> None:
         """Report each end at once. Until cancelled."""
         while True:
             await trio.lowlevel.wait_readable(self.watched.epoll.fileno())
-            self.watched.collect(PIECE)
+            self.collect()

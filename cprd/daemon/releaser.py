@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CLOSE = b"c"  # close the descriptors of a message, once the daemon has closed its copies
 CLOSED = b"o"  # the daemon has: whoever closes last may block
-DRAIN = b"d"  # drop everything queued in slots, of live holds all that is kept as well; close
+DRAIN = b"d"  # drop all that is queued in bundles and slots, of live holds all that is kept; close
 FENCE = b"f"  # let nobody change the live hold in a bundle: no change of the owner counts any more
 COUNT = b"n"  # acknowledge how much lies in the live hold in a bundle (COUNTED)
 FENCED = b"F"  # the acknowledgement of FENCE
@@ -65,11 +65,15 @@ def empty(fd: int) -> None:
 
 
 def _drop(sock: _socket.socket) -> None:
-    try:
-        while sock.recv(1, _socket.MSG_DONTWAIT):
+    while True:
+        try:
+            # An empty message looks like the end.
+            if not sock.recv(1, _socket.MSG_DONTWAIT) and not _scm_fds(sock.fileno()):
+                return
+        except ConnectionResetError:  # said once, of what the other end left unread
             pass
-    except OSError:
-        pass
+        except OSError:
+            return
 
 
 def records(sock: _socket.socket | None, most: int = _TURNS) -> Iterator[tuple[bytes, list[int]]]:
@@ -171,14 +175,17 @@ def _scm_fds(fd: int) -> int:
 
 
 def let_go(slot: int) -> None:
-    """Drain a slot. Of a live hold, as the last record says: all that is kept, wherever else an end
-    of a queue is open still; or the root alone, whose segments another hold has."""
+    """Drain a slot, or a bundle. Of a live hold, as the last record in the slot says: all that is
+    kept, wherever else an end of a queue is open still; or the root alone, whose segments another
+    hold has."""
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM, 0, os.dup(slot))
-    sock.setsockopt(_socket.SOL_SOCKET, _SO_PEEK_OFF, -1)  # a killed reader leaves another
-    try:
-        version = _version(sock.recv(_LAST.size, _PEEK))  # as in every record
-    except OSError:
-        version = 0
+    version = 0
+    if sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_TYPE) == _socket.SOCK_DGRAM:  # no bundle
+        sock.setsockopt(_socket.SOL_SOCKET, _SO_PEEK_OFF, -1)  # a killed reader leaves another
+        try:
+            version = _version(sock.recv(_LAST.size, _PEEK))  # as in every record
+        except OSError:
+            pass
     if version in (LIVING, HANDED_ON):
         _let_go_of_live(slot)  # should that fail, another releaser is asked
     _drop(sock)

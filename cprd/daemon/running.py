@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import AsyncIterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import trio
 
@@ -62,6 +63,7 @@ class Running:
         with trio.open_signal_receiver(*self.signals) as signals:
             # Blocked by the one that became us.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+            collect_young_only()
             async with trio.open_nursery() as nursery:
                 if self.store is not None:
                     nursery.start_soon(tend, "store", self.store.tend)
@@ -151,6 +153,20 @@ class Running:
             lost_unless_restarted=at_stop or None,
             why=why,
         )
+
+
+def collect_young_only() -> None:
+    """Let Python's collector look at an object twice at most, for as long as the process lives.
+
+    A look at all takes 10 ms and more, and many containers in a request start one. Nothing is lost:
+    holds, connections and requests make no cycles, and are freed without the collector."""
+    gc.freeze()
+    gc.callbacks.append(_freeze)
+
+
+def _freeze(phase: str, info: dict[str, Any]) -> None:
+    if phase == "stop" and info["generation"]:
+        gc.freeze()
 
 
 def _step() -> int:

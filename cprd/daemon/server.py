@@ -8,6 +8,7 @@ happens in releasers (releasing.py), or in the task of the connection concerned.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import time
@@ -23,6 +24,7 @@ from cprd.daemon.releasing import Releasing
 from cprd.daemon.room import Room
 from cprd.daemon.steps import Roles, Steps
 from cprd.daemon.storage.notes import Notes
+from cprd.daemon.storage.shelf import Shelf
 from cprd.daemon.storage.shelves import Keeper
 from cprd.daemon.tending import tend
 from cprd.daemon.turns import Pace, Turns
@@ -124,11 +126,41 @@ class Server:
             nursery.start_soon(tend, "deadlines", self.steps.watch_deadlines)
             nursery.start_soon(tend, "orphans", self.steps.end_orphans)
             nursery.start_soon(tend, "counting", self.steps.counting.count)
+            nursery.start_soon(tend, "next shelf", self._write_shelves)
+            nursery.start_soon(tend, "old shelves", self._close_shelves)
             nursery.start_soon(tend, "waiters", self.steps.waiters.serve_further)
             for listener in listeners:
                 listener.setblocking(False)
                 take_no_rights(listener)  # for what is sent before cprd has accepted
                 nursery.start_soon(tend, "accept", partial(self._accept, listener, nursery))
+
+    async def _write_shelves(self) -> None:
+        """Write shelves anew, in pieces. Until cancelled."""
+        while True:
+            wanted = trio.Event()
+            self.keeper.compact_soon = wanted.set
+            await wanted.wait()
+            pace = Pace()
+            self.keeper.begin()
+            try:
+                while self.keeper.fill():
+                    await pace.pause()
+            except LimitExceeded as error:
+                log.event("shelf-not-compacted", level=log.WARNING, why=str(error))
+
+    async def _close_shelves(self) -> None:
+        """Close replaced shelves, in pieces: each can lead to thousands of ended slots. Until
+        cancelled."""
+        send, replaced = trio.open_memory_channel[Shelf](math.inf)
+        self.keeper.close_shelf = send.send_nowait
+        try:
+            async for shelf in replaced:
+                pace = Pace()
+                while shelf.drop_first():
+                    await pace.pause()
+                shelf.close()
+        finally:
+            self.keeper.close_shelf = Shelf.close
 
     # Admission
 
@@ -258,10 +290,12 @@ class Server:
             await self._end_claims(connection)
             await connection.linger()
         finally:
-            await self._end_claims(connection)
-            self.connections.discard(connection)
-            self.turns.remove(connection)
-            connection.close()
+            with trio.CancelScope(shield=True):
+                async with self.turns.few:
+                    await self._end_claims(connection)
+                    self.connections.discard(connection)
+                    self.turns.remove(connection)
+                    connection.close()
 
     async def _end_idle(self) -> None:
         """End connections on which nothing was asked for too long. Until cancelled."""

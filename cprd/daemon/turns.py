@@ -35,6 +35,8 @@ class Turns:
 
     def __init__(self) -> None:
         self.connections: Counter[int] = Counter()  # by uid
+        # Of tasks that go on: many connections may end, or have room, at the same moment.
+        self.few = trio.Semaphore(HANDED_OVER)
         self._handed_over = 0  # in this piece: tasks of connections with something to do
         self._epoll = select.epoll()
         self._asleep = False
@@ -123,7 +125,8 @@ class Turns:
     def _round(self) -> None:
         """Serve a single request of each uid that has some."""
         for uid, line in list(self._ready.items()):
-            while line:
+            most = self._handed_over + HANDED_OVER  # hundreds can end together
+            while line and self._handed_over < most:
                 connection = line.popleft()
                 connection.in_line = False
                 if connection in self._waiting and self._serve_one(connection):

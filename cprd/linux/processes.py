@@ -242,18 +242,19 @@ class Watch:
         if self._calls.pop(fd, None) is not None:
             self.epoll.unregister(fd)
 
-    def collect(self, seconds: float = math.inf) -> None:
+    def collect(self, seconds: float = math.inf) -> bool:
         """Report those that have ended by now, each once. After `seconds` the rest is left for the
-        next time; the epoll descriptor stays readable."""
+        next time; the epoll descriptor stays readable. Returns whether nothing was left."""
         until = time.monotonic() + seconds
         for fd, _ in self.epoll.poll(0):
             if time.monotonic() > until:
-                return
+                return False
             events, ended = self._calls.get(fd, (0, None))
             # What one end led to may have closed another's descriptor, and its number be used anew.
             if ended is not None and is_ready(fd, events):
                 self.remove(fd)
                 ended()
+        return True
 
     def __len__(self) -> int:
         return len(self._calls)

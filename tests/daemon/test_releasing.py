@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -247,3 +248,18 @@ def test_a_releaser_without_a_descriptor_left_says_of_no_live_slot_that_it_is_em
     assert queued(slot.outlet) == 0
     slot.close()
     bundle.close()
+
+
+def test_an_empty_message_ahead_and_an_unread_byte_behind_keep_nothing_from_being_drained() -> None:
+    reading, writing = os.pipe()
+    inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with outlet:
+        inlet.send(b"")
+        socket.send_fds(inlet, [b"x"], [writing])
+        os.close(writing)
+        outlet.send(b"unread")  # so that the other end is reset
+        outlet.shutdown(socket.SHUT_RD)
+        inlet.close()
+        let_go(outlet.fileno())
+        assert os.read(reading, 1) == b""
+    os.close(reading)

@@ -691,6 +691,62 @@ class Noting(AtOnce):
 
 
 @pytest.mark.usefixtures("nothing_leaks")
+def test_an_end_empties_the_bundle_and_leaves_the_slot_to_the_next_shelf(desk: Desk) -> None:
+    """To empty a slot makes the kernel look at all sockets in flight. After a restart nothing of a
+    client is left to be drained."""
+    reading, desk.pipes[1] = os.pipe()
+    desk.save("a", 1)
+    os.close(desk.pipes.pop(1))
+    desk.perform(desk.registry.drop(caller(), (1000, "a"), force=False))
+    assert has_ended(reading)
+    os.close(reading)
+    parked, _ = desk.keeper.in_flight()
+    assert parked == 2  # the slot and the bundle
+    releasing = Noting()
+    again = Desk(a_keeper(releasing))
+    again.adopt({desk.keeper.shelf.number: _copies(desk)})
+    assert again.snapshot() == []
+    assert again.keeper.in_flight()[0] == parked
+    assert releasing.uids == []
+    close(again)
+    for number in range(shelves.MANY_ENDED // 2 + 2):
+        desk.save("b", number + 2)
+        desk.perform(desk.registry.drop(caller(), (1000, "b"), force=False))
+        assert desk.keeper.shelf.in_flight <= shelves.MANY_ENDED + 3
+    assert desk.keeper.shelf.number > 1
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+@pytest.mark.parametrize("pieces", range(6))
+def test_a_shelf_that_is_written_anew_in_pieces_misses_nothing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    """Killed after each piece, with changes in between, and after the last one."""
+    monkeypatch.setattr(shelves, "SLOTS_A_RECORD", 2)
+    for number in range(5):
+        desk.save(f"{number}", number + 1)
+    desk.keeper.begin()
+    first = desk.keeper.shelf
+    for piece in range(pieces):
+        desk.save(f"new {piece}", 10 + piece, nonce=piece + 1)
+        desk.save(f"{piece}", 20 + piece, how="replace")
+        desk.perform(desk.registry.drop(caller(50 + piece), (1000, f"{4 - piece}"), force=False))
+        desk.keeper.fill()
+    every = desk.snapshot()
+    for _ in range(2):
+        again = Desk(first_generation=10**6)
+        left = ends(desk.keeper.shelves())
+        assert not again.adopt({n: (out.dup(), tx.dup()) for n, (out, tx) in left.items()})
+        assert again.snapshot() == every
+        for piece in range(pieces):
+            assert again.registry.recall(caller(50 + piece), (1000, f"{4 - piece}")) is not None
+        close(again)
+        desk.keeper.compact()
+    assert desk.keeper.next is None
+    assert desk.keeper.shelf is not first
+
+
+@pytest.mark.usefixtures("nothing_leaks")
 def test_what_ended_before_a_restart_is_drained_by_its_owners_releaser(desk: Desk) -> None:
     """Files that block when they are closed are to hold up their owner, not root."""
     desk.save("a", 1)

@@ -236,3 +236,96 @@ async def test_requests_are_served_even_where_time_is_over_at_once(
     connection.close()
     ours.close()
     releasing.stop()
+
+
+async def test_connections_that_end_together_go_on_few_at_a_time() -> None:
+    all_turns, releasing, watch = Turns(), Releasing(), Watch()
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(40)]
+    ended: list[bool] = []
+    most = 0
+
+    async def serve(_: Connection, came: Came) -> bool:
+        raise AssertionError(came)
+
+    async def converse(connection: Connection) -> None:
+        ended.append(await all_turns.serve(connection, serve))
+        all_turns.remove(connection)
+        connection.close()
+
+    async with trio.open_nursery() as nursery:
+        for ours, theirs in pairs:
+            connection = Connection(theirs, Peer(5, 0), -1, releasing, all_turns, watch)
+            all_turns.add(connection)
+            nursery.start_soon(converse, connection)
+            ours.close()
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(all_turns.run)
+        with trio.fail_after(PATIENCE):
+            while len(ended) < len(pairs):
+                before = len(ended)
+                await trio.lowlevel.checkpoint()
+                most = max(most, len(ended) - before)
+        nursery.cancel_scope.cancel()
+    releasing.stop()
+    assert not any(ended)
+    assert 0 < most <= 2 * turns.HANDED_OVER  # two passes may lie between two looks
+
+
+def test_ended_processes_are_reported_in_pieces() -> None:
+    watch, reported = Watch(), []
+    fds = [os.eventfd(1) for _ in range(3)]
+
+    def slowly() -> None:
+        reported.append(1)
+        time.sleep(0.02)  # the work itself
+
+    for fd in fds:
+        watch.add(fd, slowly)
+    assert not watch.collect(0.01)
+    assert len(reported) == 1
+    assert watch.collect()
+    assert len(reported) == 3
+    watch.epoll.close()
+    for fd in fds:
+        os.close(fd)
+
+
+COUNT_AT_END = """
+import gc
+from cprd.daemon import log, running
+young, end = running.collect_young_only, running.Running.end
+def never_collect():
+    young()
+    gc.disable()
+def count(self):
+    end(self)
+    log.event("garbage", count=gc.collect())
+running.collect_young_only, running.Running.end = never_collect, count
+"""
+
+
+def test_no_request_and_no_connection_leaves_work_for_the_collector(tmp_path: Path) -> None:
+    """So the collector need not look at what lives long: cycles would stay for ever."""
+    daemon = Seeded(tmp_path, COUNT_AT_END)
+    state = cprd.State()
+    for _ in range(30):
+        with daemon.connect() as one, daemon.connect() as other:
+            one.save("web", state, ttl=600.0)
+            with pytest.raises(cprd.AlreadyHeld):
+                other.save("web", state)
+            one.prepare("other", state).abort()
+            claim = one.load("web")
+            with pytest.raises(cprd.Busy):
+                other.load("web", wait=0.001)
+            claim.confirm(next=state, after_exit=False)
+            claim.close()
+            other.load("web").reject("so")
+            one.drop("web")
+            one.list()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(daemon.path)
+            sock.send(b"noise")
+            sock.recv(messages.MAX_ANSWER)
+    assert daemon.stop() == 0
+    [garbage] = [line for line in daemon.log() if line.startswith("garbage count=")]
+    assert int(garbage.split("=")[1]) < 120  # the event loop's own, at the end

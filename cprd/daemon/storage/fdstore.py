@@ -57,7 +57,7 @@ class Store:
         # need not be taken out.
         for old in [old for old in self.keeper.retired if old.number not in self._offered]:
             self.keeper.retired.remove(old)
-            old.close()
+            self.keeper.close_shelf(old)
         self._wanted.set()
 
     async def tend(self) -> None:
@@ -177,6 +177,8 @@ class Store:
         """Retire a spare that the store has lost, unless the spare took over meanwhile."""
         if not await self._keep(spare) and self.keeper.spare is spare:
             self.keeper.spare = None
+            if self.keeper.next is spare:
+                self.keeper.next = None
             self.keeper.retired.append(spare)
 
     async def _keep(self, shelf: Shelf) -> bool:
@@ -205,7 +207,7 @@ class Store:
             point("store:removed")
             self.keeper.retired.remove(shelf)
             self._offered.discard(shelf.number)
-            shelf.close()
+            self.keeper.close_shelf(shelf)
 
     # The manager's silences
 

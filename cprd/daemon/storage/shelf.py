@@ -140,6 +140,14 @@ class Shelf:
         self.messages += 1
         self.in_flight += len(fds)
 
+    def drop_first(self) -> bool:
+        """Take the first message out of a shelf that is not needed any more. Returns whether there
+        was any."""
+        try:
+            return bool(self.outlet.recv(1))
+        except OSError:
+            return False
+
     def close(self) -> None:
         self.tx.close()
         self.outlet.close()

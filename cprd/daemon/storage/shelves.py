@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from cprd.daemon import log
-from cprd.daemon.releaser import empty
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage.recover import Found, Pairs, recover
-from cprd.daemon.storage.shelf import Shelf, ShelfFull
+from cprd.daemon.storage.shelf import SLOTS_A_RECORD, Shelf, ShelfFull
 from cprd.daemon.storage.slot import NOBODY, Slot, SlotFull, last_version
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
@@ -38,7 +38,9 @@ NOT_STORED = (
     'require="store": this cprd keeps holds in memory only; run it as a systemd service with'
     " FileDescriptorStoreMax=, or as cprd --keep (see cprctl status)"
 )
-MANY_MESSAGES = 1024  # on a shelf that has few slots, before the shelf is written anew
+# On a shelf that has few slots, before the shelf is written anew: messages, and descriptors of
+# ended holds. With these the kernel does not yet count too many of cprd in flight (2,024).
+MANY_MESSAGES, MANY_ENDED, FEW = 1024, 500, 750
 
 Pidfds = Mapping[str, int]
 
@@ -68,6 +70,10 @@ class Keeper:
         self.untouchable: list[Shelf] = []  # have records that cannot be read: kept as they are
         self.merging: list[Shelf] = []  # count as well, until the next shelf takes over the slots
         self.wants_spare: Callable[[], None] = lambda: None
+        self.next: Shelf | None = None  # is written, and does not count yet
+        self._pieces: Iterator[None] = iter(())
+        self.compact_soon: Callable[[], None] = self.compact
+        self.close_shelf: Callable[[Shelf], None] = Shelf.close  # with all ended slots there
 
     @property
     def kept(self) -> str:
@@ -113,10 +119,8 @@ class Keeper:
 
     def _unmake(self, hold: Hold) -> None:
         made = self.slots.pop(hold.generation)
-        try:
+        with suppress(LimitExceeded):  # draining says so as well
             made.mark_dead(hold)
-        except LimitExceeded:
-            pass  # draining says so as well
         self._drain(made, hold.uid)
 
     @property
@@ -152,14 +156,17 @@ class Keeper:
         except BaseException:
             new.close()
             raise
+        self._to_next(lambda shelf: shelf.add_slot(new.fds))
         self.slots[hold.generation] = new
 
     def _append(self, append: Callable[[], None]) -> None:
         """Append to the shelf; a full shelf is written anew first. Raises LimitExceeded."""
-        many = max(MANY_MESSAGES, 2 * len(self.slots))
-        if self.shelf.messages > min(many, self.shelf.room // 2):
+        held = len(self.slots)
+        most = min(max(MANY_MESSAGES, 2 * held), self.shelf.room // 2)
+        ended = self.shelf.in_flight - held
+        if self.shelf.messages > most or ended > (2 * held if held > FEW else MANY_ENDED):
             try:
-                self.compact()
+                self.compact_soon()
             except LimitExceeded as error:
                 log.event("shelf-not-compacted", level=log.WARNING, why=str(error))
         try:
@@ -227,6 +234,7 @@ class Keeper:
             self._append(lambda: self.shelf.add_outcomes(replies))
         except LimitExceeded as error:
             log.event("outcome-not-written", level=log.WARNING, why=str(error))
+        self._to_next(lambda shelf: shelf.add_outcomes(replies))
 
     def _outcomes(self) -> list[Reply]:
         """Replies that may be asked for, and lie in no slot, older first."""
@@ -239,40 +247,75 @@ class Keeper:
 
         With a store a stored spare takes over. Without a spare the old shelf stays; when the
         shelf is full (`must`) an unstored shelf takes over: answers say "memory" meanwhile."""
-        if self.shelf.durable and self.spare is None and not must:
-            return
-        new = self.spare or self.new_spare()
+        self.begin(must=must)
+        while self.fill():
+            pass
+
+    def begin(self, *, must: bool = False) -> None:
+        """As `compact`, but `fill` is to be called until all is written. Meanwhile the present
+        shelf counts, and what comes lies on both."""
+        if self.next is None and (must or self.spare is not None or not self.shelf.durable):
+            self.next = self.spare or self.new_spare()
+            self._pieces = self._write_all(self.next)
+
+    def _write_all(self, new: Shelf) -> Iterator[None]:
+        slots = list(self.slots.items())
+        for at in range(0, len(slots), SLOTS_A_RECORD):
+            part = slots[at : at + SLOTS_A_RECORD]
+            new.add_slots(held.fds for of, held in part if self.slots.get(of) is held)
+            yield
+        outcomes = self._outcomes()[-new.room :]  # so many take a quarter of the room
+        for at in range(0, len(outcomes), SLOTS_A_RECORD):
+            new.add_outcomes(outcomes[at : at + SLOTS_A_RECORD])
+            yield
+
+    def fill(self) -> bool:
+        """Write a piece of the next shelf; with the last piece that shelf takes over. Returns
+        whether more is left. Raises LimitExceeded."""
+        new = self.next
+        if new is None:
+            return False
         replaced = [self.shelf, *self.merging]
         try:
-            new.add_slots(held.fds for held in self.slots.values())
-            new.add_outcomes(self._outcomes()[-new.room :])  # so many take a quarter of the room
+            for _ in self._pieces:
+                return True
             new.complete([other.number for other in (*replaced, *self.retired)])
         except BaseException as error:
-            self.spare = None
-            self._retire(new)
-            self.wants_spare()
+            self.give_up()
             if isinstance(error, ShelfFull):
                 raise LimitExceeded(FULL) from None
             raise
-        log.event(
-            "shelf",
-            number=new.number,
-            slots=len(self.slots),
-            replaces=self.shelf.number,
-            kept="store" if new.durable else "memory",
-        )
-        self.shelf, self.spare, self.merging = new, None, []
+        kept = "store" if new.durable else "memory"
+        before, self.shelf = self.shelf.number, new
+        log.event("shelf", number=new.number, slots=len(self.slots), replaces=before, kept=kept)
+        self.spare, self.next, self.merging = None, None, []
         for old in replaced:
             self._retire(old)
         point("keeper:compacted")
         self.wants_spare()
+        return False
+
+    def give_up(self) -> None:
+        """Retire the next shelf, which does not count yet."""
+        new, self.next = self.next, None
+        if new is not None:
+            self.spare = None if self.spare is new else self.spare
+            self._retire(new)
+            self.wants_spare()
+
+    def _to_next(self, append: Callable[[Shelf], None]) -> None:
+        try:
+            if self.next is not None:
+                append(self.next)
+        except (LimitExceeded, ShelfFull):
+            self.give_up()
 
     def _retire(self, old: Shelf) -> None:
         """Close a shelf; with a manager only after the store has let go of the shelf."""
         if self.managed:
             self.retired.append(old)
         else:
-            old.close()
+            self.close_shelf(old)
 
     def new_spare(self) -> Shelf:
         """An empty shelf, which the caller owns. No number is used twice."""
@@ -283,8 +326,27 @@ class Keeper:
         """Drain the slots of ended holds: soon, in the releasers of the owners."""
         for hold in ended:
             old = self.slots.pop(hold.generation, None)
-            if old is not None:
+            if old is not None and not (old.says_ended and self._drain_bundle(old, hold)):
                 self._drain(old, hold.uid)
+
+    def _drain_bundle(self, old: Slot, hold: Hold) -> bool:
+        """Drain the bundle of a slot that says the end; the slot stays until the shelf is written
+        anew. False where the slot has to be drained.
+
+        To take a socket out of a socket in flight makes the kernel's collector look at all sockets
+        in flight, and whoever has many there waits."""
+        if hold.live:
+            return False
+        try:
+            bundle = old.bundle()
+        except (LimitExceeded, OSError):
+            return False
+        point("slot:drain")
+        self.shelf.in_flight += old.in_flight
+        self.releasing.drain(hold.uid, bundle)
+        old.close()  # the bundle has a copy until drained: not the last one
+        point("slot:drained")
+        return True
 
     def forget(self, hold: Hold) -> None:
         """End an outdated hold. A newer hold of the name may have the content of a live hold."""
@@ -327,8 +389,8 @@ class Keeper:
 
     def shelves(self) -> list[Shelf]:
         """All that must come along when the daemon re-executes."""
-        spare = [] if self.spare is None else [self.spare]
-        return [*self.untouchable, *self.retired, *self.merging, *spare, self.shelf]
+        ready = dict.fromkeys(one for one in (self.spare, self.next) if one is not None)
+        return [*self.untouchable, *self.retired, *self.merging, *ready, self.shelf]
 
     def adopt(
         self, pairs: Pairs, durable: Collection[int], once: Collection[int] = ()
@@ -349,10 +411,10 @@ class Keeper:
             self._retire(old)
         self._restore_replies(found)
         for dead in (*found.ended, *found.outdated):
-            if dead.foreign or dead in found.outdated:
+            if dead in found.outdated or dead.has_foreign(self.releasing.draining):
                 self._drain(dead, dead.uid)
-            else:  # drained before, to the bundle at least: only pidfds of cprd can be left
-                empty(dead.outlet.fileno())
+            else:  # drained before: only pidfds of cprd can be left
+                self.shelf.in_flight += dead.in_flight
                 dead.close()
         if self.merging:
             try:

@@ -16,9 +16,10 @@ last record, in every version. docs/bundle.md has the layout.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +31,7 @@ from cprd.daemon.storage.shelf import records
 from cprd.errors import LimitExceeded
 from cprd.linux.loop import loop
 from cprd.linux.pause import point
-from cprd.linux.rights import close_all, receive, send
+from cprd.linux.rights import close_all, receive, scm_fds, send
 from cprd.protocol.lifecycle import CLAIMED, Hold
 from cprd.protocol.registry import Ended
 from cprd.protocol.replies import IN_A_RECORD, Reply, restored
@@ -159,13 +160,17 @@ class _Cut(Exception):
 class Slot:
     """Owns the socket, or both ends of the pair."""
 
-    __slots__ = ("foreign", "in_flight", "inlet", "known", "outlet", "records", "replies", "uid")
+    __slots__ = (
+        *("foreign", "in_flight", "inlet", "known", "outlet", "records", "replies", "says_ended"),
+        "uid",
+    )
 
     def __init__(self, outlet: socket.SocketType, inlet: socket.SocketType | None = None) -> None:
         """`inlet`: of a pair."""
         self.outlet = outlet
         self.inlet = inlet
         self.records = 0
+        self.says_ended = False  # the last record does
         self.foreign: Sequence[int] = ()  # read from an ended slot; owned
         self.in_flight = 0  # descriptors parked here
         self.known = NOBODY  # pidfds by role, as parked last
@@ -259,6 +264,7 @@ class Slot:
                     raise LimitExceeded(why) from None
                 self.grow()
         self.replies = every
+        self.says_ended = True
         point("slot:dead")
 
     def read(self) -> tuple[Hold | None, dict[str, int]]:
@@ -353,6 +359,14 @@ class Slot:
             self.inlet.close()
         foreign, self.foreign = self.foreign, ()
         return self.outlet.detach(), list(foreign)
+
+    def has_foreign(self, draining: Collection[int]) -> bool:
+        """Whether descriptors of a client can be left in an ended slot that was read, and in no
+        bundle with an inode in `draining`."""
+        try:
+            return any(scm_fds(fd) and os.fstat(fd).st_ino not in draining for fd in self.foreign)
+        except OSError:
+            return True
 
     def _close_foreign(self) -> None:
         close_all(self.foreign)
