@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import time
-from contextlib import closing
 
 import cprd
 from cprd.errors import Busy, CprdError, Damaged, NotHeld
@@ -27,7 +26,6 @@ from cprd.qemu.private import PrivateDirectory, beside
 from cprd.qemu.process import Process
 from cprd.qemu.sockets import refuse_taken
 from cprd.qemu.spawn import Guard
-from cprd.qemu.stream import capabilities
 from cprd.qemu.tell import tell
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
@@ -53,19 +51,20 @@ def restore(plumbing: spawn.Plumbing, qemu: int, order: Order) -> int:
                 note(f"cprctl: {error}")
             spawn.say(plumbing.talk, cold=True)
             return 0
-        with closing(claim):
+        try:
             point("qemu-start:claimed")
-            try:
-                refuse_taken(command)
-                _Restore(plumbing, process, claim, command, order).run()
-            except (InDoubt, GuestEnded) as error:
-                note(f"cprctl: {name}: {error}")
-                return 1
-            except (CprdError, OSError) as error:
-                why = _give_back(claim, name, one_line(error), forced=forced)
-                if not spawn.say(plumbing.talk, fail=why, code="CprdError"):
-                    note(f"cprctl: {why}")
-                return 1
+            refuse_taken(command)
+            _Restore(plumbing, process, claim, command, order).run()
+        except (InDoubt, GuestEnded) as error:
+            note(f"cprctl: {name}: {error}")
+            return 1
+        except (CprdError, OSError) as error:
+            why = _give_back(claim, name, one_line(error), forced=forced)
+            if not spawn.say(plumbing.talk, fail=why, code="CprdError"):
+                note(f"cprctl: {why}")
+            return 1
+        finally:
+            claim.close()
         if order.agent:
             _set_time(name, order.agent)
     return 0
@@ -197,13 +196,13 @@ class _Restore:
     def run(self) -> None:
         """All between claim and confirm. After an exception other than InDoubt and GuestEnded the
         new QEMU has ended, and nothing was acted on."""
-        pieces = self.held.pieces()
         directory = PrivateDirectory(beside(self.command))
         path = directory.at("cpr")
-        guard = Guard.fork(self.plumbing.take_stderr(), self.process.pidfd)
-        spawn.say(self.plumbing.talk, go=True, cpr=path, guard=guard.pid)
+        guard = self.plumbing.guard
+        guard.arm()
+        spawn.say(self.plumbing.talk, go=True, cpr=path)
         point("qemu-start:go")
-        # While the new QEMU makes its devices.
+        # While the new QEMU begins.
         from cprd.qemu import inventory
         from cprd.qemu.target import Target
 
@@ -212,7 +211,8 @@ class _Restore:
         renewing = _Renewing(self.claim)
         try:
             with signals.allowed():
-                self._replay(target, directory, pieces)
+                self.held.read()
+                self._replay(target, directory)
             signals.hold_off()
             renewing.stop()
             self._let_run(target, guard)
@@ -230,13 +230,14 @@ class _Restore:
             directory.close()
             target.close()
 
-    def _replay(
-        self, target: Target, directory: PrivateDirectory, pieces: list[tuple[bytes, int]]
-    ) -> None:
+    def _replay(self, target: Target, directory: PrivateDirectory) -> None:
+        pieces = self.held.pieces()
         target.connect_cpr(directory.at("cpr"))
         point("qemu-start:listening")
         target.send_cpr(pieces)
         point("qemu-start:cpr")
+        from cprd.qemu.stream import capabilities
+
         # A hold of an older cprctl may want what has to be set before the stream arrives.
         wanted = capabilities(self.held.main)
         words = self.command.words[self.command.program :]

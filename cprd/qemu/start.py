@@ -79,24 +79,27 @@ def start(order: Order) -> NoReturn:
     plumbing = Plumbing()
     flush()
     qemu = os.getpid()
-    if fork_twice():
+    if not fork_twice():
         _be_helper(plumbing, qemu, order)
+    # The helper imports and asks cprd meanwhile; each has a core.
+    import _json  # noqa: F401  # as the user whose QEMU this will be these may not be there
+    import warnings  # noqa: F401  # (execvp imports it)
+
+    from cprd.qemu.process import GUARD, guard_mark
+
+    os.environ[GUARD] = guard_mark(plumbing.post_guard(os.pidfd_open(qemu)))
     plumbing.keep_qemus()
-    command = _command(order)  # the helper imports meanwhile; each has a core
-    # For `execute`: nobody waits for that here.
-    import json  # noqa: F401
-
-    import cprd.qemu.process  # noqa: F401
-
+    command = _command(order)
     word = hear(plumbing.talk_qemu)
     if word is None:
         raise CprdError(f"{name}: the helper ended; nothing was started")
     if "cold" in word:
+        del os.environ[GUARD]
         _become_cold(command, order.owner)
     if "fail" in word:
         raise CODES.get(word["code"], CprdError)(word["fail"])
     point("qemu-start:exec")
-    failure = execute(command, plumbing, word, order.owner)
+    failure = execute(command, plumbing, word["cpr"], order.owner)
     raise CprdError(f"{command.words[0]}: {failure.strerror}")
 
 
@@ -115,6 +118,7 @@ def _be_helper(plumbing: Plumbing, qemu: int, order: Order) -> NoReturn:
     status = 1
     try:
         plumbing.keep_ours()
+        plumbing.close_stderr()
         from cprd.qemu.restore import restore
 
         acting.act_as(order.owner)

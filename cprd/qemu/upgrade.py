@@ -40,7 +40,7 @@ from cprd.qemu.hold import LIVE, MAIN_KEY, Origin, pack, pieces
 from cprd.qemu.inventory import Inventory, refuse_another
 from cprd.qemu.monitor import Monitor, event_is, machine_type, socket_path, stamp
 from cprd.qemu.private import MARK, PrivateDirectory
-from cprd.qemu.process import Process, output_of
+from cprd.qemu.process import GUARD, Process, guard_mark, output_of
 from cprd.qemu.sockets import SharedPaths
 from cprd.qemu.source import TIMEOUT, Source
 from cprd.qemu.start import Overrides
@@ -156,13 +156,11 @@ class _New:
         self._fork()
         point("qemu-upgrade:forked")
         stderr = output_of(self.old, 2)
-        guard = self._guard = spawn.Guard.fork(
-            self.plumbing.take_stderr(),
-            self.process.pidfd,
-            stderr,
-            old=self.old.pidfd,
-            shared=self.shared,
+        guard = self.plumbing.post_guard(
+            self.process.pidfd, onward=stderr, old=self.old.pidfd, shared=self.shared
         )
+        self._guard = self.plumbing.guard
+        self._guard.arm()
         os.close(stderr)
         point("qemu-upgrade:guarded")
         self.shared.before_new()  # the guard undoes it, should we be killed
@@ -171,7 +169,7 @@ class _New:
             self.plumbing.talk,
             go=True,
             cpr=self.directory.at("cpr"),
-            guard=guard.pid,
+            guard=guard_mark(guard),
         )
         self._target = Target(self.process, self.plumbing.main, self.plumbing.monitor, timeout)
         with signals.allowed():
@@ -182,7 +180,7 @@ class _New:
         """The process that becomes the new QEMU: nobody's child, so that it outlives cprctl."""
         plumbing = self.plumbing
         flush()
-        if spawn.fork_twice():
+        if not spawn.fork_twice():
             self._become_qemu()
         word = spawn.hear(plumbing.talk)
         plumbing.keep_ours()
@@ -200,7 +198,8 @@ class _New:
             os.dup2(output_of(self.old, 1), 1)
             word = spawn.hear(plumbing.talk_qemu)
             if word is not None and "go" in word:
-                failure = spawn.execute(self.command, plumbing, word, os.geteuid())
+                os.environ[GUARD] = word["guard"]
+                failure = spawn.execute(self.command, plumbing, word["cpr"], os.geteuid())
                 what = f"{self.command.words[0]}: {failure.strerror}\n"
                 os.write(plumbing.stderr_qemu, what.encode())
         finally:
