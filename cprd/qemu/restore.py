@@ -6,23 +6,23 @@ import _thread
 import time
 
 import cprd
+from cprd.client.blocking import connect
 from cprd.errors import Busy, CprdError, Damaged, NotHeld
 from cprd.linux.pause import point
 from cprd.linux.stdio import note
 from cprd.protocol.messages import LEASE
 from cprd.qemu import signals, spawn
-from cprd.qemu.command import Command, missing
+from cprd.qemu.command import Command
+from cprd.qemu.early import go, refuse_by_words, unservable
 from cprd.qemu.errors import (
     Failed,
     GuestEnded,
     Incomplete,
     InDoubt,
     MonitorLost,
-    Refused,
     one_line,
 )
-from cprd.qemu.hold import LIVE, Held, Origin, is_unfinished
-from cprd.qemu.private import PrivateDirectory, beside
+from cprd.qemu.hold import LIVE, Held
 from cprd.qemu.process import Process
 from cprd.qemu.sockets import refuse_taken
 from cprd.qemu.spawn import Guard
@@ -30,38 +30,53 @@ from cprd.qemu.tell import tell
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
+    from cprd.client.ahead import Ahead
+    from cprd.qemu.files import OpenFiles
+    from cprd.qemu.private import PrivateDirectory
     from cprd.qemu.start import Order
     from cprd.qemu.target import Target
 
 
-def restore(plumbing: spawn.Plumbing, qemu: int, order: Order) -> int:
-    """Do all of it, for the process `qemu` that becomes the QEMU. Returns the helper's exit status,
-    for which nobody waits."""
+def restore(
+    plumbing: spawn.Plumbing,
+    qemu: int,
+    order: Order,
+    ahead: Ahead | None,
+    directory: PrivateDirectory | None,
+) -> int:
+    """Do all of it, for the process `qemu` that becomes the QEMU; or the rest (early.py): the load
+    was sent `ahead`, and with a `directory` the QEMU is executed already. Returns the helper's exit
+    status, for which nobody waits."""
     name, command = order.name, Command(order.words)
     process = Process.open(qemu)
     if process is None:
         return 1
-    with signals.watched(), cprd.connect(order.socket) as daemon:
+    with ahead.daemon() if ahead else connect(order.socket) as daemon:
         point("qemu-start:connected")
         try:
-            with signals.allowed():
-                claim, forced = _claim(daemon, name, force=order.force)
+            if directory is not None:  # the answer is here, and a signal ends the QEMU later
+                claim, forced = _claim(daemon, name, force=False)
+            else:
+                with signals.allowed():
+                    claim, forced = _claim(daemon, name, force=order.force)
         except NotHeld as error:
             if "; but uid" in str(error):  # cprd says to root who else has that name
                 note(f"cprctl: {error}")
-            spawn.say(plumbing.talk, cold=True)
+            if directory is not None:
+                raise Busy(f"{error}; it was held a moment before: look, and try again") from None
+            spawn.say(plumbing.talk, "cold")
             return 0
         try:
             point("qemu-start:claimed")
-            refuse_taken(command)
-            _Restore(plumbing, process, claim, command, order).run()
+            if directory is None:
+                refuse_taken(command)
+            _Restore(plumbing, process, claim, command, order, directory).run()
         except (InDoubt, GuestEnded) as error:
             note(f"cprctl: {name}: {error}")
             return 1
         except (CprdError, OSError) as error:
             why = _give_back(claim, name, one_line(error), forced=forced)
-            if not spawn.say(plumbing.talk, fail=why, code="CprdError"):
-                note(f"cprctl: {why}")
+            spawn.say_or_note(plumbing.talk, why, "CprdError", executed=directory is not None)
             return 1
         finally:
             claim.close()
@@ -124,7 +139,7 @@ def _may_force(daemon: cprd.Daemon, name: str) -> bool:
 def _claim_settled(daemon: cprd.Daemon, name: str) -> cprd.Claim:
     try:
         claim = daemon.load(name, lease=LEASE)
-        why = _unservable(claim)
+        why = unservable(claim.state)
         if not why:
             return claim
         claim.reject(why)
@@ -154,22 +169,6 @@ def _claim_after_settling(daemon: cprd.Daemon, name: str) -> cprd.Claim:
     return daemon.load(name, wait=2.0, lease=LEASE)
 
 
-def _unservable(claim: cprd.Claim) -> str:
-    """Why a claimed state has to be settled first; "" when it need not."""
-    if is_unfinished(claim.state):
-        return "its QEMU ended before its state was whole"
-    try:
-        origin = Origin.read(claim.state["qemu"])
-    except (KeyError, Damaged):
-        return ""  # said later
-    for record in (origin.old, origin.new):
-        process = Process.find(record)
-        if process is not None:
-            process.close()
-            return "the QEMU that it was saved from has not ended yet"
-    return ""
-
-
 # The replay
 
 
@@ -183,25 +182,23 @@ class _Restore:
         claim: cprd.Claim,
         command: Command,
         order: Order,
+        directory: PrivateDirectory | None,
     ) -> None:
         self.plumbing = plumbing
         self.process = process
         self.claim = claim
         self.command = command
+        self.directory = directory
         self.timeout = order.timeout
         self.overrides = order.overrides
         self.held = Held(claim.state)
-        self._refuse_by_words()
+        refuse_by_words(self.held, command, order.overrides)
 
     def run(self) -> None:
         """All between claim and confirm. After an exception other than InDoubt and GuestEnded the
         new QEMU has ended, and nothing was acted on."""
-        directory = PrivateDirectory(beside(self.command))
-        path = directory.at("cpr")
+        directory = self.directory or go(self.plumbing, self.command)
         guard = self.plumbing.guard
-        guard.arm()
-        spawn.say(self.plumbing.talk, go=True, cpr=path)
-        point("qemu-start:go")
         # While the new QEMU begins.
         from cprd.qemu import inventory
         from cprd.qemu.target import Target
@@ -253,8 +250,9 @@ class _Restore:
         if early:
             target.send_main(rest)
             point("qemu-start:main")
+        files = inventory.OpenFiles(self.process.pid)  # all images are open; QEMU loads meanwhile
         target.greet()
-        self._refuse_another_machine(target, asked)
+        self._refuse_another_machine(target, asked, files)
         if not early:
             if wanted:
                 target.set_capabilities(wanted)
@@ -263,16 +261,7 @@ class _Restore:
         target.await_loaded()
         point("qemu-start:loaded")
 
-    def _refuse_by_words(self) -> None:
-        """Raises Refused, before anything is started, when COMMAND lacks what was plugged, or would
-        give the state to another user."""
-        if self.command.changes_user():
-            raise Refused(self.command.changes_user())
-        lacking = missing(self.held.machine, self.command)
-        if lacking and not self.overrides.machine:
-            raise Refused(lacking)
-
-    def _refuse_another_machine(self, target: Target, asked: list[int]) -> None:
+    def _refuse_another_machine(self, target: Target, asked: list[int], files: OpenFiles) -> None:
         """Raises Refused when the new QEMU has other disks, or makes another machine."""
         origin = self.held.origin
         allowed = self.overrides
@@ -286,7 +275,7 @@ class _Restore:
             if len(asked) == len(inventory.QUESTIONS):
                 new = inventory.read(monitor, pid, words, asked)
             elif inventory.is_made(old, words, monitor):
-                new = inventory.read_drives(monitor, pid, asked)
+                new = inventory.read_drives(monitor, files, asked)
             else:
                 new = inventory.take(monitor, pid, words, plugged=False)
         except MonitorLost:

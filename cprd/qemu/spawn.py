@@ -1,11 +1,10 @@
 """Starting a new QEMU: the descriptors that connect it with its helper, its exec, and the guard
 that ends it should its helper die; and the service manager's view of that.
 
-The process that becomes the new QEMU waits for a word over `talk`, then executes. Words are msgpack
-maps: {"cold": True}; {"go": True, "cpr": path at which to listen for the CPR state};
-{"fail": why, "code": name in cprd.errors.CODES}. The descriptors are made before that process is
-forked, so that none has to be sent. `talk` closes on exec: its end says "executed"; any word says
-why not.
+The process that becomes the new QEMU waits for words over `talk`, then executes: "cold"; or "go"
+and the path at which to listen for the CPR state; or "fail", why, and a name in cprd.errors.CODES.
+The descriptors are made before that process is forked, so that none has to be sent. `talk` closes
+on exec: its end says "executed"; any word says why not.
 """
 
 from __future__ import annotations
@@ -81,29 +80,31 @@ class Plumbing:
         self.keep_qemus()
 
 
-def say(talk: socket.socket, **words: Any) -> bool:
-    """Send a word. False when the other side has ended (or become a QEMU)."""
-    import msgpack
-
+def say(talk: socket.socket, *words: str) -> bool:
+    """Send words without NUL. False when the other side has ended (or become a QEMU)."""
     try:
-        talk.send(msgpack.packb(words), socket.MSG_NOSIGNAL)
+        talk.send("\0".join(words).encode("utf-8", "surrogateescape"), socket.MSG_NOSIGNAL)
     except OSError:
         return False
     return True
 
 
-def hear(talk: socket.socket) -> dict[str, Any] | None:
-    """Wait for the next word; None when the other side has ended."""
-    import msgpack  # (as in `say`: the process that becomes QEMU does so while its helper works)
+def say_or_note(talk: socket.socket, why: str, code: str, *, executed: bool) -> None:
+    """Say why nothing was started; on our own stderr where the process may be a QEMU by now."""
+    if executed or not say(talk, "fail", why.replace("\0", ""), code):
+        note(f"cprctl: {why}")
 
+
+def hear(talk: socket.socket) -> list[str]:
+    """Wait for the next words; none when the other side has ended."""
     while True:
         try:
             data = talk.recv(_PIECE)
         except ConnectionResetError:
             continue  # it ended without hearing us; what it said before comes next
         except OSError:
-            return None
-        return dict(msgpack.unpackb(data)) if data else None
+            return []
+        return data.decode("utf-8", "surrogateescape").split("\0") if data else []
 
 
 def fork_twice() -> int:
@@ -142,7 +143,7 @@ def take_rights(command: Command, uid: int) -> None:
         identity.become(uid)
 
 
-def execute(command: Command, plumbing: Plumbing, cpr: str, uid: int) -> OSError:
+def become_qemu(command: Command, plumbing: Plumbing, cpr: str, uid: int) -> OSError:
     """Become the QEMU that waits for a state of `uid`, at the path `cpr`. Returns only the
     failure."""
     own = os.dup(2)

@@ -165,12 +165,7 @@ class _New:
         point("qemu-upgrade:guarded")
         self.shared.before_new()  # the guard undoes it, should we be killed
         point("qemu-upgrade:named")
-        spawn.say(
-            self.plumbing.talk,
-            go=True,
-            cpr=self.directory.at("cpr"),
-            guard=guard_mark(guard),
-        )
+        spawn.say(self.plumbing.talk, self.directory.at("cpr"), guard_mark(guard))
         self._target = Target(self.process, self.plumbing.main, self.plumbing.monitor, timeout)
         with signals.allowed():
             self.target.connect_cpr(self.directory.at("cpr"))
@@ -182,9 +177,9 @@ class _New:
         flush()
         if not spawn.fork_twice():
             self._become_qemu()
-        word = spawn.hear(plumbing.talk)
+        words = spawn.hear(plumbing.talk)
         plumbing.keep_ours()
-        self._process = Process.open(word["pid"]) if word else None
+        self._process = Process.open(int(words[0])) if words else None
         if self._process is None:
             raise Failed("the new QEMU's process ended before it began")
 
@@ -192,14 +187,13 @@ class _New:
         plumbing = self.plumbing
         try:
             os.setsid()
-            spawn.say(plumbing.talk_qemu, pid=os.getpid())
+            spawn.say(plumbing.talk_qemu, str(os.getpid()))
             plumbing.keep_qemus()
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output_of(self.old, 1), 1)
-            word = spawn.hear(plumbing.talk_qemu)
-            if word is not None and "go" in word:
-                os.environ[GUARD] = word["guard"]
-                failure = spawn.execute(self.command, plumbing, word["cpr"], os.geteuid())
+            if words := spawn.hear(plumbing.talk_qemu):
+                cpr, os.environ[GUARD] = words
+                failure = spawn.become_qemu(self.command, plumbing, cpr, os.geteuid())
                 what = f"{self.command.words[0]}: {failure.strerror}\n"
                 os.write(plumbing.stderr_qemu, what.encode())
         finally:
