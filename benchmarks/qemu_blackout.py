@@ -35,8 +35,8 @@ PHASES = [
 ]
 
 
-class _Machine(Machine):
-    """Its cprctl is the installed program, as in a unit."""
+class Installed(Machine):
+    """A VM whose cprctl is the installed program, as in a unit."""
 
     def argv(self, *words: str) -> list[str]:
         program = os.path.join(os.path.dirname(sys.executable), "cprctl")
@@ -49,7 +49,7 @@ def main() -> int:
     plain: list[float] = []
     with private_cprd() as (socket, _), tempfile.TemporaryDirectory(prefix="cprd-vm.") as place:
         watch = f"{place}/watch"
-        vm = _Machine(
+        vm = Installed(
             Path(place),
             socket,
             *("-qmp", f"unix:{watch},server=on,wait=off"),

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from benchmarks.qemu_blackout import Installed
 from benchmarks.stage import private_cprd, qemu_options, verdict
 from tests.qemu.machine import Machine
 
@@ -34,7 +35,7 @@ def main() -> int:
     execs: list[float] = []
     wholes: list[float] = []
     with private_cprd() as (socket, _), tempfile.TemporaryDirectory(prefix="cprd-vm.") as place:
-        vm = Machine(Path(place), socket, machine=args.machine, memory=args.memory)
+        vm = Installed(Path(place), socket, machine=args.machine, memory=args.memory)
         try:
             for turn in range(args.pairs + 2):
                 took = _cold(vm)

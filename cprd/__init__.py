@@ -13,8 +13,8 @@ with cprd.connect() as daemon:              # the restarted one
         sock = socket.socket(fileno=claim.state.take_fd("listener", 0))
 """
 
-import cprd.live  # noqa: F401  # before the function of that name, which is not to be replaced later
-from cprd.client.blocking import Claim, Daemon, Prepared, Saved, connect, live
+import sys
+
 from cprd.errors import (
     AlreadyHeld,
     Busy,
@@ -30,10 +30,17 @@ from cprd.errors import (
     Timeout,
     Unavailable,
 )
-from cprd.protocol import messages
-from cprd.state import State
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
+if TYPE_CHECKING or not sys.argv[:1] or not sys.argv[0].endswith("cprctl"):
+    # All at once: a later import may fail, in a program that has changed its root, say.
+    import cprd.live  # noqa: F401  # before the function of that name, to be replaced by no import
+    from cprd.client.blocking import Claim, Daemon, Prepared, Saved, connect, live
+    from cprd.protocol.messages import RELEASE
+    from cprd.state import State
+
+    __version__ = RELEASE
+
 if TYPE_CHECKING:
     from cprd import asyncio as asyncio
     from cprd import cpr as cpr
@@ -47,19 +54,24 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """Other modules of cprd, cprd.LiveState and the shapes of rows: imported when asked for."""
+        """Other modules of cprd, cprd.LiveState and the shapes of rows: imported when asked for.
+        So is the client in cprctl, some of whose verbs have no time for it."""
         from importlib import import_module
 
         if name in ("asyncio", "cpr", "trio", "vmstate"):
             return import_module(f"cprd.{name}")
-        if name == "LiveState":
-            return import_module("cprd.client.blocking_live").LiveState
-        if name in ("Greeting", "Row", "Shown", "Status"):
-            return getattr(import_module("cprd.protocol.rows"), name)
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(import_module(f"cprd.{module}"), name)
         raise AttributeError(f"module 'cprd' has no attribute {name!r}")
 
+    _MODULES = {
+        "client.blocking": ("Claim", "Daemon", "Prepared", "Saved", "connect", "live"),
+        "client.blocking_live": ("LiveState",),
+        "protocol.rows": ("Greeting", "Row", "Shown", "Status"),
+        "state": ("State",),
+    }
 
-__version__ = messages.RELEASE
 
 __all__ = [
     "AlreadyHeld",

@@ -101,6 +101,8 @@ def _receive(sock: socket.SocketType) -> tuple[bytes, array[int], int]:
 
 
 def _room_for(root: Header) -> None:
+    if root.total + 8 <= os.sysconf("SC_OPEN_MAX"):  # the soft limit, without `resource`
+        return
     soft, hard = limits()
     if root.total + 8 > soft:
         raise LimitExceeded(

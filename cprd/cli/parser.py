@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser_of(chosen: str) -> argparse.ArgumentParser:
-    from cprd import __version__
+    from cprd.protocol.messages import RELEASE
 
     parser: argparse.ArgumentParser = _Parser(
         prog="cprctl",
@@ -71,7 +71,7 @@ def parser_of(chosen: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--user", action="store_true", help="default to $XDG_RUNTIME_DIR/cprd/cprd.sock"
     )
-    parser.add_argument("--version", action="version", version=f"cprctl {__version__}")
+    parser.add_argument("--version", action="version", version=f"cprctl {RELEASE}")
     verbs = parser.add_subparsers(metavar="COMMAND", dest="verb", required=True)
     for name, summary in VERBS.items():
         if name != chosen:

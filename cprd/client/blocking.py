@@ -77,6 +77,7 @@ class Connection(Line):
         self._poll: Any = None  # of the socket `_polled`
         self._polled: socket | None = None
         self._wake = -1  # an eventfd, of a line whose steps run in a thread
+        self.ahead: socket | None = None  # connected already (ahead.py)
 
     def free(self) -> Self:
         """This line; or another where this thread is in the midst of a request: in a signal
@@ -174,7 +175,8 @@ class Connection(Line):
                 raise TimeoutError
             return None
         if step.kind == "connect":
-            return open_socket(self.path, left)
+            sock, self.ahead = self.ahead, None
+            return sock or open_socket(self.path, left)
         return time.sleep(left)
 
     def _receive(self, until: float, *, room: bool = False) -> exchange.Answer:

@@ -205,12 +205,13 @@ class Step:
 class Common:
     """What all connections of one Daemon have in common."""
 
-    __slots__ = ("_claims", "_numbers", "lines", "timeout", "uid")
+    __slots__ = ("_claims", "_numbers", "lines", "nonces", "timeout", "uid")
 
     def __init__(self, timeout: float | None) -> None:
         self.lines: set[ref[Line]] = set()
         self.timeout = timeout
         self.uid = 0  # ours, as the daemon sees it
+        self.nonces: list[bytes] = []  # of what was sent ahead
         # Tickets only: a claim that the program forgot ends, and takes the ticket away.
         self._claims: dict[tuple[int, str], Any] = {}
         self._numbers = count(1)
@@ -218,6 +219,9 @@ class Common:
     def number(self) -> int:
         """For a request: unique on all connections, for `Line.lend` moves a socket."""
         return next(self._numbers)
+
+    def nonce(self) -> bytes:
+        return self.nonces.pop(0) if self.nonces else messages.nonce()
 
     def forbidden(self) -> tuple[int, ...]:
         """The descriptors that must not lie in a bundle of ours."""

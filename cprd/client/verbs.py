@@ -100,7 +100,7 @@ def load(
         raise InvalidInput(f"generation wants what a save returned, not {generation!r:.100}")
     check_not_here(line, name)
     point("load:before")
-    message = {"verb": "load", "name": name, "lease": lease, "nonce": messages.nonce()}
+    message = {"verb": "load", "name": name, "lease": lease, "nonce": line.common.nonce()}
     answer = yield Call(
         message if generation is None else {**message, "generation": generation},
         wait=wait,

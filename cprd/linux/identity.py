@@ -10,13 +10,8 @@ from __future__ import annotations
 
 import os
 import pwd
-from contextlib import contextmanager
 
 from cprd.errors import Denied, InvalidInput
-
-TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 NOBODY = (1 << 32) - 1  # (uid_t)-1, which is no uid
 
@@ -90,21 +85,23 @@ def become(uid: int) -> None:
     os.setresuid(uid, uid, uid)
 
 
-@contextmanager
-def wholly() -> Iterator[None]:
+class wholly:
     """A block with the real ids of the user as well. The kernel asks for those where a process is
     signalled or its descriptors are copied: root's would open every process of root's."""
-    uid, (real, gid, saved) = os.geteuid(), os.getresgid()
-    if uid == os.getuid():
-        yield
-        return
-    os.setresgid(gid, gid, -1)
-    os.setresuid(uid, uid, -1)
-    try:
-        yield
-    finally:
-        os.setresuid(0, uid, 0)
-        os.setresgid(real, gid, saved)
+
+    def __enter__(self) -> None:
+        uid, self._before = os.geteuid(), os.getresgid()
+        self._changed = uid != os.getuid()
+        if self._changed:
+            gid = self._before[1]
+            os.setresgid(gid, gid, -1)
+            os.setresuid(uid, uid, -1)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._changed:
+            real, gid, saved = self._before
+            os.setresuid(0, os.geteuid(), 0)
+            os.setresgid(real, gid, saved)
 
 
 def _groups(uid: int) -> tuple[int, list[int]]:

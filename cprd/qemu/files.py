@@ -38,8 +38,8 @@ class OpenFiles:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._mounts: dict[int, str] | None = None
         self._files = [(fd, found) for fd in _numbers(pid) if (found := self._file(fd))]
+        self._mounts = _mounts(pid) if self._files else {}
         self._named: set[int] = set()  # descriptors that a name has explained
 
     def find(self, name: str) -> list[File]:
@@ -80,8 +80,6 @@ class OpenFiles:
 
     def _mounted(self, fd: int, file: File) -> File:
         """The file, with its mount."""
-        if self._mounts is None:
-            self._mounts = _mounts(self.pid)
         mount = _mount_id(self.pid, fd)
         return {**file, "mnt": mount, "fs": self._mounts.get(mount, "")}
 

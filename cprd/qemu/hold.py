@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import fcntl
 
-from cprd.cpr import CprState, VMStateError, downgrade, encode, parse
 from cprd.errors import Damaged, InvalidInput
 from cprd.linux.memfd import check_seals
-from cprd.qemu.stream import is_whole, machine, run_state
 from cprd.state import MemfdSection, State
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
@@ -23,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from cprd.cpr import CprState
+
+# cprd.cpr is imported late everywhere: a start needs the origin first, and the guest waits.
 
 FORMAT = 1
 MAIN_KEY = "cprd:main"
@@ -31,6 +32,18 @@ LIVE = ("running", "suspended")
 """Run states in which a guest goes on by itself: `cont` brings both back."""
 KEPT = (*LIVE, "paused", "io-error", "prelaunch", "watchdog")
 """Run states that are worth keeping, and in which QEMU can migrate."""
+
+
+GARBLED = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
+"""What a reader of a section raises when the saver wrote something of another form."""
+
+
+def garbled(error: Exception) -> Damaged:
+    """The error to raise for one of GARBLED from the section "machine"."""
+    return Damaged(
+        f"what it says of its machine is garbled ({error!r}): --other-images --force-machine"
+        " would start the guest in COMMAND's machine all the same"
+    )
 
 
 class Origin:
@@ -109,6 +122,8 @@ def pack(
 ) -> State:
     """A State of one VM. `fds` stay the caller's, and open until the save returns; so does a `main`
     that is a descriptor: a memfd, still to be filled and sealed."""
+    from cprd.cpr import parse
+
     state = State()
     for element in parse(cpr_data, fds).fds:
         state.save_fd(element.name, element.id, element.fd)
@@ -136,12 +151,12 @@ def is_unfinished(state: State) -> bool:
 
 
 class Held:
-    """A VM in a State. The State owns the descriptors."""
+    """A VM in a State, which owns the descriptors. The streams (`cpr`, `main`) come by `read`."""
 
-    __slots__ = ("_section", "cpr", "machine", "main", "origin")
+    __slots__ = ("_section", "_state", "cpr", "machine", "main", "origin")
 
     def __init__(self, state: State) -> None:
-        """Raises Damaged when a part is missing or does not fit the others."""
+        """Raises Damaged when a part is missing."""
         main_fd = state.find_fd(MAIN_KEY, 0)
         for key in ("cpr", "qemu", *(("main",) if main_fd < 0 else ())):
             if key not in state:
@@ -152,9 +167,20 @@ class Held:
         self.machine: dict[str, Any] = state.get("machine", {})
         if not isinstance(self.machine, dict):
             raise Damaged('its section "machine" is no map')
-        self._section: MemfdSection | None = None  # the map of it, while this lives
+        self.cpr: CprState
+        self.main: memoryview
+        self._state = state
+        self._section: MemfdSection | None = None  # the map of `main`, while this lives
+
+    def read(self) -> None:
+        """Raises Damaged when a stream is not whole, or does not fit the descriptors."""
+        from cprd.cpr import VMStateError, parse
+        from cprd.qemu.stream import is_whole, machine, run_state
+
+        state = self._state
+        main_fd = state.find_fd(MAIN_KEY, 0)
         if main_fd < 0:
-            self.main: memoryview = state["main"]
+            self.main = state["main"]
         else:
             try:
                 check_seals(MAIN_KEY, main_fd)
@@ -186,5 +212,7 @@ def pieces(state: CprState) -> list[tuple[bytes, int]]:
     """The CPR stream of a state in the form that every version takes. QEMU before 10.2 refuses even
     an empty vfio subsection, and a newer QEMU does without. A state with vfio devices keeps the
     subsection, and an older QEMU refuses the state."""
+    from cprd.cpr import downgrade, encode
+
     plain = state if state.vfio_devices else downgrade(state)
     return list(encode(plain).pieces())

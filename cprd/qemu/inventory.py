@@ -115,26 +115,26 @@ def read(
         "memdevs": {row["data"].get("id", ""): row["data"].get("memdev") for row in memory or ()},
         "plugged": [],
     }
-    drives = _drives(monitor, pid, blocks)
+    drives = _drives(monitor, OpenFiles(pid), blocks)
     if plugged:
         seen["plugged"] = _Plugged(monitor, tree, command, drives).find(named, unnamed)
         seen["values"] = _values(monitor, _plain(monitor), _NO_FEATURES)
     return Inventory(boot_id(), drives, seen)
 
 
-def read_drives(monitor: Monitor, pid: int, requests: list[int]) -> Inventory:
+def read_drives(monitor: Monitor, files: OpenFiles, requests: list[int]) -> Inventory:
     """The drives alone, for DISKS that were sent already. Raises MonitorLost."""
     (blocks,) = monitor.answers(requests)
-    return Inventory(boot_id(), _drives(monitor, pid, blocks), {})
+    return Inventory(boot_id(), _drives(monitor, files, blocks), {})
 
 
 def drives(monitor: Monitor, pid: int) -> list[Drive]:
     """Only the drives. Raises MonitorLost, MonitorRefused."""
-    return _drives(monitor, pid, monitor.execute("query-block"))
+    return _drives(monitor, OpenFiles(pid), monitor.execute("query-block"))
 
 
-def _drives(monitor: Monitor, pid: int, blocks: Any) -> list[Drive]:
-    found = disks.read(blocks or [], OpenFiles(pid).find)
+def _drives(monitor: Monitor, files: OpenFiles, blocks: Any) -> list[Drive]:
+    found = disks.read(blocks or [], files.find)
     for drive in found:
         drive["groups"] = {}
         for name in disks.groups(drive):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from contextlib import suppress
 
 from cprd.errors import LimitExceeded
 from cprd.linux.places import open_place
@@ -50,8 +49,10 @@ class PrivateDirectory:
             self._fd = os.open(self._name, _BELOW, dir_fd=self._parent)
             if os.fstat(self._fd).st_uid != os.geteuid():
                 raise PermissionError(1, "somebody put another directory in the place of ours")
-            with suppress(OSError):  # (a file system without locks: then nobody sweeps)
+            try:  # (a file system without locks: then nobody sweeps)
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                pass
         except OSError as error:
             for fd in (self._fd, self._parent):
                 if fd >= 0:
@@ -111,13 +112,17 @@ class PrivateDirectory:
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
-        with suppress(OSError):
+        try:
             for name in os.listdir(fd):
                 if name != self.keep:
                     os.unlink(name, dir_fd=fd)
+        except OSError:
+            pass
         os.close(fd)
-        with suppress(OSError):
+        try:
             os.rmdir(self._name, dir_fd=self._parent)
+        except OSError:
+            pass
         os.close(self._parent)
 
 
@@ -130,11 +135,15 @@ def beside(command: Command) -> str:
 def sweep(within: int) -> None:
     """Remove the directories that killed helpers of our uid left in the directory `within` (a
     descriptor, borrowed). Best effort."""
-    with suppress(OSError):
+    try:
         for name in os.listdir(within):
             if _is_name(name):
-                with suppress(OSError):
+                try:
                     _sweep_one(within, name)
+                except OSError:
+                    pass
+    except OSError:
+        pass
 
 
 def _is_name(name: str) -> bool:
@@ -196,7 +205,7 @@ def _marked(mark: str, *, remove: bool) -> bool:
     parent, own = os.path.split(place)
     if name != MARK or not _is_name(own):
         return False
-    with suppress(OSError):
+    try:
         within = open_place(parent)
         try:
             fd = os.open(own, _BELOW, dir_fd=within)
@@ -213,4 +222,6 @@ def _marked(mark: str, *, remove: bool) -> bool:
             return found
         finally:
             os.close(within)
+    except OSError:
+        pass
     return False

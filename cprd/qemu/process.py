@@ -11,7 +11,6 @@ from __future__ import annotations
 import _socket as socket  # as in rights
 import os
 import stat
-from contextlib import nullcontext, suppress
 
 from cprd.linux import identity
 from cprd.linux.processes import credentials, effective_uid, has_ended, kill, pidfd_of
@@ -83,9 +82,14 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL; to a process that we found, with the rights of the uid that we act as."""
-        with identity.wholly() if self.uid != -1 else nullcontext():
-            with suppress(ProcessLookupError):
+        try:
+            if self.uid == -1:
                 kill(self.pidfd)
+                return
+            with identity.wholly():
+                kill(self.pidfd)
+        except ProcessLookupError:
+            pass
 
     def wait(self, timeout: float) -> bool:
         """Whether the process ended within `timeout` seconds."""

@@ -4,70 +4,82 @@ from __future__ import annotations
 
 import _thread
 import time
-from contextlib import closing, contextmanager
 
 import cprd
-from cprd.errors import Busy, CprdError, Damaged, NotHeld
+from cprd.client.blocking import connect
+from cprd.errors import Busy, CprdError, NotHeld
 from cprd.linux.pause import point
 from cprd.linux.stdio import note
 from cprd.protocol.messages import LEASE
 from cprd.qemu import signals, spawn
-from cprd.qemu.command import Command, missing
+from cprd.qemu.command import Command
+from cprd.qemu.early import go, refuse_by_words, unservable
 from cprd.qemu.errors import (
     Failed,
     GuestEnded,
     Incomplete,
     InDoubt,
     MonitorLost,
-    Refused,
     one_line,
 )
-from cprd.qemu.hold import LIVE, Held, Origin, is_unfinished
-from cprd.qemu.private import PrivateDirectory, beside
+from cprd.qemu.hold import GARBLED, LIVE, Held, garbled
 from cprd.qemu.process import Process
 from cprd.qemu.sockets import refuse_taken
 from cprd.qemu.spawn import Guard
-from cprd.qemu.stream import capabilities
 from cprd.qemu.tell import tell
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from cprd.client.ahead import Ahead
+    from cprd.qemu.files import OpenFiles
+    from cprd.qemu.private import PrivateDirectory
     from cprd.qemu.start import Order
     from cprd.qemu.target import Target
 
 
-def restore(plumbing: spawn.Plumbing, qemu: int, order: Order) -> int:
-    """Do all of it, for the process `qemu` that becomes the QEMU. Returns the helper's exit status,
-    for which nobody waits."""
+def restore(
+    plumbing: spawn.Plumbing,
+    qemu: int,
+    order: Order,
+    ahead: Ahead | None,
+    directory: PrivateDirectory | None,
+) -> int:
+    """Do all of it, for the process `qemu` that becomes the QEMU; or the rest (early.py): the load
+    was sent `ahead`, and with a `directory` the QEMU is executed already. Returns the helper's exit
+    status, for which nobody waits."""
     name, command = order.name, Command(order.words)
     process = Process.open(qemu)
     if process is None:
         return 1
-    with signals.watched(), cprd.connect(order.socket) as daemon:
+    with ahead.daemon() if ahead else connect(order.socket) as daemon:
         point("qemu-start:connected")
         try:
-            with signals.allowed():
-                claim, forced = _claim(daemon, name, force=order.force)
+            if directory is not None:  # the answer is here, and a signal ends the QEMU later
+                claim, forced = _claim(daemon, name, force=False)
+            else:
+                with signals.allowed():
+                    claim, forced = _claim(daemon, name, force=order.force)
         except NotHeld as error:
             if "; but uid" in str(error):  # cprd says to root who else has that name
                 note(f"cprctl: {error}")
-            spawn.say(plumbing.talk, cold=True)
+            if directory is not None:
+                raise Busy(f"{error}; it was held a moment before: look, and try again") from None
+            spawn.say(plumbing.talk, "cold")
             return 0
-        with closing(claim):
+        try:
             point("qemu-start:claimed")
-            try:
+            if directory is None:
                 refuse_taken(command)
-                _Restore(plumbing, process, claim, command, order).run()
-            except (InDoubt, GuestEnded) as error:
-                note(f"cprctl: {name}: {error}")
-                return 1
-            except (CprdError, OSError) as error:
-                why = _give_back(claim, name, one_line(error), forced=forced)
-                if not spawn.say(plumbing.talk, fail=why, code="CprdError"):
-                    note(f"cprctl: {why}")
-                return 1
+            _Restore(plumbing, process, claim, command, order, directory).run()
+        except (InDoubt, GuestEnded) as error:
+            note(f"cprctl: {name}: {error}")
+            return 1
+        except (CprdError, OSError) as error:
+            why = _give_back(claim, name, one_line(error), forced=forced)
+            spawn.say_or_note(plumbing.talk, why, "CprdError", executed=directory is not None)
+            return 1
+        finally:
+            claim.close()
         if order.agent:
             _set_time(name, order.agent)
     return 0
@@ -127,7 +139,7 @@ def _may_force(daemon: cprd.Daemon, name: str) -> bool:
 def _claim_settled(daemon: cprd.Daemon, name: str) -> cprd.Claim:
     try:
         claim = daemon.load(name, lease=LEASE)
-        why = _unservable(claim)
+        why = unservable(claim.state)
         if not why:
             return claim
         claim.reject(why)
@@ -157,22 +169,6 @@ def _claim_after_settling(daemon: cprd.Daemon, name: str) -> cprd.Claim:
     return daemon.load(name, wait=2.0, lease=LEASE)
 
 
-def _unservable(claim: cprd.Claim) -> str:
-    """Why a claimed state has to be settled first; "" when it need not."""
-    if is_unfinished(claim.state):
-        return "its QEMU ended before its state was whole"
-    try:
-        origin = Origin.read(claim.state["qemu"])
-    except (KeyError, Damaged):
-        return ""  # said later
-    for record in (origin.old, origin.new):
-        process = Process.find(record)
-        if process is not None:
-            process.close()
-            return "the QEMU that it was saved from has not ended yet"
-    return ""
-
-
 # The replay
 
 
@@ -186,26 +182,24 @@ class _Restore:
         claim: cprd.Claim,
         command: Command,
         order: Order,
+        directory: PrivateDirectory | None,
     ) -> None:
         self.plumbing = plumbing
         self.process = process
         self.claim = claim
         self.command = command
+        self.directory = directory
         self.timeout = order.timeout
         self.overrides = order.overrides
         self.held = Held(claim.state)
-        self._refuse_by_words()
+        refuse_by_words(self.held, command, order.overrides)
 
     def run(self) -> None:
         """All between claim and confirm. After an exception other than InDoubt and GuestEnded the
         new QEMU has ended, and nothing was acted on."""
-        pieces = self.held.pieces()
-        directory = PrivateDirectory(beside(self.command))
-        path = directory.at("cpr")
-        guard = Guard.fork(self.plumbing.take_stderr(), self.process.pidfd)
-        spawn.say(self.plumbing.talk, go=True, cpr=path, guard=guard.pid)
-        point("qemu-start:go")
-        # While the new QEMU makes its devices.
+        directory = self.directory or go(self.plumbing, self.command)
+        guard = self.plumbing.guard
+        # While the new QEMU begins.
         from cprd.qemu import inventory
         from cprd.qemu.target import Target
 
@@ -214,7 +208,8 @@ class _Restore:
         renewing = _Renewing(self.claim)
         try:
             with signals.allowed():
-                self._replay(target, directory, pieces)
+                self.held.read()
+                self._replay(target, directory)
             signals.hold_off()
             renewing.stop()
             self._let_run(target, guard)
@@ -232,13 +227,14 @@ class _Restore:
             directory.close()
             target.close()
 
-    def _replay(
-        self, target: Target, directory: PrivateDirectory, pieces: list[tuple[bytes, int]]
-    ) -> None:
+    def _replay(self, target: Target, directory: PrivateDirectory) -> None:
+        pieces = self.held.pieces()
         target.connect_cpr(directory.at("cpr"))
         point("qemu-start:listening")
         target.send_cpr(pieces)
         point("qemu-start:cpr")
+        from cprd.qemu.stream import capabilities
+
         # A hold of an older cprctl may want what has to be set before the stream arrives.
         wanted = capabilities(self.held.main)
         words = self.command.words[self.command.program :]
@@ -254,8 +250,9 @@ class _Restore:
         if early:
             target.send_main(rest)
             point("qemu-start:main")
+        files = inventory.OpenFiles(self.process.pid)  # all images are open; QEMU loads meanwhile
         target.greet()
-        self._refuse_another_machine(target, asked)
+        self._refuse_another_machine(target, asked, files)
         if not early:
             if wanted:
                 target.set_capabilities(wanted)
@@ -264,19 +261,7 @@ class _Restore:
         target.await_loaded()
         point("qemu-start:loaded")
 
-    def _refuse_by_words(self) -> None:
-        """Raises Refused, before anything is started, when COMMAND lacks what was plugged, or would
-        give the state to another user."""
-        if self.command.changes_user():
-            raise Refused(self.command.changes_user())
-        if self.overrides.machine:
-            return
-        with _claims():
-            lacking = missing(self.held.machine, self.command)
-        if lacking:
-            raise Refused(lacking)
-
-    def _refuse_another_machine(self, target: Target, asked: list[int]) -> None:
+    def _refuse_another_machine(self, target: Target, asked: list[int], files: OpenFiles) -> None:
         """Raises Refused when the new QEMU has other disks, or makes another machine."""
         origin = self.held.origin
         allowed = self.overrides
@@ -290,14 +275,16 @@ class _Restore:
             if len(asked) == len(inventory.QUESTIONS):
                 new = inventory.read(monitor, pid, words, asked)
             elif inventory.is_made(old, words, monitor):
-                new = inventory.read_drives(monitor, pid, asked)
+                new = inventory.read_drives(monitor, files, asked)
             else:
                 new = inventory.take(monitor, pid, words, plugged=False)
         except MonitorLost:
             target.await_loaded()  # raises the reason
             raise
-        with _claims():
+        try:
             inventory.refuse_another(old, new, allowed, monitor, at_once=False)
+        except GARBLED as error:
+            raise garbled(error) from None
 
     def _let_run(self, target: Target, guard: Guard) -> None:
         """begin, cont, confirm. Raises InDoubt when nobody can say whether the guest runs."""
@@ -348,19 +335,6 @@ class _Restore:
         except CprdError as lost:
             why += f" (and cprd was not told: {lost})"
         raise InDoubt(why) from error
-
-
-@contextmanager
-def _claims() -> Iterator[None]:
-    """A block that reads what the saver wrote of its machine. Raises Damaged for what has no such
-    form."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise Damaged(
-            f"what it says of its machine is garbled ({error!r}): --other-images --force-machine"
-            " would start the guest in COMMAND's machine all the same"
-        ) from None
 
 
 class _Renewing:

@@ -12,14 +12,12 @@ from __future__ import annotations
 import os
 import select
 import time
-from contextlib import contextmanager
 
 from cprd.errors import CprdError
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Iterator
 else:
     import _signal as signal  # without the enums of signal, as _socket
 
@@ -65,24 +63,24 @@ class _Watch:
 _watch: _Watch | None = None
 
 
-@contextmanager
-def watched() -> Iterator[None]:
+class watched:
     """A block in which the signals are noted. An ignored signal (nohup) stays ignored."""
-    global _watch
-    watch = _watch = _Watch()
-    ignored = (signal.SIG_IGN, None)
-    before = {
-        number: signal.signal(number, watch.note)
-        for number in SIGNALS
-        if signal.getsignal(number) not in ignored
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+
+    def __enter__(self) -> None:
+        global _watch
+        self._watch = _watch = _Watch()
+        ignored = (signal.SIG_IGN, None)
+        self._before = {
+            number: signal.signal(number, _watch.note)
+            for number in SIGNALS
+            if signal.getsignal(number) not in ignored
+        }
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-        watch.allowed = False
-        os.close(watch.wakeup)
+        self._watch.allowed = False
+        os.close(self._watch.wakeup)
 
 
 def check() -> None:
@@ -98,20 +96,22 @@ def hold_off() -> None:
         _watch.deferred = True
 
 
-@contextmanager
-def allowed() -> Iterator[None]:
+class allowed:
     """A block in which a signal ends any wait. Raises Interrupted."""
-    watch = _watch
-    if watch is None or watch.deferred or watch.raised:
-        yield
-        return
-    watch.check()
-    before, watch.allowed = watch.allowed, True
-    try:
-        yield
-    finally:
-        watch.allowed = before
-    watch.check()
+
+    def __enter__(self) -> None:
+        watch = self._watch = _watch
+        if watch is None or watch.deferred or watch.raised:
+            self._watch = None
+            return
+        watch.check()
+        self._before, watch.allowed = watch.allowed, True
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        if self._watch is not None:
+            self._watch.allowed = self._before
+            if kind is None:
+                self._watch.check()
 
 
 def came() -> bool:

@@ -16,7 +16,6 @@ import _socket as socket  # as in rights
 import errno
 import os
 import stat
-from contextlib import suppress
 
 from cprd.linux.places import open_place
 from cprd.qemu.errors import Refused
@@ -108,8 +107,10 @@ class SharedPaths:
         """The old QEMU has removed the paths (or not): the new QEMU gets them for good. A second
         call does nothing. A path where somebody listens anew is left alone."""
         for path in self._paths:
-            with suppress(OSError):
+            try:
                 path.link(NEW, "", replace=False)
+            except OSError:
+                pass
             path.remove(OLD, NEW)
 
     def new_has_ended(self) -> None:
@@ -143,8 +144,10 @@ def mend(where: str) -> None:
             if not path.is_ours(suffix) or not path.answers(suffix):
                 continue
             if path.is_missing():
-                with suppress(OSError):
+                try:
                     path.link(suffix, "", replace=False)
+                except OSError:
+                    pass
                 path.remove(suffix)
             elif path.is_ours("") and path.is_dead():
                 path.rename(suffix, "")
@@ -225,13 +228,17 @@ class _Path:
         )
 
     def rename(self, old: str, new: str) -> None:
-        with suppress(OSError):
+        try:
             os.rename(self.name + old, self.name + new, src_dir_fd=self.at, dst_dir_fd=self.at)
+        except OSError:
+            pass
 
     def remove(self, *suffixes: str) -> None:
         for suffix in suffixes:
-            with suppress(OSError):
+            try:
                 os.unlink(self.name + suffix, dir_fd=self.at)
+            except OSError:
+                pass
 
     def _stat(self, suffix: str) -> os.stat_result | None:
         try:

@@ -1,22 +1,21 @@
 """Starting a new QEMU: the descriptors that connect it with its helper, its exec, and the guard
 that ends it should its helper die; and the service manager's view of that.
 
-The process that becomes the new QEMU waits for a word over `talk`, then executes. Words are msgpack
-maps: {"cold": True}; {"go": True, "cpr": path at which to listen for the CPR state, "guard": pid};
-{"fail": why, "code": name in cprd.errors.CODES}. The descriptors are made before that process is
-forked, so that none has to be sent. `talk` closes on exec: its end says "executed"; any word says
-why not.
+The process that becomes the new QEMU waits for words over `talk`, then executes: "cold"; or "go"
+and the path at which to listen for the CPR state; or "fail", why, and a name in cprd.errors.CODES.
+The descriptors are made before that process is forked, so that none has to be sent. `talk` closes
+on exec: its end says "executed"; any word says why not.
 """
 
 from __future__ import annotations
 
 import _socket as socket  # as in rights
+import errno
 import os
 import select
-from contextlib import suppress
 from mmap import mmap
 
-from cprd.errors import CprdError
+from cprd.errors import CprdError, LimitExceeded
 from cprd.linux import identity, processes
 from cprd.linux.stdio import note
 from cprd.qemu import signals
@@ -35,9 +34,10 @@ _PIECE = 1 << 16
 
 
 class Plumbing:
-    """Both ends of what connects a new QEMU with its helper. Owns all of them."""
+    """Both ends of what connects a new QEMU with its helper, and the guard. Owns all of them."""
 
     def __init__(self) -> None:
+        self.guard = Guard()
         self.talk, self.talk_qemu = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.monitor, self.monitor_qemu = socket.socketpair()
         self.main, self.main_qemu = socket.socketpair()
@@ -53,12 +53,21 @@ class Plumbing:
         """In the process that becomes QEMU: close the helper's ends."""
         for sock in (self.talk, self.monitor, self.main):
             sock.close()
+        self.guard.close()
+        self.close_stderr()
+
+    def close_stderr(self) -> None:
+        """The guard alone reads QEMU's stderr."""
         self._close("stderr")
 
-    def take_stderr(self) -> int:
-        """The end of the pipe from which QEMU's stderr is read: the caller's from now on."""
-        fd, self.stderr = self.stderr, -1
-        return fd
+    def post_guard(self, pidfd: int, **options: Any) -> int:
+        """Start the guard of the QEMU behind `pidfd` (borrowed), as nobody's child; `options`: of
+        Guard.run. Returns the guard's pid. Raises LimitExceeded."""
+        pid = fork_twice()
+        if not pid:
+            self.guard.run(self.stderr, pidfd, **options)
+        self.close_stderr()
+        return pid
 
     def _close(self, which: str) -> None:
         fd = getattr(self, which)
@@ -71,44 +80,56 @@ class Plumbing:
         self.keep_qemus()
 
 
-def say(talk: socket.socket, **words: Any) -> bool:
-    """Send a word. False when the other side has ended (or become a QEMU)."""
-    import msgpack
-
+def say(talk: socket.socket, *words: str) -> bool:
+    """Send words without NUL. False when the other side has ended (or become a QEMU)."""
     try:
-        talk.send(msgpack.packb(words), socket.MSG_NOSIGNAL)
+        talk.send("\0".join(words).encode("utf-8", "surrogateescape"), socket.MSG_NOSIGNAL)
     except OSError:
         return False
     return True
 
 
-def hear(talk: socket.socket) -> dict[str, Any] | None:
-    """Wait for the next word; None when the other side has ended."""
-    import msgpack  # (as in `say`: the process that becomes QEMU does so while its helper works)
+def say_or_note(talk: socket.socket, why: str, code: str, *, executed: bool) -> None:
+    """Say why nothing was started; on our own stderr where the process may be a QEMU by now."""
+    if executed or not say(talk, "fail", why.replace("\0", ""), code):
+        note(f"cprctl: {why}")
 
+
+def hear(talk: socket.socket) -> list[str]:
+    """Wait for the next words; none when the other side has ended."""
     while True:
         try:
             data = talk.recv(_PIECE)
         except ConnectionResetError:
             continue  # it ended without hearing us; what it said before comes next
         except OSError:
-            return None
-        return dict(msgpack.unpackb(data)) if data else None
+            return []
+        return data.decode("utf-8", "surrogateescape").split("\0") if data else []
 
 
-def fork_twice() -> bool:
-    """Fork, so that the new process is nobody's child. True in the new process. The process in
-    between ends at once, and so does the caller's wait."""
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        return False
+def fork_twice() -> int:
+    """Fork, so that the new process is nobody's child. Returns the pid; 0 in the new process. The
+    process in between ends at once, and so does the caller's wait. Raises LimitExceeded."""
+    told = mmap(-1, 4)  # shared
     try:
-        if os.fork():
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            if pid := int.from_bytes(told[:], "little"):
+                return pid
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    except OSError as error:
+        raise LimitExceeded(
+            f"no process left ({error.strerror}): raise RLIMIT_NPROC (ulimit -u), or TasksMax= of"
+            " the unit"
+        ) from None
+    try:
+        if pid := os.fork():
+            told[:] = pid.to_bytes(4, "little")
             os._exit(0)
     except OSError:
         os._exit(1)
-    return True
+    return 0
 
 
 def take_rights(command: Command, uid: int) -> None:
@@ -122,18 +143,16 @@ def take_rights(command: Command, uid: int) -> None:
         identity.become(uid)
 
 
-def execute(command: Command, plumbing: Plumbing, word: dict[str, Any], uid: int) -> OSError:
-    """Become the QEMU that waits for a state of `uid`. Returns only the failure."""
-    from cprd.qemu.process import GUARD, guard_mark
-
+def become_qemu(command: Command, plumbing: Plumbing, cpr: str, uid: int) -> OSError:
+    """Become the QEMU that waits for a state of `uid`, at the path `cpr`. Returns only the
+    failure."""
     own = os.dup(2)
     try:
         take_rights(command, uid)
         monitor, main = plumbing.monitor_qemu.fileno(), plumbing.main_qemu.fileno()
         for fd in (monitor, main):
             os.set_inheritable(fd, True)
-        words = command.incoming(monitor=monitor, main=main, cpr=word["cpr"])
-        os.environ[GUARD] = guard_mark(word["guard"])
+        words = command.incoming(monitor=monitor, main=main, cpr=cpr)
         os.dup2(plumbing.stderr_qemu, 2)
         os.execvp(words[0], words)
     except OSError as error:
@@ -144,53 +163,50 @@ def execute(command: Command, plumbing: Plumbing, word: dict[str, Any], uid: int
 # The guard
 #
 # A QEMU that waits for a state which nobody will send would stand there for ever. So a small
-# process reads QEMU's stderr, and until it is told that the guest is about to run, the end of the
-# helper (however it comes) ends that QEMU. Afterwards it only passes on QEMU's stderr, as `cat`,
-# until QEMU ends: nobody can take the pipe out of a running QEMU again. In an upgrade it outlives
-# the helper, and gives the shared paths (sockets.py) to the QEMU that is left, before it becomes
-# `cat`.
+# process reads QEMU's stderr. Once armed, and until it is told that the guest is about to run, the
+# end of the helper (however it comes) ends that QEMU. Afterwards it only passes on QEMU's stderr,
+# as `cat`, until QEMU ends: nobody can take the pipe out of a running QEMU again. In an upgrade it
+# outlives the helper, and gives the shared paths (sockets.py) to the QEMU that is left, before it
+# becomes `cat`.
 
 _KEPT = 4096  # bytes of QEMU's stderr, for the reason of a reject
 _REPORT = b"r"
+_ARMED, _DISARMED = 1, 2  # 0 before: nothing was executed
 
 
 class Guard:
-    """The helper's end."""
+    """The helper's end, and before the forks the guard's end too."""
 
-    def __init__(self, control: socket.socket, told: mmap, pid: int) -> None:
-        self._control = control
-        self._told = told
-        self.pid = pid
+    def __init__(self) -> None:
+        self._control, self._guards = socket.socketpair()
+        self._told = mmap(-1, 1)  # shared: the guest stands still, and to wake the guard takes long
 
-    @classmethod
-    def fork(
-        cls,
+    def run(
+        self,
         stderr: int,
         pidfd: int,
-        onward: int = 2,
         *,
+        onward: int = 2,
         old: int = -1,
         shared: SharedPaths | None = None,
-    ) -> Guard:
-        """Start the guard, as a child. `stderr`: the pipe to read, which becomes the guard's
-        (closed here); `pidfd`: of the QEMU, borrowed; `onward`: where QEMU's stderr goes once the
-        guest runs; `old`: the pidfd of the QEMU before, borrowed, and the paths that both share."""
-        ours, theirs = socket.socketpair()
-        told = mmap(-1, 1)  # shared: the guest stands still, and to wake the guard takes a while
-        pid = os.fork()
-        if pid == 0:
-            try:
-                _Guarding(theirs, told, stderr, pidfd, onward, old, shared).run()
-            finally:
-                os._exit(0)
-        theirs.close()
-        os.close(stderr)
-        return cls(ours, told, pid)
+    ) -> NoReturn:
+        """Be the guard. `stderr`: the pipe to read; `pidfd`: of the QEMU; `onward`: where QEMU's
+        stderr goes once the guest runs; `old`: the pidfd of the QEMU before, and the paths that
+        both share."""
+        try:
+            _Guarding(self._guards, self._told, stderr, pidfd, onward, old, shared).run()
+        finally:
+            os._exit(0)
+
+    def arm(self) -> None:
+        """From now on the end of the helper ends QEMU."""
+        self._guards.close()
+        self._told[0] = _ARMED
 
     def disarm(self) -> None:
         """From now on QEMU may outlive the helper: say so before the guest runs, never after. The
         guard looks when the helper has ended or has closed this."""
-        self._told[0] = 1
+        self._told[0] = _DISARMED
 
     def report(self) -> str:
         """QEMU's last words, for a QEMU that has ended, on one line."""
@@ -206,6 +222,7 @@ class Guard:
 
     def close(self) -> None:
         self._control.close()
+        self._guards.close()
 
 
 class _Guarding:
@@ -259,13 +276,15 @@ class _Guarding:
             while self._pass_on():
                 pass
             self.control.sendall(self.kept)
-        elif self.told[0]:
+        elif self.told[0] == _DISARMED:
             if self.shared is not None:
                 self._give_paths(self.shared)
             self._be_cat()
-        else:
-            with suppress(OSError):
+        elif self.told[0] == _ARMED:
+            try:
                 processes.kill(self.pidfd)
+            except OSError:
+                pass
             ended = select.poll()
             ended.register(self.pidfd, select.POLLIN)
             ended.poll(10_000)
@@ -298,8 +317,10 @@ class _Guarding:
         os.dup2(self.onward, 1)
         os.dup2(self.stderr, 0)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-        with suppress(OSError):
+        try:
             os.execvp("cat", ["cat", "-v"] if os.isatty(2) else ["cat"])
+        except OSError:
+            pass
         while data := os.read(0, _PIECE):
             _write(data)
         os._exit(0)
@@ -310,11 +331,13 @@ _RAW = bytes(byte for byte in (*range(32), 127) if byte not in b"\t\n")
 
 def _write(data: bytes) -> None:
     """Pass on what a QEMU said; to a terminal without control characters."""
-    with suppress(OSError):
+    try:
         if os.isatty(2):
             data = data.translate(bytes.maketrans(_RAW, b"?" * len(_RAW)))
         while data:
             data = data[os.write(2, data) :]
+    except OSError:
+        pass
 
 
 def _close_others(kept: Iterable[int]) -> None:

@@ -19,8 +19,16 @@ from cprd.errors import CODES, CprdError
 from cprd.linux import identity
 from cprd.linux.pause import point
 from cprd.linux.stdio import flush, note
-from cprd.qemu import acting
-from cprd.qemu.spawn import Plumbing, execute, fork_twice, hear, notify, say, take_rights
+from cprd.qemu import acting, signals
+from cprd.qemu.spawn import (
+    Plumbing,
+    become_qemu,
+    fork_twice,
+    hear,
+    notify,
+    say_or_note,
+    take_rights,
+)
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
@@ -79,24 +87,27 @@ def start(order: Order) -> NoReturn:
     plumbing = Plumbing()
     flush()
     qemu = os.getpid()
-    if fork_twice():
+    if not fork_twice():
         _be_helper(plumbing, qemu, order)
+    # The helper imports and asks cprd meanwhile; each has a core.
+    import _json  # noqa: F401  # as the user whose QEMU this will be these may not be there
+    import warnings  # noqa: F401  # (execvp imports it)
+
+    from cprd.qemu.process import GUARD, guard_mark
+
+    os.environ[GUARD] = guard_mark(plumbing.post_guard(os.pidfd_open(qemu)))
     plumbing.keep_qemus()
-    command = _command(order)  # the helper imports meanwhile; each has a core
-    # For `execute`: nobody waits for that here.
-    import json  # noqa: F401
-
-    import cprd.qemu.process  # noqa: F401
-
-    word = hear(plumbing.talk_qemu)
-    if word is None:
+    command = _command(order)
+    kind, *words = hear(plumbing.talk_qemu) or [""]
+    if not kind:
         raise CprdError(f"{name}: the helper ended; nothing was started")
-    if "cold" in word:
+    if kind == "cold":
+        del os.environ[GUARD]
         _become_cold(command, order.owner)
-    if "fail" in word:
-        raise CODES.get(word["code"], CprdError)(word["fail"])
+    if kind == "fail":
+        raise CODES.get(words[1], CprdError)(words[0])
     point("qemu-start:exec")
-    failure = execute(command, plumbing, word, order.owner)
+    failure = become_qemu(command, plumbing, words[0], order.owner)
     raise CprdError(f"{command.words[0]}: {failure.strerror}")
 
 
@@ -113,17 +124,31 @@ def _command(order: Order) -> Command:
 
 def _be_helper(plumbing: Plumbing, qemu: int, order: Order) -> NoReturn:
     status = 1
+    directory = ahead = None
     try:
         plumbing.keep_ours()
-        from cprd.qemu.restore import restore
+        plumbing.close_stderr()
+        with signals.watched():
+            if order.owner == os.geteuid() and not order.force:
+                from cprd.client.ahead import ask
 
-        acting.act_as(order.owner)
-        status = restore(plumbing, qemu, order)
+                ahead = ask(order.socket, order.name)
+            if ahead is not None:
+                from cprd.qemu.early import execute
+
+                directory = execute(plumbing, ahead, order)
+            from cprd.qemu.restore import restore
+
+            acting.act_as(order.owner)
+            status = restore(plumbing, qemu, order, ahead, directory)
     except BaseException as error:
         from cprd.qemu.errors import code, one_line
 
-        say(plumbing.talk, fail=f"{order.name}: {one_line(error)}", code=code(error))
+        why = f"{order.name}: {one_line(error)}"
+        say_or_note(plumbing.talk, why, code(error), executed=directory is not None)
     finally:
+        if directory is not None:
+            directory.close()
         os._exit(status)
 
 

@@ -40,7 +40,7 @@ from cprd.qemu.hold import LIVE, MAIN_KEY, Origin, pack, pieces
 from cprd.qemu.inventory import Inventory, refuse_another
 from cprd.qemu.monitor import Monitor, event_is, machine_type, socket_path, stamp
 from cprd.qemu.private import MARK, PrivateDirectory
-from cprd.qemu.process import Process, output_of
+from cprd.qemu.process import GUARD, Process, guard_mark, output_of
 from cprd.qemu.sockets import SharedPaths
 from cprd.qemu.source import TIMEOUT, Source
 from cprd.qemu.start import Overrides
@@ -156,23 +156,16 @@ class _New:
         self._fork()
         point("qemu-upgrade:forked")
         stderr = output_of(self.old, 2)
-        guard = self._guard = spawn.Guard.fork(
-            self.plumbing.take_stderr(),
-            self.process.pidfd,
-            stderr,
-            old=self.old.pidfd,
-            shared=self.shared,
+        guard = self.plumbing.post_guard(
+            self.process.pidfd, onward=stderr, old=self.old.pidfd, shared=self.shared
         )
+        self._guard = self.plumbing.guard
+        self._guard.arm()
         os.close(stderr)
         point("qemu-upgrade:guarded")
         self.shared.before_new()  # the guard undoes it, should we be killed
         point("qemu-upgrade:named")
-        spawn.say(
-            self.plumbing.talk,
-            go=True,
-            cpr=self.directory.at("cpr"),
-            guard=guard.pid,
-        )
+        spawn.say(self.plumbing.talk, self.directory.at("cpr"), guard_mark(guard))
         self._target = Target(self.process, self.plumbing.main, self.plumbing.monitor, timeout)
         with signals.allowed():
             self.target.connect_cpr(self.directory.at("cpr"))
@@ -182,11 +175,11 @@ class _New:
         """The process that becomes the new QEMU: nobody's child, so that it outlives cprctl."""
         plumbing = self.plumbing
         flush()
-        if spawn.fork_twice():
+        if not spawn.fork_twice():
             self._become_qemu()
-        word = spawn.hear(plumbing.talk)
+        words = spawn.hear(plumbing.talk)
         plumbing.keep_ours()
-        self._process = Process.open(word["pid"]) if word else None
+        self._process = Process.open(int(words[0])) if words else None
         if self._process is None:
             raise Failed("the new QEMU's process ended before it began")
 
@@ -194,13 +187,13 @@ class _New:
         plumbing = self.plumbing
         try:
             os.setsid()
-            spawn.say(plumbing.talk_qemu, pid=os.getpid())
+            spawn.say(plumbing.talk_qemu, str(os.getpid()))
             plumbing.keep_qemus()
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output_of(self.old, 1), 1)
-            word = spawn.hear(plumbing.talk_qemu)
-            if word is not None and "go" in word:
-                failure = spawn.execute(self.command, plumbing, word, os.geteuid())
+            if words := spawn.hear(plumbing.talk_qemu):
+                cpr, os.environ[GUARD] = words
+                failure = spawn.become_qemu(self.command, plumbing, cpr, os.geteuid())
                 what = f"{self.command.words[0]}: {failure.strerror}\n"
                 os.write(plumbing.stderr_qemu, what.encode())
         finally:

@@ -9,13 +9,15 @@ import threading
 import time
 from array import array
 from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import pytest
 
 import cprd
 from cprd import Busy, InvalidInput, NotHeld, State, Timeout, Unavailable
-from cprd.client import blocking, exchange
+from cprd.bundle.unpack import unpack
+from cprd.client import ahead, blocking, exchange
 from cprd.client.exchange import Answer, Call, Common, Line, Lost, Step
 from cprd.protocol import messages
 from tests.client.test_clients import Connect, asleep, connect, inside
@@ -390,3 +392,41 @@ def test_an_answer_repeats_the_id_of_its_request_and_a_client_without_ids_is_ser
             sock.send(wire.request("status", id=id))
         for id in (8, 9):
             assert messages.parse_answer(sock.recv(65536))[0] == id
+
+
+# What is sent ahead of the client
+
+
+def test_a_load_that_is_sent_ahead_is_the_clients_first(daemon: DaemonProcess) -> None:
+    with cprd.connect(daemon.path) as saver, closing(State()) as state:
+        state.save_fd("null", 0, 0)
+        state["a"] = 1
+        saver.save("web", state)
+    asked = ahead.ask(daemon.path, "web")
+    assert asked is not None
+    bundle = asked.bundle(PATIENCE)
+    with closing(unpack(bundle)) as looked_at:
+        assert looked_at["a"] == 1
+    os.close(bundle)
+    with asked.daemon() as client:
+        with client.load("web") as claim:
+            assert asked.unsaid() == []  # word for word
+            assert (claim.attempts, claim.state["a"]) == (1, 1)
+            os.close(claim.state.take_fd("null", 0))
+        assert client.list() == []
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_load_that_is_sent_ahead_fails_as_the_clients(
+    daemon: DaemonProcess, restarts: bool
+) -> None:
+    asked = ahead.ask(daemon.path, "web")
+    assert asked is not None
+    if restarts:
+        daemon.restart()
+    assert asked.bundle(PATIENCE) == -1
+    with asked.daemon() as client, pytest.raises(NotHeld):
+        client.load("web")
+    assert ahead.ask(daemon.path + "x", "web") is None
+    assert ahead.ask(daemon.path, "w" * 300) is None
+    assert (ahead.VERSION, ahead.LEASE) == (messages.VERSION, messages.LEASE)

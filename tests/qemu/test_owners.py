@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import shlex
 import shutil
 import signal
@@ -355,7 +356,7 @@ def test_what_a_saver_wrote_leads_root_nowhere(
     vm.name = f"{USER}/vm"
     without = [word for word in vm.command if word != "-qmp" and not word.startswith("unix:")]
     assert vm.start(command=without).wait(PATIENCE) != 0
-    assert "descriptors than those that are held" in vm.said() or "damaged" in vm.said()
+    vm.until(lambda: re.search("than those that are held|damaged", vm.said()), "why")
     assert vm.cprctl("drop", vm.name, "--force").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == [mark.name]
     assert (mark / "untouched").exists()
