@@ -203,7 +203,7 @@ def test_sections_of_any_form_are_damaged_at_worst(junk: object) -> None:
         for key, value in {"main": b"QEVM", "cpr": b"QCPR", "qemu": SECTION, name: junk}.items():
             state[key] = value
         with pytest.raises(cprd.CprdError):
-            Held(state)
+            Held(state).read()
     for name in SECTION:
         with suppress(cprd.Damaged):
             origin = Origin.read({**SECTION, name: junk})
