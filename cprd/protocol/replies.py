@@ -16,7 +16,7 @@ import msgpack
 from cprd.errors import ProtocolError
 from cprd.protocol.messages import ANSWERS, REQUESTS, encode
 
-_packer = msgpack.Packer(use_bin_type=True)  # packb() makes a packer each time
+_packer = msgpack.Packer(use_bin_type=True)
 
 KEPT_FOR = 300.0  # s
 MOST = 4096  # of one uid, that may not have arrived
