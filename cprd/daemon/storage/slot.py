@@ -200,8 +200,9 @@ class Slot(Socket):
         content = self._content
         if content is None or content.inlet is not None or content.foreign:
             return
-        if content.records == content.in_flight == 1 >= len(content.replies):
-            self._content = None  # as a save has made it, without pidfds
+        # As a save has made it: without pidfds, and with a first answer, which was read if need be.
+        if content.records == content.in_flight == len(content.replies) == 1:
+            self._content = None
 
     @property
     def at_rest(self) -> bool:
