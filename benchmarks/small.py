@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/small.py [--pairs N] [FIGURE ...]
 
     one         save, load and confirm of one descriptor, by turns with three echoes (echo.py)
-    rate        hand-overs a second of 16 clients against the echoes a second of 16 clients
+    rate        hand-overs a second of 16 clients against the echoes a second of 16 clients; beside
+                that the same with the C client, where cc is
     floor       `one` on a daemon that makes cprd's system calls and nothing else (bare_daemon.py);
                 and the C client (examples/c) on cprd and on that daemon; wants cc
 
@@ -148,20 +149,43 @@ def rate_of(kind: str, path: str) -> float:
     return sum(int(client.communicate()[0]) for client in clients) / SECONDS
 
 
+def rate_in_c(program: str, path: str) -> float:
+    """As `rate_of`, with the C client."""
+    clients = [
+        subprocess.Popen(
+            [program, path, "300", f"bench{number}"], stdout=subprocess.PIPE, text=True
+        )
+        for number in range(CLIENTS)
+    ]
+    return sum(1e9 / float(client.communicate()[0].split()[1]) for client in clients)
+
+
 def rate(rounds: int) -> bool:
     ours: list[float] = []
+    in_c: list[float] = []
     echoes: list[float] = []
     busy: list[float] = []
-    with private_cprd() as (path, pid), echo.server() as (echo_path, echo_pid):
+    with (
+        tempfile.TemporaryDirectory(prefix="cprd-bench.") as place,
+        private_cprd() as (path, pid),
+        echo.server() as (echo_path, echo_pid),
+    ):
+        program = compiled(place) if shutil.which(os.environ.get("CC", "cc")) else None
         for _ in range(max(3, rounds // 60)):
             before = cpu_seconds(pid), cpu_seconds(echo_pid)
             ours.append(rate_of("cprd", path))
             echoes.append(rate_of("echo", echo_path))
             used = cpu_seconds(pid) - before[0], cpu_seconds(echo_pid) - before[1]
             busy.append((used[1] / echoes[-1] * 3) / (used[0] / ours[-1]))
+            if program:
+                in_c.append(rate_in_c(program, path))
     ratio = statistics.median(mine / (other / 3) for mine, other in zip(ours, echoes, strict=True))
     detail = f"{spread(ours, 1, '')} hand-overs, {spread(echoes, 1, '')} echoes a second; by the"
     detail += f" CPU time of both servers alone {statistics.median(busy):.2f}"
+    if in_c:
+        pairs_in_c = zip(in_c, echoes, strict=True)
+        of_c = statistics.median(mine / (other / 3) for mine, other in pairs_in_c)
+        detail += f"; with the C client {of_c:.2f}, {spread(in_c, 1, '')}"
     return verdict(
         "hand-overs a second, 16 clients / (echoes a second / 3)",
         ratio,

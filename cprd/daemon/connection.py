@@ -92,6 +92,8 @@ class Connection:
         self.idle_since = time.monotonic()
         self.in_turn = False  # a request is served in a turn (turns.py)
         self.in_line = False  # for a turn
+        self.told = False  # something has come since the last request
+        self.ahead = False  # the client sends before the last answer, or did so lately
         self._waiting = False  # for a message or news, in a request
         self._news = False  # beside messages: the peer has ended, or the queue is abandoned
         self._given_up = False

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import trio
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
 FENCED = 10.0  # s that a releaser may take to fence an owner
 MOST_UIDS = 200  # in one answer to status
-_by_generation = attrgetter("generation")
 
 
 def _owned(step: Step) -> Hold | None:
@@ -72,12 +69,6 @@ async def drop(server: Server, connection: Connection, request: Request) -> None
     await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
 
 
-def _visible(server: Server, uid: int, after: int = 0) -> list[Hold]:
-    """The holds that `uid` may see, of generations after `after`."""
-    holds = server.registry
-    return [hold for hold in holds if hold.generation > after and (not uid or hold.uid == uid)]
-
-
 async def list_holds(server: Server, connection: Connection, request: Request) -> None:
     """A page of rows by generation, after generation `after`; `more` says where to go on."""
     while not server.steps.pidfds.collect():
@@ -88,7 +79,7 @@ async def list_holds(server: Server, connection: Connection, request: Request) -
     size = 0
     more = None
     at = now()
-    for hold in sorted(_visible(server, connection.peer.uid, after), key=_by_generation):
+    for hold in server.registry.visible(connection.peer.uid, after):
         row = messages.without_none(hold.row(at))
         size += len(messages.encode(row))
         if size > messages.PAGE and rows:
@@ -127,7 +118,7 @@ async def status(server: Server, connection: Connection, request: Request) -> No
             uptime=now() - server.started,
             kept=server.keeper.kept,
             blind=server.registry.hidden or None,
-            phases=dict(Counter(hold.phase for hold in _visible(server, uid))),
+            phases=dict(server.registry.phases(uid)),
             uids=_usages(server, uid),
             # How much others do is nobody's business but root's.
             connections=server.turns.connections[uid] if uid else len(server.connections),

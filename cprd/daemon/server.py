@@ -132,6 +132,7 @@ class Server:
             for listener in listeners:
                 listener.setblocking(False)
                 take_no_rights(listener)  # for what is sent before cprd has accepted
+                self.turns.yield_to(listener)
                 nursery.start_soon(tend, "accept", partial(self._accept, listener, nursery))
 
     async def _write_shelves(self) -> None:

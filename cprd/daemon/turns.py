@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 if TYPE_CHECKING:
+    import socket
+
     from cprd.daemon.connection import Came, Connection
 
     _Request = Coroutine[Any, Any, bool | None]
     Serve = Callable[[Connection, Came], _Request]
 
 PIECE = 0.002  # s
-REQUESTS = 0.0005  # s of requests, until new connections and all other tasks have a turn
+REQUESTS = 0.0005  # s of requests, until new connections have a turn; all other tasks: PIECE
 HANDED_OVER = 4  # requests in that time that go on in their tasks, or end their connections
 NAP = 0.001  # s in which the next request saves a pass of the event loop
 _EVENTS = select.EPOLLIN | select.EPOLLET
@@ -39,9 +41,12 @@ class Turns:
         self.few = trio.Semaphore(HANDED_OVER)
         self._handed_over = 0  # in this piece: tasks of connections with something to do
         self._epoll = select.epoll()
+        self._listeners = select.poll()
         self._asleep = False
         self._waiting: dict[Connection, tuple[trio.lowlevel.Task, Serve]] = {}  # for a request
         self._by_fd: dict[int, Connection] = {}
+        self._piece = 0  # number of the present piece
+        self._served: dict[Connection, int] = {}  # in a piece: more may have come before
         self._ready: dict[int, deque[Connection]] = {}  # by uid: something may have come
         self._over: dict[Connection, bool | Exception | _Request] = {}  # for their tasks
 
@@ -51,8 +56,13 @@ class Turns:
         self._by_fd[connection.sock.fileno()] = connection
         self._epoll.register(connection.sock, _EVENTS)
 
+    def yield_to(self, listener: socket.socket) -> None:
+        """Requests make room where somebody connects."""
+        self._listeners.register(listener, select.POLLIN)
+
     def remove(self, connection: Connection) -> None:
         """Before the socket is closed."""
+        self._served.pop(connection, None)
         del self._by_fd[connection.sock.fileno()]
         self._epoll.unregister(connection.sock)
         uid = connection.peer.uid
@@ -96,7 +106,7 @@ class Turns:
     async def run(self) -> None:
         """Begin requests. Until cancelled."""
         while True:
-            self._asleep = not self._ready
+            self._asleep = not (self._ready or self._served)
             if self._asleep:
                 try:
                     await trio.lowlevel.wait_readable(self._epoll)
@@ -108,19 +118,50 @@ class Turns:
             self._serve_all()
 
     def _serve_all(self) -> None:
-        """Serve what comes: a round at least, and for `REQUESTS` and a nap at most."""
-        pace = Pace(REQUESTS)
-        self._look(0)
+        """Serve what comes: a round at least, and for a piece and a nap at most."""
+        pace, piece = Pace(REQUESTS), Pace()
+        self._piece += 1
         self._handed_over = 0
-        while self._ready:
+        self._look(0)
+        self._look_again(self._piece - 2)
+        while True:
+            if not self._ready:
+                if self._served:
+                    self._look(0 if self._handed_over else NAP)
+                if not self._ready:
+                    self._look_again(self._piece)
+                if not self._ready:
+                    return
             self._round()
-            if pace.over or self._handed_over >= HANDED_OVER:
+            if piece.over or self._handed_over >= HANDED_OVER:
                 return
-            self._look(0 if self._ready or self._handed_over else NAP)
+            if pace.over:
+                if self._others_wait:
+                    return
+                pace = Pace(REQUESTS)
+            if self._ready:
+                self._look(0)
+
+    @property
+    def _others_wait(self) -> bool:
+        """Whether somebody connects, or a connection's task has something to do."""
+        return len(self._waiting) < len(self._by_fd) or bool(self._listeners.poll(0))
 
     def _look(self, seconds: float) -> None:
         for fd, _ in self._epoll.poll(seconds, len(self._by_fd) or 1):
-            self.wake(self._by_fd[fd])
+            connection = self._by_fd[fd]
+            connection.told = True
+            self._served.pop(connection, None)
+            self.wake(connection)
+
+    def _look_again(self, until: int) -> None:
+        """Look at connections that were served in a piece up to `until`. Nothing tells of a message
+        that had come before the one that was served then."""
+        for connection, piece in tuple(self._served.items()):
+            if piece > until:
+                return
+            del self._served[connection]
+            self.wake(connection)
 
     def _round(self) -> None:
         """Serve a single request of each uid that has some."""
@@ -143,7 +184,10 @@ class Turns:
             self._hand_over(connection, task, error)
             return False
         if came is None:
+            connection.told = connection.ahead = False
             return False
+        connection.ahead = connection.ahead or not connection.told
+        connection.told = False
         if not came:
             self._hand_over(connection, task, False)
             return False
@@ -153,10 +197,12 @@ class Turns:
             if request.send(None) is not None:
                 raise RuntimeError("a request waits in its turn: apart() was not called")
         except StopIteration as end:
-            if end.value is None:
-                self.wake(connection)  # more may have come
-            else:
+            if end.value is not None:
                 self._hand_over(connection, task, end.value)
+            elif connection.ahead:
+                self.wake(connection)
+            else:
+                self._served[connection] = self._piece
         except Exception as error:
             self._hand_over(connection, task, error)
         else:

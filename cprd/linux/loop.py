@@ -15,18 +15,24 @@ import struct
 from _socket import AF_UNIX, SOCK_DGRAM, SOCK_NONBLOCK, SOL_SOCKET
 from _socket import socket as Socket
 from array import array
+from typing import TypeVar, overload
 
 from cprd.linux.rights import pass_rights
 
 _KIND = SOCK_DGRAM | SOCK_NONBLOCK
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h
 _DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # linux/filter.h: return 0 bytes
+S = TypeVar("S", bound=Socket)
 
 
-def loop() -> Socket:
-    """A new queue: what is sent is received from the same socket. Owned by the caller, and not
-    blocking. Raises OSError."""
-    sock = Socket(AF_UNIX, _KIND)
+@overload
+def loop() -> Socket: ...
+@overload
+def loop(kind: type[S]) -> S: ...
+def loop(kind: type[Socket] = Socket) -> Socket:
+    """A new queue, a socket of `kind`: what is sent is received from the same socket. Owned by the
+    caller, and not blocking. Raises OSError."""
+    sock = kind(AF_UNIX, _KIND)
     try:
         shut = pass_rights(sock, False)
         if not shut:  # a filter takes 20 us

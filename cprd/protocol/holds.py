@@ -4,14 +4,17 @@ no clock."""
 from __future__ import annotations
 
 import heapq
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from cprd.errors import Busy, LimitExceeded, NotHeld
 from cprd.protocol import messages
-from cprd.protocol.lifecycle import UNREADABLE, Hold
+from cprd.protocol.lifecycle import HELD, UNREADABLE, Hold, packed, unpacked
 from cprd.protocol.names import Key
 from cprd.protocol.replies import Replies
+
+AWAKE = 16  # holds, the latest: what others keep in memory is packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +48,61 @@ class Holds:
         self.quota = quota or Quota()
         self.next_generation = first_generation
         self.hidden = ""  # why a record may exist whose name cprd cannot read; "": no such record
-        self._by_key: dict[Key, tuple[Hold, ...]] = {}
-        self._by_generation: dict[int, Hold] = {}
+        # Generations by uid and name, older first; of nearly all names a single one.
+        self._names: dict[int, dict[str, int | tuple[int, ...]]] = {}
+        self._awake: dict[int, Hold] = {}  # by generation
+        self._at_rest: dict[int, bytes] = {}  # held, and not changed lately
+        self._lately: deque[int] = deque()  # changed, so awake
         self._usage: dict[int, Usage] = {}
         self._deadlines: list[tuple[float, int]] = []
         self.replies = Replies()
 
     def __iter__(self) -> Iterator[Hold]:
-        return iter(self._by_generation.values())
+        yield from tuple(self._awake.values())
+        yield from map(unpacked, tuple(self._at_rest.values()))
 
     def __len__(self) -> int:
-        return len(self._by_generation)
+        return len(self._awake) + len(self._at_rest)
 
     def of(self, key: Key) -> tuple[Hold, ...]:
         """The records of a name, older first; at most a single record is committed."""
-        return self._by_key.get(key, ())
+        names = self._names.get(key[0])
+        if names is None:
+            return ()
+        numbers = names.get(key[1], ())
+        numbers = numbers if isinstance(numbers, tuple) else (numbers,)
+        return tuple(map(self._record, numbers))
 
     def get(self, generation: int) -> Hold | None:
-        return self._by_generation.get(generation)
+        hold = self._awake.get(generation)
+        if hold is None and generation in self._at_rest:
+            return unpacked(self._at_rest[generation])
+        return hold
+
+    def _record(self, generation: int) -> Hold:
+        hold = self._awake.get(generation)
+        return unpacked(self._at_rest[generation]) if hold is None else hold
+
+    def _generations(self, uid: int) -> Iterable[int]:
+        """Of the holds that `uid` may see."""
+        if not uid:
+            return (*self._awake, *self._at_rest)
+        numbers: list[int] = []
+        for of in self._names.get(uid, {}).values():
+            numbers += of if isinstance(of, tuple) else (of,)
+        return numbers
+
+    def visible(self, uid: int, after: int) -> Iterator[Hold]:
+        """The holds that `uid` may see, of generations above `after`, older first."""
+        for generation in sorted(number for number in self._generations(uid) if number > after):
+            yield self._record(generation)
+
+    def phases(self, uid: int) -> dict[str, int]:
+        """How many holds that `uid` may see are in each phase."""
+        awake = self._awake
+        return Counter(
+            awake[number].phase if number in awake else HELD for number in self._generations(uid)
+        )
 
     def top(self, key: Key) -> Hold:
         """The newest record of a name. Raises NotHeld; Busy while a record may be hidden."""
@@ -75,7 +115,7 @@ class Holds:
     def _elsewhere(self, key: Key) -> str:
         """For root, about a name of root's own: other users with that name. Only root asks so."""
         uid, name = key
-        others = sorted({hold.uid for hold in self if hold.name == name}) if uid == 0 else []
+        others = sorted(of for of in self._names if name in self._names[of]) if uid == 0 else []
         if not others:
             return ""
         few = ", ".join(f"{other}/{name}" for other in others[:5])
@@ -123,7 +163,7 @@ class Holds:
         """The hold with the earliest end of a lease or a ttl."""
         while self._deadlines:
             at, generation = self._deadlines[0]
-            hold = self._by_generation.get(generation)
+            hold = self.get(generation)
             if hold is not None and hold.ends_at == at:
                 return hold
             heapq.heappop(self._deadlines)
@@ -131,47 +171,67 @@ class Holds:
 
     def put(self, hold: Hold) -> None:
         """Add a record, or replace the record of the same generation."""
-        self.remove(hold.generation)
-        key = hold.key
-        others = self._by_key.get(key)
-        if others is None:
-            self._by_key[key] = (hold,)
+        generation = hold.generation
+        old = self.get(generation)
+        usage = self._usage.get(hold.uid)
+        if usage is None:
+            usage = self._usage[hold.uid] = Usage()
+        if old is None:
+            names = self._names.setdefault(hold.uid, {})
+            others = names.get(hold.name, ())
+            if others:
+                others = others if isinstance(others, tuple) else (others,)
+                names[hold.name] = tuple(sorted((*others, generation)))
+            else:
+                names[hold.name] = generation
+            usage.holds += 1
+            usage.fds += hold.fds
+            self.pass_generation(generation)
         else:
-            records = sorted((*others, hold), key=lambda record: record.generation)
-            self._by_key[key] = tuple(records)
-        self._by_generation[hold.generation] = hold
-        usage = self._usage.setdefault(hold.uid, Usage())
-        usage.holds += 1
-        usage.fds += hold.fds
-        self.pass_generation(hold.generation)
+            usage.fds += hold.fds - old.fds
+            self._at_rest.pop(generation, None)
+        self._awake[generation] = hold
+        self._lately.append(generation)
+        if len(self._lately) > AWAKE:
+            self._rest()
         ends_at = hold.ends_at
         if ends_at is not None:
-            heapq.heappush(self._deadlines, (ends_at, hold.generation))
-            if len(self._deadlines) > 64 + 4 * len(self._by_generation):
+            heapq.heappush(self._deadlines, (ends_at, generation))
+            if len(self._deadlines) > 64 + 4 * len(self):
                 ends = ((record.ends_at, record.generation) for record in self)
                 self._deadlines = [(at, number) for at, number in ends if at is not None]
                 heapq.heapify(self._deadlines)
 
+    def _rest(self) -> None:
+        """Pack the record that was changed the longest time ago, where the hold waits only."""
+        generation = self._lately.popleft()
+        hold = self._awake.get(generation)
+        if hold is not None and hold.phase == HELD:
+            del self._awake[generation]
+            self._at_rest[generation] = packed(hold)
+
     def pass_generation(self, last: int) -> None:
         """No new hold has generation `last` or an older one."""
         if last >= self.next_generation:
-            self.next_generation = last + self._step()
+            # `| 0`: a sum has room for a digit more, 16 bytes a hold.
+            self.next_generation = (last + self._step()) | 0
 
     def remove(self, generation: int) -> None:
-        old = self._by_generation.pop(generation, None)
+        old = self.get(generation)
         if old is None:
             return
-        records = self._by_key[old.key]
-        if len(records) == 1:
-            del self._by_key[old.key]
-        else:
-            rest = (record for record in records if record.generation != generation)
-            self._by_key[old.key] = tuple(rest)
+        self._awake.pop(generation, None)
+        self._at_rest.pop(generation, None)
+        names = self._names[old.uid]
+        others = names.pop(old.name)
+        if isinstance(others, tuple):
+            rest = tuple(number for number in others if number != generation)
+            names[old.name] = rest if len(rest) > 1 else rest[0]
         usage = self._usage[old.uid]
         usage.holds -= 1
         usage.fds -= old.fds
         if not usage.holds:
-            del self._usage[old.uid]
+            del self._usage[old.uid], self._names[old.uid]
 
     def adopt(self, holds: Iterable[Hold]) -> list[Hold]:
         """Take over the records of an earlier daemon.

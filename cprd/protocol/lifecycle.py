@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+import msgpack
+
 from cprd.errors import Busy
 from cprd.protocol.messages import pid_text
 
@@ -226,6 +228,25 @@ def changed(hold: Hold, **changes: Any) -> Hold:
     values = list(hold)
     for name, value in changes.items():
         values[_AT[name]] = value
+    return Hold._make(values)
+
+
+_USUAL = tuple({**Hold._field_defaults, "phase": HELD}.get(name) for name in Hold._fields)
+_pack = msgpack.Packer(use_bin_type=True).pack  # packb() makes a packer each time
+
+
+def packed(hold: Hold) -> bytes:
+    """A record for memory alone: the fields that say something, by position."""
+    said = {at: value for at, value in enumerate(hold) if value != _USUAL[at]}
+    data: bytes = _pack(said)
+    return data
+
+
+def unpacked(data: bytes) -> Hold:
+    """The record of what a record was packed as."""
+    values = list(_USUAL)
+    for at, value in msgpack.unpackb(data, raw=False, strict_map_key=False).items():
+        values[at] = value
     return Hold._make(values)
 
 

@@ -6,7 +6,6 @@ pidfd; the token is for the requests of the owner.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 
 from cprd.errors import Fenced
@@ -40,7 +39,8 @@ def begin_or_load(
         return Step(answer=first.answer)
     if registry.of(key):
         step = registry.load(caller, key, token=token, lease=lease)
-        return dataclasses.replace(step, answer={**step.answer, "found": True})
+        step.answer = {**step.answer, "found": True}
+        return step
     registry.check_hidden(key)
     registry.check_quota(key[0], 0, ())
     hold = changed(registry.new(caller, key, offer), token=token, fds=0)

@@ -271,8 +271,11 @@ ROW: dict[str, Field] = {
 """Fields of a hold, in the answers to list and show."""
 
 
+_packer = msgpack.Packer(use_bin_type=True)  # packb() makes a packer each time
+
+
 def encode(message: Mapping[str, Any]) -> bytes:
-    data: bytes = msgpack.packb(message, use_bin_type=True)
+    data: bytes = _packer.pack(message)
     return data
 
 

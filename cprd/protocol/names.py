@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from cprd.errors import Denied, InvalidInput
 
 Key = tuple[int, str]
 """The owner's uid and the bare name."""
 
 
+@lru_cache(maxsize=64)
 def split_name(text: str, uid: int) -> Key:
     """The key of NAME or UID/NAME; a bare NAME belongs to `uid`. Raises InvalidInput."""
     owner, slash, name = text.rpartition("/")

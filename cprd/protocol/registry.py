@@ -12,7 +12,6 @@ that the record meant.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -71,15 +70,24 @@ class Ended(NamedTuple):
     heir: bool = False  # the segments of a live hold belong to the next owner now
 
 
-@dataclass(frozen=True, slots=True)
 class Step:
     """What a verb changes once the step is applied."""
 
-    answer: dict[str, Any] = field(default_factory=dict)
-    ended: tuple[Ended, ...] = ()
-    put: tuple[Hold, ...] = ()
-    reply: Reply | None = None  # to remember
-    by: Caller | None = None  # who asked for the step; None: a deadline or the end of a process
+    __slots__ = ("answer", "by", "ended", "put", "reply")
+
+    def __init__(
+        self,
+        answer: dict[str, Any] | None = None,
+        ended: tuple[Ended, ...] = (),
+        put: tuple[Hold, ...] = (),
+        by: Caller | None = None,
+    ) -> None:
+        """`by`: who asked for the step; None: a deadline or the end of a process."""
+        self.answer = {} if answer is None else answer
+        self.ended = ended
+        self.put = put
+        self.by = by
+        self.reply: Reply | None = None  # to remember
 
     @property
     def changes(self) -> bool:
@@ -469,10 +477,11 @@ class Registry(Holds):
 
 
 def remembering(caller: Caller, step: Step, answer: dict[str, Any]) -> Step:
-    if not caller.nonce:
-        return Step(step.answer, step.ended, step.put, None, caller)
-    reply = Reply(caller.uid, caller.nonce, answer, caller.now, caller.digest)
-    return Step(step.answer, step.ended, step.put, reply, caller)
+    """The step, with the answer as the first answer to this request of `caller`."""
+    step.by = caller
+    if caller.nonce:
+        step.reply = Reply(caller.uid, caller.nonce, answer, caller.now, caller.digest)
+    return step
 
 
 def end_of(hold: Hold, event: str) -> Ended:

@@ -8,13 +8,15 @@ No I/O, no clock.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import msgpack
 
 from cprd.errors import ProtocolError
 from cprd.protocol.messages import ANSWERS, REQUESTS, encode
+
+_packer = msgpack.Packer(use_bin_type=True)
 
 KEPT_FOR = 300.0  # s
 MOST = 4096  # of one uid, that may not have arrived
@@ -45,28 +47,45 @@ def digest(request: Mapping[str, Any], *identity: int) -> bytes:
     return hashlib.blake2b(encode({"of": said, "seen": identity}), digest_size=16).digest()
 
 
-@dataclass(frozen=True, slots=True)
 class Reply:
-    """The first answer to a request."""
+    """The first answer to a request. Packed once: each record of the hold repeats the reply."""
 
-    uid: int
-    nonce: bytes
-    answer: dict[str, Any]
-    at: float
-    digest: bytes = b""  # b"": stored in a record of version 1
-    generation: int = 0  # of the hold that the request ended; 0: none, or not known
-    name: str = field(default="", compare=False)  # with an empty digest: of the hold, if known
+    __slots__ = ("answer", "at", "digest", "generation", "name", "nonce", "packed", "uid")
+
+    def __init__(
+        self,
+        uid: int,
+        nonce: bytes,
+        answer: dict[str, Any],
+        at: float,
+        digest: bytes = b"",
+        generation: int = 0,
+        name: str = "",
+    ) -> None:
+        """`digest`: empty in a record of version 1. `generation`: of the hold that the request
+        ended; 0: none, or not known. `name`: of the hold, if known, beside an empty digest."""
+        self.uid = uid
+        self.nonce = nonce
+        self.answer = answer
+        self.at = at
+        self.digest = digest
+        self.generation = generation
+        self.name = name
+        of = {"uid": uid, "nonce": nonce, "answer": answer, "at": at}
+        if digest:
+            of["digest"] = digest
+        if generation:
+            of["generation"] = generation
+        self.packed: bytes = _packer.pack(of)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Reply) and self.packed == other.packed
+
+    __hash__ = None  # type: ignore[assignment]
 
     def about(self, generation: int) -> Reply:
         """The same reply, as one about an ended hold."""
         return Reply(self.uid, self.nonce, self.answer, self.at, self.digest, generation, self.name)
-
-    def stored(self) -> dict[str, Any]:
-        """A map for msgpack."""
-        of = {"uid": self.uid, "nonce": self.nonce, "answer": self.answer, "at": self.at}
-        if self.digest:
-            of["digest"] = self.digest
-        return {**of, "generation": self.generation} if self.generation else of
 
     def answers(self, digest: bytes, verb: str, name: str) -> bool:
         """Whether a request with this nonce is the request of the first time.
@@ -86,23 +105,30 @@ def restored(stored: Mapping[str, Any], name: str = "") -> Reply:
     return Reply(uid, nonce, answer, float(at), digest, generation, name)
 
 
-_ByUid = dict[int, OrderedDict[bytes, Reply]]
+def _unpacked(packed: bytes) -> Reply:
+    return restored(msgpack.unpackb(packed, raw=False))
+
+
+def array(replies: Sequence[Reply]) -> bytes:
+    """A msgpack array of replies, as stored."""
+    header: bytes = _packer.pack_array_header(len(replies))
+    return header + b"".join([reply.packed for reply in replies])
 
 
 class Replies:
     """All that may be asked for again, by uid and nonce, older first."""
 
     def __init__(self) -> None:
-        self._pending: _ByUid = {}  # may not have arrived
-        self._arrived: _ByUid = {}
+        self._pending: dict[int, dict[bytes, Reply]] = {}  # may not have arrived
+        self._arrived: dict[int, dict[bytes, bytes]] = {}  # packed: hardly asked for again
 
     def recall(self, uid: int, nonce: bytes, digest: bytes, verb: str, name: str) -> Reply | None:
         """The reply to this very request; None when the nonce is new. Raises ProtocolError when
         the nonce came with another request."""
-        reply = None
-        for kind in (self._pending, self._arrived):
-            if reply is None and uid in kind:
-                reply = kind[uid].get(nonce)
+        pending, arrived = self._pending.get(uid), self._arrived.get(uid)
+        reply = None if pending is None else pending.get(nonce)
+        if reply is None and arrived is not None and nonce in arrived:
+            reply = _unpacked(arrived[nonce])
         if reply is not None and not reply.answers(digest, verb, name):
             raise ProtocolError(
                 f"{verb}: this nonce came with another request before; a nonce is {len(nonce)} new"
@@ -114,27 +140,31 @@ class Replies:
         arrived = self._arrived.get(reply.uid)
         if arrived is not None:
             arrived.pop(reply.nonce, None)
-        self._keep(self._pending, MOST, reply)
+        _keep(self._pending.setdefault(reply.uid, {}), MOST, reply.nonce, reply)
 
     def arrived(self, uid: int, nonce: bytes) -> None:
         """The client has read the answer, and will hardly repeat the request."""
-        pending = self._pending.get(uid)
-        reply = None if pending is None else pending.pop(nonce, None)
-        if reply is not None:
-            self._keep(self._arrived, MOST_ARRIVED, reply)
-
-    def _keep(self, kind: _ByUid, most: int, reply: Reply) -> None:
-        of = kind.get(reply.uid)
-        if of is None:
-            of = kind[reply.uid] = OrderedDict()
-        of[reply.nonce] = reply
-        if len(of) > most:
-            of.popitem(last=False)
+        pending = self._pending.get(uid, {})
+        reply = pending.get(nonce)
+        if reply is not None and reply.digest:  # without: packed, the name would be lost
+            del pending[nonce]
+            _keep(self._arrived.setdefault(uid, {}), MOST_ARRIVED, nonce, reply.packed)
 
     def forget_old(self, now: float) -> None:
-        for kind in (self._pending, self._arrived):
-            for uid in tuple(kind):
-                self._prune(kind, uid, now)
+        for uid, pending in tuple(self._pending.items()):
+            for reply in tuple(pending.values()):
+                if now - reply.at <= KEPT_FOR:
+                    break
+                del pending[reply.nonce]
+            if not pending:
+                del self._pending[uid]
+        for uid, arrived in tuple(self._arrived.items()):
+            for nonce, packed in tuple(arrived.items()):
+                if now - _unpacked(packed).at <= KEPT_FOR:
+                    break
+                del arrived[nonce]
+            if not arrived:
+                del self._arrived[uid]
 
     def pending(self, now: float) -> list[Reply]:
         """Replies that may not have arrived, older first."""
@@ -144,18 +174,17 @@ class Replies:
         return every
 
     def __iter__(self) -> Iterator[Reply]:
-        for kind in (self._pending, self._arrived):
-            for of in kind.values():
-                yield from of.values()
+        for pending in self._pending.values():
+            yield from pending.values()
+        for arrived in self._arrived.values():
+            yield from map(_unpacked, arrived.values())
 
-    def _prune(self, kind: _ByUid, uid: int, now: float) -> None:
-        replies = kind[uid]
-        while replies:
-            oldest = next(iter(replies))
-            if now - replies[oldest].at <= KEPT_FOR:
-                return
-            del replies[oldest]
-        del kind[uid]
+
+def _keep(kept: dict[bytes, Any], most: int, nonce: bytes, reply: object) -> None:
+    """Keep what came last, and `most` at most."""
+    kept[nonce] = reply
+    if len(kept) > most:
+        del kept[next(iter(kept))]
 
 
 def newest(replies: Iterable[Reply]) -> int:

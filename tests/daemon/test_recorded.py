@@ -11,7 +11,6 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,12 +141,15 @@ DOUBT_HOLD = Hold(
 )
 SAVED = Reply(1000, b"b" * 16, {"generation": GENERATION, "token": b""}, 1000.25)
 BEGUN = Reply(1000, b"L" * 16, {}, 1010.0)
-OUTCOME = replace(SAVED, generation=GENERATION)
+OUTCOME = SAVED.about(GENERATION)
 LOADED = Reply(1000, b"l" * 16, {"generation": GENERATION, "token": b"t" * 16}, 1005.0)
 CLAIMED_HOLD = changed(
     HELD_HOLD, phase=CLAIMED, claimant=4244, token=b"t" * 16, lease=30.0, deadline=1035.0
 )
-DIGESTED = [replace(SAVED, digest=b"s" * 16), replace(LOADED, digest=b"d" * 16)]
+DIGESTED = [
+    Reply(reply.uid, reply.nonce, reply.answer, reply.at, digest)
+    for reply, digest in ((SAVED, b"s" * 16), (LOADED, b"d" * 16))
+]
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 Pair = tuple[socket.socket, socket.socket]
@@ -276,7 +278,7 @@ def test_of_a_claim_of_version_1_the_load_is_known_too() -> None:
     )
     hold, _, replies, _ = slot.decode(data)
     assert (hold.phase, hold.token) == (CLAIMED, b"t" * 16)
-    assert replies == [SAVED, replace(LOADED, at=0.0)]
+    assert replies == [SAVED, Reply(1000, LOADED.nonce, LOADED.answer, 0.0)]
     assert [reply.name for reply in replies] == ["w\u00e9b"] * 2
 
 

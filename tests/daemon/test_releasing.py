@@ -232,20 +232,20 @@ def test_a_releaser_without_a_descriptor_left_says_of_no_live_slot_that_it_is_em
     hold = Hold(uid=5, name="chat", generation=7, phase=LIVE, live=True)
     bundle = loop()
     slot = Slot.create(hold, bundle.fileno(), {})
-    send(slot.outlet, encode_last(hold, version=LIVING))
-    before = queued(slot.outlet)
+    send(slot, encode_last(hold, version=LIVING))
+    before = queued(slot)
     free = os.dup(0)
     os.close(free)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
     try:
         with pytest.raises(OSError, match="Too many open files"):
-            let_go(slot.outlet.fileno())
+            let_go(slot.fileno())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert queued(slot.outlet) == before
-    let_go(slot.outlet.fileno())
-    assert queued(slot.outlet) == 0
+    assert queued(slot) == before
+    let_go(slot.fileno())
+    assert queued(slot) == 0
     slot.close()
     bundle.close()
 

@@ -24,6 +24,7 @@ from cprd.daemon.storage import shelf, shelves, slot
 from cprd.daemon.storage.shelf import Shelf
 from cprd.daemon.storage.shelves import Keeper
 from cprd.errors import LimitExceeded
+from cprd.protocol import holds
 from cprd.protocol.lifecycle import HELD, UNREADABLE, Hold
 from cprd.protocol.registry import Caller, Offer, Registry, Step, Ticket
 from cprd.protocol.replies import KEPT_FOR, Replies
@@ -224,6 +225,8 @@ def stored(kept: Keeper) -> Keeper:
 @pytest.fixture
 def few_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelves, "MAX_RECORDS", 3)
+    for keeping in (shelves, holds):  # each change meets a hold at rest
+        monkeypatch.setattr(keeping, "AWAKE", 0)
 
 
 def arm(at: int) -> None:
@@ -623,7 +626,7 @@ def test_a_record_that_may_be_anything_leaves_it_blind_until_the_newer_one_is_ba
     desk.save("a", 1)
     with monkeypatch.context() as newer:
         newer.setattr(shelf, "VERSION", 2)
-        desk.keeper.shelf._append(kind, {}, [0] * descriptors)
+        desk.keeper.shelf._append(kind, b"\x80", [0] * descriptors)
     again, blind = restarted(desk)
     assert f"shelf {desk.keeper.shelf.number} cannot be read: a record of version 2" in blind
     assert phases(again) == {"a": HELD}
@@ -649,7 +652,7 @@ def test_a_newer_record_that_leads_to_no_slot_hides_nothing(
     desk.save("a", 1)
     with monkeypatch.context() as newer:
         newer.setattr(shelf, "VERSION", 2)
-        desk.keeper.shelf._append(kind, {"what": "ever"})
+        desk.keeper.shelf._append(kind, shelf._pack({"what": "ever"}))
     again, blind = restarted(desk)
     assert not blind
     assert again.snapshot() == [("a", HELD, 1)]

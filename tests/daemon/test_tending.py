@@ -329,3 +329,37 @@ def test_no_request_and_no_connection_leaves_work_for_the_collector(tmp_path: Pa
     assert daemon.stop() == 0
     [garbage] = [line for line in daemon.log() if line.startswith("garbage count=")]
     assert int(garbage.split("=")[1]) < 120  # the event loop's own, at the end
+
+
+async def test_what_is_sent_ahead_is_served_though_nothing_tells_of_each_message() -> None:
+    all_turns = Turns()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    releasing = Releasing()
+    connection = Connection(theirs, Peer(5, 0), -1, releasing, all_turns, Watch())
+    served = []
+
+    async def serve(_: Connection, came: Came) -> bool | None:
+        served.append(came)
+        return len(served) == 10 or None
+
+    all_turns.add(connection)
+    sent = [b"%d" % number for number in range(10)]
+    for message in sent[:4]:
+        ours.send(message)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(all_turns.run)
+        nursery.start_soon(all_turns.serve, connection, serve)
+        with trio.fail_after(PATIENCE):
+            while len(served) < 4:
+                await trio.sleep(0.001)
+            await trio.sleep(0.01)  # cprd sleeps: one event tells of all that follow
+            for message in sent[4:]:
+                ours.send(message)
+            while len(served) < 10:
+                await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    assert served == sent
+    all_turns.remove(connection)
+    connection.close()
+    ours.close()
+    releasing.stop()

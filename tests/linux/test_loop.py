@@ -66,10 +66,9 @@ def test_what_is_sent_before_it_is_connected_does_not_arrive(
                 tried.append(True)
             super().connect(name)
 
-    monkeypatch.setattr("cprd.linux.loop.Socket", Late)
     if kernel != "of now":
         monkeypatch.setattr("cprd.linux.rights._OLD_KERNEL", True)
-    with socket.socket(fileno=loop().detach()) as queue:
+    with socket.socket(fileno=loop(Late).detach()) as queue:
         assert len(tried) == 1
         assert scm_fds(queue.fileno()) == 0
         with pytest.raises(BlockingIOError):

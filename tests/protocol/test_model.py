@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from cprd.errors import AlreadyHeld, Busy, CprdError, Damaged, Fenced, LimitExceeded, NotHeld
-from cprd.protocol import living
+from cprd.protocol import holds, living
 from cprd.protocol.holds import Quota
 from cprd.protocol.lifecycle import Hold
 from cprd.protocol.registry import Caller, Offer, Registry, Step
@@ -789,6 +789,7 @@ def test_ten_thousand_steps_of_the_life_cycle_agree_with_the_model(
 ) -> None:
     global steps_taken
     monkeypatch.setattr(living, "MOST_DEATHS", MOST_DEATHS)
+    monkeypatch.setattr(holds, "AWAKE", 1)
     steps_taken = 0
     run_state_machine_as_test(
         LifeCycle,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgpack
 import pytest
 
 from cprd.errors import ProtocolError
@@ -82,4 +83,4 @@ def test_a_reply_without_a_digest_answers_for_what_is_known_of_its_request() -> 
 @pytest.mark.parametrize("digest", [b"", b"d" * 16])
 def test_what_is_stored_is_read_back(digest: bytes) -> None:
     one = reply(1, digest=digest, generation=3)
-    assert restored(one.stored()) == one
+    assert restored(msgpack.unpackb(one.packed)) == one

@@ -43,7 +43,7 @@ class Found:
         return [
             slot
             for slot in self.slots.values()
-            if self._shelves[_inode(slot.outlet.fileno())].isdisjoint(numbers)
+            if self._shelves[_inode(slot.fileno())].isdisjoint(numbers)
         ]
 
     def add_slot(self, fds: tuple[int, ...], number: int, created: float) -> None:
@@ -67,7 +67,7 @@ class Found:
             self.slots[-1 - len(self.slots)] = slot
             self.hidden = self.hidden or f"a slot cannot be read: {error}"
             return
-        self.replies += slot.replies
+        self.replies += slot.content.replies
         if hold is None:
             self.ended.append(slot)
             return
@@ -107,8 +107,7 @@ class Found:
             for fd in fds:
                 os.close(fd)
             return None
-        kind = socket.SOCK_DGRAM if len(fds) == 1 else socket.SOCK_SEQPACKET
-        return Slot(*(socket.socket(socket.AF_UNIX, kind, 0, fileno=fd) for fd in fds))
+        return Slot.found(fds)
 
 
 def recover(

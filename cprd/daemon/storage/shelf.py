@@ -28,7 +28,7 @@ import msgpack
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
 from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
-from cprd.protocol.replies import Reply, restored
+from cprd.protocol.replies import Reply, array, restored
 
 MAGIC = b"CPRH"
 VERSION = 1
@@ -42,6 +42,8 @@ WANTED_BUFFER = 4 << 20  # as much as wmem_max allows is what it gets
 BYTES_A_MESSAGE = 768  # what a message of up to 192 bytes counts in the send buffer (measured)
 PREFIX_OF_NAMES = "shelf."
 _pack = msgpack.Packer(use_bin_type=True).pack  # packb() makes a packer each time
+_ONE: bytes = _pack({"n": 1})
+_ALL = b"\x81" + _pack("all")  # a map: an array of replies is to follow
 
 
 class ShelfFull(Exception):
@@ -90,7 +92,7 @@ class Shelf:
             ) from None
         tx.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WANTED_BUFFER)
         shelf = cls(number, tx, outlet)
-        shelf._append(HEADER, {"number": number})
+        shelf._append(HEADER, _pack({"number": number}))
         return shelf
 
     @property
@@ -100,39 +102,44 @@ class Shelf:
 
     def add_slot(self, fds: tuple[int, ...]) -> None:
         """As `add_slots`, a single slot."""
-        self._append(LOOPS if len(fds) == 1 else PAIRS, {"n": 1}, fds)
+        self._append(LOOPS if len(fds) == 1 else PAIRS, _ONE, fds)
         point("shelf:slots")
 
     def add_slots(self, slots: Iterable[tuple[int, ...]]) -> None:
         """Append slots, (socket,) or (outlet, inlet) each; borrowed. Raises ShelfFull,
         LimitExceeded."""
-        by_kind: dict[bytes, list[tuple[int, ...]]] = {PAIRS: [], LOOPS: []}
+        parts: dict[int, list[int]] = {2: [], 1: []}  # descriptors, by those of each slot
         for fds in slots:
-            by_kind[LOOPS if len(fds) == 1 else PAIRS].append(fds)
-        for kind, every in by_kind.items():
-            for start in range(0, len(every), SLOTS_A_RECORD):
-                part = every[start : start + SLOTS_A_RECORD]
-                self._append(kind, {"n": len(part)}, [fd for fds in part for fd in fds])
-                point("shelf:slots")
+            part = parts[len(fds)]
+            part += fds
+            if len(part) == SLOTS_A_RECORD * len(fds):
+                self._add_part(part, len(fds))
+                part.clear()
+        for each, part in parts.items():
+            if part:
+                self._add_part(part, each)
+
+    def _add_part(self, fds: Sequence[int], each: int) -> None:
+        self._append(PAIRS if each == 2 else LOOPS, _pack({"n": len(fds) // each}), fds)
+        point("shelf:slots")
 
     def add_outcomes(self, replies: Sequence[Reply]) -> None:
         """Append replies about holds that ended. Raises ShelfFull, LimitExceeded."""
         for start in range(0, len(replies), OUTCOMES_A_RECORD):
-            part = [reply.stored() for reply in replies[start : start + OUTCOMES_A_RECORD]]
-            self._append(OUTCOMES, {"all": part})
+            part = replies[start : start + OUTCOMES_A_RECORD]
+            self._append(OUTCOMES, _ALL + array(part))
             point("shelf:outcomes")
 
     def complete(self, replaces: Sequence[int] = ()) -> None:
         """From here on this shelf counts, and the shelves of `replaces` count no more."""
         point("shelf:filled")
-        self._append(COMPLETE, {"replaces": list(replaces)})
+        self._append(COMPLETE, _pack({"replaces": list(replaces)}))
         self.counts = True
         point("shelf:complete")
 
-    def _append(self, kind: bytes, content: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        data = PREFIX.pack(MAGIC, VERSION, kind) + _pack(content)
+    def _append(self, kind: bytes, content: bytes, fds: Sequence[int] = ()) -> None:
         try:
-            send(self.tx, data, fds)
+            send(self.tx, PREFIX.pack(MAGIC, VERSION, kind) + content, fds)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EPIPE):
                 raise ShelfFull from None

@@ -15,7 +15,7 @@ no longer than the process (which may re-execute).
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
@@ -26,6 +26,7 @@ from cprd.daemon.storage.shelf import SLOTS_A_RECORD, Shelf, ShelfFull
 from cprd.daemon.storage.slot import NOBODY, Slot, SlotFull, last_version
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
+from cprd.protocol.holds import AWAKE
 from cprd.protocol.lifecycle import Hold
 from cprd.protocol.registry import Ended, Step
 from cprd.protocol.replies import Replies, Reply
@@ -62,6 +63,7 @@ class Keeper:
         self.clock = clock
         self.replies = replies
         self.slots: dict[int, Slot] = {}
+        self._fresh: deque[Slot] = deque()  # may be asked for soon
         self._last_number = 1
         self.shelf = Shelf.create(1)
         self.shelf.complete()
@@ -106,7 +108,7 @@ class Keeper:
                 self._unmake(hold)
             for hold in step.put:
                 if hold.generation in self.slots:
-                    self.slots[hold.generation].known = NOBODY
+                    self.slots[hold.generation].content.known = NOBODY
             raise
         try:
             self._end(step.ended, [] if step.put else replies)
@@ -147,7 +149,7 @@ class Keeper:
             dying = self.slots.get(hold.generation)
             if dying is not None:
                 dying.mark_dead(hold, replies, version=last_version(ended))
-                outcomes += [one.about(hold.generation) for one in dying.replies]
+                outcomes += [one.about(hold.generation) for one in dying.content.replies]
         self._add_outcomes(outcomes)
 
     def _add(self, hold: Hold, new: Slot) -> None:
@@ -158,6 +160,9 @@ class Keeper:
             raise
         self._to_next(lambda shelf: shelf.add_slot(new.fds))
         self.slots[hold.generation] = new
+        self._fresh.append(new)
+        if len(self._fresh) > AWAKE:
+            self._fresh.popleft().rest()
 
     def _append(self, append: Callable[[], None]) -> None:
         """Append to the shelf; a full shelf is written anew first. Raises LimitExceeded."""
@@ -188,7 +193,7 @@ class Keeper:
     def _rewrite(self, old: Slot, hold: Hold, roles: Pidfds, replies: Sequence[Reply]) -> None:
         """Append a record to the slot; a full slot is replaced by a fresh slot."""
         try:
-            full = old.records >= MAX_RECORDS or old.in_flight >= MAX_PARKED
+            full = old.content.records >= MAX_RECORDS or old.in_flight >= MAX_PARKED
             if full and self._may_replace:
                 raise SlotFull
             old.append(hold, roles, replies)
@@ -210,7 +215,7 @@ class Keeper:
         False, with nothing changed, when a new shelf is needed and the store has no room."""
         bundle = old.bundle()
         try:
-            fresh = Slot.create(hold, bundle, roles, (*old.replies, *replies))
+            fresh = Slot.create(hold, bundle, roles, (*old.content.replies, *replies))
         finally:
             os.close(bundle)
         self._add(hold, fresh)
@@ -238,9 +243,15 @@ class Keeper:
 
     def _outcomes(self) -> list[Reply]:
         """Replies that may be asked for, and lie in no slot, older first."""
-        lying = {(one.uid, one.nonce) for slot in self.slots.values() for one in slot.replies}
+        awake = (slot for slot in self.slots.values() if not slot.at_rest)
+        lying = {(one.uid, one.nonce) for slot in awake for one in slot.content.replies}
         every = self.replies.pending(self.clock())
-        return [reply for reply in every if (reply.uid, reply.nonce) not in lying]
+        return [one for one in every if (one.uid, one.nonce) not in lying and not self._lies(one)]
+
+    def _lies(self, reply: Reply) -> bool:
+        """Whether the answer to a save lies in a slot at rest."""
+        slot = self.slots.get(reply.answer.get("generation", 0))
+        return slot is not None and slot.at_rest
 
     def compact(self, *, must: bool = False) -> None:
         """Write the shelf anew, without the ended slots.
@@ -326,7 +337,7 @@ class Keeper:
         """Drain the slots of ended holds: soon, in the releasers of the owners."""
         for hold in ended:
             old = self.slots.pop(hold.generation, None)
-            if old is not None and not (old.says_ended and self._drain_bundle(old, hold)):
+            if old is not None and not (old.content.says_ended and self._drain_bundle(old, hold)):
                 self._drain(old, hold.uid)
 
     def _drain_bundle(self, old: Slot, hold: Hold) -> bool:
@@ -357,7 +368,7 @@ class Keeper:
         self.let_go([hold])
 
     def _drain(self, old: Slot, uid: int) -> None:
-        outlet, foreign = old.detach()
+        outlet, foreign = old.give_away()
         self.releasing.close(uid, foreign)
         self.releasing.drain(uid, outlet)
         point("slot:drained")
@@ -402,6 +413,8 @@ class Keeper:
         found = recover(pairs, durable, once, self.clock(), self.releasing.draining)
         self._last_number = max(self._last_number, found.last_number)
         self.slots = found.slots
+        for slot in found.slots.values():
+            slot.rest()
         self.untouchable = found.untouchable
         self.shelf.close()
         self.shelf = found.counting.pop() if found.counting else self.new_spare()
@@ -442,5 +455,5 @@ class Keeper:
         for reply in sorted(found.replies, key=lambda reply: reply.at):
             self.replies.remember(reply)
         self.replies.forget_old(self.clock())
-        dying = {(one.uid, one.nonce) for slot in found.ended for one in slot.replies}
+        dying = {(one.uid, one.nonce) for slot in found.ended for one in slot.content.replies}
         self._add_outcomes([one for one in self._outcomes() if (one.uid, one.nonce) in dying])

@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+
+# Without the wrapper of socket.socket.
+from _socket import AF_UNIX, MSG_PEEK, SO_SNDBUF, SOCK_DGRAM, SOCK_SEQPACKET, SOL_SOCKET
+from _socket import socket as Socket
+from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
@@ -34,7 +37,7 @@ from cprd.linux.pause import point
 from cprd.linux.rights import close_all, receive, scm_fds, send
 from cprd.protocol.lifecycle import CLAIMED, Hold
 from cprd.protocol.registry import Ended
-from cprd.protocol.replies import IN_A_RECORD, Reply, restored
+from cprd.protocol.replies import IN_A_RECORD, Reply, array, restored
 
 MAGIC = b"CPRS"
 VERSION = 2
@@ -54,9 +57,8 @@ _body_of = attrgetter(*_BODY)
 _pack = msgpack.Packer(use_bin_type=True).pack  # packb() makes a packer each time
 NOBODY: Mapping[str, int] = MappingProxyType({})  # one for all slots without pidfds
 ROLES = ("after_exit", "saver", "claimant", "acting", "owner")  # of the pidfds in a record
-
-
-_PEEK = int(socket.MSG_PEEK)
+_ROLES, _ANSWERS, _HOLD, _BEFORE = map(_pack, ("roles", "answers", "hold", "before"))
+_NO_ROLES = _ROLES + _pack(())
 
 
 class SlotFull(Exception):
@@ -76,7 +78,7 @@ class Unreadable(Exception):
 def encode(
     hold: Hold,
     roles: tuple[str, ...],
-    replies: Iterable[Reply] = (),
+    replies: Sequence[Reply] = (),
     before: tuple[str, ...] = (),
 ) -> bytes:
     """A record with the pidfds of `roles`; those of the roles `before` lie in earlier records."""
@@ -87,17 +89,15 @@ def encode(
             del body[field]
     version = LIVING if hold.live else LEANING if before else VERSION
     prefix = PREFIX.pack(MAGIC, version, hold.uid, hold.generation, len(name))
-    content = {"roles": roles, "answers": [reply.stored() for reply in replies], "hold": body}
-    if before:
-        content["before"] = before
-    packed: bytes = _pack(content)
-    return prefix + name + packed
+    head = prefix + name + (b"\x84" if before else b"\x83")  # a map of so many
+    head += _ROLES + _pack(roles) if roles else _NO_ROLES
+    packed: bytes = head + _ANSWERS + array(replies) + _HOLD + _pack(body)
+    return packed + _BEFORE + _pack(before) if before else packed
 
 
-def encode_last(hold: Hold, replies: Iterable[Reply] = (), version: int = VERSION) -> bytes:
+def encode_last(hold: Hold, replies: Sequence[Reply] = (), version: int = VERSION) -> bytes:
     """The record that ends a slot, in every version. `version` tells a releaser how to let go."""
-    packed: bytes = _pack([reply.stored() for reply in replies])
-    return PREFIX.pack(MAGIC, version, hold.uid, hold.generation, 0) + packed
+    return PREFIX.pack(MAGIC, version, hold.uid, hold.generation, 0) + array(replies)
 
 
 def last_version(ended: Ended) -> int:
@@ -157,38 +157,84 @@ class _Cut(Exception):
     """A first record without its bundle: the slot was being drained."""
 
 
-class Slot:
-    """Owns the socket, or both ends of the pair."""
+class Content:
+    """What lies in a slot."""
 
-    __slots__ = (
-        *("foreign", "in_flight", "inlet", "known", "outlet", "records", "replies", "says_ended"),
-        "uid",
-    )
+    __slots__ = ("foreign", "in_flight", "inlet", "known", "records", "replies", "says_ended")
 
-    def __init__(self, outlet: socket.SocketType, inlet: socket.SocketType | None = None) -> None:
-        """`inlet`: of a pair."""
-        self.outlet = outlet
+    def __init__(self, inlet: Socket | None = None) -> None:
+        """`inlet`: of a pair, owned."""
         self.inlet = inlet
         self.records = 0
         self.says_ended = False  # the last record does
         self.foreign: Sequence[int] = ()  # read from an ended slot; owned
         self.in_flight = 0  # descriptors parked here
         self.known = NOBODY  # pidfds by role, as parked last
-        self.uid = 0  # of the owner, once a record was written or read
         self.replies: tuple[Reply, ...] = ()  # in the last record
-        for end in (outlet, *([] if inlet is None else [inlet])):
-            if end.gettimeout() != 0.0:
-                end.setblocking(False)
+
+
+class Slot(Socket):
+    """The socket, or the outlet of the pair, which then owns the inlet.
+
+    A hold at rest costs little memory: the content of a slot is in the queue, and read again when
+    asked for."""
+
+    __slots__ = ("_content", "uid")
+
+    def __init__(self, family: int, kind: int, proto: int = 0, fileno: int | None = None) -> None:
+        self._content: Content | None = None  # None: at rest
+        self.uid = 0  # of the owner, once a record was written or read
+        super().__init__(family, kind, proto, fileno)
+
+    @classmethod
+    def found(cls, fds: tuple[int, ...]) -> Slot:
+        """A slot of an earlier daemon, (socket,) or (outlet, inlet), owned from now on."""
+        kind = SOCK_DGRAM if len(fds) == 1 else SOCK_SEQPACKET
+        slot = cls(AF_UNIX, kind, 0, fds[0])
+        inlet = [Socket(AF_UNIX, kind, 0, fd) for fd in fds[1:]]
+        for end in (slot, *inlet):
+            end.setblocking(False)
+        slot._content = Content(*inlet)
+        return slot
+
+    def rest(self) -> None:
+        """Forget the content, where a later look at the first record tells all."""
+        content = self._content
+        if content is None or content.inlet is not None or content.foreign or content.says_ended:
+            return
+        # As a save has made it: without pidfds, and with a first answer, which was read if need be.
+        if content.records == content.in_flight == len(content.replies) == 1:
+            self._content = None
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the queue has a single record, and the answer to the save in there."""
+        return self._content is None
+
+    @property
+    def content(self) -> Content:
+        content = self._content
+        if content is None:
+            content = Content()
+            content.records = content.in_flight = 1
+            content.replies = tuple(decode(self.recv(MAX_RECORD, MSG_PEEK))[2])[-IN_A_RECORD:]
+            self._content = content
+        return content
+
+    @property
+    def in_flight(self) -> int:
+        """Descriptors parked here."""
+        return 1 if self._content is None else self._content.in_flight
 
     @property
     def fds(self) -> tuple[int, ...]:
         """What a shelf parks, borrowed: the socket; or outlet and inlet."""
-        fd = self.outlet.fileno()
-        return (fd,) if self.inlet is None else (fd, self.inlet.fileno())
+        content, fd = self._content, self.fileno()
+        return (fd,) if content is None or content.inlet is None else (fd, content.inlet.fileno())
 
     @property
-    def _tx(self) -> socket.SocketType:
-        return self.outlet if self.inlet is None else self.inlet
+    def _tx(self) -> Socket:
+        return self.content.inlet or self
 
     @classmethod
     def create(
@@ -198,12 +244,13 @@ class Slot:
 
         Raises LimitExceeded; then nothing is left."""
         try:
-            slot = cls(loop())
+            slot = loop(cls)
         except OSError as error:
             raise LimitExceeded(
                 f"cprd has no descriptor left to hold with ({error.strerror}): raise LimitNOFILE="
                 " of cprd.service, or drop holds"
             ) from None
+        slot._content = Content()
         try:
             slot._append(hold, pidfds, replies, bundle)
         except BaseException:
@@ -218,32 +265,33 @@ class Slot:
     def _append(
         self, hold: Hold, pidfds: Mapping[str, int], replies: Sequence[Reply], bundle: int
     ) -> None:
-        every = (*self.replies, *replies)[-IN_A_RECORD:]
+        content = self.content
+        every = (*content.replies, *replies)[-IN_A_RECORD:]
         wanted = {role: pidfds[role] for role in ROLES if pidfds.get(role, -1) >= 0}
-        before = tuple(role for role, fd in wanted.items() if self.known.get(role, -1) == fd)
+        before = tuple(role for role, fd in wanted.items() if content.known.get(role, -1) == fd)
         roles = tuple(role for role in wanted if role not in before)
         fds = [wanted[role] for role in roles]
         if bundle >= 0:
             fds.insert(0, bundle)
         # Should this fail, a pidfd may be closed all the same, and the number be used anew.
-        self.known = NOBODY
+        content.known = NOBODY
         try:
-            send(self._tx, encode(hold, roles, every, before), fds)
+            send(content.inlet or self, encode(hold, roles, every, before), fds)
         except OSError as error:
             if error.errno == errno.EAGAIN:
                 raise SlotFull from None
             raise LimitExceeded(f"cprd cannot write its record: {error.strerror}") from None
-        self.known = wanted or NOBODY
-        self.in_flight += len(fds)
-        self.records += 1
+        content.known = wanted or NOBODY
+        content.in_flight += len(fds)
+        content.records += 1
         self.uid = hold.uid
-        self.replies = every
+        content.replies = every
         point("slot:written")
 
     def grow(self) -> None:
         """Let more records fit, as far as net.core.wmem_max goes."""
-        size = self._tx.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        self._tx.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)  # doubles it
+        size = self._tx.getsockopt(SOL_SOCKET, SO_SNDBUF)
+        self._tx.setsockopt(SOL_SOCKET, SO_SNDBUF, size)  # doubles it
 
     def mark_dead(
         self, hold: Hold, replies: Sequence[Reply] = (), *, version: int = VERSION
@@ -252,7 +300,7 @@ class Slot:
         `encode_last`.
 
         Raises LimitExceeded; then nothing has changed."""
-        every = (*self.replies, *replies)[-IN_A_RECORD:]
+        every = (*self.content.replies, *replies)[-IN_A_RECORD:]
         data = encode_last(hold, every, version)
         for attempt in (1, 2):
             try:
@@ -263,15 +311,15 @@ class Slot:
                     why = f"cprd cannot write its record: {error.strerror}"
                     raise LimitExceeded(why) from None
                 self.grow()
-        self.replies = every
-        self.says_ended = True
+        self.content.replies = every
+        self.content.says_ended = True
         point("slot:dead")
 
     def read(self) -> tuple[Hold | None, dict[str, int]]:
         """The last record, None when the hold has ended, and pidfds by role, which the caller owns,
         and keeps open as long as the hold names their roles: later records do not park them again.
 
-        Reads `replies` and `uid`, too. Of an ended slot `foreign` keeps the bundle: a releaser of
+        Reads the content and `uid`, too. Of an ended slot `foreign` keeps the bundle: a releaser of
         an earlier daemon may be draining the slot, and the copy here be the last. Raises
         Unreadable, ValueError; LimitExceeded when this process has no descriptor left to read
         with."""
@@ -279,17 +327,17 @@ class Slot:
         unreadable: Unreadable | ValueError | None = None
         pidfds: dict[str, int] = {}
         ended = False
-        self.records = self.in_flight = 0
+        content = self._content = Content(self.content.inlet)
         try:
-            for data, fds in records(self.outlet, MAX_RECORD):
-                self.records += 1
-                self.in_flight += len(fds)
+            for data, fds in records(self, MAX_RECORD):
+                content.records += 1
+                content.in_flight += len(fds)
                 self.uid = owner(data, self.uid)
                 try:
                     if is_last(data):
                         ended = True
                         self._read_last(data)
-                    elif self.records == 1 and not fds:
+                    elif content.records == 1 and not fds:
                         ended = True  # the first record is gone: the slot was being drained
                     else:
                         hold = self._read_record(data, fds, pidfds)
@@ -298,9 +346,9 @@ class Slot:
                 except (Unreadable, ValueError) as error:
                     unreadable = unreadable or error
                 finally:
-                    first = self.records == 1
+                    first = content.records == 1
                     if first:
-                        self.foreign = (*self.foreign, *fds)
+                        content.foreign = (*content.foreign, *fds)
                     close_all(() if first else fds)
             if unreadable is not None and not ended:
                 raise unreadable
@@ -313,20 +361,22 @@ class Slot:
             return None, {}
         self._close_foreign()
         if hold is not None:
-            self.known = {role: fd for role, fd in pidfds.items() if role in hold.roles} or NOBODY
+            known = {role: fd for role, fd in pidfds.items() if role in hold.roles}
+            content.known = known or NOBODY
         return hold, pidfds
 
     def _read_record(self, data: bytes, fds: list[int], pidfds: dict[str, int]) -> Hold:
         """One record; the pidfds are taken out of `fds` into `pidfds`, which has those of earlier
         records. Raises _Cut, Unreadable, ValueError."""
         hold, roles, replies, before = decode(data)
-        if self.records == 1:
+        content = self.content
+        if content.records == 1:
             if len(fds) != 1 + len(roles):
                 raise _Cut
-            self.foreign = (*self.foreign, fds.pop(0))
+            content.foreign = (*content.foreign, fds.pop(0))
         if len(roles) != len(fds) or not pidfds.keys() >= set(before):
             raise ValueError("not the descriptors that the record describes")
-        self.replies = tuple(replies)[-IN_A_RECORD:]
+        content.replies = tuple(replies)[-IN_A_RECORD:]
         over = [role for role in pidfds if role not in before]
         close_all([pidfds.pop(role) for role in over])
         pidfds.update(zip(roles, fds, strict=True))
@@ -336,13 +386,13 @@ class Slot:
     def _read_last(self, data: bytes) -> None:
         try:
             stored = msgpack.unpackb(data[PREFIX.size :], raw=False)
-            self.replies = tuple(restored(one) for one in stored)[-IN_A_RECORD:]
+            self.content.replies = tuple(restored(one) for one in stored)[-IN_A_RECORD:]
         except Exception:
             pass  # of another version
 
     def bundle(self) -> int:
         """A copy of the bundle's descriptor, which the caller owns."""
-        _, fds, _ = receive(self.outlet, MAX_RECORD, _PEEK)
+        _, fds, _ = receive(self, MAX_RECORD, MSG_PEEK)
         close_all(fds[1:])
         if not fds:
             raise LimitExceeded(
@@ -350,31 +400,36 @@ class Slot:
             )
         return fds[0]
 
-    def detach(self) -> tuple[int, list[int]]:
+    def give_away(self) -> tuple[int, list[int]]:
         """The outlet, and descriptors read from an ended slot, owned by the caller from now on.
         Draining the outlet lets go of all that the hold had, and blocks as long as a foreign file
         does."""
         point("slot:drain")
-        if self.inlet is not None:
-            self.inlet.close()
-        foreign, self.foreign = self.foreign, ()
-        return self.outlet.detach(), list(foreign)
+        foreign: list[int] = []
+        if self._content is not None:
+            if self._content.inlet is not None:
+                self._content.inlet.close()
+            foreign += self._content.foreign
+            self._content.foreign = ()
+        return self.detach(), foreign
 
     def has_foreign(self, draining: Collection[int]) -> bool:
         """Whether descriptors of a client can be left in an ended slot that was read, and in no
         bundle with an inode in `draining`."""
         try:
-            return any(scm_fds(fd) and os.fstat(fd).st_ino not in draining for fd in self.foreign)
+            foreign = self.content.foreign
+            return any(scm_fds(fd) and os.fstat(fd).st_ino not in draining for fd in foreign)
         except OSError:
             return True
 
     def _close_foreign(self) -> None:
-        close_all(self.foreign)
-        self.foreign = ()
+        if self._content is not None:
+            close_all(self._content.foreign)
+            self._content.foreign = ()
 
     def close(self) -> None:
         """Close this process's copies; a shelf keeps its own."""
         self._close_foreign()
-        if self.inlet is not None:
-            self.inlet.close()
-        self.outlet.close()
+        if self._content is not None and self._content.inlet is not None:
+            self._content.inlet.close()
+        super().close()
