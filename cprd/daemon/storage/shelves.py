@@ -241,18 +241,6 @@ class Keeper:
             log.event("outcome-not-written", level=log.WARNING, why=str(error))
         self._to_next(lambda shelf: shelf.add_outcomes(replies))
 
-    def _outcomes(self) -> list[Reply]:
-        """Replies that may be asked for, and lie in no slot, older first."""
-        awake = (slot for slot in self.slots.values() if not slot.at_rest)
-        lying = {(one.uid, one.nonce) for slot in awake for one in slot.content.replies}
-        every = self.replies.pending(self.clock())
-        return [one for one in every if (one.uid, one.nonce) not in lying and not self._lies(one)]
-
-    def _lies(self, reply: Reply) -> bool:
-        """Whether the answer to a save lies in a slot at rest."""
-        slot = self.slots.get(reply.answer.get("generation", 0))
-        return slot is not None and slot.at_rest
-
     def compact(self, *, must: bool = False) -> None:
         """Write the shelf anew, without the ended slots.
 
@@ -275,7 +263,9 @@ class Keeper:
             part = slots[at : at + SLOTS_A_RECORD]
             new.add_slots(held.fds for of, held in part if self.slots.get(of) is held)
             yield
-        outcomes = self._outcomes()[-new.room :]  # so many take a quarter of the room
+        outcomes = _outcomes(self.replies.pending(self.clock()), self.slots)[
+            -new.room :
+        ]  # so many take a quarter of the room
         for at in range(0, len(outcomes), SLOTS_A_RECORD):
             new.add_outcomes(outcomes[at : at + SLOTS_A_RECORD])
             yield
@@ -456,4 +446,24 @@ class Keeper:
             self.replies.remember(reply)
         self.replies.forget_old(self.clock())
         dying = {(one.uid, one.nonce) for slot in found.ended for one in slot.content.replies}
-        self._add_outcomes([one for one in self._outcomes() if (one.uid, one.nonce) in dying])
+        self._add_outcomes(
+            [
+                one
+                for one in _outcomes(self.replies.pending(self.clock()), self.slots)
+                if (one.uid, one.nonce) in dying
+            ]
+        )
+
+
+def _outcomes(pending: Iterable[Reply], slots: Mapping[int, Slot]) -> list[Reply]:
+    """The pending replies that lie in no slot, in their order."""
+    awake = (slot for slot in slots.values() if not slot.at_rest)
+    lying = {(one.uid, one.nonce) for slot in awake for one in slot.content.replies}
+
+    def lies(reply: Reply) -> bool:
+        if (reply.uid, reply.nonce) in lying:
+            return True
+        slot = slots.get(reply.answer.get("generation", 0))
+        return slot is not None and slot.at_rest  # it has the answer to the save, and no other
+
+    return [reply for reply in pending if not lies(reply)]
