@@ -9,6 +9,7 @@ from __future__ import annotations
 import _socket as socket  # as in rights
 import os
 import select
+import stat
 from array import array
 from collections import Counter
 from typing import Any
@@ -123,6 +124,9 @@ class _Look:
 
     def _read(self, fd: int, where: str) -> tuple[bytes, array[int]] | None:
         """The message of a queue, with descriptors that the caller owns; None without any."""
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            self.faults.add(f"{where}: not a socket")
+            return None
         sock = socket.SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=os.dup(fd))
         try:
             family = sock.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN)

@@ -196,7 +196,9 @@ def _state_of(root: Header, carried: array[int]) -> State:
             sections[key] = InlineSection(content, packed=packed)
     fds = carried[1 + memfds :]
     if len(ids) != len(fds) or (sum(tail(names)[1:]) if fds else len(names)) != len(fds):
-        raise Damaged(f"the manifest names {len(ids)} descriptors; there are {len(fds)}")
+        raise Damaged(
+            f"the manifest names {len(ids)} descriptors; there are {len(fds)}: an id and name each"
+        )
     state = State.owning(names, ids, fds, sections)
     os.close(manifest)
     return state

@@ -219,7 +219,7 @@ class Connection:
         ProtocolError without a queue."""
         queue, self._queue = self._queue, None
         if queue is None:
-            raise ProtocolError("no queue to save from: ask for a queue, and park the bundle there")
+            raise ProtocolError("no queue, or its sending end is closed: ask for one, and park")
         self._watch.remove(queue.fileno())
         try:
             queue.shutdown(socket.SHUT_RD)

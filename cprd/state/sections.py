@@ -142,7 +142,7 @@ def decode(key: str, data: bytes | memoryview) -> Any:
                 object_pairs_hook=lambda pairs: {_hashable(key): value for key, value in pairs},
             )
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise Damaged(f"section {key!r} is not the msgpack value it should be: {error}") from None
+        raise Damaged(f"section {key!r} is not the msgpack value it should be: {error!r}") from None
 
 
 def _pack(value: Any) -> memoryview:

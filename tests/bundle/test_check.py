@@ -73,6 +73,15 @@ def test_a_tree_that_says_no_end_has_an_end() -> None:
     assert "the root, socket 0: depth 1, where 0 belongs" in found["wrong"]
 
 
+def test_a_part_that_is_no_socket_is_named() -> None:
+    header = layout.HEADER.pack(layout.MAGIC, 1, layout.NODE, 1, 1, 1, 0, 0)
+    inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with outlet, opened(1) as (fd,):
+        with inlet:
+            send(inlet, header, [fd])
+        assert "the root, socket 0: not a socket" in check_bundle(outlet.fileno())["wrong"]
+
+
 def test_everything_is_said_at_once() -> None:
     import msgpack
 
