@@ -74,7 +74,7 @@ class Keeper:
         self.wants_spare: Callable[[], None] = lambda: None
         self.next: Shelf | None = None  # is written, and does not count yet
         self._pieces: Iterator[None] = iter(())
-        self.compact_soon: Callable[[], None] = self.compact
+        self.compact_soon: Callable[[], None] | None = None  # else at once
         self.close_shelf: Callable[[Shelf], None] = Shelf.close  # with all ended slots there
 
     @property
@@ -170,10 +170,7 @@ class Keeper:
         most = min(max(MANY_MESSAGES, 2 * held), self.shelf.room // 2)
         ended = self.shelf.in_flight - held
         if self.shelf.messages > most or ended > (2 * held if held > FEW else MANY_ENDED):
-            try:
-                self.compact_soon()
-            except LimitExceeded as error:
-                log.event("shelf-not-compacted", level=log.WARNING, why=str(error))
+            self._try(self.compact_soon or self.compact)
         try:
             append()
         except ShelfFull:
@@ -250,6 +247,12 @@ class Keeper:
         while self.fill():
             pass
 
+    def _try(self, compact: Callable[[], None]) -> None:
+        try:
+            compact()
+        except LimitExceeded as error:
+            log.event("shelf-not-compacted", level=log.WARNING, why=str(error))
+
     def begin(self, *, must: bool = False) -> None:
         """As `compact`, but `fill` is to be called until all is written. Meanwhile the present
         shelf counts, and what comes lies on both."""
@@ -263,9 +266,7 @@ class Keeper:
             part = slots[at : at + SLOTS_A_RECORD]
             new.add_slots(held.fds for of, held in part if self.slots.get(of) is held)
             yield
-        outcomes = _outcomes(self.replies.pending(self.clock()), self.slots)[
-            -new.room :
-        ]  # so many take a quarter of the room
+        outcomes = _outcomes(self)[-new.room :]  # so many take a quarter of the room
         for at in range(0, len(outcomes), SLOTS_A_RECORD):
             new.add_outcomes(outcomes[at : at + SLOTS_A_RECORD])
             yield
@@ -286,9 +287,10 @@ class Keeper:
             if isinstance(error, ShelfFull):
                 raise LimitExceeded(FULL) from None
             raise
-        kept = "store" if new.durable else "memory"
         before, self.shelf = self.shelf.number, new
-        log.event("shelf", number=new.number, slots=len(self.slots), replaces=before, kept=kept)
+        log.event(
+            "shelf", number=new.number, slots=len(self.slots), replaces=before, kept=self.kept
+        )
         self.spare, self.next, self.merging = None, None, []
         for old in replaced:
             self._retire(old)
@@ -377,10 +379,9 @@ class Keeper:
 
     def close(self) -> None:
         """Close all slots and shelves of this process. Nothing works afterwards."""
-        for slot in self.slots.values():
-            slot.close()
-        for shelf in self.shelves():
-            shelf.close()
+        every: tuple[Slot | Shelf, ...] = (*self.slots.values(), *self.shelves())
+        for one in every:
+            one.close()
 
     def bundle(self, generation: int) -> int:
         """The bundle of a hold: a descriptor, owned by the caller."""
@@ -420,10 +421,7 @@ class Keeper:
                 self.shelf.in_flight += dead.in_flight
                 dead.close()
         if self.merging:
-            try:
-                self.compact()
-            except LimitExceeded as error:
-                log.event("shelf-not-compacted", level=log.WARNING, why=str(error))
+            self._try(self.compact)
         return list(found.holds.values()), found.hidden
 
     def _shelve(self, found: Found, *, fresh: bool) -> None:
@@ -446,17 +444,12 @@ class Keeper:
             self.replies.remember(reply)
         self.replies.forget_old(self.clock())
         dying = {(one.uid, one.nonce) for slot in found.ended for one in slot.content.replies}
-        self._add_outcomes(
-            [
-                one
-                for one in _outcomes(self.replies.pending(self.clock()), self.slots)
-                if (one.uid, one.nonce) in dying
-            ]
-        )
+        self._add_outcomes([one for one in _outcomes(self) if (one.uid, one.nonce) in dying])
 
 
-def _outcomes(pending: Iterable[Reply], slots: Mapping[int, Slot]) -> list[Reply]:
-    """The pending replies that lie in no slot, in their order."""
+def _outcomes(keeper: Keeper) -> list[Reply]:
+    """Replies that may be asked for, and lie in no slot, older first."""
+    slots = keeper.slots
     awake = (slot for slot in slots.values() if not slot.at_rest)
     lying = {(one.uid, one.nonce) for slot in awake for one in slot.content.replies}
 
@@ -466,4 +459,4 @@ def _outcomes(pending: Iterable[Reply], slots: Mapping[int, Slot]) -> list[Reply
         slot = slots.get(reply.answer.get("generation", 0))
         return slot is not None and slot.at_rest  # it has the answer to the save, and no other
 
-    return [reply for reply in pending if not lies(reply)]
+    return [reply for reply in keeper.replies.pending(keeper.clock()) if not lies(reply)]
