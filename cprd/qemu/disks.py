@@ -121,6 +121,7 @@ def content(value: Any) -> Any:
     """What the options of an image tell of the guest's bytes, beside the names of files: an offset,
     a size, a format below. An image that is all of its file: an empty map. (The format on top and
     backing files are compared by themselves.)"""
+    value = _unfiltered(value)
     if isinstance(value, list):
         return [content(item) for item in value]
     if not isinstance(value, dict):
@@ -129,14 +130,24 @@ def content(value: Any) -> Any:
     for key, item in value.items():
         if key in _NAMED or key.endswith("key-secret") or (key, item) in _DEFAULTS:
             continue
-        kept = content(item)
-        if isinstance(item, dict) and item.get("driver") not in (None, *_PLAIN):
-            kept["driver"] = item["driver"]
+        below = _unfiltered(item)
+        kept = content(below)
+        if isinstance(below, dict) and below.get("driver") not in (None, *_PLAIN):
+            kept["driver"] = below["driver"]
         if kept != {}:
             found[key] = kept
     return found
 
 
+def _unfiltered(value: Any) -> Any:
+    """The node below filters, through which the bytes go as they are."""
+    while isinstance(value, dict) and value.get("driver") in _FILTERS:
+        value = value.get(_FILTERS[value["driver"]])
+    return value
+
+
+_FILTERS = {"blkdebug": "image", "blkverify": "test"}
+_FILTERS |= dict.fromkeys(("blklogwrites", "copy-on-read", "preallocate", "throttle"), "file")
 _NAMED = ("driver", "filename", "backing", "throttle-group")
 _DEFAULTS = (("offset", 0),)
 

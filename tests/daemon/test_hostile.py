@@ -291,8 +291,7 @@ def answers_that_fit(daemon: DaemonProcess, connection: cprd.Daemon, request: by
 def test_a_hold_that_ends_while_its_answer_is_not_read_blocks_nobody(
     daemon: DaemonProcess, verb: str
 ) -> None:
-    """A copy of its bundle is on its way to a client that does not read: the last one, by the time
-    that it hangs up."""
+    """A copy of its bundle is on its way to a client that does not read, and hangs up."""
     small = packed(verb="show", name="small")
     with contextlib.ExitStack() as stack, nobody_else_waits(daemon):
         ours, theirs = lingering()
@@ -308,8 +307,8 @@ def test_a_hold_that_ends_while_its_answer_is_not_read_blocks_nobody(
             show = {"verb": "show", "name": "x"}
             sock.send(packed(**(show if verb == "show" else {**LOAD, "lease": 60})))
             await_standstill(sock, connection)
-            connection.drop("x", force=True)
             os.close(ours.detach())
+            connection.drop("x", force=True)
         until(lambda: connection.status()["closing"], lambda: "nothing blocks")
         theirs.close()
         until(lambda: not connection.status()["closing"], lambda: "blocked still")
