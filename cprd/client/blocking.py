@@ -338,7 +338,7 @@ class Daemon(claims.DaemonFace):
         has a connection of its own; this Daemon may be closed.
 
         Raises Busy (`.pid`: the owner), Damaged, LimitExceeded (no room in this process; the hold
-        stays), Denied, InvalidInput, Unavailable, Timeout (beyond `wait`)."""
+        stays), Fenced, Denied, InvalidInput, Unavailable, Timeout (beyond `wait`)."""
         from cprd.client.blocking_live import begin
 
         return begin(self._free().apart(), name, wait, lease, timeout)

@@ -10,7 +10,7 @@ from cprd.client import claim as claims
 from cprd.client.claim import Saved, Ticket, check_seconds, check_state, check_timeout, rejection
 from cprd.client.exchange import Call, Line, Work, check_not_here
 from cprd.client.owed import owe
-from cprd.errors import CprdError, Damaged, InvalidInput, LimitExceeded, Unavailable
+from cprd.errors import CprdError, Damaged, Fenced, InvalidInput, LimitExceeded, Unavailable
 from cprd.linux.pause import point
 from cprd.protocol import messages
 from cprd.state import State
@@ -164,7 +164,7 @@ def give_back(
     line: Line, ticket: Ticket, fields: dict[str, Any], error: BaseException
 ) -> Verb[None]:
     """A state that could not be read is given back now, not with the lease. Raises Damaged, which
-    names the saver."""
+    names the saver; Fenced where the claim is over."""
     if isinstance(error, GeneratorExit):
         return
     damaged = isinstance(error, Damaged)
@@ -175,6 +175,9 @@ def give_back(
         yield call
     except Unavailable:
         owe(line.path, call.message)
+    except Fenced:
+        if damaged:
+            raise  # cprd empties the bundle of a hold that has ended
     except CprdError:
         pass  # the end of the connection or of the lease has to do
     if damaged:

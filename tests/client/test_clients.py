@@ -26,8 +26,10 @@ import cprd
 import cprd.asyncio
 import cprd.trio
 from cprd import AlreadyHeld, Busy, Fenced, InvalidInput, NotHeld, State, Timeout, Unavailable
+from cprd.bundle import unpack as bundles
 from cprd.client import claim as claims
 from cprd.client import exchange, verbs
+from cprd.linux.rights import scm_fds
 from cprd.protocol import messages
 from tests.support.daemon import DaemonProcess
 from tests.support.descriptors import open_fds
@@ -486,6 +488,24 @@ async def test_an_interrupt_while_a_state_is_read_gives_it_back(
             (row,) = await client.list()
             assert (row["phase"], row["attempts"]) == ("held", 1)
             assert row["last_reject"] == "KeyboardInterrupt: "
+
+
+async def test_a_hold_that_was_dropped_while_it_is_read_is_not_called_damaged(
+    connect: Connect, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpack(fd: int) -> State:
+        with daemon.connect() as operator:
+            operator.drop("web", force=True)
+        until(lambda: not scm_fds(fd), lambda: "cprd has not emptied the bundle")
+        return bundles.unpack(fd)
+
+    with opened(2) as fds:
+        async with connect() as client:
+            await client.save("web", of(fds))
+            with monkeypatch.context() as patch:
+                patch.setattr(verbs, "unpack", unpack)
+                with pytest.raises(Fenced, match="has ended"):
+                    await client.load("web")
 
 
 async def test_a_begin_that_is_refused_has_not_begun(
