@@ -18,7 +18,7 @@ VARIABLE = "CPRD_TEST_PATIENCE"
 IDLE = 0.1  # s, for SAMPLE on two idle cores of 2024
 SAMPLE = 4  # Pythons at once
 MOST = 6.0  # what hangs is to fail before pytest's own timeout
-ROOM = 2.0  # the load may grow after the measurement
+ROOM = 3.0  # the load grows after the measurement: three workers share two cores
 
 
 @functools.cache
