@@ -30,6 +30,7 @@ _GET_INFO = 0xC040FF0B  # PIDFD_GET_INFO, with the 64 bytes of Linux 6.15
 _INFO = struct.Struct("=Q52Bi")  # mask, others, exit status
 _INFO_EXIT = 1 << 3
 _WIPEONFORK = 18  # of madvise(2), Linux 4.14
+_READY = 1000  # looked at in a row
 
 
 class _Asked:
@@ -246,7 +247,8 @@ class Watch:
         """Report those that have ended by now, each once. After `seconds` the rest is left for the
         next time; the epoll descriptor stays readable. Returns whether nothing was left."""
         until = time.monotonic() + seconds
-        for fd, _ in self.epoll.poll(0):
+        ready = self.epoll.poll(0, _READY)
+        for fd, _ in ready:
             if time.monotonic() > until:
                 return False
             events, ended = self._calls.get(fd, (0, None))
@@ -254,7 +256,7 @@ class Watch:
             if ended is not None and is_ready(fd, events):
                 self.remove(fd)
                 ended()
-        return True
+        return len(ready) < _READY
 
     def __len__(self) -> int:
         return len(self._calls)

@@ -271,11 +271,14 @@ ROW: dict[str, Field] = {
 """Fields of a hold, in the answers to list and show."""
 
 
-_packer = msgpack.Packer(use_bin_type=True)  # packb() makes a packer each time
+# packb() makes a packer each time. A packer that is not in C can lose the GIL in the middle, and is
+# not to serve several threads.
+_in_c = msgpack.Packer.__module__ != "msgpack.fallback"
+_pack = msgpack.Packer(use_bin_type=True).pack if _in_c else msgpack.packb
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
-    data: bytes = _packer.pack(message)
+    data: bytes = _pack(message)
     return data
 
 

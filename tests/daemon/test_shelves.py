@@ -750,6 +750,41 @@ def test_a_shelf_that_is_written_anew_in_pieces_misses_nothing(
 
 
 @pytest.mark.usefixtures("nothing_leaks")
+def test_a_spare_that_is_stored_meanwhile_takes_over_before_a_shelf_that_is_not() -> None:
+    """No shelf of the store is forgotten, and what was stored stays stored."""
+    kept = a_keeper(managed=True)
+    desk = Desk(kept)
+    desk.save("a", 1)
+    kept.begin()
+    assert kept.fill()
+    unstored = kept.next
+    stored(kept)
+    spare = kept.spare
+    while kept.fill():
+        pass
+    assert kept.shelf is spare
+    assert kept.shelf.durable
+    assert unstored in kept.retired
+    close(desk)
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_pairs_of_an_earlier_version_are_no_slots_of_ended_holds(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the shelf would be written anew with each save."""
+    monkeypatch.setattr(shelves, "MANY_ENDED", 2)
+    for number in range(4):
+        desk.save(f"{number}", number + 1)
+        made = list(desk.keeper.slots.values())[-1]
+        desk.keeper.shelf.in_flight += 1
+        made.content.inlet = socket.socket(fileno=os.dup(made.fileno()))
+    first = desk.keeper.shelf
+    desk.save("another", 9)
+    assert desk.keeper.shelf is first
+
+
+@pytest.mark.usefixtures("nothing_leaks")
 def test_what_ended_before_a_restart_is_drained_by_its_owners_releaser(desk: Desk) -> None:
     """Files that block when they are closed are to hold up their owner, not root."""
     desk.save("a", 1)

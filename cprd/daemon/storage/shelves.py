@@ -166,10 +166,7 @@ class Keeper:
 
     def _append(self, append: Callable[[], None]) -> None:
         """Append to the shelf; a full shelf is written anew first. Raises LimitExceeded."""
-        held = len(self.slots)
-        most = min(max(MANY_MESSAGES, 2 * held), self.shelf.room // 2)
-        ended = self.shelf.in_flight - held
-        if self.shelf.messages > most or ended > (2 * held if held > FEW else MANY_ENDED):
+        if _worn(self):
             self._try(self.compact_soon or self.compact)
         try:
             append()
@@ -277,6 +274,10 @@ class Keeper:
         new = self.next
         if new is None:
             return False
+        if self.spare not in (None, new):  # stored since: an unstored shelf is not to take over
+            self.give_up()
+            self.begin()
+            return True
         replaced = [self.shelf, *self.merging]
         try:
             for _ in self._pieces:
@@ -460,3 +461,13 @@ def _outcomes(keeper: Keeper) -> list[Reply]:
         return slot is not None and slot.at_rest  # it has the answer to the save, and no other
 
     return [reply for reply in keeper.replies.pending(keeper.clock()) if not lies(reply)]
+
+
+def _worn(keeper: Keeper) -> bool:
+    """Whether much of the counting shelf is of ended holds."""
+    shelf, held = keeper.shelf, len(keeper.slots)
+    if shelf.messages > min(max(MANY_MESSAGES, 2 * held), shelf.room // 2):
+        return True
+    many = 2 * held if held > FEW else MANY_ENDED
+    # First the quick look: a slot of an earlier version has two descriptors.
+    return shelf.in_flight - held > many and shelf.in_flight - keeper.on_next_shelf > many
