@@ -307,7 +307,7 @@ class Owner:
         self._memories[name] = memory
         try:
             self._change([make.put_memory(key, next(self._ledger.births), made.fd)], ())
-        except Exception:
+        except CprdError:
             del self._memories[name]
             raise
         return memory
@@ -359,11 +359,13 @@ class Owner:
         if self.is_changing:
             raise inside()
 
-    def _failed(self, error: Fenced | OSError) -> CprdError:
+    def _failed(self, error: Fenced | OSError) -> Exception:
         """What a verb raises."""
         if isinstance(error, Fenced):
             self._end(error)
             return error
+        if error.errno is None:
+            return error  # of a signal handler, and no error of the kernel
         return _explained(error)
 
     def _end(self, why: CprdError) -> None:
