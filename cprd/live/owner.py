@@ -90,7 +90,10 @@ class Owner:
         Raises InvalidInput for a key in use unless `replace`, a bad name or id, or what cannot be
         passed to another process."""
         key = make.fd_key(name, id)
-        plain = type(fd) is int or type(fd).__base__ is socket.SocketType
+        kind: Any = type(fd)
+        plain = kind is int or (
+            kind.__base__ is socket.SocketType and kind.fileno is socket.SocketType.fileno
+        )
         thing: Any = fd if plain else number_of(fd)
         if here[0] != self._pid:
             self._refuse_child()
