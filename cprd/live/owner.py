@@ -90,7 +90,10 @@ class Owner:
         Raises InvalidInput for a key in use unless `replace`, a bad name or id, or what cannot be
         passed to another process."""
         key = make.fd_key(name, id)
-        plain = type(fd) is int or type(fd).__base__ is socket.SocketType
+        kind: Any = type(fd)
+        plain = kind is int or (
+            kind.__base__ is socket.SocketType and kind.fileno is socket.SocketType.fileno
+        )
         thing: Any = fd if plain else number_of(fd)
         if here[0] != self._pid:
             self._refuse_child()
@@ -307,7 +310,7 @@ class Owner:
         self._memories[name] = memory
         try:
             self._change([make.put_memory(key, next(self._ledger.births), made.fd)], ())
-        except Exception:
+        except CprdError:
             del self._memories[name]
             raise
         return memory
@@ -359,11 +362,13 @@ class Owner:
         if self.is_changing:
             raise inside()
 
-    def _failed(self, error: Fenced | OSError) -> CprdError:
+    def _failed(self, error: Fenced | OSError) -> Exception:
         """What a verb raises."""
         if isinstance(error, Fenced):
             self._end(error)
             return error
+        if error.errno is None:
+            return error  # of a signal handler, and no error of the kernel
         return _explained(error)
 
     def _end(self, why: CprdError) -> None:

@@ -52,6 +52,12 @@ def fenced(why: str) -> Fenced:
     )
 
 
+def _unreadable(error: OSError, what: str) -> Exception:
+    if error.errno is None:
+        return error  # of a signal handler
+    return fenced(f"its queue cannot be {what}: {error.strerror}")
+
+
 def cost(size: int) -> int:
     """How much of a send buffer a record of so many bytes takes, at most."""
     return 320 + max(512, 1 << (size + 319).bit_length())
@@ -162,7 +168,7 @@ class Queue:
                 map(self.rx.recvmsg, repeat(largest, count), repeat(_SPACE), repeat(_PEEK_FDS))
             )
         except OSError as error:
-            raise fenced(f"its queue cannot be read: {error.strerror}") from None
+            raise _unreadable(error, "read") from None
         point("live:peeked")
         return copies.found[len(copies.found) - count :]
 
@@ -186,7 +192,7 @@ class Queue:
         try:
             got = [*map(self.rx.recv, repeat(1, count), repeat(_DONTWAIT))]
         except OSError as error:
-            raise fenced(f"its queue cannot be drained: {error.strerror}") from None
+            raise _unreadable(error, "drained") from None
         if b"" in got:
             raise fenced("its queue is at its end")
         point("live:drained")
@@ -214,7 +220,7 @@ class Queue:
                 found.append(record)
                 left -= len(data)
         except OSError as error:
-            raise fenced(f"its queue cannot be read: {error.strerror}") from None
+            raise _unreadable(error, "read") from None
         self.records = found
         self.spent = sum(cost(size) for _, size, _ in found)
         if found:

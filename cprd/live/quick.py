@@ -129,8 +129,8 @@ class Quick:
             pause.point("live:send")
         try:
             segment.tx.sendmsg((data,), self._with_fd, APPEND)  # type: ignore[union-attr]
-        except OSError:
-            self._send_again(segment, key, data, fd)
+        except OSError as error:
+            self._send_again(segment, key, data, fd, error)
         if pause.armed:
             pause.point("live:sent")
         segment.next = ordinal + 1
@@ -188,14 +188,17 @@ class Quick:
                 else:
                     segment.keys.pop(key)
 
-    def _send_again(self, segment: Segment, key: Key, data: bytes, fd: int) -> None:
+    def _send_again(self, segment: Segment, key: Key, data: bytes, fd: int, error: OSError) -> None:
         """Once more: limits are raised, or the error explains."""
+        sent = segment.records[-1]
+        if segment.resync(sent):
+            raise error  # of a signal handler
+        segment.records.append(sent)
         try:
             segment.send(data, (fd,))
         except Exception:
-            segment.keys.pop(key)
-            segment.records.pop()
-            self._steps.pending = None
+            if not self._steps.unless_sent(segment, sent):
+                segment.keys.pop(key)
             raise
 
     def save_value(self, put: Put) -> bool:
@@ -230,10 +233,12 @@ class Quick:
         try:
             segment.tx.send(data, APPEND)
         except OSError:
+            if segment.resync(sent):
+                raise  # of a signal handler
             try:
                 segment.send(data, ())
             except Exception:
-                steps.pending = None
+                steps.unless_sent(segment, sent)
                 raise
         if pause.armed:
             pause.point("live:sent")
@@ -312,7 +317,7 @@ class Quick:
             steps.copies.close()
             return False
         except Exception:
-            steps.pending = None
+            steps.unless_sent(segment, sent)
             steps.copies.close()
             raise
         point("live:sent")

@@ -124,11 +124,26 @@ def no_collection() -> Iterator[None]:
     10 to 30 ms."""
     was = gc.isenabled()
     try:
-        gc.disable()
+        if was:
+            _paused.append(True)
+            gc.disable()
         yield
     finally:
         if was:
             gc.enable()
+            _paused.clear()
+
+
+_paused: list[bool] = []  # not empty while the collector is off
+
+
+def _after_fork_in_child() -> None:
+    """The thread that would switch the collector on again is not in the child."""
+    if _paused:
+        gc.enable()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def shut(fd: int) -> None:

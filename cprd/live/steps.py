@@ -86,12 +86,19 @@ class Steps:
         try:
             queue.send(data, fds)
         except Exception:
-            self.pending = None
+            self.unless_sent(queue, sent)
             raise
         point("live:sent")
         queue.landed(*sent)
         apply(*arguments)
         self.pending = None
+
+    def unless_sent(self, queue: Queue, sent: Sent) -> bool:
+        """Forget a pending record that is not in the queue, as is usual after an exception: but a
+        signal handler may have raised that after the send. Returns whether the record is there."""
+        if not queue.resync(sent):
+            self.pending = None
+        return self.pending is not None
 
     def defers(self, segment: Segment) -> bool:
         """Whether another thread lets go of what is void in a segment."""

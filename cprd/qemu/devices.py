@@ -152,18 +152,22 @@ def differences(old: Devices, new: Devices, *, same_version: bool) -> Iterator[s
             )
 
 
-def tell(old: Devices, new: Devices, kind: str, name: str) -> bool:
+def tell(old: Devices, new: Devices, kind: str, name: str, *, same_version: bool) -> bool:
     """Whether each device of a kind has a property in the lists (itself, or the device on its
-    virtio-bus), so that `differences` knows of the property, however it was set."""
+    virtio-bus), so that `differences` knows of the property, however it was set; or has the same
+    value in both, where two versions are compared by few properties only."""
     found = []
-    for devices in (old, new):
+    values: list[dict[str, list[str | None]]] = [{}, {}]
+    for devices, said in zip((old, new), values, strict=True):
         for key, device in devices.items():
             if device["type"] == kind:
                 place = key if _has_id(key) else f"{device['bus']}/{device.get('addr', '?')}"
                 bus = f"{place}/virtio-bus"
                 inner = [other for other in devices.values() if other["bus"] == bus]
                 found.append(any(name in one for one in (device, *inner)))
-    return bool(found) and all(found)
+                said[key] = [one.get(name) for one in (device, *inner)]
+    known = same_version or name in _IDENTITY or values[0] == values[1]
+    return bool(found) and all(found) and known
 
 
 def _has_id(key: str) -> bool:

@@ -102,7 +102,8 @@ def _changed(old: Machine, new: Machine, place: str) -> list[str]:
             continue  # (of a hold of an older cprctl)
         if kind == "-machine" and _same_value(old, new, "machine", key):
             continue
-        if kind == "-global" and devices.tell(old["devices"], new["devices"], *_parts(key)):
+        both, same = (old["devices"], new["devices"]), old["version"] == new["version"]
+        if kind == "-global" and devices.tell(*both, *_parts(key), same_version=same):
             continue
         found.append(name)
     return found

@@ -7,7 +7,7 @@ import time
 
 import cprd
 from cprd.client.blocking import connect
-from cprd.errors import Busy, CprdError, NotHeld
+from cprd.errors import Busy, CprdError, Fenced, NotHeld
 from cprd.linux.pause import point
 from cprd.linux.stdio import note
 from cprd.protocol.messages import LEASE
@@ -101,6 +101,8 @@ def _give_back(claim: cprd.Claim, name: str, why: str, *, forced: bool) -> str:
         return f"{name}: {why}; it is in doubt as before: --force again, or drop it"
     try:
         claim.reject(why)
+    except Fenced as over:
+        return f"{name}: {why}; {over}: look whether it is held (cprctl list)"
     except CprdError as lost:
         why += f" (and cprd was not told: {lost})"
     return f"{name}: {why}; it is held as before"

@@ -41,9 +41,17 @@ NEXT: list[Op] = [("save", "after", 0, 5), ("delete", "c", 0), ("section", "s", 
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at the `at`-th step of Python within cprd.live, or other files."""
+    """Raises KeyboardInterrupt, or another `error`, at the `at`-th step of Python within cprd.live,
+    or other files."""
 
-    def __init__(self, at: int, opcodes: bool, files: tuple[str, ...] = ("/cprd/live/",)) -> None:
+    def __init__(
+        self,
+        at: int,
+        opcodes: bool,
+        files: tuple[str, ...] = ("/cprd/live/",),
+        error: type[BaseException] = KeyboardInterrupt,
+    ) -> None:
+        self.error = error
         self.left = at
         self.opcodes = opcodes
         self.files = files
@@ -65,7 +73,7 @@ class Interrupt:
         if event == ("opcode" if self.opcodes else "line"):
             self.left -= 1
             if self.left == 0:
-                raise KeyboardInterrupt
+                raise self.error
         return self._trace
 
 
@@ -99,7 +107,25 @@ def test_interrupted_at_any_opcode_the_next_change_goes_on(things: Things, name:
     assert at > 100
 
 
-def interrupt(things: Things, op: Op, shape: Shape, at: int, opcodes: bool) -> bool:
+@pytest.mark.parametrize("name", ["save", "section"])
+def test_a_handler_that_raises_an_os_error_is_no_failure_of_the_kernel(
+    things: Things, name: str
+) -> None:
+    """A TimeoutError of an alarm, say, as soon as the record was sent."""
+    at = 130
+    while interrupt(things, CHANGES[name], MIDDLE, at, opcodes=True, error=TimeoutError):
+        at += 1
+    assert at > 300
+
+
+def interrupt(
+    things: Things,
+    op: Op,
+    shape: Shape,
+    at: int,
+    opcodes: bool,
+    error: type[BaseException] = KeyboardInterrupt,
+) -> bool:
     """One round; whether the interrupt came."""
     root = Root()
     owner = Owner(*root.ends(), HOLD, shape=shape)
@@ -111,9 +137,9 @@ def interrupt(things: Things, op: Op, shape: Shape, at: int, opcodes: bool) -> b
     model.apply(op)
     interrupted = False
     try:
-        with Interrupt(at, opcodes):
+        with Interrupt(at, opcodes, error=error):
             act(owner, things, op)
-    except KeyboardInterrupt:
+    except error:
         interrupted = True
     for after in [*NEXT, ("memory", "m"), ("memory", "n")]:
         act(owner, things, after)

@@ -3,8 +3,10 @@ away."""
 
 from __future__ import annotations
 
+import _socket
 import ctypes
 import fcntl
+import gc
 import os
 import random
 import resource
@@ -16,7 +18,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -27,7 +29,7 @@ from cprd.linux.rights import close_all, scm_fds
 from cprd.live import quick
 from cprd.live.owner import Owner
 from cprd.live.pool import MAX_OWN
-from cprd.live.reader import read
+from cprd.live.reader import no_collection, read
 from cprd.live.shape import Shape
 from cprd.live.takeover import take_over
 from tests.live.owning import HOLD, SMALL, Root, fenced, segments_of
@@ -300,6 +302,44 @@ def test_a_socket_of_the_hold_is_refused() -> None:
             with socket.socket(fileno=os.dup(end)) as sock:
                 with pytest.raises(InvalidInput, match="live hold itself"):
                     owner.save_fd("b", 0, sock)
+
+
+class Another(_socket.socket):
+    """Says the number of another descriptor, as HasFileno may."""
+
+    number = -1
+
+    def fileno(self) -> int:
+        return self.number
+
+
+def test_a_socket_that_says_another_number_is_looked_at_by_that() -> None:
+    with owning() as (owner, root), closing(socket.socket()) as plain, closing(Another()) as sock:
+        for id in range(70):  # so that one record for a key more is the usual way
+            owner.save_fd("a", id, plain)
+        sock.number = root.kept
+        with pytest.raises(InvalidInput, match="live hold itself"):
+            owner.save_fd("b", 0, sock)
+
+
+def test_a_child_forked_while_another_thread_reads_collects_garbage() -> None:
+    reads, forked = threading.Event(), threading.Event()
+
+    def read_on() -> None:
+        with no_collection():
+            reads.set()
+            forked.wait(patience(10))
+
+    thread = threading.Thread(target=read_on)
+    thread.start()
+    reads.wait(patience(10))
+    pid = os.fork()
+    if pid == 0:
+        os._exit(not gc.isenabled())
+    forked.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert gc.isenabled()
 
 
 def test_what_may_block_goes_to_another_thread() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cprd.qemu import disks, drift
+from cprd.qemu import devices, disks, drift, machine
 from cprd.qemu.command import Command
 from cprd.qemu.examine import about_command_line
 from cprd.qemu.inventory import Inventory
@@ -180,3 +180,20 @@ def test_what_cprctl_added_is_not_held_against_a_qemu_that_runs() -> None:
     added = Command(words).incoming(monitor=5, main=6, cpr="/x")
     assert list(Command(added, running=True).refused()) == []
     assert [name for name, _ in Command([*words, "-S"], running=True).refused()] == ["S"]
+
+
+@pytest.mark.parametrize("version", [[9, 2, 0], [11, 0, 0]])
+def test_a_setting_of_all_devices_counts_in_another_version_too(version: list[int]) -> None:
+    """Of two versions few properties are compared: then the words are all there is."""
+
+    def seen(version: list[int], csum: str, said: dict[str, str]) -> machine.Machine:
+        tree = f'bus: b\n  dev: virtio-net-pci, id "n"\n    csum = {csum}\n    addr = 02.0\n'
+        maps = ("tables", "backends", "cpu", "cpu_set", "smp", "size", "words", "memdevs")
+        kept = {"devices": devices.visible(devices.parse(tree), []), "set": said, "type": "q35"}
+        kept |= {"version": version, "objects": {"n": "virtio-net-pci"}, "cpus": [], "memory": []}
+        return {**kept, **{name: {} for name in maps}, "uuid": "", "generation": ""}
+
+    old = seen([9, 2, 0], "false", {"-global virtio-net-pci.csum": "off"})
+    assert machine.differences(old, seen(version, "false", {})) == []
+    (said,) = machine.differences(old, seen(version, "true", {}))
+    assert "csum is" in said
