@@ -8,8 +8,9 @@ No I/O, no clock.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Any, TypeVar
 
 import msgpack
 
@@ -17,6 +18,7 @@ from cprd.errors import ProtocolError
 from cprd.protocol.messages import ANSWERS, REQUESTS, encode
 
 _packer = msgpack.Packer(use_bin_type=True)
+T = TypeVar("T")
 
 KEPT_FOR = 300.0  # s
 MOST = 4096  # of one uid, that may not have arrived
@@ -151,20 +153,8 @@ class Replies:
             _keep(self._arrived.setdefault(uid, {}), MOST_ARRIVED, nonce, reply.packed)
 
     def forget_old(self, now: float) -> None:
-        for uid, pending in tuple(self._pending.items()):
-            for reply in tuple(pending.values()):
-                if now - reply.at <= KEPT_FOR:
-                    break
-                del pending[reply.nonce]
-            if not pending:
-                del self._pending[uid]
-        for uid, arrived in tuple(self._arrived.items()):
-            for nonce, packed in tuple(arrived.items()):
-                if now - _unpacked(packed).at <= KEPT_FOR:
-                    break
-                del arrived[nonce]
-            if not arrived:
-                del self._arrived[uid]
+        _forget(self._pending, lambda reply: now - reply.at > KEPT_FOR)
+        _forget(self._arrived, lambda packed: now - _unpacked(packed).at > KEPT_FOR)
 
     def pending(self, now: float) -> list[Reply]:
         """Replies that may not have arrived, older first."""
@@ -178,6 +168,15 @@ class Replies:
             yield from pending.values()
         for arrived in self._arrived.values():
             yield from map(_unpacked, arrived.values())
+
+
+def _forget(kinds: dict[int, dict[bytes, T]], is_old: Callable[[T], bool]) -> None:
+    """Forget the old ones, which came first."""
+    for uid, kept in tuple(kinds.items()):
+        for nonce, _ in tuple(takewhile(lambda item: is_old(item[1]), kept.items())):
+            del kept[nonce]
+        if not kept:
+            del kinds[uid]
 
 
 def _keep(kept: dict[bytes, Any], most: int, nonce: bytes, reply: object) -> None:
