@@ -31,9 +31,10 @@ def differences(seen: Inventory, command: Command) -> list[str]:
     ]
     found += _unplugged(seen.machine, command)
     late = {name for name, _ in seen.machine["plugged"]}
+    words = _Words(command)
     for drive in seen.drives:
-        if not late & {drive["drive"] or drive["node"]}:
-            found += _disk(drive, command)
+        if (drive["drive"] or drive["node"]) not in late:
+            found += _disk(drive, words, command)
     if any(keyed(value).get("guid") == "auto" for value in _devices(command, "vmgenid")):
         found.append(
             "the next QEMU would give vmgenid another id (guid=auto), as if the guest were a copy:"
@@ -74,8 +75,8 @@ def _unplugged(seen: Machine, command: Command) -> Iterator[str]:
         )
 
 
-def _disk(drive: Drive, command: Command) -> Iterator[str]:
-    words, said = _Words(command).of(drive)
+def _disk(drive: Drive, all_words: _Words, command: Command) -> Iterator[str]:
+    words, said = all_words.of(drive)
     change = f"change {words or option(drive)}"
     file = said and _file(said)
     if not drive["chain"]:
