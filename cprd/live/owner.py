@@ -75,9 +75,8 @@ class Owner:
         self._inherited: dict[str, int] = {}  # memfds of a predecessor's memory, not mapped yet
         self._pid = os.getpid()
         self._over: CprdError | None = None
-        self._changing: FrameType | Key | None = (
-            None  # of the verb that runs: a frame, save_fd's key
-        )
+        # Of the verb that runs: a frame; the key of a save_fd.
+        self._changing: FrameType | Key | None = None
         _owners.add(self)
         if begin:
             self._act(self._writer.write_root)

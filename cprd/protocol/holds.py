@@ -33,6 +33,11 @@ class Usage:
     fds: int = 0
 
 
+def _every(numbers: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The generations of a name, of which nearly all have a single one."""
+    return numbers if isinstance(numbers, tuple) else (numbers,)
+
+
 class Holds:
     """The records. Reading changes nothing; `put` and `remove` keep all indexes in step."""
 
@@ -69,9 +74,7 @@ class Holds:
         names = self._names.get(key[0])
         if names is None:
             return ()
-        numbers = names.get(key[1], ())
-        numbers = numbers if isinstance(numbers, tuple) else (numbers,)
-        return tuple(map(self._record, numbers))
+        return tuple(map(self._record, _every(names.get(key[1], ()))))
 
     def get(self, generation: int) -> Hold | None:
         hold = self._awake.get(generation)
@@ -89,7 +92,7 @@ class Holds:
             return (*self._awake, *self._at_rest)
         numbers: list[int] = []
         for of in self._names.get(uid, {}).values():
-            numbers += of if isinstance(of, tuple) else (of,)
+            numbers += _every(of)
         return numbers
 
     def visible(self, uid: int, after: int) -> Iterator[Hold]:
@@ -180,8 +183,7 @@ class Holds:
             names = self._names.setdefault(hold.uid, {})
             others = names.get(hold.name, ())
             if others:
-                others = others if isinstance(others, tuple) else (others,)
-                names[hold.name] = tuple(sorted((*others, generation)))
+                names[hold.name] = tuple(sorted((*_every(others), generation)))
             else:
                 names[hold.name] = generation
             usage.holds += 1

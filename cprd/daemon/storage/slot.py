@@ -405,13 +405,11 @@ class Slot(Socket):
         Draining the outlet lets go of all that the hold had, and blocks as long as a foreign file
         does."""
         point("slot:drain")
-        foreign: list[int] = []
-        if self._content is not None:
-            if self._content.inlet is not None:
-                self._content.inlet.close()
-            foreign += self._content.foreign
-            self._content.foreign = ()
-        return self.detach(), foreign
+        content = self._content or Content()
+        if content.inlet is not None:
+            content.inlet.close()
+        foreign, content.foreign = content.foreign, ()
+        return self.detach(), list(foreign)
 
     def has_foreign(self, draining: Collection[int]) -> bool:
         """Whether descriptors of a client can be left in an ended slot that was read, and in no
