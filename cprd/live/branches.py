@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 
 from cprd.errors import LimitExceeded
@@ -42,20 +42,21 @@ class Branches:
                 f" inode (files, memfds, devices), sections above 4 KiB included; the limit is"
                 f" {most} in one live hold; nothing was changed"
             )
-        fresh = [self._fresh(group) for group in groups]
         ended = [deletion(key) for key in gone]
-        size = sum(entry_size(key) for key in gone)
+        small = len(groups) <= self.root.part and sum(map(entry_size, gone)) <= PART_DELETIONS
+        if small and self.root.is_due():
+            self._make_room()  # first: what the root ends again must not be later than `puts`
+        fresh = [self._fresh(group) for group in groups]
         made = list(zip(fresh, groups, strict=True))
         apply = partial(self._attached, made, gone)
-        if len(fresh) <= self.root.part and size <= PART_DELETIONS:
-            if self.root.is_due():
-                self._make_room()
+        if small:
             self._steps.seq += 1
             data = self.root.attach(self._steps.seq, fresh, ended)
             fds = [segment.rx.fileno() for segment in fresh]
             self._steps.send_data(self.root, data, NO_KEYS, fds, apply)
         else:
-            self.rewrite(fresh=fresh, ended=ended, then=apply)
+            new = {put[1] for put in puts}
+            self.rewrite(fresh=fresh, ended=ended, new=new, then=apply)
 
     def _make_room(self) -> None:
         """Rewrite the root; at a limit go on without, as long as the root has room."""
@@ -118,14 +119,16 @@ class Branches:
         drop: Sequence[Segment] = (),
         fresh: Sequence[Segment] = (),
         ended: Sequence[Entry] = (),
+        new: Container[Key] = (),
         then: Callable[[], None] | None = None,
     ) -> None:
-        """Void all records of the root by new ones that name all segments but `drop`."""
+        """Void all records of the root by new ones that name all segments but `drop`. `new`: the
+        keys of `fresh`."""
         leaving = set(drop)
         segments = [s for s in self._ledger.pool.segments.values() if s not in leaving]
         again = [*ended]
         for holder in (self.root, *drop):
-            again += self._ledger.again(holder)
+            again += [entry for entry in self._ledger.again(holder) if entry[2] not in new]
         first = self.root.next
         parts = self.root.whole(self._steps.seq + 1, [*segments, *fresh], again)
         self._steps.seq += len(parts)

@@ -11,8 +11,9 @@ import errno
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from os import getpid
 from sys import _getframe
@@ -66,7 +67,8 @@ class Owner:
         `begin`: the hold is empty, which is written down now."""
         self._lock = threading.RLock()
         root = Root(tx, rx, hold, shape)
-        self._writer = Writer(root, self._lock, shape, defer)
+        later = None if defer is None else partial(self._defer, defer)
+        self._writer = Writer(root, self._lock, shape, later)
         self._quick = self._writer.quick
         self._ledger = self._writer.ledger
         self._where = self._ledger.where
@@ -329,6 +331,16 @@ class Owner:
             writer.change([], [key])
         elif writer.ledger.pool.is_loose:
             writer.shrink()
+
+    def _defer(self, defer: Defer, release: Callable[[], None]) -> None:
+        defer(partial(self._release_late, release))
+
+    def _release_late(self, release: Callable[[], None]) -> None:
+        """In another thread. What was made void there meanwhile is let go of as well."""
+        release()
+        if self.unfinished and self._over is None:
+            with suppress(CprdError):  # the next change says so
+                self._act(self._writer.recover)
 
     def _change(self, puts: list[Put], gone: Iterable[Key]) -> None:
         self._act(self._writer.change, puts, gone)

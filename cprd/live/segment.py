@@ -109,8 +109,8 @@ class Segment(Queue):
             self.keys.pop(key, None)
 
     def carries(self) -> bool:
-        """Whether any key comes with a descriptor."""
-        return any(kept[0] in CARRIES for kept in self.keys.values())
+        """Whether any descriptor lies here, kept or void."""
+        return any(keys for _, _, keys in self.records)
 
 
 def kind_of(puts: list[Put]) -> str:

@@ -214,7 +214,7 @@ class Writer:
         self, target: Segment, puts: list[Put], gone: list[Key], rewrite: bool = False
     ) -> None:
         """Commit by one record of `target`."""
-        if not target.keys:
+        if puts and not target.keys:
             target.use(kind_of(puts))
         snapshot = rewrite or self._voids(target, puts, gone)
         new = [(put[0], put[2], put[1], put[4]) for put in puts]
@@ -301,7 +301,7 @@ class Writer:
         """Let go of what is void in a segment."""
         if segment.keys and segment.inherited:
             self._move(segment, [])
-        if not segment.keys:
+        if not segment.keys and not self.ledger.again(segment):
             self.steps.unfinished[segment] = None
             segment.first_valid = segment.next
             self.steps.drain(segment)
