@@ -282,6 +282,7 @@ class Owner:
 
     def _birth(self, key: Key, replace: bool) -> int:
         """The place of a key in the order of keys: of the key that is replaced, or a new one."""
+        self._learn()
         segment = self._where.get(key)
         if segment is None:
             return next(self._ledger.births)
@@ -317,6 +318,7 @@ class Owner:
         return memory
 
     def _save_fd(self, key: Key, fd: int, replace: bool) -> None:
+        self._writer.recover()
         birth = self._birth(key, replace)
         put = make.put_fd(key, birth, fd, self._ledger.inodes, self._ask_linger)
         self._writer.change([put], ())
@@ -446,7 +448,7 @@ class Batch:
     def delete_section(self, key: str) -> None:
         """Raises MissingKey."""
         found = make.section_key(key)
-        there = found in self._owner._ledger.where and found not in self.gone
+        there = found not in self.gone and self._owner.keeps(found)
         if not there and found not in self.puts:
             raise MissingKey(f"no section {key!r}")
         self._delete(found)

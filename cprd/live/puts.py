@@ -35,10 +35,7 @@ class Made:
     """A descriptor that was made for a change, closed when nobody has this object any more: by an
     interrupt, too."""
 
-    __slots__ = ("fd",)
-
-    def __init__(self) -> None:
-        self.fd = -1
+    fd = -1
 
     def close(self) -> None:
         """Safe to repeat."""

@@ -264,15 +264,15 @@ class Quick:
         segment = self._where.get(key)
         if (
             segment is None
+            or self._steps.pending is not None
+            or self._dirty
+            or self._unfinished
             or segment.kind is not SHARED
             or segment.tx is None
             or segment.busy
             or not segment.plain
             or segment.may_block
             or segment.keys[key][3]
-            or self._steps.pending is not None
-            or self._dirty
-            or self._unfinished
         ):
             return False
         if segment is self._segment or self._pool.spreads:

@@ -47,11 +47,13 @@ class Steps:
         self.pending: Pending | None = None
         self._lock = lock
         self._defer = defer
+        self._handing: tuple[Segment, list[int]] | None = None
 
     @property
     def idle(self) -> bool:
         """Whether nothing is left to be finished."""
-        return self.pending is None and not self.unfinished and not self.copies and not self.dropped
+        busy = self.pending or self._handing or self.unfinished or self.copies or self.dropped
+        return not busy
 
     def send(
         self,
@@ -108,15 +110,29 @@ class Steps:
         """Let go of what is void in a queue; where that may block, in another thread."""
         count = queue.void()
         if count and self._defer is not None and isinstance(queue, Segment) and self.defers(queue):
-            queue.busy = True
-            self.unfinished.pop(queue, None)
-            self._defer(partial(self._drain_elsewhere, queue, count))
+            self._handing = queue, [count]
+            self._hand()
             return
         queue.drain()
         self._drained(queue)
 
-    def _drain_elsewhere(self, segment: Segment, count: int) -> None:
-        """In another thread, which may wait long for a file to be let go of."""
+    def _hand(self) -> None:
+        """Hand a segment to another thread; after an interrupt once more, maybe."""
+        assert self._handing is not None
+        assert self._defer is not None
+        segment, counts = self._handing
+        segment.busy = True
+        self.unfinished.pop(segment, None)
+        self._defer(partial(self._drain_elsewhere, segment, counts))
+        self._handing = None
+
+    def _drain_elsewhere(self, segment: Segment, counts: list[int]) -> None:
+        """In another thread, which may wait long for a file to be let go of. `counts`: empty where
+        another call has begun."""
+        try:
+            count = counts.pop()
+        except IndexError:
+            return
         try:
             segment.receive(count)
         except Fenced:
@@ -150,6 +166,8 @@ class Steps:
     def finish(self) -> None:
         """Finish what an interrupt left."""
         self.copies.close()
+        if self._handing is not None:
+            self._hand()
         if self.pending is not None:
             queue, sent, apply, arguments = self.pending
             if queue.resync(sent) or sent is None:

@@ -14,9 +14,8 @@ from cprd.live.owner import Owner
 from cprd.live.shape import SHAPE, Shape
 from cprd.live.takeover import take_over
 from tests.live.owning import HOLD, MIDDLE, SMALL, Model, Op, Root, Things, act, seen_in
+from tests.live.test_interrupts import Interrupt
 from tests.live.test_sweep import BIG
-
-pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 PIPES, MEMFDS = 12, 2
 SUCCEED: Op = ("succeed",)
@@ -37,6 +36,18 @@ class Late:
     def change(self, op: Op) -> None:
         act(self.owner, self.things, op)
         self.model.apply(op)
+        self.check(op)
+
+    def interrupted(self, op: Op, at: int) -> None:
+        """A change that is interrupted at a step, if there is one: made, or not."""
+        before = self.model.copy()
+        self.model.apply(op)
+        try:
+            with Interrupt(at, opcodes=True):
+                act(self.owner, self.things, op)
+        except KeyboardInterrupt:
+            if seen_in(reader.read(self.root.kept)) == before.seen():
+                self.model = before
         self.check(op)
 
     def release(self) -> None:
@@ -74,6 +85,7 @@ class Late:
         self.things.close()
 
 
+@pytest.mark.usefixtures("nothing_leaks")
 @pytest.mark.parametrize(
     ("shape", "script"),
     [
@@ -136,20 +148,42 @@ def random_op(chance: random.Random, depth: int = 0) -> Op:
     return ("batch", *(random_op(chance, 1) for _ in range(chance.randrange(2, 9))))
 
 
+def walk(shape: Shape, steps: int, interrupts: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = Late(shape, monkeypatch)
+    chance = random.Random(steps)
+    try:
+        for _ in range(steps):
+            if chance.random() < interrupts:
+                late.interrupted(random_op(chance), chance.randrange(1, chance.choice((400, 3000))))
+            else:
+                late.change(random_op(chance))
+            while late.releases and chance.random() < 0.5:
+                late.release()
+            if not interrupts:
+                late.check_parked()
+            if chance.random() < 0.02:
+                late.succeed()
+        late.owner.settle()
+        while late.releases:
+            late.release()
+        late.check_parked()
+    finally:
+        late.close()
+
+
+@pytest.mark.usefixtures("nothing_leaks")
 @pytest.mark.parametrize("steps", [200, pytest.param(30000, marks=pytest.mark.full)])
 @pytest.mark.parametrize("shape", [SMALL, MIDDLE, SHAPE])
 def test_any_changes_with_late_releases(
     shape: Shape, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late = Late(shape, monkeypatch)
-    chance = random.Random(steps)
-    try:
-        for _ in range(steps):
-            late.change(random_op(chance))
-            while late.releases and chance.random() < 0.5:
-                late.release()
-            late.check_parked()
-            if chance.random() < 0.02:
-                late.succeed()
-    finally:
-        late.close()
+    walk(shape, steps, 0, monkeypatch)
+
+
+@pytest.mark.parametrize("steps", [200, pytest.param(10000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("shape", [SMALL, MIDDLE])
+def test_any_changes_with_late_releases_and_interrupts(
+    shape: Shape, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(A memfd that was just made may stay open; nothing else.)"""
+    walk(shape, steps, 0.5, monkeypatch)
