@@ -1057,16 +1057,12 @@ static int take_in(cprd_live *l, int is_live) {
     if (root >= 0) close(root);
     cprd_state *s = l->state;
     l->state = NULL; /* so that no change takes from it */
-    for (size_t n = 0; !rc && !is_live && n < cprd_fd_count(s); n++) {
-        struct cprd_live_change one = {.op = CPRD_SAVE_FD};
-        one.fd = cprd_fd_at(s, n, &one.name, &one.id);
+    const struct cprd_item *item;
+    for (size_t n = 0; !rc && !is_live && (item = cprd_item_at(s, n)); n++) {
+        struct cprd_live_change one = {item->is_section ? CPRD_SAVE_SECTION : CPRD_SAVE_FD,
+                                       item->name, item->id, item->fd, item->data, item->size,
+                                       item->packed};
         rc = change(l, &one, 1, -1);
-    }
-    for (size_t n = 0; !rc && !is_live && n < cprd_section_count(s); n++) {
-        struct cprd_live_change one = {.op = CPRD_SAVE_SECTION};
-        one.name = cprd_section_key(s, n);
-        rc = cprd_section(s, one.name, &one.data, &one.size, &one.packed);
-        if (!rc) rc = change(l, &one, 1, -1);
     }
     l->state = s;
     return rc;
