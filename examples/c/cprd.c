@@ -27,7 +27,6 @@
 
 enum {
     VERSION = 2,
-    MAX_REQUEST = 16 * 1024,
     MAX_ANSWER = 64 * 1024,
     MAX_WHY = 1024,
     INLINE = 16 * 1024, /* bytes of a section; a larger one gets a memfd */
@@ -81,15 +80,13 @@ int cprd__room_for(uint64_t count) {
 }
 
 int cprd__explain(int error) {
-    int ours = error == EBADF || error == EINVAL;
+    int ours = error == EBADF || error == EINVAL, many = error == ETOOMANYREFS;
     return cprd__fail(
         ours ? CPRD_INVALID_INPUT : CPRD_LIMIT_EXCEEDED, "cannot park descriptors: %s (%s)",
         strerror(error),
-        ours ? "closed by now, or of a kind that the kernel passes to no process: io_uring"
-        : error == ETOOMANYREFS
-            ? "what all processes of this uid have parked counts against RLIMIT_NOFILE: raise the"
-              " hard limit (LimitNOFILE=, ulimit -Hn), or drop holds of this uid (cprctl list)"
-            : "EAGAIN: a queue is as large as net.core.wmem_max allows");
+        ours ? "closed by now, or of a kind that no process can get: io_uring"
+        : many ? "with all that this uid has parked: raise the hard RLIMIT_NOFILE, or drop holds"
+               : "EAGAIN: a queue is as large as net.core.wmem_max allows");
 }
 
 void cprd__put(struct cprd__bytes *b, const void *data, size_t size) {
@@ -199,14 +196,13 @@ int cprd__send(int sock, const void *data, size_t size, const int *fds, size_t c
     union rights space = {{0}};
     struct iovec part = {(void *)(uintptr_t)data, size};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    ssize_t sent;
     if (count) {
         space.head = (struct cmsghdr){CMSG_LEN(count * sizeof(int)), SOL_SOCKET, SCM_RIGHTS};
         memcpy(CMSG_DATA(&space.head), fds, count * sizeof(int));
         message.msg_control = &space;
         message.msg_controllen = CMSG_SPACE(count * sizeof(int));
     }
-    sent = sendmsg(sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    ssize_t sent = sendmsg(sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent < 0 && errno == ETOOMANYREFS)
         RAISED(sent = sendmsg(sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL));
     return sent < 0 ? errno : 0;
@@ -215,16 +211,12 @@ int cprd__send(int sock, const void *data, size_t size, const int *fds, size_t c
 long cprd__receive(int sock, void *data, size_t size, int *fds, size_t *count, int *flags) {
     union rights space;
     struct iovec part = {data, size};
-    struct msghdr message;
-    ssize_t got;
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = fds ? &space : NULL};
+    message.msg_controllen = fds ? sizeof space : 0;
     *count = 0;
-    for (int tries = 0; tries < 2; tries++) {
-        message = (struct msghdr){.msg_iov = &part, .msg_iovlen = 1};
-        message.msg_control = fds ? &space : NULL;
-        message.msg_controllen = fds ? sizeof space : 0;
-        got = recvmsg(sock, &message, *flags | MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-        if (got >= 0 || errno != ECONNRESET) break; /* said once: something was left unread */
-    }
+    ssize_t got = recvmsg(sock, &message, *flags | MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (got < 0 && errno == ECONNRESET) /* said once: the other side left something unread */
+        return cprd__receive(sock, data, size, fds, count, flags);
     if (got < 0) return got;
     *flags = message.msg_flags;
     for (struct cmsghdr *c = CMSG_FIRSTHDR(&message); c; c = CMSG_NXTHDR(&message, c))
@@ -350,9 +342,8 @@ int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, con
         item->known.data = mmap(NULL, item->known.size, PROT_READ, MAP_PRIVATE, fd, 0);
         item->mapped = item->known.data != MAP_FAILED;
     }
-    if (!old) cprd__put(&s->items, &item, sizeof item);
-    if (s->items.failed || item->mapped != (there.st_size > 0)) {
-        if (!old && !s->items.failed) s->items.size -= sizeof item;
+    if (!old && item->known.data != MAP_FAILED) cprd__put(&s->items, &item, sizeof item);
+    if (s->items.failed || item->known.data == MAP_FAILED) {
         item_free(item);
         return cprd__no_memory();
     }
@@ -434,8 +425,8 @@ enum kind { NIL = 'n', BAD = '-', NUMBER = 'u', FLOAT = 'f', DOUBLE = 'd', TEXT 
             BINARY = 'x', ARRAY = 'a', MAP = 'm' };
 struct value {
     enum kind kind;
-    uint64_t number;           /* of NUMBER, a boolean too; bits of DOUBLE; how many items, bytes */
-    const unsigned char *data; /* of text and binary */
+    uint64_t number; /* of NUMBER, a boolean too; bits of DOUBLE; how many items, or bytes */
+    const unsigned char *data, *end; /* of text and binary; where items begin, and must end */
 };
 struct reader { /* trusts no length; no depth of what is read is a depth of calls */
     const unsigned char *at, *end;
@@ -463,8 +454,9 @@ static struct value next(struct reader *r) {
         v.number = type < 0xa0 ? type & 15 : n;
     }
     if (type == 0xc3) v.number = 1;
+    v.data = r->at;
+    v.end = r->end;
     if (v.kind == TEXT || v.kind == BINARY) {
-        v.data = r->at;
         r->bad |= (uint64_t)(r->end - r->at) < v.number;
         r->at += r->bad ? 0 : v.number;
     }
@@ -484,43 +476,27 @@ static void skip(struct reader *r, struct value v) {
     }
 }
 
-struct field { /* of a map that is read: where its value goes, if it is of that kind */
-    const char *key;
-    enum kind kind; /* NUMBER: uint64_t; DOUBLE: NUMBER too */
-    void *to;
-    size_t room; /* of a text, with the NUL, or of a binary */
-};
-
-static void set_field(const struct field *f, const struct value *v) {
-    if (f->kind == DOUBLE && v->kind == NUMBER) *(double *)f->to = (double)v->number;
-    if (f->kind != v->kind) return;
-    if (f->kind == NUMBER || f->kind == DOUBLE) memcpy(f->to, &v->number, sizeof v->number);
-    else if (f->kind == BINARY && v->number == f->room) memcpy(f->to, v->data, f->room);
-    else if (f->kind == TEXT)
-        snprintf(f->to, f->room, "%.*s", (int)(v->number < f->room ? v->number : f->room), v->data);
+/* The value of a key in a map, or nil. What is not known is passed over. */
+static struct value get(struct value map, const char *key) {
+    struct reader r = {map.data, map.end, map.kind != MAP};
+    while (!r.bad && map.number--) {
+        struct value name = next(&r), v = next(&r);
+        if (is(&name, key)) return v;
+        skip(&r, v);
+    }
+    return (struct value){.kind = NIL};
 }
 
-/* A map, and in the same breath what is in its "ok": returns whether there was that. The rows of
- * "holds" go to `rows`. What is not known is passed over. */
-static int read_map(struct reader *r, const struct field *fields, struct cprd__bytes *rows) {
-    int ok = 0;
-    struct value v = next(r);
-    if (v.kind != MAP) r->bad = 1;
-    for (uint64_t left = v.number; left && !r->bad; left--) {
-        struct value key = next(r);
-        const unsigned char *start = r->at;
-        v = next(r);
-        for (const struct field *f = fields; f->key; f++)
-            if (is(&key, f->key)) set_field(f, &v);
-        if (is(&key, "ok") && v.kind == MAP) {
-            ok = 1;
-            left += v.number;
-            continue;
-        }
-        skip(r, v);
-        if (is(&key, "holds") && rows) cprd__put(rows, start, (size_t)(r->at - start));
-    }
-    return ok;
+static uint64_t number(struct value map, const char *key, uint64_t otherwise) {
+    struct value v = get(map, key);
+    return v.kind == NUMBER ? v.number : otherwise;
+}
+
+static void text(struct value map, const char *key, char *to, size_t room) {
+    struct value v = get(map, key);
+    size_t size = v.kind != TEXT ? 0 : v.number < room ? v.number : room - 1;
+    if (size) memcpy(to, v.data, size);
+    to[size] = 0;
 }
 
 /* -- a bundle ---------------------------------------------------------------------------------- */
@@ -591,7 +567,7 @@ static int pack_tree(struct cprd__packed *p) {
 
 /* The manifest, memfds of sections, and the descriptors under keys, in a tree. */
 static int pack(const cprd_state *s, uint64_t ours, struct cprd__packed *p) {
-    static const char *const words[] = {"ids", "names"};
+    static const char *const words[] = {"sections", "ids", "names"};
     struct cprd__bytes parts[4] = {{0}}, *manifest = &parts[3];
     int rc = CPRD_OK;
     *p = (struct cprd__packed){.fds = calloc(count_of(s) + 1, sizeof(int)), .parked = 1};
@@ -602,21 +578,20 @@ static int pack(const cprd_state *s, uint64_t ours, struct cprd__packed *p) {
             if ((*at(s, n))->known.is_section == is_section)
                 rc = pack_item(&(*at(s, n))->known, ours, p, parts);
     put_number(manifest, 0x83, 0, 0);
-    put_text(manifest, "sections");
-    put_number(manifest, 0xdd, s->sections, 4);
-    cprd__put(manifest, parts[0].at, parts[0].size);
-    for (int n = 1; n < 3; n++) {
-        put_text(manifest, words[n - 1]);
-        put_binary(manifest, parts[n].at, parts[n].size);
+    for (int n = 0; n < 3; n++) {
+        put_text(manifest, words[n]);
+        put_number(manifest, n ? 0xc6 : 0xdd, n ? parts[n].size : s->sections, 4);
+        cprd__put(manifest, parts[n].at, parts[n].size);
+        manifest->failed |= parts[n].failed;
+        free(parts[n].at);
     }
-    if (!rc && (manifest->failed || parts[0].failed || parts[1].failed || parts[2].failed))
-        rc = cprd__no_memory();
+    if (!rc && manifest->failed) rc = cprd__no_memory();
     if (!rc && (manifest->size > MAX_MANIFEST || s->sections > MAX_SECTIONS))
         rc = cprd__fail(CPRD_LIMIT_EXCEEDED, "keys and small sections exceed %d bytes, or more than"
                         " %d sections", MAX_MANIFEST, MAX_SECTIONS);
     if (!rc) rc = cprd__memfd("cprd-manifest", manifest->at, manifest->size, &p->fds[0]);
     if (!rc) p->made[p->made_count++] = p->fds[0];
-    for (int n = 0; n < 4; n++) free(parts[n].at);
+    free(manifest->at);
     if (!rc) cprd__point("pack:manifest");
     return rc ? rc : pack_tree(p);
 }
@@ -744,7 +719,8 @@ struct cprd {
     uint64_t connects; /* so often */
     uint64_t id, pid;  /* of the last request; of this process, as cprd sees the process */
     double timeout;
-    pthread_mutex_t lock; /* threads take turns */
+    _Atomic uint64_t cookie; /* of the socket */
+    pthread_mutex_t lock;    /* threads take turns; of all above */
     struct sockaddr_un address;
 };
 
@@ -766,12 +742,7 @@ static int check_owner(const cprd *c) {
                       " child: cprd_connect() there", (int)c->owner);
 }
 
-uint64_t cprd__cookie_of(cprd *c) {
-    pthread_mutex_lock(&c->lock);
-    uint64_t cookie = cprd__cookie(c->sock);
-    pthread_mutex_unlock(&c->lock);
-    return cookie;
-}
+uint64_t cprd__cookie_of(cprd *c) { return c->cookie; }
 
 uint64_t cprd__connects(cprd *c) {
     char byte;
@@ -833,26 +804,32 @@ static int await(const cprd *c, short event, double until) {
     return cprd__fail(CPRD_TIMEOUT, "cprd accepted the connection and has not answered in time");
 }
 
-static int read_answer(struct reader r, struct cprd__answer *a, struct cprd__bytes *rows) {
-    char error[32] = "";
-    uint64_t pid = UINT64_MAX;
-    *a = (struct cprd__answer){.fd = -1, .error = {.pid = -1, .until = -1}};
-    const struct field fields[] = {
-        {"id", NUMBER, &a->id, 0}, {"version", NUMBER, &a->version, 0}, {"pid", NUMBER, &pid, 0},
-        {"generation", NUMBER, &a->generation, 0}, {"attempts", NUMBER, &a->attempts, 0},
-        {"found", NUMBER, &a->found, 0}, {"live", NUMBER, &a->live, 0},
-        {"more", NUMBER, &a->more, 0}, {"until", DOUBLE, &a->error.until, 0},
-        {"token", BINARY, a->token, 16}, {"kept", TEXT, a->kept, sizeof a->kept},
-        {"last_reject", TEXT, a->last_reject, sizeof a->last_reject},
-        {"error", TEXT, error, sizeof error}, {"why", TEXT, a->error.text, sizeof a->error.text},
-        {"phase", TEXT, a->error.phase, sizeof a->error.phase}, {.key = NULL}};
-    if (rows) rows->size = 0;
-    int ok = read_map(&r, fields, rows);
-    if (r.bad || (!ok && !*error))
+static int read_answer(struct reader r, struct cprd__answer *a) {
+    struct value all = next(&r), ok = get(all, "ok"), of = ok.kind == MAP ? ok : all;
+    struct value token = get(of, "token"), until = get(of, "until");
+    char error[32];
+    skip(&r, all);
+    text(all, "error", error, sizeof error);
+    if (r.bad || all.kind != MAP || (ok.kind != MAP && !*error))
         return cprd__fail(CPRD_PROTOCOL_ERROR, "an answer of cprd that cannot be read");
-    a->error.pid = (int64_t)pid;
-    a->error.code = ok ? CPRD_OK : CPRD_ERROR;
-    for (int n = 1; !ok && n <= CPRD_INVALID_INPUT; n++)
+    *a = (struct cprd__answer){.fd = -1, .error = {.pid = -1, .until = -1}};
+    a->id = number(all, "id", 0);
+    a->version = number(of, "version", 0);
+    a->generation = number(of, "generation", 0);
+    a->attempts = number(of, "attempts", 0);
+    a->found = number(of, "found", 0);
+    a->live = number(of, "live", 0);
+    a->more = number(of, "more", 0);
+    text(of, "kept", a->kept, sizeof a->kept);
+    text(of, "last_reject", a->last_reject, sizeof a->last_reject);
+    if (token.kind == BINARY && token.number == 16) memcpy(a->token, token.data, 16);
+    a->error.pid = (int64_t)number(of, "pid", UINT64_MAX);
+    if (until.kind == DOUBLE) memcpy(&a->error.until, &until.number, sizeof until.number);
+    if (until.kind == NUMBER) a->error.until = (double)until.number;
+    text(of, "why", a->error.text, sizeof a->error.text);
+    text(of, "phase", a->error.phase, sizeof a->error.phase);
+    a->error.code = ok.kind == MAP ? CPRD_OK : CPRD_ERROR;
+    for (int n = 1; a->error.code && n <= CPRD_INVALID_INPUT; n++)
         if (!strcmp(error, classes[n])) a->error.code = n;
     return CPRD_OK;
 }
@@ -868,8 +845,6 @@ static int ask(cprd *c, struct cprd__call *call, double until, struct cprd__answ
     cprd__fields(call, "id U", ++c->id);
     if (call->wait_as) cprd__fields(call, call->wait_as, left > 0.001 ? left : 0.001);
     if (call->m.failed) return cprd__no_memory();
-    if (call->m.size > MAX_REQUEST)
-        return cprd__fail(CPRD_INVALID_INPUT, "%s: more than %d bytes", call->verb, MAX_REQUEST);
     call->m.at[4] = (unsigned char)call->count;
     int error = cprd__send(c->sock, call->m.at, call->m.size, NULL, 0);
     while (error == EAGAIN && !(rc = await(c, POLLOUT, until)))
@@ -883,10 +858,11 @@ static int ask(cprd *c, struct cprd__call *call, double until, struct cprd__answ
         if (rc) return rc;
         RAISED(got = cprd__receive(c->sock, in, sizeof in, fds, &count, &flags));
         if (got <= 0) return LOST;
-        rc = read_answer((struct reader){in, in + got, (flags & MSG_TRUNC) != 0}, a, call->rows);
+        rc = read_answer((struct reader){in, in + got, (flags & MSG_TRUNC) != 0}, a);
         late = rc || (a->id && a->id != c->id); /* to a request given up */
         a->cut = (flags & MSG_CTRUNC) != 0;
         if (!late && count) a->fd = fds[0];
+        if (!late && call->rows) cprd__put(call->rows, in, (size_t)got);
         if (count) cprd__close_all(fds + !late, count - !late);
     } while (!rc && late);
     return rc;
@@ -920,6 +896,7 @@ static int greet(cprd *c, double until) {
         rc = cprd__fail(CPRD_PROTOCOL_ERROR, "cprd speaks version %llu of the protocol, this"
                         " program %d", 0ull + a.version, VERSION);
     if (rc) hang_up(c);
+    c->cookie = cprd__cookie(c->sock);
     c->pid = rc ? 0 : (uint64_t)a.error.pid;
     c->connects += !rc;
     return rc;
@@ -1033,14 +1010,13 @@ void cprd__set(struct cprd__ticket *t, const struct cprd__answer *a) {
 int cprd__claim(struct cprd__ticket *t, cprd *c, const char *verb, const char *name,
                 const struct cprd_load_options *options, const struct cprd__packed *packed,
                 struct cprd__answer *a) {
-    static const struct cprd_load_options none;
-    const struct cprd_load_options *o = options ? options : &none;
-    if (ticket_new(t, c, name, o->wait)) return cprd__last.code;
+    struct cprd_load_options o = options ? *options : (struct cprd_load_options){.wait = 0};
+    if (ticket_new(t, c, name, o.wait)) return cprd__last.code;
     struct cprd__call call = cprd__call(verb, name, NULL);
-    cprd__fields(&call, "lease d generation u", o->lease, o->generation);
+    cprd__fields(&call, "lease d generation u", o.lease, o.generation);
     call.packed = packed;
-    call.wait = o->wait;
-    call.wait_as = o->wait > 0 ? "wait d" : NULL;
+    call.wait = o.wait;
+    call.wait_as = !strcmp(verb, "wait") ? "timeout d" : o.wait > 0 ? "wait d" : NULL;
     int rc = cprd__request(t->c, &call, a);
     if (!rc) cprd__set(t, a);
     return rc;
@@ -1075,58 +1051,53 @@ int cprd__give_back(struct cprd__ticket *t, int cause) {
     return cause;
 }
 
-/* The pid and inode of a pidfd, as cprd is told. pid 0: has ended; inode 0: before Linux 6.9. */
-static int name_process(const cprd *c, int pidfd, uint64_t *pid, uint64_t *inode) {
+struct process {
+    int fd;              /* a pidfd, or -1 */
+    uint64_t pid, inode; /* as cprd is told. pid 0: has ended; inode 0: before Linux 6.9 */
+};
+
+static int name_process(const cprd *c, struct process *p) {
     struct stat there;
     struct statfs system;
-    long found;
-    if (!cprd__fdinfo(pidfd, "\nPid:", &found) || fstat(pidfd, &there) || fstatfs(pidfd, &system))
-        return cprd__fail(CPRD_INVALID_INPUT, "descriptor %d is not a pidfd", pidfd);
-    if (found < 0) return CPRD_OK;
-    *pid = (uint64_t)found;
-    *inode = system.f_type == 0x50494446 ? there.st_ino : 0; /* PID_FS_MAGIC */
-    if (found && c->pid == (uint64_t)getpid()) return CPRD_OK;
+    long pid;
+    if (!cprd__fdinfo(p->fd, "\nPid:", &pid) || fstat(p->fd, &there) || fstatfs(p->fd, &system))
+        return cprd__fail(CPRD_INVALID_INPUT, "descriptor %d is not a pidfd", p->fd);
+    if (pid < 0) return CPRD_OK;
+    p->pid = (uint64_t)pid;
+    p->inode = system.f_type == 0x50494446 ? there.st_ino : 0; /* PID_FS_MAGIC */
+    if (pid && c->pid == (uint64_t)getpid()) return CPRD_OK;
     return cprd__fail(CPRD_LIMIT_EXCEEDED, "cprd lives in another pid namespace, and cannot tell"
                       " which process that is: let that process connect by itself");
 }
 
 /* Without an inode cprd may watch another process, which got the pid in between. */
-static void say_ended(const struct cprd__ticket *t, uint64_t generation, uint64_t pid,
-                      uint64_t inode, int pidfd) {
-    struct pollfd one = {pidfd, POLLIN, 0};
-    if (!pid || inode || poll(&one, 1, 0) <= 0) return;
+static void say_ended(const struct cprd__ticket *t, const struct process *p) {
+    struct pollfd one = {p->fd, POLLIN, 0};
+    if (!p->pid || p->inode || poll(&one, 1, 0) <= 0) return;
     struct cprd__answer a;
     struct cprd__call call = cprd__call("ended", t->name, NULL);
-    cprd__fields(&call, "generation U pid U", generation, pid);
+    cprd__fields(&call, "generation U pid U", t->generation, p->pid);
     cprd__request(t->c, &call, &a);
-}
-
-static void set_saved(struct cprd_saved *out, const struct cprd__answer *a) {
-    if (out) *out = (struct cprd_saved){a->generation, !strcmp(a->kept, "store")};
 }
 
 /* What save, prepare and confirm_next have in common; a ticket that is over has no token to say. */
 static int save(struct cprd__ticket *t, const char *verb, const cprd_state *s,
                 const struct cprd_save_options *options, struct cprd_saved *out) {
-    static const struct cprd_save_options none;
-    static const char *const after[] = {"no", "peer", "process"};
-    const struct cprd_save_options *o = options ? options : &none;
+    struct cprd_save_options o = options ? *options : (struct cprd_save_options){.replace = 0};
+    struct process p = {.fd = o.after_exit == CPRD_AFTER_PROCESS ? o.process : -1};
     struct cprd__packed packed = {.fds = NULL};
     struct cprd__answer a;
-    uint64_t pid = 0, inode = 0;
-    int by_pidfd = o->after_exit == CPRD_AFTER_PROCESS, rc = check_owner(t->c);
-    if (!rc && (o->after_exit < CPRD_NOW || o->after_exit > CPRD_AFTER_PROCESS || o->ttl < 0))
-        rc = cprd__fail(CPRD_INVALID_INPUT, "after_exit or ttl of the save options makes no sense");
-    if (!rc && by_pidfd) rc = name_process(t->c, o->process, &pid, &inode);
+    int rc = check_owner(t->c);
+    if (!rc && o.after_exit == CPRD_AFTER_PROCESS) rc = name_process(t->c, &p);
     if (!rc) rc = pack(s, cprd__cookie_of(t->c), &packed);
     if (!rc) {
+        const char *after = o.after_exit == CPRD_AFTER_ME ? "peer" : p.pid ? "process" : "no";
         struct cprd__call call = cprd__call_of(t, verb, NULL);
         cprd__fields(&call, "fds U bytes U parked U depth U ttl d pid u inode u",
                      (uint64_t)packed.fd_count, packed.size, (uint64_t)packed.parked,
-                     (uint64_t)packed.depth, o->ttl, pid, inode);
-        cprd__fields(&call, "after_exit s if_exists s require s",
-                     after[by_pidfd && !pid ? CPRD_NOW : o->after_exit],
-                     o->replace ? "replace" : NULL, o->require_store ? "store" : NULL);
+                     (uint64_t)packed.depth, o.ttl, p.pid, p.inode);
+        cprd__fields(&call, "after_exit s if_exists s require s", after,
+                     o.replace ? "replace" : NULL, o.require_store ? "store" : NULL);
         call.packed = &packed;
         rc = cprd__request(t->c, &call, &a);
     }
@@ -1134,9 +1105,9 @@ static int save(struct cprd__ticket *t, const char *verb, const cprd_state *s,
     free(packed.made);
     free(packed.fds);
     if (rc) return rc;
-    say_ended(t, a.generation, pid, inode, o->process);
-    set_saved(out, &a);
-    if (t->over) cprd__set(t, &a);
+    cprd__set(t, &a);
+    say_ended(t, &p);
+    if (out) *out = (struct cprd_saved){t->generation, t->stored};
     return CPRD_OK;
 }
 
@@ -1201,15 +1172,15 @@ int cprd_renew(cprd_claim *claim, double lease) {
 int cprd_begin(cprd_claim *claim, int process) {
     struct cprd__ticket *t = &claim->ticket;
     struct cprd__answer a;
-    uint64_t pid = 0, inode = 0;
-    if (process >= 0 && name_process(t->c, process, &pid, &inode)) return cprd__last.code;
-    if (process >= 0 && !pid)
+    struct process p = {.fd = process};
+    if (process >= 0 && name_process(t->c, &p)) return cprd__last.code;
+    if (process >= 0 && !p.pid)
         return cprd__fail(CPRD_INVALID_INPUT, "begin: the process that is to act has ended");
     struct cprd__call call = cprd__call_of(t, "begin", NULL);
-    cprd__fields(&call, "pid u inode u", pid, inode);
+    cprd__fields(&call, "pid u inode u", p.pid, p.inode);
     int rc = cprd__request(t->c, &call, &a);
     if (!rc || rc == CPRD_UNAVAILABLE || rc == CPRD_TIMEOUT) claim->stays = 1; /* perhaps */
-    if (!rc) say_ended(t, t->generation, pid, inode, process);
+    if (!rc) say_ended(t, &p);
     return rc;
 }
 
@@ -1224,7 +1195,7 @@ static int ended(cprd_claim *claim) {
 static int end(cprd_claim *claim, const char *verb, const char *why, struct cprd_saved *out) {
     struct cprd__answer a;
     int rc = cprd__end(&claim->ticket, verb, why, CPRD_OK, &a);
-    if (!rc) set_saved(out, &a);
+    if (!rc && out) *out = (struct cprd_saved){claim->ticket.generation, claim->ticket.stored};
     return rc ? rc : ended(claim);
 }
 
@@ -1252,54 +1223,49 @@ void cprd_claim_close(cprd_claim *claim) {
 }
 
 int cprd_wait(cprd *c, const char *name, double seconds, uint64_t *generation) {
+    struct cprd_load_options options = {.wait = seconds > 0.001 ? seconds : 0.001};
     struct cprd__answer a;
     struct cprd__ticket t; /* a connection of its own is all that this has */
-    int rc = ticket_new(&t, c, name, 1);
-    if (!rc) {
-        struct cprd__call call = cprd__call("wait", name, NULL);
-        call.wait = seconds > 0 ? seconds : 0;
-        call.wait_as = "timeout d";
-        rc = cprd__request(t.c, &call, &a);
-    }
+    int rc = cprd__claim(&t, c, "wait", name, &options, NULL, &a);
     if (!rc && generation) *generation = a.generation;
     cprd__close(&t);
     return rc;
 }
 
-static int force_out(cprd *c, const char *verb, const char *name, int force) {
+static int forced(cprd *c, const char *verb, const char *name, int force) {
     struct cprd__answer a;
     struct cprd__call call = cprd__call(verb, name, NULL);
     cprd__fields(&call, "force f", force);
     return cprd__request(c, &call, &a);
 }
 
-int cprd_drop(cprd *c, const char *name, int force) { return force_out(c, "drop", name, force); }
-
-int cprd_release(cprd *c, const char *name, int force) {
-    return force_out(c, "release", name, force);
-}
+int cprd_drop(cprd *c, const char *name, int force) { return forced(c, "drop", name, force); }
+int cprd_release(cprd *c, const char *name, int force) { return forced(c, "release", name, force); }
 
 int cprd_list(cprd *c, void (*each)(void *context, const struct cprd_row *row), void *context) {
     struct cprd__answer a = {.more = 0};
-    struct cprd__bytes rows = {0};
     int rc;
     do {
+        struct cprd__bytes said = {0};
         struct cprd__call call = cprd__call("list", NULL, NULL);
         cprd__fields(&call, "after u", a.more);
-        call.rows = &rows;
+        call.rows = &said;
         rc = cprd__request(c, &call, &a);
-        struct reader r = {rows.at, rows.at + rows.size, rows.failed || !rows.size};
-        for (uint64_t left = rc ? 0 : next(&r).number; left-- && !r.bad;) {
-            char name[512] = "", phase[32] = "";
-            struct cprd_row row = {name, phase, 0, 0, 0, 0};
-            const struct field fields[] = {
-                {"name", TEXT, name, sizeof name}, {"phase", TEXT, phase, sizeof phase},
-                {"uid", NUMBER, &row.uid, 0}, {"generation", NUMBER, &row.generation, 0},
-                {"fds", NUMBER, &row.fds, 0}, {"bytes", NUMBER, &row.bytes, 0}, {.key = NULL}};
-            read_map(&r, fields, NULL);
-            each(context, &row);
+        struct reader all = {said.at, said.at + said.size, said.failed || rc};
+        struct value holds = get(get(next(&all), "ok"), "holds");
+        struct reader r = {holds.data, holds.end, holds.kind != ARRAY};
+        while (!r.bad && holds.number--) {
+            char name[512], phase[32];
+            struct value row = next(&r);
+            text(row, "name", name, sizeof name);
+            text(row, "phase", phase, sizeof phase);
+            struct cprd_row told = {name, phase, number(row, "uid", 0),
+                                    number(row, "generation", 0), number(row, "fds", 0),
+                                    number(row, "bytes", 0)};
+            each(context, &told);
+            skip(&r, row);
         }
+        free(said.at);
     } while (!rc && a.more);
-    free(rows.at);
     return rc;
 }

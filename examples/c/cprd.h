@@ -333,7 +333,7 @@ struct cprd__call { /* a request; cprd__request frees what the call has */
     double wait; /* s; cprd lets the request wait so long */
     const char *wait_as; /* the field for the time that is left, or NULL */
     const struct cprd__packed *packed;
-    struct cprd__bytes *rows; /* of `list` */
+    struct cprd__bytes *rows; /* where the answer goes as it is, or NULL */
 };
 struct cprd__answer { /* `fd` is the reader's to close; -1: none */
     struct cprd_error error;
