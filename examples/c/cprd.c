@@ -297,12 +297,7 @@ struct cprd_state {
 static size_t count_of(const cprd_state *s) { return s->items.size / sizeof(struct item *); }
 static struct item **at(const cprd_state *s, size_t n) { return (struct item **)s->items.at + n; }
 
-cprd_state *cprd_state_new(void) {
-    cprd_state *s = calloc(1, sizeof *s);
-    if (s && !cprd__grow(&s->table)) return s;
-    free(s);
-    return NULL;
-}
+cprd_state *cprd_state_new(void) { return calloc(1, sizeof(cprd_state)); }
 
 static void item_free(struct item *item) {
     if (item->mapped) munmap((void *)(uintptr_t)item->known.data, item->known.size);
@@ -383,8 +378,9 @@ const struct cprd_item *cprd_item_at(const cprd_state *s, size_t index) {
 }
 
 static struct cprd_item *find(const cprd_state *s, int space, const char *name, int32_t id) {
-    struct item *item = (struct item *)*cprd__slot(&s->table, space, name, strlen(name), id);
-    return item ? &item->known : NULL;
+    struct cprd__key *key =
+        s->table.size ? *cprd__slot(&s->table, space, name, strlen(name), id) : NULL;
+    return key ? &((struct item *)key)->known : NULL;
 }
 
 const struct cprd_item *cprd_find_section(const cprd_state *s, const char *name) {
@@ -1117,18 +1113,12 @@ int cprd_save(cprd *c, const char *name, cprd_state *s, const struct cprd_save_o
     return save(&t, "save", s, options, out);
 }
 
-static cprd_claim *claim_new(void) {
-    cprd_claim *claim = calloc(1, sizeof *claim);
-    if (claim) *claim = (cprd_claim){.ticket.over = 1, .bundle = -1};
-    else cprd__no_memory();
-    return claim;
-}
-
 int cprd_prepare(cprd *c, const char *name, cprd_state *s, const struct cprd_save_options *options,
                  cprd_prepared **out) {
-    cprd_prepared *p = *out = claim_new();
-    int rc = p ? ticket_new(&p->ticket, c, name, 0) : cprd__last.code;
-    if (p) p->stays = 1;
+    cprd_prepared *p = *out = calloc(1, sizeof *p);
+    if (!p) return cprd__no_memory();
+    *p = (cprd_prepared){.bundle = -1, .stays = 1};
+    int rc = ticket_new(&p->ticket, c, name, 0);
     if (!rc) rc = save(&p->ticket, "prepare", s, options, NULL);
     if (!rc) return CPRD_OK;
     cprd_claim_close(p);
@@ -1138,20 +1128,18 @@ int cprd_prepare(cprd *c, const char *name, cprd_state *s, const struct cprd_sav
 
 int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options,
               cprd_claim **out) {
-    struct cprd__answer a;
-    cprd_claim *claim = *out = claim_new();
-    int rc = claim ? cprd__claim(&claim->ticket, c, "load", name, options, NULL, &a)
-                   : cprd__last.code;
-    if (!rc) {
-        claim->bundle = a.fd;
-        claim->attempts = a.attempts;
-        strcpy(claim->last_reject, a.last_reject);
-        if (a.fd < 0) rc = cprd__no_fd(&a);
-        else if (a.live && cprd__unpack_live) rc = cprd__unpack_live(a.fd, &claim->state);
-        else rc = cprd_unpack(a.fd, &claim->state);
-        if (rc) cprd__give_back(&claim->ticket, rc);
-    }
+    struct cprd__answer a = {.fd = -1};
+    cprd_claim *claim = *out = calloc(1, sizeof *claim);
+    if (!claim) return cprd__no_memory();
+    int rc = cprd__claim(&claim->ticket, c, "load", name, options, NULL, &a);
+    claim->bundle = rc ? -1 : a.fd; /* an error has none */
+    claim->attempts = a.attempts;
+    strcpy(claim->last_reject, a.last_reject);
+    if (!rc && a.fd < 0) rc = cprd__no_fd(&a);
+    else if (!rc) rc = (a.live && cprd__unpack_live ? cprd__unpack_live : cprd_unpack)(
+                           a.fd, &claim->state);
     if (!rc) return CPRD_OK;
+    cprd__give_back(&claim->ticket, rc);
     cprd_claim_close(claim);
     *out = NULL;
     return rc;
