@@ -286,7 +286,7 @@ struct item {
     struct cprd_item known; /* to programs */
     int owned, mapped;      /* the descriptor, the data */
     size_t place;           /* in the order of adding */
-    char text[];            /* the name, and data that is not mapped */
+    char text[];            /* data that is not mapped, and the name */
 };
 struct cprd_state {
     struct cprd__table table;
@@ -327,11 +327,11 @@ int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, con
     struct item *item = calloc(1, sizeof *item + key->length + 1 + size);
     if (!item) return cprd__no_memory();
     item->key = (struct cprd__key){old ? old->key.chain : NULL, key->space, key->id, key->length,
-                                   memcpy(item->text, key->name, key->length)};
-    item->known = (struct cprd_item){is_section, item->text, key->id, fd, packed != 0,
-                                     item->text + key->length + 1, size};
+                                   memcpy(item->text + size, key->name, key->length)};
+    item->known = (struct cprd_item){is_section, item->key.name, key->id, fd, packed != 0,
+                                     item->text, size};
     item->place = old ? old->place : count_of(s);
-    if (size) memcpy(item->text + key->length + 1, data, size);
+    if (size) memcpy(item->text, data, size);
     if (is_memfd && !fstat(fd, &there) && there.st_size) { /* before 6.7 no shared mapping */
         item->known.size = (size_t)there.st_size;
         item->known.data = mmap(NULL, item->known.size, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -617,14 +617,17 @@ static int peek_node(int sock, int parent, uint64_t index, struct cprd__bytes *o
     else if (!here || count != here || total > most) rc = damaged("a part lacks what it says");
     else rc = cprd__room_for(total + 8); /* and what a program opens next */
     for (; !rc && used < count; used++)
-        if (!depth) cprd__put(out, &fds[used], sizeof(int));
-        else {
+        if (!depth) {
+            cprd__put(out, &fds[used], sizeof(int));
+            if (out->failed) break;
+        } else {
             size_t left = before + total - out->size / sizeof(int);
             rc = peek_node(fds[used], depth, used, out, left);
             close(fds[used]);
         }
+    if (!rc && out->failed) rc = cprd__no_memory();
     if (!rc && out->size / sizeof(int) != before + total)
-        rc = out->failed ? cprd__no_memory() : damaged("it has other descriptors than it says");
+        rc = damaged("it has other descriptors than it says");
     cprd__close_all(fds + used, count - used);
     return rc;
 }
@@ -908,11 +911,11 @@ int cprd__no_fd(const struct cprd__answer *a) {
 static int ask_parked(cprd *c, struct cprd__call *call, double until, struct cprd__answer *a) {
     const struct cprd__packed *p = call->packed;
     struct cprd__call queue = cprd__call("queue", NULL, NULL);
-    int rc = ask(c, &queue, until, a), inlet = a->fd;
+    int rc = ask(c, &queue, until, a);
     free(queue.m.at);
     if (rc || a->error.code) return rc;
-    if (inlet < 0) return cprd__no_fd(a);
-    int error = cprd__send(inlet, p->header, CPRD__HEADER, p->fds, p->parked);
+    if (a->fd < 0) return cprd__no_fd(a);
+    int inlet = a->fd, error = cprd__send(inlet, p->header, CPRD__HEADER, p->fds, p->parked);
     if (error) rc = error == EPIPE || error == ECONNRESET ? LOST : cprd__explain(error);
     if (!rc) cprd__point("pack:parked");
     if (!rc) rc = ask(c, call, until, a);
