@@ -85,7 +85,8 @@ int cprd__explain(int error) {
         ours ? CPRD_INVALID_INPUT : CPRD_LIMIT_EXCEEDED, "cannot park descriptors: %s (%s)",
         strerror(error),
         ours ? "closed by now, or of a kind that no process can get: io_uring"
-        : many ? "with all that this uid has parked: raise the hard RLIMIT_NOFILE, or drop holds"
+        : many ? "with all that this uid has parked: raise the hard RLIMIT_NOFILE (LimitNOFILE=,"
+                 " ulimit -Hn), or drop holds (cprctl list)"
                : "EAGAIN: a queue is as large as net.core.wmem_max allows");
 }
 
@@ -788,7 +789,7 @@ struct cprd__call cprd__call(const char *verb, const char *name, const void *non
 
 struct cprd__call cprd__call_of(const struct cprd__ticket *t, const char *verb, const void *nonce) {
     struct cprd__call call = cprd__call(verb, t->name, nonce);
-    if (!t->over) cprd__fields(&call, "generation U token b", t->generation, t->token);
+    if (t->generation) cprd__fields(&call, "generation U token b", t->generation, t->token);
     return call;
 }
 
@@ -1079,7 +1080,7 @@ static void say_ended(const struct cprd__ticket *t, const struct process *p) {
     cprd__request(t->c, &call, &a);
 }
 
-/* What save, prepare and confirm_next have in common; a ticket that is over has no token to say. */
+/* What save, prepare and confirm_next have in common; a new ticket has no token to say. */
 static int save(struct cprd__ticket *t, const char *verb, const cprd_state *s,
                 const struct cprd_save_options *options, struct cprd_saved *out) {
     struct cprd_save_options o = options ? *options : (struct cprd_save_options){.replace = 0};
@@ -1087,6 +1088,8 @@ static int save(struct cprd__ticket *t, const char *verb, const cprd_state *s,
     struct cprd__packed packed = {.fds = NULL};
     struct cprd__answer a;
     int rc = check_owner(t->c);
+    if (!rc && (o.after_exit < CPRD_NOW || o.after_exit > CPRD_AFTER_PROCESS))
+        rc = cprd__fail(CPRD_INVALID_INPUT, "after_exit of the save options is none that there is");
     if (!rc && o.after_exit == CPRD_AFTER_PROCESS) rc = name_process(t->c, &p);
     if (!rc) rc = pack(s, cprd__cookie_of(t->c), &packed);
     if (!rc) {

@@ -49,6 +49,8 @@ static void fork_with_a_claim(void) {
     int event = eventfd(0, EFD_CLOEXEC);
     cprd_state *s = state_of(event);
     CHECK(!cprd_connect(NULL, &c));
+    struct cprd_save_options wrong = {.after_exit = 3};
+    CHECK(cprd_save(c, "web", s, &wrong, NULL) == CPRD_INVALID_INPUT);
     CHECK(!cprd_save(c, "web", s, NULL, NULL) && !cprd_load(c, "web", NULL, &claim));
     CHECK(!cprd_prepare(c, "other", s, NULL, &prepared));
     pid_t child = fork();
@@ -70,6 +72,7 @@ static void fork_with_a_claim(void) {
     await_child(child);
     CHECK(cprd_find_fd(cprd_claim_state(claim), "event", 0) >= 0);
     CHECK(!cprd_renew(claim, 0) && !cprd_confirm(claim) && !cprd_commit(prepared, NULL));
+    CHECK(cprd_renew(claim, 0) == CPRD_FENCED && cprd_confirm(claim) == CPRD_FENCED);
     CHECK(!cprd_drop(c, "other", 0) && !cprd_drop(c, "child's", 0));
     cprd_claim_close(claim);
     cprd_prepared_free(prepared);
