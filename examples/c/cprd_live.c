@@ -77,6 +77,8 @@ struct cprd_live {
 
 static const unsigned char HEAD[CPRD__HEADER] = "CPRB\2\0\3\1\1\0\0\0\1"; /* of a bundle */
 
+static const signed char SPACES[] = {-1, 0, 1, 1, 1, 1, 2, -1, 0, 1, 2, 3}; /* of ops */
+
 static int has_value(int op) { return op == RAW || op == PACKED; }
 static int carries(int op) { return op < DELETE && !has_value(op); }
 
@@ -243,7 +245,7 @@ static int write_root(cprd_live *l, int nothing) {
     }
     for (size_t n = 0; n < l->table.size && ended && !rc; n++)
         for (struct cprd__key *k = l->table.slots[n]; k; k = k->chain)
-            if (((struct entry *)k)->op >= DELETE) {
+            if (((struct entry *)k)->op >= DELETE && k->space <= CPRD__MEMORY) {
                 e[count] = *(struct entry *)k;
                 e[count++].fd = -1;
             }
@@ -271,7 +273,6 @@ static int write_root(cprd_live *l, int nothing) {
 /* One more record of a queue. Whoever wrote it may be hostile: lengths come before contents. */
 static int decode(cprd_live *l, struct segment *s, const unsigned char *d, size_t size,
                   const int *fds, size_t fd_count) {
-    static const char spaces[] = "-011112-012"; /* of ops */
     if (size < HEADER || memcmp(d, "CPRL", 4)) return wrong("no header of a record");
     if (cprd__little(d + 4, 2) != 1)
         return cprd__fail(CPRD_BUSY, "a live hold of version %d; this program reads version 1:"
@@ -297,23 +298,25 @@ static int decode(cprd_live *l, struct segment *s, const unsigned char *d, size_
     s->queue = e;
     e += s->entries;
     for (size_t n = 0; n < named + count; n++) {
-        size_t row = n - named;
-        e[n] = (struct entry){.op = n < named ? SEGMENT : ops[row], .fd = -1, .own = own};
+        e[n] = (struct entry){.key.name = "", .key.space = SPACES[SEGMENT], .op = SEGMENT};
+        e[n].fd = n < named ? fds[n] : -1;
+        e[n].key.id = n < named ? (int32_t)cprd__little(ops - 4 * (named - n), 4) : 0;
+        e[n].own = own;
         e[n].seq = seq;
         e[n].counts = kind != ROOT;
-        e[n].key.id = (int32_t)cprd__little(n < named ? ops + 4 * n - 4 * named
-                                                      : ops + 9 * count + 4 * row, 4);
-        if (n < named) e[n].fd = fds[n];
-        if (n < named) bad |= e[n].key.id < 0;
-        if (n < named) continue;
-        e[n].birth = cprd__little(ops + count + 8 * row, 8);
-        e[n].key.space = ops[row] < SEGMENT ? spaces[ops[row]] - '0' : -1;
-        bad |= e[n].key.space < 0 || e[n].birth >> 62 || (e[n].op < DELETE && s->is_root) ||
-               (e[n].key.space != CPRD__FD && e[n].key.id);
-        if (carries(e[n].op) && carried++ < fd_count) e[n].fd = fds[carried - 1];
-        at += has_value(e[n].op) ? 4 : 0;
+        bad |= e[n].key.id < 0;
     }
     e += named;
+    for (size_t n = 0; n < count; n++) {
+        e[n].op = ops[n];
+        e[n].birth = cprd__little(ops + count + 8 * n, 8);
+        e[n].key.id = (int32_t)cprd__little(ops + 9 * count + 4 * n, 4);
+        e[n].key.space = ops[n] < SEGMENT ? SPACES[ops[n]] : -1;
+        bad |= e[n].key.space < 0 || e[n].birth >> 62 || (ops[n] < DELETE && s->is_root) ||
+               (e[n].key.space != CPRD__FD && e[n].key.id);
+        if (carries(ops[n]) && carried++ < fd_count) e[n].fd = fds[carried - 1];
+        at += has_value(ops[n]) ? 4 : 0;
+    }
     for (size_t n = 0; n < count && at <= end; n++) {
         if (!has_value(ops[n])) continue;
         e[n].value = (struct iovec){(void *)(uintptr_t)at, cprd__little(sizes, 4)};
@@ -486,7 +489,8 @@ static int tidy(cprd_live *l) {
     for (int first = 1; done && rc != CPRD_FENCED && (rc || first); first = 0) {
         done = rc = dirty = 0;
         useless = 0;
-        for (size_t n = 0; n < l->count && rc != CPRD_FENCED; n++) {
+        for (size_t n = l->count; n-- && rc != CPRD_FENCED;) {
+            if (n >= l->count) continue; /* the root has lost some: those before move to the left */
             struct segment *s = l->segments[n];
             if (s->dirty || (s->tx >= 0 && s->records >= RECORDS && s->count > 1)) {
                 int one = rewrite(l, s);
@@ -517,15 +521,14 @@ static int guard(const cprd_live *l) {
 
 /* The entry of a change: without `k` where there is nothing to do. */
 static int make_entry(cprd_live *l, const struct cprd_live_change *c, struct entry *e) {
-    static const char spaces[] = {CPRD__FD, CPRD__FD, CPRD__FD, CPRD__SECTION, CPRD__SECTION,
-                                  CPRD__MEMORY, CPRD__MEMORY};
-    int space = spaces[c->op], mark = 0;
+    static const int ops[] = {SAVE, SAVE, DELETE, RAW, DELETE + 1, DELETE + 2, MAPPED};
+    int space = SPACES[ops[c->op]], mark = 0;
     struct stat there = {0};
     socklen_t size = sizeof mark;
     *e = (struct entry){.key = {NULL, space, c->id, strlen(c->name), (char *)(uintptr_t)c->name}};
     if (space != CPRD__FD) e->key.id = 0;
     e->fd = -1;
-    e->op = DELETE + space;
+    e->op = ops[c->op];
     if (cprd__check_name(space, c->name, e->key.length)) return cprd__last.code;
     struct entry *k = know(l, &e->key);
     if (!k) return cprd__last.code;
@@ -534,11 +537,8 @@ static int make_entry(cprd_live *l, const struct cprd_live_change *c, struct ent
         return cprd__fail(CPRD_INVALID_INPUT, "key (%s, %d) is used already%s", c->name, c->id,
                           is_new && is_kept ? "" : " in this change");
     k->change = l->changes;
-    if (c->op == CPRD_DELETE_FD || c->op == CPRD_DELETE_SECTION || c->op == CPRD_DELETE_MEMORY) {
-        e->k = is_kept ? k : NULL;
-        return CPRD_OK;
-    }
-    e->k = k;
+    e->k = is_kept || e->op < DELETE ? k : NULL;
+    if (e->op >= DELETE) return CPRD_OK;
     e->birth = is_kept ? k->birth : ++l->birth;
     if (space == CPRD__SECTION) {
         e->op = (c->size > INLINE ? RAW_MEMFD : RAW) + (c->packed != 0);
@@ -547,7 +547,6 @@ static int make_entry(cprd_live *l, const struct cprd_live_change *c, struct ent
         e->value = (struct iovec){(void *)(uintptr_t)c->data, c->size};
         return CPRD_OK;
     }
-    e->op = space == CPRD__FD ? SAVE : MAPPED;
     e->fd = c->fd;
     if (fstat(e->fd, &there))
         return cprd__fail(CPRD_INVALID_INPUT, "fd %d of (%s, %d) is not open", e->fd, c->name,
@@ -682,13 +681,6 @@ static int offer(cprd_live *l, struct segment *s, struct entry *e) {
     return CPRD_OK;
 }
 
-static int by_id(const void *one, const void *other) {
-    const struct entry *a = one, *b = other;
-    if (a->counts != b->counts || a->op != b->op)
-        return a->counts != b->counts ? b->counts - a->counts : b->op - a->op;
-    return (a->key.id > b->key.id) - (a->key.id < b->key.id);
-}
-
 static int by_birth(const void *one, const void *other) {
     const struct entry *a = *(struct entry *const *)one, *b = *(struct entry *const *)other;
     if (a->birth != b->birth) return a->birth > b->birth ? 1 : -1;
@@ -730,20 +722,18 @@ static int read_hold(cprd_live *l, int root, int as_state) {
     struct entry **all = NULL;
     int rc = shut(root, &parked);
     if (!rc) rc = peek(l, &top, 1);
-    if (top.entries) qsort(top.queue, top.entries, sizeof *top.queue, by_id);
     for (size_t n = 0; n < top.entries && !rc; n++) {
         struct entry *e = &top.queue[n];
-        if (e->op != SEGMENT) rc = offer(l, NULL, e);
-        else if (!e->counts) continue;
-        else if (n && e[-1].op == SEGMENT && e[-1].key.id == e->key.id)
+        if (!e->counts) continue;
+        if (e->op == SEGMENT && *slot_of(l, &e->key)) /* the table has it already */
             rc = wrong("a segment twice");
-        else if (n == MOST_SEGMENTS) rc = wrong("too many segments");
-        else {
-            if (!segment_add(l, -1, e->fd)) rc = cprd__last.code;
-            e->fd = -1;
-            parked++;
-        }
+        if (!rc) rc = offer(l, NULL, e);
+        if (rc || e->op != SEGMENT) continue;
+        if (!segment_add(l, -1, e->fd)) rc = cprd__last.code;
+        e->fd = -1;
+        parked++;
     }
+    if (!rc && l->count > MOST_SEGMENTS) rc = wrong("too many segments");
     for (size_t n = 0; n < l->count && !rc; n++) rc = shut(l->segments[n]->rx, &parked);
     for (size_t at = 0; at < l->count && !rc; at++) {
         struct segment *s = l->segments[at];
@@ -806,39 +796,34 @@ int cprd_live_take(int root, int tx, int rx, uint64_t hold, cprd_live **out) {
     return rc;
 }
 
-int cprd_live_read(int root, cprd_state **out) {
+/* -- with cprd --------------------------------------------------------------------------------- */
+
+/* As read_hold: the root lies in the bundle of a live hold. */
+static int read_bundle(cprd_live *l, int bundle, int as_state) {
+    unsigned char h[CPRD__HEADER + 1];
+    int fds[CPRD__SCM_MAX], flags = MSG_PEEK, off = -1, rc;
+    size_t count;
+    setsockopt(bundle, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof off);
+    long got = cprd__receive(bundle, h, sizeof h, fds, &count, &flags);
+    if (got > 0 && flags & MSG_CTRUNC) rc = cprd__no_room("to read a live hold with");
+    else if (got == CPRD__HEADER && !memcmp(h, HEAD, sizeof HEAD) && count == 1)
+        rc = read_hold(l, fds[0], as_state);
+    else rc = wrong("a bundle of something else");
+    cprd__close_all(fds, count);
+    return rc;
+}
+
+static int read_by(int (*read)(cprd_live *, int, int), int queue, cprd_state **out) {
     cprd_live *l = live_new(-1, -1, 0);
-    int rc = l ? read_hold(l, root, 1) : cprd__last.code;
+    int rc = l ? read(l, queue, 1) : cprd__last.code;
     if (!rc) *out = l->state;
     if (!rc) l->state = NULL;
     if (l) live_free(l);
     return rc;
 }
 
-/* -- with cprd --------------------------------------------------------------------------------- */
-
-/* The root that lies in the bundle of a live hold: the caller's. */
-static int peek_root(int bundle, int *root) {
-    unsigned char h[CPRD__HEADER + 1];
-    int fds[CPRD__SCM_MAX], flags = MSG_PEEK, off = -1;
-    size_t count;
-    setsockopt(bundle, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof off);
-    long got = cprd__receive(bundle, h, sizeof h, fds, &count, &flags);
-    *root = fds[0];
-    if (got == CPRD__HEADER && !memcmp(h, HEAD, sizeof HEAD) && count == 1)
-        return CPRD_OK;
-    cprd__close_all(fds, count);
-    if (got > 0 && flags & MSG_CTRUNC) return cprd__no_room("to read a live hold with");
-    return wrong("a bundle of something else");
-}
-
-int cprd__unpack_live(int bundle, cprd_state **out) {
-    int root, rc = peek_root(bundle, &root);
-    if (rc) return rc;
-    rc = cprd_live_read(root, out);
-    close(root);
-    return rc;
-}
+int cprd_live_read(int root, cprd_state **out) { return read_by(read_hold, root, out); }
+int cprd__unpack_live(int bundle, cprd_state **out) { return read_by(read_bundle, bundle, out); }
 
 /* What was saved, into the new root, which nobody knows yet. */
 static int take_in(cprd_live *l, cprd_state *s) {
@@ -864,7 +849,7 @@ int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *op
     struct cprd__answer a;
     cprd_state *saved = NULL;
     uint64_t hold;
-    int tx, rx, root = -1;
+    int tx, rx;
     *out = NULL;
     if (getrandom(&hold, sizeof hold, 0) != sizeof hold || cprd__pair(&tx, &rx))
         return cprd__no_room("for the root of a live hold");
@@ -876,11 +861,9 @@ int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *op
         l->connects = cprd__connects(l->ticket.c);
         if (a.found && a.fd < 0) rc = cprd__no_fd(&a);
         else if (a.found && !a.live) rc = cprd_unpack(a.fd, &saved);
-        else if (a.found) rc = peek_root(a.fd, &root);
-        if (!rc && saved) rc = take_in(l, saved);
-        if (!rc && root >= 0) rc = read_hold(l, root, 0);
-        if (!rc && root >= 0) rc = write_root(l, 0);
-        cprd__close_all((int[]){a.fd, root}, 2);
+        else if (a.found) rc = read_bundle(l, a.fd, 0);
+        if (!rc && a.found) rc = saved ? take_in(l, saved) : write_root(l, 0);
+        cprd__close_all(&a.fd, 1);
         if (rc) cprd__give_back(&l->ticket, rc);
         l->over = a.found ? CPRD_BUSY : CPRD_OK;
     }
