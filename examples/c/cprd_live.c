@@ -45,7 +45,8 @@ enum {
 
 struct segment { /* or the root */
     int tx, rx;                  /* tx -1: a predecessor's, which is only drained */
-    int id, is_root, dirty, leaves, own; /* own: no copies in this process */
+    int id, is_root, dirty, leaves;
+    int own;                     /* copies of what lies here must not be closed in this process */
     uint64_t seq, ordinal;       /* of the last record; of the next */
     size_t records, count;       /* in the queue; keys that count here */
     struct entry *queue;         /* what was peeked: of all records, in order; ... */
@@ -566,37 +567,33 @@ static int order(const void *one, const void *other) {
 }
 
 int cprd_live_change(cprd_live *l, const struct cprd_live_change *c, size_t count) {
-    size_t made = 0, own = 0, before = 0;
-    int rc = guard(l), done = 0;
+    size_t made = 0, own = 0, leave = 0;
+    int rc = guard(l);
     struct entry *e = rc ? NULL : calloc(count + 1, sizeof *e);
     if (!e) return rc ? rc : cprd__no_memory();
     l->changes++;
     for (size_t n = 0; n < count && !rc; n++) {
-        if (!(rc = make_entry(l, &c[n], &e[made])) && e[made].k) {
-            before += e[made].k->op < DELETE && e[made].k->segment->own;
-            own += (size_t)e[made++].own;
-        }
+        if ((rc = make_entry(l, &c[n], &e[made])) || !e[made].k) continue;
+        leave += e[made].k->op < DELETE && e[made].k->segment->own;
+        own += (size_t)e[made++].own;
     }
-    for (size_t n = 0; n < l->count && own > before; n++)
+    for (size_t n = 0; n < l->count && own > leave; n++)
         own += l->segments[n]->own && l->segments[n]->count;
-    if (!rc && own > before && own - before > l->most_own)
+    if (!rc && own > leave && own - leave > l->most_own)
         rc = cprd__fail(CPRD_LIMIT_EXCEEDED, "more than %d files, memfds, devices and sections"
                         " above %d bytes; nothing was changed", MOST_OWN, INLINE);
     if (made) qsort(e, made, sizeof *e, order);
     if (!rc && made) rc = commit(l, e, made);
-    done = !rc;
     for (size_t n = 0; n < made; n++) {
-        int fd = done && l->state && e[n].key.space == CPRD__FD /* a copy keeps the file open */
-                     ? cprd_take_fd(l->state, e[n].key.name, e[n].key.id) : -1;
-        if (fd >= 0) close(fd);
-        if (e[n].key.space == CPRD__SECTION && e[n].fd >= 0) close(e[n].fd);
+        if (e[n].key.space == CPRD__SECTION) cprd__close_all(&e[n].fd, 1);
+        if (rc || !l->state || e[n].key.space != CPRD__FD) continue;
+        int fd = cprd_take_fd(l->state, e[n].key.name, e[n].key.id); /* would keep the file open */
+        cprd__close_all(&fd, 1);
     }
     free(e);
-    if (done) rc = tidy(l);
-    if (done && rc == CPRD_LIMIT_EXCEEDED)
-        rc = cprd__fail(rc, "the change counts, but the kernel still holds what it ended (the next"
-                        " change tries again): %s", cprd__last.text);
-    return rc;
+    if (rc || !(rc = tidy(l)) || rc != CPRD_LIMIT_EXCEEDED) return rc;
+    return cprd__fail(rc, "the change counts, but the kernel still holds what it ended (the next"
+                      " change tries again): %s", cprd__last.text);
 }
 
 /* -- memory ------------------------------------------------------------------------------------ */
@@ -607,10 +604,28 @@ static int map(cprd_live *l, int fd, size_t size) {
     if (!more) return cprd__no_memory();
     l->maps = more;
     void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (at == MAP_FAILED || madvise(at, size, MADV_DONTFORK))
+    if (at == MAP_FAILED)
         return cprd__fail(CPRD_LIMIT_EXCEEDED, "cannot map memory: %s", strerror(errno));
+    madvise(at, size, MADV_DONTFORK);
     l->maps[l->map_count++] = (struct iovec){at, size};
     return CPRD_OK;
+}
+
+/* New memory, which is kept and mapped. */
+static int make_memory(cprd_live *l, const char *name, size_t size) {
+    int fd = memfd_create("cprd.memory", MFD_CLOEXEC | MFD_ALLOW_SEALING), rc = CPRD_OK;
+    struct cprd_live_change one = {(enum cprd_live_op)SAVE_MEMORY, name, 0, fd, NULL, 0, 0};
+    size_t before = l->kept;
+    if (fd < 0 || ftruncate(fd, (off_t)size) ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
+        rc = cprd__no_room("for memory");
+    if (!rc) rc = map(l, fd, size);
+    if (!rc && (rc = cprd_live_change(l, &one, 1))) {
+        if (rc == CPRD_LIMIT_EXCEEDED && l->kept > before) rc = CPRD_OK; /* it counts */
+        else munmap(l->maps[--l->map_count].iov_base, size);
+    }
+    cprd__close_all(&fd, 1); /* the mapping is all that this process has */
+    return rc;
 }
 
 int cprd_live_memory(cprd_live *l, const char *name, size_t size, void **out) {
@@ -621,23 +636,9 @@ int cprd_live_memory(cprd_live *l, const char *name, size_t size, void **out) {
     if (rc) return rc;
     if (!size || (!is_new && k->map.iov_len != size))
         return cprd__fail(CPRD_INVALID_INPUT, "memory '%s' has another size than %zu", name, size);
-    if (is_new) {
-        int fd = memfd_create("cprd.memory", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-        struct cprd_live_change one = {(enum cprd_live_op)SAVE_MEMORY, name, 0, fd, NULL, 0, 0};
-        if (fd < 0 || ftruncate(fd, (off_t)size) ||
-            fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
-            rc = cprd__no_room("for memory");
-        if (!rc) rc = map(l, fd, size);
-        int mapped = !rc;
-        if (!rc) rc = cprd_live_change(l, &one, 1);
-        if (fd >= 0) close(fd); /* the mapping is all that this process has */
-        k = (struct entry *)*slot_of(l, &key);
-        if (rc == CPRD_LIMIT_EXCEEDED && k && k->op == MAPPED) rc = CPRD_OK; /* it counts */
-        if (rc && mapped) munmap(l->maps[l->map_count - 1].iov_base, size);
-        if (rc && mapped) l->map_count--;
-        if (rc) return rc;
-        k->map = l->maps[l->map_count - 1];
-    }
+    if (is_new && make_memory(l, name, size)) return cprd__last.code;
+    k = (struct entry *)*slot_of(l, &key);
+    if (is_new) k->map = l->maps[l->map_count - 1];
     *out = k->map.iov_base;
     return CPRD_OK;
 }
@@ -689,22 +690,20 @@ static int by_birth(const void *one, const void *other) {
 
 /* Put what counts into the state; and memory, unless `as_state`, into this process. */
 static int find(cprd_live *l, struct entry *e, int as_state) {
+    struct cprd__key key = e->key;
     struct stat there;
     char name[300];
     int seals = e->op == MAPPED ? fcntl(e->fd, F_GET_SEALS) : 0, rc;
     if (e->birth > l->birth) l->birth = e->birth;
-    if (e->op == MAPPED && (seals < 0 || !(seals & F_SEAL_SHRINK) || !(seals & F_SEAL_GROW) ||
-                            fstat(e->fd, &there) || !there.st_size))
-        return wrong("memory that is no memfd of a fixed size");
-    if (e->key.space == CPRD__SECTION && e->fd >= 0 && !cprd__is_sealed(e->fd))
+    if (key.space == CPRD__SECTION && e->fd >= 0 && !cprd__is_sealed(e->fd))
         return wrong("a section that is not sealed");
-    if (e->op == MAPPED && !as_state) {
-        rc = map(l, e->fd, (size_t)there.st_size);
-        if (!rc) e->k->map = l->maps[l->map_count - 1];
-        return rc;
-    }
-    struct cprd__key key = e->key;
     if (e->op == MAPPED) {
+        if (seals < 0 || !(seals & F_SEAL_SHRINK) || !(seals & F_SEAL_GROW) ||
+            fstat(e->fd, &there) || !there.st_size)
+            return wrong("memory that is no memfd of a fixed size");
+        if (!as_state && !(rc = map(l, e->fd, (size_t)there.st_size)))
+            e->k->map = l->maps[l->map_count - 1];
+        if (!as_state) return rc;
         key.space = CPRD__SECTION;
         key.length = (size_t)snprintf(name, sizeof name, "memory.%s", e->key.name);
         key.name = name; /* too long, or there already: INVALID_INPUT, for that is no damage */
@@ -788,11 +787,9 @@ static cprd_live *live_new(int tx, int rx, uint64_t hold) {
 int cprd_live_take(int root, int tx, int rx, uint64_t hold, cprd_live **out) {
     cprd_live *l = *out = live_new(tx, rx, hold);
     int rc = l ? CPRD_OK : cprd__last.code;
-    if (!rc && root >= 0) rc = read_hold(l, root, 0);
-    if (!rc && root >= 0) rc = write_root(l, 0);
-    if (!rc) return CPRD_OK;
-    if (l) live_free(l);
-    *out = NULL;
+    if (!rc && root >= 0 && !(rc = read_hold(l, root, 0))) rc = write_root(l, 0);
+    if (l && rc) live_free(l);
+    if (rc) *out = NULL;
     return rc;
 }
 
