@@ -19,7 +19,6 @@
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #ifndef CPRD_SMALL
@@ -39,7 +38,7 @@ enum {
     GROUP = 12 * 1024,                   /* bytes of values that go to a segment at once */
     KEYS = CPRD_SMALL ? 2 : 16,          /* of a segment */
     RECORDS = CPRD_SMALL ? 3 : 16,       /* of a segment, before they become one */
-    ROOT_RECORDS = CPRD_SMALL ? 3 : 100, /* then the root is rewritten, ... */
+    ROOT_RECORDS = CPRD_SMALL ? 3 : 200, /* then the root is rewritten, ... */
     PART = CPRD_SMALL ? 2 : 200          /* ... so many segments and ended keys in a record */
 };
 
@@ -294,7 +293,8 @@ static int decode(cprd_live *l, struct segment *s, const unsigned char *d, size_
     if ((kind >= ATTACH) != s->is_root || hold != l->hold || !part || part > parts ||
         (s->records && (ordinal != s->ordinal || seq <= s->seq)))
         return wrong("a record of another queue, or without the one before");
-    struct entry *e = realloc(s->queue, (s->entries + named + count + 1) * sizeof *e);
+    size_t room = (s->entries + named + count) / 32 * 32 + 32; /* seldom another one */
+    struct entry *e = realloc(s->queue, room * sizeof *e);
     if (!e) return cprd__no_memory();
     s->queue = e;
     e += s->entries;
@@ -486,10 +486,8 @@ static int rewrite(cprd_live *l, struct segment *s) {
  * needs none makes room. */
 static int tidy(cprd_live *l) {
     int rc = CPRD_OK, done = l->untidy, dirty = 0;
-    size_t useless = 0;
     for (int first = 1; done && rc != CPRD_FENCED && (rc || first); first = 0) {
         done = rc = dirty = 0;
-        useless = 0;
         for (size_t n = l->count; n-- && rc != CPRD_FENCED;) {
             if (n >= l->count) continue; /* the root has lost some: those before move to the left */
             struct segment *s = l->segments[n];
@@ -499,13 +497,12 @@ static int tidy(cprd_live *l) {
                 rc = one ? one : rc;
             }
             dirty |= s->dirty;
-            useless += !s->count;
         }
     }
     l->untidy = rc != CPRD_OK;
     if (dirty || (rc && rc != CPRD_LIMIT_EXCEEDED)) return rc;
     if (l->table.used - l->kept > 16 + l->kept / 8) forget(l, 0);
-    if (useless > 8 + l->count / 8) write_root(l, 0); /* at a limit another time */
+    if (l->count > 64 + l->kept) write_root(l, 0); /* many of no use; at a limit another time */
     return CPRD_OK;
 }
 
