@@ -233,16 +233,18 @@ int cprd_live_memory(cprd_live *live, const char *name, size_t size, void **out)
 int cprd_live_clear(cprd_live *live); /* keep nothing, in one step */
 /* Let go of what an earlier change, or a killed predecessor, did not come to. The next change does
  * the same. Confirm has done so. */
-int cprd_live_settle(cprd_live *live);
+static inline int cprd_live_settle(cprd_live *live) { return cprd_live_change(live, NULL, 0); }
 size_t cprd_live_kept(const cprd_live *live); /* keys */
 
 /* Without cprd: by both ends of a root, a SEQPACKET pair whose receiving end somebody keeps. Owns
- * `tx` and `rx`, also on failure. `hold`: a random number, not 0. */
-int cprd_live_begin(int tx, int rx, uint64_t hold, cprd_live **out);
-/* As begin, with what is kept in `root`, the receiving end of another root whose owner has ended:
- * borrowed; nobody can append there from now on. No queue of the predecessor is changed before
- * cprd_live_settle or the first change: whoever keeps `root` must have the new one by then. */
+ * `tx` and `rx`, also on failure. `hold`: a random number, not 0. What is kept in `root` is taken
+ * over: the receiving end of another root whose owner has ended; borrowed, and nobody can append
+ * there from now on; or -1. No queue of the predecessor is changed before cprd_live_settle or the
+ * first change: whoever keeps `root` must have the new one by then. */
 int cprd_live_take(int root, int tx, int rx, uint64_t hold, cprd_live **out);
+static inline int cprd_live_begin(int tx, int rx, uint64_t hold, cprd_live **out) {
+    return cprd_live_take(-1, tx, rx, hold, out);
+}
 /* What an owner that has ended left, as a state; memory as sections "memory.NAME". `root` as above.
  * LIMIT_EXCEEDED: does not fit in this process. */
 int cprd_live_read(int root, cprd_state **out);
