@@ -95,23 +95,18 @@ static uint32_t crc32(const unsigned char *data, size_t size) { /* zlib's */
     return ~crc;
 }
 
-static void print_state(cprd_state *s) {
-    for (size_t n = 0; n < cprd_fd_count(s); n++) {
-        const char *name;
-        int32_t id;
+static void print_state(const cprd_state *s) {
+    const struct cprd_item *item;
+    for (size_t n = 0; (item = cprd_item_at(s, n)); n++) {
         struct stat there = {0};
-        int fd = cprd_fd_at(s, n, &name, &id);
-        fstat(fd, &there);
-        printf("fd %s %d %d %llu\n", name, id, fd, (unsigned long long)there.st_ino);
+        if (item->is_section) continue;
+        fstat(item->fd, &there);
+        printf("fd %s %d %d %llu\n", item->name, item->id, item->fd, 0ull + there.st_ino);
     }
-    for (size_t n = 0; n < cprd_section_count(s); n++) {
-        const char *key = cprd_section_key(s, n);
-        const void *data;
-        size_t size;
-        int packed;
-        if (cprd_section(s, key, &data, &size, &packed)) exit(failed());
-        printf("%s %s %zu %08x\n", packed ? "packed" : "raw", key, size, crc32(data, size));
-    }
+    for (size_t n = 0; (item = cprd_item_at(s, n)); n++)
+        if (item->is_section)
+            printf("%s %s %zu %08x\n", item->packed ? "packed" : "raw", item->name, item->size,
+                   crc32(item->data, item->size));
     fflush(stdout);
 }
 

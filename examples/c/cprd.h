@@ -71,16 +71,21 @@ int cprd_add_section(cprd_state *state, const char *key, const void *data, size_
 /* A memfd with all of F_SEAL_SEAL, SHRINK, GROW and WRITE; borrowed as cprd_add_fd. */
 int cprd_add_memfd(cprd_state *state, const char *key, int memfd, int packed);
 
-size_t cprd_fd_count(const cprd_state *state);
-/* The descriptor number `index`, in the order of saving: borrowed, -1 where taken. */
-int cprd_fd_at(const cprd_state *state, size_t index, const char **name, int32_t *id);
+/* What a state has under a key; valid until the key is replaced, or the state freed. */
+struct cprd_item {
+    int is_section;
+    const char *name;
+    int32_t id;       /* of a descriptor */
+    int fd;           /* borrowed; -1: taken. Of a section: its memfd, or -1 */
+    int packed;       /* of a section, as all below */
+    const void *data; /* size 0: may be NULL */
+    size_t size;
+};
+/* Number `index`: descriptors are in the order of saving, and sections are. NULL: no more. */
+const struct cprd_item *cprd_item_at(const cprd_state *state, size_t index);
+const struct cprd_item *cprd_find_section(const cprd_state *state, const char *key); /* or NULL */
 int cprd_find_fd(const cprd_state *state, const char *name, int32_t id); /* borrowed; -1: none */
 int cprd_take_fd(cprd_state *state, const char *name, int32_t id); /* the caller's from now on */
-size_t cprd_section_count(const cprd_state *state);
-const char *cprd_section_key(const cprd_state *state, size_t index);
-/* The bytes of a section, valid until cprd_state_free. NOT_HELD: the state has no such section. */
-int cprd_section(cprd_state *state, const char *key, const void **data, size_t *size, int *packed);
-int cprd_section_fd(const cprd_state *state, const char *key); /* its memfd, borrowed; -1: none */
 
 /* -- a connection ------------------------------------------------------------------------------ */
 
@@ -111,7 +116,8 @@ enum { CPRD_NOW, CPRD_AFTER_ME, CPRD_AFTER_PROCESS };
 int cprd_save(cprd *c, const char *name, cprd_state *state, const struct cprd_save_options *options,
               struct cprd_saved *out);
 
-typedef struct cprd_prepared cprd_prepared; /* kept, and not served before the commit */
+typedef struct cprd_claim cprd_claim; /* an exclusive lease on a hold */
+typedef cprd_claim cprd_prepared;     /* kept, and not served before the commit */
 
 int cprd_prepare(cprd *c, const char *name, cprd_state *state,
                  const struct cprd_save_options *options, cprd_prepared **out);
@@ -119,8 +125,6 @@ int cprd_commit(cprd_prepared *p, struct cprd_saved *out);
 int cprd_abort(cprd_prepared *p); /* what was held before is served */
 void cprd_prepared_free(cprd_prepared *p); /* without a commit or abort the state is in doubt,
                                               as soon as the connection ends */
-
-typedef struct cprd_claim cprd_claim; /* an exclusive lease on a hold */
 
 struct cprd_load_options {
     double wait;         /* seconds to wait for the hold, at most; on a connection of its own */
@@ -229,16 +233,18 @@ int cprd_live_memory(cprd_live *live, const char *name, size_t size, void **out)
 int cprd_live_clear(cprd_live *live); /* keep nothing, in one step */
 /* Let go of what an earlier change, or a killed predecessor, did not come to. The next change does
  * the same. Confirm has done so. */
-int cprd_live_settle(cprd_live *live);
+static inline int cprd_live_settle(cprd_live *live) { return cprd_live_change(live, NULL, 0); }
 size_t cprd_live_kept(const cprd_live *live); /* keys */
 
 /* Without cprd: by both ends of a root, a SEQPACKET pair whose receiving end somebody keeps. Owns
- * `tx` and `rx`, also on failure. `hold`: a random number, not 0. */
-int cprd_live_begin(int tx, int rx, uint64_t hold, cprd_live **out);
-/* As begin, with what is kept in `root`, the receiving end of another root whose owner has ended:
- * borrowed; nobody can append there from now on. No queue of the predecessor is changed before
- * cprd_live_settle or the first change: whoever keeps `root` must have the new one by then. */
+ * `tx` and `rx`, also on failure. `hold`: a random number, not 0. What is kept in `root` is taken
+ * over: the receiving end of another root whose owner has ended; borrowed, and nobody can append
+ * there from now on; or -1. No queue of the predecessor is changed before cprd_live_settle or the
+ * first change: whoever keeps `root` must have the new one by then. */
 int cprd_live_take(int root, int tx, int rx, uint64_t hold, cprd_live **out);
+static inline int cprd_live_begin(int tx, int rx, uint64_t hold, cprd_live **out) {
+    return cprd_live_take(-1, tx, rx, hold, out);
+}
 /* What an owner that has ended left, as a state; memory as sections "memory.NAME". `root` as above.
  * LIMIT_EXCEEDED: does not fit in this process. */
 int cprd_live_read(int root, cprd_state **out);
@@ -264,9 +270,9 @@ int cprd__no_memory(void);
 int cprd__no_room(const char *what); /* for one more descriptor */
 int cprd__explain(int error);        /* the errno of a send with descriptors, as an error */
 #ifdef CPRD_PAUSE
-void cprd__point(const char *name); /* a pause point of the tests */
+__attribute__((format(printf, 1, 2))) void cprd__point(const char *format, ...); /* of tests */
 #else
-#define cprd__point(name) ((void)0)
+#define cprd__point(...) ((void)0)
 #endif
 
 struct cprd__bytes { /* grows; `failed`: no memory, and the bytes are not all there */
@@ -310,7 +316,8 @@ int cprd__memfd(const char *name, const void *data, size_t size, int *out); /* s
 int cprd__is_sealed(int memfd);
 int cprd__fdinfo(int fd, const char *key, long *value); /* of /proc; returns whether it is there */
 
-/* Add to a state. A descriptor is the state's when this returns OK, where `owned`. */
+/* Add to a state. A descriptor is the state's when this returns OK, where `owned`. A section that
+ * is not owned replaces what is there. */
 int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, const void *data,
               size_t size, int packed);
 
@@ -328,7 +335,7 @@ struct cprd__call { /* a request; cprd__request frees what the call has */
     double wait; /* s; cprd lets the request wait so long */
     const char *wait_as; /* the field for the time that is left, or NULL */
     const struct cprd__packed *packed;
-    struct cprd__bytes *rows; /* of `list` */
+    struct cprd__bytes *rows; /* where the answer goes as it is, or NULL */
 };
 struct cprd__answer { /* `fd` is the reader's to close; -1: none */
     struct cprd_error error;
@@ -345,7 +352,8 @@ struct cprd__ticket { /* the right to speak for a hold */
     unsigned char token[16], nonces[2][16]; /* of its two ends: the same words are one request */
     int stored, over;
 };
-/* A request about `name` (or NULL). `nonce` NULL: a new one. cprd__fields adds more. */
+/* A request about `name` (or NULL), or that of a ticket. `nonce` NULL: a new one. cprd__fields adds
+ * more. */
 struct cprd__call cprd__call(const char *verb, const char *name, const void *nonce);
 struct cprd__call cprd__call_of(const struct cprd__ticket *t, const char *verb, const void *nonce);
 void cprd__fields(struct cprd__call *call, const char *format, ...);

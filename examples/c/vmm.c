@@ -73,14 +73,12 @@ int main(int argc, char **argv) {
     volatile unsigned long long *ram = realize_ram();
     int irq = realize_irq();
     if (claim) {
-        const void *data;
-        size_t size;
-        int bad = cprd_section(cprd_claim_state(claim), "device", &data, &size, NULL);
-        if (bad || size != sizeof device) {
+        const struct cprd_item *item = cprd_find_section(cprd_claim_state(claim), "device");
+        if (!item || item->size != sizeof device) {
             cprd_reject(claim, "no state of the device in it");
             return 1;
         }
-        memcpy(&device, data, size);
+        memcpy(&device, item->data, item->size);
         if (cprd_confirm(claim)) die(argv[1]); /* before the guest runs: from now on it is ours */
         cprd_claim_close(claim);
         claim = NULL;

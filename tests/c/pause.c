@@ -6,12 +6,18 @@
 
 #include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-void cprd__point(const char *name) {
+void cprd__point(const char *format, ...) {
+    char name[64];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(name, sizeof name, format, arguments);
+    va_end(arguments);
     static int hits;
     const char *where = getenv("CPRD_PAUSE"), *log = getenv("CPRD_PAUSE_LOG");
     if (log) {

@@ -154,6 +154,46 @@ def test_a_successor_killed_at_every_step_loses_nothing(
             break
 
 
+def test_a_key_whose_deletion_lies_in_another_segment_stays_away_when_that_one_is_drained(
+    things: Things, tmp_path: Path, built: Build
+) -> None:
+    """The predecessor was killed after a batch: one segment has the deletions, others the keys.
+    Then the successor ends the last key of each segment, and is killed at each of its steps."""
+    before: list[Op] = [("save", "c", n, n) for n in range(6)]
+    batch: Op = ("batch", *[("delete", "c", n) for n in (0, 2, 4)])
+    after: list[Op] = [*[("delete", "c", n) for n in (1, 3, 5)], ("save", "x", 0, 1)]
+    start = states(things, [*before, batch])[-1]
+    kill_at = tried = 0
+    while not tried:
+        kill_at += 1
+        for number in itertools.count(1):
+            root, new = Root(), Root()
+            child = Child(root, things, SMALL, [*before, batch], kill_at=kill_at, at_op=6)
+            child.end()
+            assert child.stopped_or_ended()
+            child.kill()
+            if seen_in(read(root.kept)) != start.seen():  # not committed yet
+                root.close()
+                new.close()
+                break
+            assert parked(root) > len(start.fds)
+            owner = COwner(
+                *(built("small"), things, new, after, tmp_path), take=root.kept, kill_at=number
+            )
+            tried += owner.run()
+            if owner.taken:
+                root.close()
+                left = is_one_of(seen_in(read(new.kept)), states(things, after, start), owner.done)
+                go_on(new, things, SMALL, left.copy())
+            else:
+                assert seen_in(read(root.kept)) == start.seen()
+                root.close()
+                new.close()
+            if tried < number:
+                break
+    assert tried > len(after)
+
+
 def test_a_successor_of_an_owner_killed_over_a_large_change_rewrites_its_root(
     things: Things, tmp_path: Path, built: Build
 ) -> None:

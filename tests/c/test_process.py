@@ -130,6 +130,31 @@ def test_many_changes_leave_what_the_keys_need(together: Together, changes: int)
     root.close()
 
 
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_ended_at_a_limit_stays_away(together: Together, killed: bool) -> None:
+    root = Root()
+    ends = [root.tx.fileno(), root.rx.fileno()]
+    owner = subprocess.Popen(
+        [together(MEMORY), "limit", *map(str, ends)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=ends,
+        text=True,
+    )
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "5\n"
+    if killed:
+        owner.kill()
+    said, _ = owner.communicate("\n", timeout=patience(60))
+    assert said == ("" if killed else "ok\n")
+    found = read(root.kept)
+    assert [id for _, id, _ in found.state.fds()] == sorted(n * 17 % 400 for n in range(395, 400))
+    found.state.close()
+    found.close()
+    assert parked(root) > 5 if killed else parked(root) == 5
+    root.close()
+
+
 # -- processes by pidfd ---------------------------------------------------------------------------
 
 

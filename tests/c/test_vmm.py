@@ -19,6 +19,10 @@ from tests.support.patience import PATIENCE
 pytestmark = pytest.mark.xdist_group("c")
 
 
+MOST_LINES = {"cprd.c": 1265, "cprd_live.c": 937, "vmm.c": 99}
+"""Wanted: 900 for cprd.c, 500 for cprd_live.c."""
+
+
 def test_one_file_is_enough_for_saved_states(tmp_path: Path) -> None:
     """And the compiler has no word to say."""
     if shutil.which("cc") is None:
@@ -35,7 +39,8 @@ def test_the_library_is_a_header_and_two_files_in_lines_that_fit() -> None:
     for path in SOURCE.glob("*.[ch]"):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 100, f"{path.name}:{number}"
-    assert len((SOURCE / "vmm.c").read_text().splitlines()) < 100
+    for name, most in MOST_LINES.items():
+        assert len((SOURCE / name).read_text().splitlines()) <= most, name
 
 
 class Vmm:

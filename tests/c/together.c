@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -49,6 +50,8 @@ static void fork_with_a_claim(void) {
     int event = eventfd(0, EFD_CLOEXEC);
     cprd_state *s = state_of(event);
     CHECK(!cprd_connect(NULL, &c));
+    struct cprd_save_options wrong = {.after_exit = 3};
+    CHECK(cprd_save(c, "web", s, &wrong, NULL) == CPRD_INVALID_INPUT);
     CHECK(!cprd_save(c, "web", s, NULL, NULL) && !cprd_load(c, "web", NULL, &claim));
     CHECK(!cprd_prepare(c, "other", s, NULL, &prepared));
     pid_t child = fork();
@@ -70,6 +73,7 @@ static void fork_with_a_claim(void) {
     await_child(child);
     CHECK(cprd_find_fd(cprd_claim_state(claim), "event", 0) >= 0);
     CHECK(!cprd_renew(claim, 0) && !cprd_confirm(claim) && !cprd_commit(prepared, NULL));
+    CHECK(cprd_renew(claim, 0) == CPRD_FENCED && cprd_confirm(claim) == CPRD_FENCED);
     CHECK(!cprd_drop(c, "other", 0) && !cprd_drop(c, "child's", 0));
     cprd_claim_close(claim);
     cprd_prepared_free(prepared);
@@ -238,6 +242,31 @@ static void change_often(int tx, int rx, int changes) {
     close(event);
 }
 
+/* No descriptor is left, so that nothing can be moved: what ends has ended all the same, and stays
+ * so when the root is rewritten. */
+static void end_at_the_limit(int tx, int rx) {
+    cprd_live *live;
+    int event = eventfd(0, EFD_CLOEXEC), top = event;
+    CHECK(!cprd_live_begin(tx, rx, 77, &live));
+    for (int n = 0; n < 400; n++) CHECK(!cprd_live_save_fd(live, "key", n, event));
+    for (int n = 0; n < 200; n++) top = dup(event);
+    struct rlimit limit = {(rlim_t)top + 1, (rlim_t)top + 1};
+    CHECK(!setrlimit(RLIMIT_NOFILE, &limit));
+    while (dup(event) >= 0) continue;
+    for (int n = 0; n < 395; n++) {
+        int rc = cprd_live_delete_fd(live, "key", n * 17 % 400);
+        CHECK(!rc || (rc == CPRD_LIMIT_EXCEEDED && strstr(cprd_last()->text, "change counts")));
+    }
+    CHECK(cprd_live_settle(live) == CPRD_LIMIT_EXCEEDED);
+    puts("5");
+    fflush(stdout);
+    getchar(); /* the test looks, or kills this process */
+    for (int fd = top; fd > top - 100; fd--) close(fd);
+    CHECK(!cprd_live_settle(live) && cprd_live_kept(live) == 5);
+    cprd_live_close(live);
+    close(event);
+}
+
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "";
     cprd *c;
@@ -252,6 +281,7 @@ int main(int argc, char **argv) {
         cprd_close(c);
     } else if (!strcmp(what, "changes") && argc == 5)
         change_often(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
+    else if (!strcmp(what, "limit") && argc == 4) end_at_the_limit(atoi(argv[2]), atoi(argv[3]));
     else return 2;
     puts("ok");
     return 0;
