@@ -24,7 +24,7 @@ from cprd.cli.opening import adjust
 from cprd.linux import sockets
 from tests.support.cprctl import CPRCTL, cprctl, environment, free_port
 from tests.support.daemon import DaemonProcess
-from tests.support.patience import patience, until
+from tests.support.patience import in_time, patience, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -346,7 +346,7 @@ def test_a_full_queue_at_the_path_is_in_use_at_once(
     with full_queue(path, type_):
         began = time.monotonic()
         assert "Address already in use" in fails(daemon, f"unix:{tmp_path}/own", f"{kind}:{path}")
-        assert time.monotonic() - began < patience(2)
+        assert in_time(time.monotonic() - began, 2)
         assert path.exists()
     with daemon.connect() as connection:
         assert connection.list()[0]["phase"] == "held"

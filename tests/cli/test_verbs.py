@@ -22,7 +22,7 @@ from cprd.linux.child import in_a_child
 from tests.support.checkout import CHECKOUT
 from tests.support.cprctl import CPRCTL, cprctl, environment, free_port
 from tests.support.daemon import DaemonProcess
-from tests.support.patience import PATIENCE, patience, until
+from tests.support.patience import PATIENCE, in_time, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -849,7 +849,7 @@ def test_a_look_that_hangs_only_at_its_end_holds_nobody_up() -> None:
     before = children()
     begun = time.monotonic()
     assert in_a_child(look) == {"seen": True}
-    assert time.monotonic() - begun < patience(5)
+    assert in_time(time.monotonic() - begun, 5)
     assert children() <= before  # none is left to us, not even as a zombie
 
 

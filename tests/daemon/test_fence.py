@@ -18,7 +18,7 @@ from tests.daemon.test_sweep import stops
 from tests.support.blocking import Fuse, Lingering, Writeback, reload
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
-from tests.support.patience import patience, until
+from tests.support.patience import in_time, patience, until
 from tests.support.processes import state
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -126,7 +126,7 @@ def test_cprd_re_executes_while_a_fence_waits_for_files(
 ) -> None:
     dropping = Dropping(new_daemon.path)
     until(lambda: closing(new_daemon) >= 2, lambda: "the fence does not wait")
-    assert reload(new_daemon) < patience(2)
+    assert in_time(reload(new_daemon), 2)
     assert ask(owner) == "kept 2"
     blocked.answer()
     dropping.finish(FENCED + patience(5))

@@ -22,7 +22,7 @@ from tests.support.checkout import CHECKOUT
 from tests.support.child import Child, Line
 from tests.support.daemon import DaemonProcess
 from tests.support.live import Live
-from tests.support.patience import PATIENCE, patience, until
+from tests.support.patience import PATIENCE, in_time, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -52,7 +52,7 @@ class Pipe:
     def await_let_go(self) -> None:
         begin = time.monotonic()
         until(lambda: self.is_let_go, lambda: "it is held still")
-        assert time.monotonic() - begin < patience(1.0)
+        assert in_time(time.monotonic() - begin, 1.0)
 
     def is_in(self, state: cprd.State) -> bool:
         return os.fstat(state.find_fd("pipe", 0)).st_ino == self.inode

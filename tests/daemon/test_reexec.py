@@ -24,7 +24,7 @@ from tests.support.blocking import reload
 from tests.support.checkout import CHECKOUT
 from tests.support.daemon import DaemonProcess, releasers
 from tests.support.descriptors import open_fds
-from tests.support.patience import PATIENCE, patience, rest, until
+from tests.support.patience import PATIENCE, in_time, patience, rest, until
 from tests.support.processes import await_quiet
 
 CLIENT = """
@@ -460,5 +460,5 @@ def test_a_process_is_parked_once_however_many_records_name_it(daemon: DaemonPro
             for _ in range(12):
                 claim.begin(process)
             assert parked(daemon) == empty + 2
-            assert reload(daemon) < patience(5)
+            assert in_time(reload(daemon), 5)
             assert parked(daemon) == empty + 2

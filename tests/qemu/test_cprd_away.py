@@ -12,7 +12,7 @@ import pytest
 from tests.qemu.machine import Machine
 from tests.qemu.steps import Standing, kill, rows, settings, words
 from tests.support.daemon import DaemonProcess
-from tests.support.patience import patience, rest
+from tests.support.patience import in_time, rest
 
 FULL = pytest.mark.full  # a patience of 15 to 20 s each
 STEPS = [("save", "qemu-save:main"), ("upgrade", "qemu-upgrade:main")]
@@ -23,7 +23,7 @@ def soon(vm: Machine, since: float) -> None:
     take; a machine that is busy gets another two.)"""
     before = vm.ticks()
     vm.until(lambda: vm.ticks() > before, "going on")
-    assert time.monotonic() - since < patience(3.0)
+    assert in_time(time.monotonic() - since, 3.0)
 
 
 def the_next_save_ends_the_doubt(vm: Machine, daemon: DaemonProcess) -> None:

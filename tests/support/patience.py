@@ -35,6 +35,12 @@ def patience(seconds: float) -> float:
     return seconds * factor()
 
 
+def in_time(took: float, seconds: float) -> bool:
+    """Whether what took so long takes less than `seconds` on two idle cores. The load may have
+    grown since the start of the run: then the machine is measured anew."""
+    return took < patience(seconds) or took < seconds * _measured()
+
+
 def _measured() -> float:
     begin = time.monotonic()
     command = [sys.executable, "-I", "-c", "import json, subprocess, socket"]
