@@ -11,17 +11,15 @@ import fcntl
 import os
 import select
 import sys
-from array import array
 from typing import Any
 
 import msgpack
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from cprd.linux.loop import loop
-from cprd.linux.rights import queued, receive, scm_fds, send, seqpacket_pair, unread
+from cprd.linux.rights import queued, scm_fds, send, seqpacket_pair, unread
 
-SIZES = {"save": 351, "load": 500, "confirm": 317}  # bytes of cprd's records in a slot
+SIZES = {"save": 351, "load": 500, "confirm": 317}  # bytes of cprd's records
 SHELF_FULL = 250  # messages
 
 
@@ -34,7 +32,8 @@ class Bare:
         self.epoll.register(self.listener, select.EPOLLIN)
         self.connections: dict[int, socket.socket] = {}
         self.queues: dict[int, socket.socket] = {}  # by connection
-        self.slots: dict[str, tuple[socket.socket, int]] = {}  # and generations
+        self.holds: dict[str, tuple[socket.socket, int]] = {}  # bundles and generations
+        self.journal, self.end = os.memfd_create("journal"), 0
         self.claimants: dict[str, int] = {}  # pidfds
         self.pidfd = os.pidfd_open(os.getpid())
         self.generation = 1 << 40
@@ -70,7 +69,7 @@ class Bare:
         if given >= 0:
             os.close(given)
         if request["verb"] == "confirm":
-            self.slots.pop(request["name"])[0].close()
+            self.holds.pop(request["name"])[0].close()
 
     def hello(self, *_: Any) -> tuple[dict[str, Any], int]:
         fields = {"version": 2, "server": "bare", "uid": os.getuid(), "pid": os.getpid()}
@@ -87,37 +86,43 @@ class Bare:
         bundle.shutdown(socket.SHUT_RD)
         queued(bundle)
         scm_fds(bundle.fileno())
-        slot = loop()
-        send(slot, bytes(SIZES["save"]), (bundle.fileno(),))
-        send(self.shelf, bytes(11), (slot.fileno(),))
-        self.shelved()
-        bundle.close()
+        self.park(bundle.fileno())
+        self.record("save")
         self.generation += 1
-        self.slots[request["name"]] = slot, self.generation
+        self.holds[request["name"]] = bundle, self.generation
         unread(sock)
         _, inlet = self.queue(fd)
         return {"generation": self.generation, "kept": "memory"}, inlet
 
     def load(self, fd: int, sock: socket.socket, request: Any) -> tuple[dict[str, Any], int]:
-        slot, generation = self.slots[request["name"]]
+        bundle, generation = self.holds[request["name"]]
         token, pidfd = os.urandom(16), fcntl.fcntl(self.pidfd, fcntl.F_DUPFD_CLOEXEC, 0)
-        send(slot, bytes(SIZES["load"]), (pidfd,))
+        self.park(pidfd)
+        self.record("load")
         self.watch.register(pidfd, select.EPOLLIN)
         self.claimants[request["name"]] = pidfd
-        fds: array[int] = receive(slot, 8192, socket.MSG_PEEK)[1]
-        said = {"generation": generation, "token": token, "kept": "memory", "attempts": 1}
-        return {**said, "lease": 30.0, "saver": os.getpid(), "saver_uid": os.getuid()}, fds[0]
+        said: dict[str, Any] = {
+            "generation": generation,
+            "token": token,
+            "kept": "memory",
+            "attempts": 1,
+        }
+        return {**said, "lease": 30.0, "saver": os.getpid(), "saver_uid": os.getuid()}, os.dup(
+            bundle.fileno()
+        )
 
     def confirm(self, fd: int, sock: socket.socket, request: Any) -> tuple[dict[str, Any], int]:
-        send(self.slots[request["name"]][0], bytes(SIZES["confirm"]))
-        send(self.shelf, bytes(370))
-        self.shelved()
+        self.record("confirm")
         pidfd = self.claimants.pop(request["name"])
         self.watch.unregister(pidfd)
         os.close(pidfd)
         return {"kept": "memory"}, -1
 
-    def shelved(self) -> None:
+    def record(self, verb: str) -> None:
+        self.end += os.pwrite(self.journal, bytes(SIZES[verb]), self.end % (1 << 20))
+
+    def park(self, fd: int) -> None:
+        send(self.shelf, bytes(19), (fd,))
         self.on_shelf += 1
         if self.on_shelf < SHELF_FULL:
             return

@@ -1,7 +1,7 @@
 """Claims that ended while cprd was away: cprd learns at the next contact of this process.
 
 The end of a connection ends a claim as well. A cprd that was not there at that end knows the claim
-from the slot alone, and would keep the claim for as long as the process lives and the lease lasts.
+from the record alone, and would keep the claim as long as the process lives and the lease lasts.
 """
 
 from __future__ import annotations

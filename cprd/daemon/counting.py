@@ -7,6 +7,7 @@ out where somebody has the hold by then. A hold without content is gone with its
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import trio
@@ -14,7 +15,6 @@ import trio
 from cprd.daemon.clock import now
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.storage.shelves import Keeper
-from cprd.errors import CprdError
 from cprd.protocol import living
 from cprd.protocol.registry import Registry, Step
 
@@ -78,8 +78,8 @@ class Counting:
         if hold is None or not hold.allows("counted") or self._releasing.refuses(hold.uid):
             return  # refuses: each question that waits keeps a descriptor here
         try:
-            bundle = self._keeper.bundle(generation)
-        except (CprdError, OSError):
+            bundle = os.dup(self._keeper.bundle(generation))
+        except OSError:
             return  # no descriptor left: the hold is served all the same
         with trio.move_on_after(PATIENCE):
             found = await self._releasing.count(hold.uid, bundle)

@@ -128,7 +128,7 @@ class Offered:
             pidfds={step.put[0].generation: roles},
             require_store=require_store,
         )
-        os.close(self.bundle)  # the slot has another: not the last one
+        os.close(self.bundle)  # the shelf has another: not the last one
         self.bundle = -1
 
     def close(self) -> None:
@@ -335,11 +335,8 @@ def _tell_claim(server: Server, connection: Connection, step: Step) -> bool:
     if not step.answer.get("found", True):
         return connection.answer_now(_claimed(server, step))
     point("daemon:claimed")
-    fd = server.keeper.bundle(step.answer["generation"])
-    try:
-        return connection.answer_now(_claimed(server, step), (fd,))
-    finally:
-        os.close(fd)
+    bundle = server.keeper.bundle(step.answer["generation"])
+    return connection.answer_now(_claimed(server, step), (bundle,))
 
 
 def _claimed(server: Server, step: Step) -> messages.Message:
@@ -350,10 +347,10 @@ async def answer_with_bundle(
     server: Server, connection: Connection, hold: Hold, message: messages.Message
 ) -> None:
     """Answer, with a copy of the bundle."""
-    fd = server.keeper.bundle(hold.generation)
-    if connection.answer_now(message, (fd,)):
-        os.close(fd)  # the slot has another: not the last one
+    bundle = server.keeper.bundle(hold.generation)
+    if connection.answer_now(message, (bundle,)):
         return
+    fd = os.dup(bundle)
     try:
         await connection.answer(message, (fd,))
     finally:  # while the client did not read, the hold may have ended

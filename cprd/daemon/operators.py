@@ -36,7 +36,7 @@ def _owned(step: Step) -> Hold | None:
 async def _fence(server: Server, connection: Connection, hold: Hold) -> None:
     """Let the owner of a live hold change nothing any more. Raises LimitExceeded where that cannot
     be done in time, for files of the uid block when they are closed."""
-    bundle = server.keeper.bundle(hold.generation)  # of a hold that may end soon
+    bundle = os.dup(server.keeper.bundle(hold.generation))  # of a hold that may end soon
     await connection.apart()
     point("daemon:fence")
     with trio.move_on_after(FENCED) as waiting:
@@ -95,7 +95,7 @@ async def show(server: Server, connection: Connection, request: Request) -> None
     server.steps.refresh(key)
     hold = server.registry.top(key)
     answer = messages.ok(hold=messages.without_none(hold.row(now())))
-    if hold.generation not in server.keeper.slots:
+    if hold.generation not in server.keeper.places:
         await connection.answer(answer)
         return
     await answer_with_bundle(server, connection, hold, answer)

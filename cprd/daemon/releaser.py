@@ -10,6 +10,7 @@ releaser costs some hundred KiB of its own.
 from __future__ import annotations
 
 import _socket
+import errno
 import os
 import signal
 import struct
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
 
 CLOSE = b"c"  # close the descriptors of a message, once the daemon has closed its copies
 CLOSED = b"o"  # the daemon has: whoever closes last may block
-DRAIN = b"d"  # drop all that is queued in bundles and slots, of live holds all that is kept; close
+DRAIN = b"d"  # drop all that is queued in bundles and slots; close
+WHOLE = b"w"  # let go of a live hold by the bundle: all that is kept; close
+ROOT = b"r"  # the same, but for the segments, which another hold has
+LET_GO = b"g"  # the acknowledgement of WHOLE and ROOT
 FENCE = b"f"  # let nobody change the live hold in a bundle: no change of the owner counts any more
 COUNT = b"n"  # acknowledge how much lies in the live hold in a bundle (COUNTED)
 FENCED = b"F"  # the acknowledgement of FENCE
 AFTER = b"a"  # close the descriptors of a message after the end of the daemon
 MOST = 200  # descriptors in a message
-LIVING, HANDED_ON = 4, 5  # versions of the last record of a slot (storage/slot.py)
-_LAST = struct.Struct("<4sHIQB")  # the prefix of a record of a slot
+LIVING, HANDED_ON = 4, 5  # versions of the last record of a live hold (storage/record.py)
+_LAST = struct.Struct("<4sHIQB")  # the prefix of a record
 COUNTED = struct.Struct("<QQ")
 _MAGIC = b"CPRS"
 _RECORD = 1 << 16  # bytes at most, of records in slots and in live holds
@@ -215,6 +219,19 @@ def _let_go_of_live(slot: int) -> None:
         os.close(bundle)
 
 
+def let_go_of_live(bundle: int, deep: bool) -> None:
+    """Drain the live hold in a bundle, then the bundle. Raises OSError where the root cannot be
+    received: another releaser is asked."""
+    said = _scm_fds(bundle)
+    for _, roots in records(_queue(bundle), 1):
+        for root in roots:
+            let_go_of_root(root, deep)
+            said = 0
+    if said:
+        raise OSError(errno.EMFILE, "no descriptor left to receive a root")
+    empty(bundle)
+
+
 def let_go_of_root(root: int, deep: bool) -> None:
     """Drain the root of a live hold; `deep`: first the segments, whoever else has an end of them.
     What is no queue is left alone."""
@@ -240,6 +257,9 @@ def release(sock: _socket.socket) -> None:
         for fd in fds:
             if kind == DRAIN:
                 let_go(fd)
+            elif kind in (WHOLE, ROOT):
+                let_go_of_live(fd, deep=kind == WHOLE)
+                said = LET_GO
             elif kind == FENCE:
                 fence(fd)
                 said = FENCED

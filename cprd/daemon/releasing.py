@@ -3,10 +3,10 @@
 The last close of a foreign file can block for as long as the file's owner likes (SO_LINGER, FUSE,
 network file systems), also in exec() and exit(), and a blocked thread blocks both for the whole
 process. So the daemon drops no last reference. Descriptors go by SCM_RIGHTS to the releaser of the
-uid (releaser.py): to be closed, and then the daemon closes its own copies at once; or, for a slot,
-to be drained, and then the daemon keeps a copy until the releaser says that the slot is empty. The
-end of a releaser closes what had arrived there, and a slot goes to the next releaser: nothing is
-lost, whoever is killed. A uid with blocking files holds up nobody but itself.
+uid (releaser.py): to be closed, and then the daemon closes its own copies at once; or, for a
+bundle, to be drained, and then the daemon keeps a copy until the releaser says that the bundle is
+empty. The end of a releaser closes what had arrived there, and a bundle goes to the next releaser:
+nothing is lost, whoever is killed. A uid with blocking files holds up nobody but itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,20 @@ import trio
 from cprd.daemon import log
 from cprd.daemon.forker import AGAIN, Forker, inherited
 from cprd.daemon.reexec import Passed
-from cprd.daemon.releaser import AFTER, CLOSE, CLOSED, COUNT, COUNTED, DRAIN, FENCE, FENCED, MOST
+from cprd.daemon.releaser import (
+    AFTER,
+    CLOSE,
+    CLOSED,
+    COUNT,
+    COUNTED,
+    DRAIN,
+    FENCE,
+    FENCED,
+    LET_GO,
+    MOST,
+    ROOT,
+    WHOLE,
+)
 from cprd.errors import LimitExceeded
 
 AT_ONCE = 16  # messages to one releaser without an acknowledgement
@@ -36,12 +49,13 @@ MAX_PENDING = 200  # messages of a uid, sent or not, where nothing moves
 MOST_PENDING = 4000  # where something moves: many holds can end at once
 STILL = 3.0  # s without an acknowledgement: something blocks, on a busy machine too
 LINGER = 5.0  # s until an idle releaser is told to end
-GATHERED = 0.02  # s: what comes meanwhile is heard together, and further slots go together
+GATHERED = 0.02  # s: what comes meanwhile is heard together, and further bundles go together
 
 Fds = tuple[int, ...]
 
 
-KEPT = (DRAIN, FENCE, COUNT)  # until acknowledged: another releaser is asked where one ends
+LIVE = (WHOLE, ROOT)
+KEPT = (DRAIN, *LIVE, FENCE, COUNT)  # until acknowledged: another releaser is asked where one ends
 
 
 class Work(NamedTuple):
@@ -151,7 +165,9 @@ class Releasing:
         self._forker = forker or Forker()
         self._releasers: dict[int, Releaser] = {}
         self._by_socket: dict[int, int] = {}  # uid by descriptor
-        self.draining: set[int] = set()  # inodes of slots that are drained, or wait for that
+        self.draining: set[int] = (
+            set()
+        )  # inodes of bundles and slots that are drained, or wait for that
         self._after: dict[int, list[int]] = {}  # by uid; owned
         self._fences: dict[int, Answer] = {}  # open requests, by inode of the bundle
         self._epoll = select.epoll()
@@ -160,8 +176,8 @@ class Releasing:
         self._epoll.register(self._stuck, select.EPOLLIN)
         self._watched: socket.socket | None = None
         self._tended = False
-        self._gathering = False  # slots wait for more slots
-        self._sent = -math.inf  # when last slots were sent
+        self._gathering = False  # bundles wait for more
+        self._sent = -math.inf  # when last bundles were sent
         self._spare = self._forker.made()  # warm: has started by the time of the first need
         self._watch_forker()
 
@@ -169,7 +185,7 @@ class Releasing:
         """Go on with the work of before an exec."""
         for uid, sent, fd in passed.releasers:
             releaser = self._releasers.setdefault(uid, Releaser())
-            # The order does not matter: a slot may be kept for longer than necessary.
+            # The order does not matter: a bundle may be kept for longer than necessary.
             slots = [Work(DRAIN, (fd,)) for owner, fd in passed.sent if owner == uid]
             self.draining.update(os.fstat(work.fds[0]).st_ino for work in slots)
             releaser.sent = deque([Work(CLOSE, ())] * (sent - len(slots)) + slots)
@@ -185,15 +201,21 @@ class Releasing:
         for at in range(0, len(owned), MOST):
             self._add(uid, Work(CLOSE, owned[at : at + MOST]))
 
-    def drain(self, uid: int, fd: int) -> None:
-        """Drop everything queued in a socket, then close; `fd` is owned from now on. Never
-        blocks."""
+    def drain(
+        self,
+        uid: int,
+        fd: int,
+        how: bytes = DRAIN,
+        done: Callable[[bytes], None] | None = None,
+    ) -> None:
+        """Drop everything queued in a bundle or slot, of a live hold as `how` says, then close;
+        `fd` is owned from now on. Calls `done` then, but not after an exec. Never blocks."""
         inode = os.fstat(fd).st_ino
         if inode in self.draining:  # found again on a shelf after an exec: not the last copy
             os.close(fd)
             return
         self.draining.add(inode)
-        self._add(uid, Work(DRAIN, (fd,)))
+        self._add(uid, Work(how, (fd,), done if how in LIVE else None))
 
     async def fence(self, uid: int, bundle: int) -> None:
         """Let the owner of a live hold change nothing any more; `bundle` is owned from now on.
@@ -240,7 +262,7 @@ class Releasing:
         if not (releaser.queue or releaser.sent):
             releaser.moved = time.monotonic()
         releaser.queue.append(work)
-        if work.kind == DRAIN:
+        if work.kind in (DRAIN, *LIVE):
             now = time.monotonic()
             if now - self._sent < GATHERED and self._tended and len(releaser.queue) < AT_ONCE:
                 self._gather()
@@ -257,8 +279,8 @@ class Releasing:
         os.eventfd_write(self._stuck.fileno(), 1)
 
     def _gather(self) -> None:
-        """Let `tend` send soon: a releaser that wakes up for each slot takes as much CPU time as a
-        request."""
+        """Let `tend` send soon: a releaser that wakes up for each bundle takes as much CPU time as
+        a request."""
         if not self._gathering:
             self._gathering = True
             self._wake()
@@ -364,6 +386,10 @@ class Releasing:
             releaser = self._releasers[self._by_socket[fd]]
             done, alive = releaser.heard()
             for work, said in done:
+                if work.kind in LIVE and said != LET_GO:  # a releaser of an earlier version
+                    releaser.queue.appendleft(work)
+                    alive = False
+                    continue
                 for drained in work.fds:
                     self.draining.discard(os.fstat(drained).st_ino)
                     os.close(drained)
@@ -379,7 +405,7 @@ class Releasing:
         self._hear()
         passed = Passed([], [], [], [])
         for uid, releaser in self._releasers.items():
-            # Slots wait for their turn: exec closes none of them for good.
+            # Bundles wait for their turn: exec closes none of them for good.
             slots = [work for work in releaser.queue if work.kind == DRAIN]
             # Nobody waits any more for an answer; the copy of a bundle is not the last one.
             releaser.sent = deque(

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 
-from cprd.daemon.storage.shelves import ON_A_SHELF, Keeper
+from cprd.daemon.storage.shelves import Keeper
 from cprd.errors import LimitExceeded
 
-A_RECORD = (
-    1 + 4 + 2 * ON_A_SHELF
-)  # descriptors at most: the bundle, pidfds, the slot on two shelves
+ON_A_SHELF = 1 + 4  # descriptors at most: the bundle, pidfds
+A_RECORD = 2 * ON_A_SHELF  # now, and while the shelf is rewritten
 FOR_ROOT = 0.05  # of the room
 
 
 class Room:
-    """Counts from above between two looks at the slots: a look takes time for each hold."""
+    """Counts from above between two looks at the holds: a look takes time for each hold."""
 
     def __init__(self, keeper: Keeper, limit: int, answers: int) -> None:
         """`answers` are the loads that may be on their way to clients at once."""
@@ -35,7 +34,7 @@ class Room:
         if self._why_not(uid):
             self._look()
             if self._short(uid) and self._keeper.shelf.in_flight > 2 * self._on_next_shelf:
-                self._keeper.compact()  # without the slots of ended holds
+                self._keeper.compact()  # without ended holds
                 self._look()
             if why := self._why_not(uid):
                 raise LimitExceeded(f"{why}: raise LimitNOFILE= of cprd.service, or drop holds")

@@ -74,9 +74,9 @@ class Server:
         soft = raise_nofile()
         self.max_connections = max(12, min(config.all_connections, soft // 16))
         self.room = Room(keeper, soft, self.max_connections)
-        # A connection has two descriptors, a hold one (of an earlier version two) and up to four
-        # pidfds. The rest: what is received at once, and what the daemon itself has open.
-        self.max_holds = max(4, (soft - 2 * self.max_connections - 253 - 32) // 6)
+        # A connection has two descriptors, a hold one and up to four pidfds. The rest: what is
+        # received at once, and what the daemon itself has open.
+        self.max_holds = max(4, (soft - 2 * self.max_connections - 253 - 32) // 5)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -101,7 +101,7 @@ class Server:
         uid, generation = step.put[0].uid, step.put[0].generation
         self._check_releases(uid)
         self.room.check(uid)
-        if generation in self.keeper.slots:
+        if generation in self.keeper.places:
             return
         most = self.max_holds - (0 if uid == 0 else max(1, self.max_holds // 20))
         if len(self.registry) - len(step.ended) >= most:
@@ -142,7 +142,7 @@ class Server:
             self.keeper.compact_soon = wanted.set
             await wanted.wait()
             pace = Pace()
-            self.keeper.begin()
+            self.keeper.begin_renewing()
             try:
                 while self.keeper.fill():
                     await pace.pause()
@@ -150,7 +150,7 @@ class Server:
                 log.event("shelf-not-compacted", level=log.WARNING, why=str(error))
 
     async def _close_shelves(self) -> None:
-        """Close replaced shelves, in pieces: each can lead to thousands of ended slots. Until
+        """Close replaced shelves, in pieces: each can lead to thousands of ended holds. Until
         cancelled."""
         send, replaced = trio.open_memory_channel[Shelf](math.inf)
         self.keeper.close_shelf = send.send_nowait

@@ -57,6 +57,7 @@ class Steps:
         self.keeper = keeper
         self.connections = connections
         self.pidfds = Pidfds(self._process_ended)
+        keeper.pidfds_of = self.pidfds.of
         self.waiters = Waiters()
         # By generation and token: the connection that last spoke for a claim.
         self._owners: dict[tuple[int, bytes], Connection] = {}
@@ -193,7 +194,7 @@ class Steps:
             self.pidfds.keep(hold.generation, pidfds[hold.generation], hold.roles)
         for ended in step.ended:
             self._after_end(ended, asked)
-        self.keeper.let_go(ended.hold for ended in step.ended)
+        self.keeper.let_go(step.ended)
         self._forget_notes(step)
         for hold in step.put:
             self._after_put(before[hold.generation], hold, asked)
@@ -245,11 +246,7 @@ class Steps:
         if not hold.parked:
             return
         try:
-            fd = self.keeper.bundle(hold.generation)
-            try:
-                inspect.check(fd, hold.parked)
-            finally:
-                os.close(fd)  # the slot has another: never the last one
+            inspect.check(self.keeper.bundle(hold.generation), hold.parked)
         except Damaged as error:
             self.observe(self.registry.found_damaged(hold.generation, str(error)))
         except (CprdError, OSError):

@@ -1,7 +1,7 @@
 """First answers: a request that is repeated after a lost answer gets the answer of the first time.
 
 A nonce stands for the request that came with the nonce: the digest tells whether a later request
-is the same. Slots and shelves store replies, so that a restart forgets none that may be asked for.
+is the same. The journal stores replies, so that a restart forgets none that may be asked for.
 No I/O, no clock.
 """
 

@@ -293,7 +293,7 @@ def test_a_daemon_without_room_says_so_loses_nothing_and_goes_on(
             assert daemon.alive()
             rows = {row["name"]: row["phase"] for row in client.list()}
             assert rows == {"web": "held"}, (room, rows)
-        assert refusals
+        assert refusals or verb == "show"  # which shows the descriptor that cprd has anyway
         assert all("LimitNOFILE= of cprd.service" in why for why in refusals), refusals
         with client.load("web") as claim:
             assert values(claim.state) == [1, 2, 3]

@@ -175,7 +175,7 @@ def test_an_owner_that_is_killed_while_cprd_stands_still_loses_nothing(
             points = log.read_text().split()
             owner.kill()
     first.stop()
-    wanted = {"slot:written", "keeper:put", "slot:dead", "keeper:ended", "daemon:applied"}
+    wanted = {"journal:record", "keeper:put", "journal:end", "keeper:ended", "daemon:applied"}
     assert wanted | {"note:written", "daemon:claimed", "daemon:confirmed"} <= set(points[before:])
     for number in distinct(points, before):
         daemon = start_daemon(env={"CPRD_PAUSE": name_of(points, number)})
@@ -192,7 +192,7 @@ def test_an_owner_that_is_killed_while_cprd_stands_still_loses_nothing(
 
 
 @pytest.mark.parametrize(
-    "where", ["slot:written", "keeper:put", "daemon:applied", "daemon:put-back"]
+    "where", ["journal:record", "keeper:put", "daemon:applied", "daemon:put-back"]
 )
 def test_cprd_killed_at_each_step_of_a_put_back_is_put_back_to_again(
     new_daemon: DaemonProcess, where: str

@@ -109,7 +109,7 @@ def test_before_linux_6_16_descriptors_are_refused_unread(
         connection.save("web", cprd.State())
 
 
-@pytest.mark.parametrize("where", ["slot:written", "daemon:applied", "daemon:saved"])
+@pytest.mark.parametrize("where", ["journal:record", "daemon:applied", "daemon:saved"])
 def test_nothing_foreign_is_in_the_table_of_cprd_while_it_saves(
     start_daemon: Callable[..., DaemonProcess], tmp_path: Path, where: str
 ) -> None:

@@ -19,10 +19,11 @@ import cprd
 from cprd.bundle import inspect, layout
 from cprd.bundle.unpack import unpack
 from cprd.daemon.releasing import Releasing
-from cprd.daemon.storage import shelf, slot
+from cprd.daemon.storage import record, shelf
+from cprd.daemon.storage.journal import Journal
 from cprd.daemon.storage.shelves import Keeper
-from cprd.linux.loop import loop
 from cprd.linux.memfd import SEALS
+from cprd.linux.rights import close_all, scm_fds
 from cprd.protocol.lifecycle import CLAIMED, HELD, IN_DOUBT, Hold, changed
 from cprd.protocol.replies import Replies, Reply
 from tests.support.bundles import pack
@@ -119,6 +120,33 @@ SHELF_OUTCOMES = bytes.fromhex(
     """
 )
 SHELF_COMPLETE = bytes.fromhex("4350524801006381a87265706c61636573920304")
+
+CLAIMED_RECORD_6 = bytes.fromhex(
+    """
+    435052530600e803000001002a36fe9c97170477c3a96283a5726f6c657381a8636c61696d616e7405a7616e
+    73776572739185a3756964cd03e8a56e6f6e6365c4106c6c6c6c6c6c6c6c6c6c6c6c6c6c6c6ca6616e737765
+    7282aa67656e65726174696f6ecf17979cfe362a0001a5746f6b656ec4107474747474747474747474747474
+    7474a26174cb408f680000000000a6646967657374c41064646464646464646464646464646464a4686f6c64
+    de0013a57068617365a7636c61696d6564a366647301a473697a6507a763726561746564cb408f4200000000
+    00a765787069726573cb409f420000000000a874746c5f6c656674c0a8617474656d70747301ab6c6173745f
+    72656a656374a26e6fa6726561736f6ea0a57361766572cd1092aa61667465725f65786974ffa8636c61696d
+    616e74cd1094ad6c6173745f636c61696d616e74cd1093a5746f6b656ec41074747474747474747474747474
+    747474a56c65617365cb403e000000000000a8646561646c696e65cb40902c0000000000a6616374696e6700
+    a67061726b656402a5626567756ec2
+    """
+)
+LAST_RECORD_6 = bytes.fromhex(
+    """
+    435052530600e803000001002a36fe9c9717009185a3756964cd03e8a56e6f6e6365c4106262626262626262
+    6262626262626262a6616e7377657282aa67656e65726174696f6ecf17979cfe362a0001a5746f6b656ec400
+    a26174cb408f420000000000a6646967657374c41073737373737373737373737373737373
+    """
+)
+SHELF_HEADER_2 = bytes.fromhex("4350524802006881a66e756d62657207")
+SHELF_QUEUES = bytes.fromhex("4350524802007101002a36fe9c9717e8030000")
+SHELF_PIDFDS = bytes.fromhex("4350524802007001002a36fe9c97170500000000000000")
+SHELF_COMPLETE_2 = bytes.fromhex("4350524802006381a87265706c61636573920304")
+JOURNAL = bytes.fromhex("7d000000035ff303") + LAST_RECORD_6 + bytes(3)
 
 GENERATION = 1_700_000_000_000_000_001
 COMMON: dict[str, Any] = {
@@ -223,52 +251,62 @@ def test_a_shelf_of_version_1_is_adopted_with_all_that_lies_on_it(held: int) -> 
     assert keeper.shelf.number == 7
     assert not keeper.untouchable
     assert not [one for one in keeper.shelves() if one.number == 3]
-    fd = keeper.bundle(GENERATION)
-    check(fd)
-    os.close(fd)
+    check(keeper.bundle(GENERATION))
     deadline = time.monotonic() + PATIENCE
     while releasing.blocked():
         assert time.monotonic() < deadline, "not released"
         releasing.collect()
-    for lying in keeper.slots.values():
-        lying.close()
-    for one in keeper.shelves():
+    # The next cprd finds the same, without slots that count.
+    again = Keeper(releasing, lambda: 1020.0, Replies())
+    ((hold, roles),) = again.adopt(
+        {one.number: (one.outlet.dup(), one.tx.dup()) for one in keeper.shelves()}, frozenset((7,))
+    )[0]
+    assert hold == DOUBT_HOLD
+    assert sorted(roles) == ["acting", "after_exit", "claimant"]
+    close_all(roles.values())
+    check(again.bundle(GENERATION))
+    assert {reply.nonce for reply in again.replies} == {reply.nonce for reply in replies}
+    for one in (keeper, again):
         one.close()
 
 
 @pytest.mark.parametrize("one_socket", [True, False])
 def test_slots_of_one_socket_and_of_two_lie_on_one_shelf(held: int, one_socket: bool) -> None:
-    """Pairs of before, and sockets connected to themselves; a new shelf takes over both."""
+    """Pairs of before, and sockets connected to themselves; both end, and free what they had."""
     pair = queue((HELD_RECORD, [held]))
-    alone = socket.socket(fileno=loop().detach())
+    alone = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    alone.bind("")
+    alone.connect(alone.getsockname())
     socket.send_fds(alone, [HELD_RECORD], [held])
     slots = [*([] if one_socket else [(SHELF_SLOTS, [end.fileno() for end in pair])])]
     slots += [(SHELF_LOOPS, [alone.fileno()])] if one_socket else []
     old = queue((SHELF_HEADER, []), *slots, (SHELF_COMPLETE, []))
-    for end in (*pair, alone):
-        end.close()
-    keeper = Keeper(Releasing(), lambda: 1020.0, Replies())
+    releasing = Releasing()
+    keeper = Keeper(releasing, lambda: 1020.0, Replies())
     ((hold, _),) = keeper.adopt({7: old}, frozenset())[0]
     assert hold == HELD_HOLD
-    each = 1 if one_socket else 2
-    assert [len(slot.fds) for slot in keeper.slots.values()] == [each]
-    assert keeper.in_flight()[0] == each + 1  # and the bundle
+    deadline = time.monotonic() + PATIENCE
+    while releasing.blocked():
+        assert time.monotonic() < deadline, "not released"
+        releasing.collect()
+    assert scm_fds((alone if one_socket else pair[0]).fileno()) == 0
+    for end in (*pair, alone):
+        end.close()
     keeper.compact()
+    assert keeper.in_flight()[0] == 2  # the bundle, and the journal
     again = Keeper(Releasing(), lambda: 1020.0, Replies())
     shelves = {one.number: (one.outlet.dup(), one.tx.dup()) for one in keeper.shelves()}
     assert len(again.adopt(shelves, frozenset())[0]) == 1
-    fd = again.bundle(GENERATION)
-    check(fd)
-    os.close(fd)
+    check(again.bundle(GENERATION))
     for one in (keeper, again):
         one.close()
 
 
 def test_a_held_hold_of_version_1_is_read() -> None:
-    assert slot.decode(HELD_RECORD) == (HELD_HOLD, (), [SAVED], ())
-    assert slot.decode(EARLY_RECORD) == (changed(HELD_HOLD, parked=0), (), [SAVED], ())
-    assert not slot.is_last(HELD_RECORD)
-    assert slot.is_last(LAST_RECORD)
+    assert record.decode(HELD_RECORD) == (HELD_HOLD, (), [SAVED], ())
+    assert record.decode(EARLY_RECORD) == (changed(HELD_HOLD, parked=0), (), [SAVED], ())
+    assert record.prefix(HELD_RECORD) == (1, 1000, GENERATION, False)
+    assert record.prefix(LAST_RECORD) == (1, 1000, GENERATION, True)
 
 
 def test_of_a_claim_of_version_1_the_load_is_known_too() -> None:
@@ -276,37 +314,47 @@ def test_of_a_claim_of_version_1_the_load_is_known_too() -> None:
     data = HELD_RECORD.replace(b"\xa4held", b"\xa7claimed").replace(
         b"\xa5token\xc4\x00\xa5lease", b"\xa5token\xc4\x10" + b"t" * 16 + b"\xa5lease"
     )
-    hold, _, replies, _ = slot.decode(data)
+    hold, _, replies, _ = record.decode(data)
     assert (hold.phase, hold.token) == (CLAIMED, b"t" * 16)
     assert replies == [SAVED, Reply(1000, LOADED.nonce, LOADED.answer, 0.0)]
     assert [reply.name for reply in replies] == ["w\u00e9b"] * 2
 
 
 def test_a_record_of_version_2_is_read() -> None:
-    assert slot.decode(CLAIMED_RECORD_2) == (CLAIMED_HOLD, ("claimant",), DIGESTED, ())
-    assert slot.is_last(LAST_RECORD_2)
+    assert record.decode(CLAIMED_RECORD_2) == (CLAIMED_HOLD, ("claimant",), DIGESTED, ())
+    assert record.prefix(LAST_RECORD_2) == (2, 1000, GENERATION, True)
 
 
-@pytest.mark.skipif(slot.VERSION != 2, reason="slots have another version by now")
-def test_slots_that_say_version_2_have_it() -> None:
+@pytest.mark.skipif(record.VERSION != 6, reason="records have another version by now")
+def test_records_that_say_version_6_have_it() -> None:
     """Whoever changes what is written counts the version up, and reads all before."""
-    assert slot.encode(CLAIMED_HOLD, ("claimant",), DIGESTED) == CLAIMED_RECORD_2
-    assert slot.encode_last(CLAIMED_HOLD, DIGESTED[:1]) == LAST_RECORD_2
+    made = record.encode(CLAIMED_HOLD, {"claimant": 5}, DIGESTED[1:])
+    assert made == CLAIMED_RECORD_6
+    assert record.decode(made) == (CLAIMED_HOLD, {"claimant": 5}, DIGESTED[1:], ())
+    last = record.encode_last(1000, GENERATION, DIGESTED[:1], record.VERSION)
+    assert last == LAST_RECORD_6
+    assert record.last_replies(last) == DIGESTED[:1]
 
 
-@pytest.mark.skipif(shelf.VERSION != 1, reason="shelves have another version by now")
-def test_shelves_that_say_version_1_have_it() -> None:
+@pytest.mark.skipif(shelf.VERSION != 2, reason="shelves have another version by now")
+def test_shelves_that_say_version_2_have_it() -> None:
     one = shelf.Shelf.create(7)
-    one.add_slots([(0, 1), (0,)])
-    one.add_outcomes([OUTCOME])
-    one.complete([3, 4])
+    one.add_queues([shelf.Queue(GENERATION, 1000, 0)])
+    one.add_pidfds([shelf.Pidfd(GENERATION, 5, 0)])
+    one.complete([0], [3, 4])
     written = []
     for data, fds in shelf.records(one.outlet, shelf.MAX_RECORD):
         written.append(data)
-        for fd in fds:
-            os.close(fd)
+        close_all(fds)
     one.close()
-    assert written == [SHELF_HEADER, SHELF_SLOTS, SHELF_LOOPS, SHELF_OUTCOMES, SHELF_COMPLETE]
+    assert written == [SHELF_HEADER_2, SHELF_QUEUES, SHELF_PIDFDS, SHELF_COMPLETE_2]
+
+
+def test_journals_have_the_frame_that_all_versions_have() -> None:
+    journal = Journal.create()
+    journal.append(LAST_RECORD_6)
+    assert os.pread(journal.fd, 1 << 16, 0) == JOURNAL
+    journal.close()
 
 
 @pytest.mark.skipif(layout.VERSION != 1, reason="bundles have another version by now")

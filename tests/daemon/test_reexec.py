@@ -433,14 +433,37 @@ def test_its_socket_is_never_away(daemon: DaemonProcess) -> None:
     assert not errors
 
 
-def parked(daemon: DaemonProcess) -> int:
-    """All that is queued in the sockets of a cprd: the slots on the shelf, and what slots have."""
-    found = 0
+def queues(daemon: DaemonProcess) -> list[int]:
+    """How many descriptors are queued in each socket of a cprd that has any, the most last."""
+    found = []
     for path in Path(f"/proc/{daemon.pid}/fdinfo").iterdir():
         with contextlib.suppress(OSError):
             _, _, said = path.read_text().partition("scm_fds:")
-            found += int(said.split()[0]) if said else 0
-    return found
+            found.append(int(said.split()[0]) if said else 0)
+    return sorted(filter(None, found))
+
+
+def parked(daemon: DaemonProcess) -> int:
+    """All that is queued in the sockets of a cprd: on the shelf, and in the bundles."""
+    return sum(queues(daemon))
+
+
+def test_a_hold_costs_one_socket_in_flight_and_one_descriptor(daemon: DaemonProcess) -> None:
+    """The queue with what the client has parked, here an eventfd and the memfd of the manifest."""
+    count = 200
+    with daemon.connect() as client:
+        client.save("warm", cprd.State())
+        before, (*_, on_shelf) = daemon.fds(), queues(daemon)
+        state = cprd.State()
+        with contextlib.closing(os.fdopen(os.eventfd(0), "rb")) as event:
+            state.save_fd("event", 0, event)
+            for number in range(count):
+                client.save(f"{number}", state)
+        *bundles, shelf = queues(daemon)
+        assert set(bundles[1:]) <= {1, 2}
+        assert len(bundles) == count + 1
+        assert count <= shelf - on_shelf <= 1.1 * count
+        assert daemon.fds() <= before + 1.1 * count
 
 
 def test_a_process_is_parked_once_however_many_records_name_it(daemon: DaemonProcess) -> None:
@@ -456,7 +479,7 @@ def test_a_process_is_parked_once_however_many_records_name_it(daemon: DaemonPro
         claim = stack.enter_context(client.load("a", lease=3600))
         claim.begin(process)
         assert parked(daemon) == empty + 2  # this process, and the one that acts
-        for _ in range(2):  # 27 records in all: one slot has room for them
+        for _ in range(2):
             for _ in range(12):
                 claim.begin(process)
             assert parked(daemon) == empty + 2

@@ -18,11 +18,8 @@ import trio.testing
 import cprd
 from cprd.daemon import releasing
 from cprd.daemon.forker import Forker
-from cprd.daemon.releaser import LIVING, let_go
-from cprd.daemon.storage.slot import Slot, encode_last
-from cprd.linux.loop import loop
-from cprd.linux.rights import close_all, queued, send
-from cprd.protocol.lifecycle import LIVE, Hold
+from cprd.daemon.releaser import let_go, let_go_of_live
+from cprd.linux.rights import close_all, queued, scm_fds, send
 from tests.support.blocking import Lingering, await_ends, connections, releasers, reload
 from tests.support.daemon import DaemonProcess
 from tests.support.memory import Memory
@@ -115,7 +112,7 @@ def test_releasers_that_are_killed_lose_nothing_and_leave_no_zombie(
 def test_what_a_killed_releaser_had_not_drained_is_drained_by_the_next(
     new_daemon: DaemonProcess,
 ) -> None:
-    """The slots lie on a shelf as well: the end of a releaser lets go of none of them."""
+    """The queues lie on a shelf as well: the end of a releaser lets go of none of them."""
     daemon = new_daemon
     with contextlib.ExitStack() as stack, daemon.connect() as connection:
         until(lambda: len(releasers(daemon.pid)) == 2, lambda: "no releaser is warm")
@@ -182,14 +179,15 @@ def test_the_end_of_a_daemon_that_may_send_nothing_more_waits_for_nobody(
     blocker.close()
 
 
-def slot_with(fd: int) -> int:
+def queue_with(fd: int) -> int:
     """A queue with a descriptor, borrowed. Owned by the caller."""
-    slot = loop()
-    send(slot, b"x", [fd])
-    return slot.detach()
+    inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with inlet:
+        send(inlet, b"x", [fd])
+    return outlet.detach()
 
 
-def test_slots_of_a_uid_are_drained_soon_whoever_else_has_files_that_block() -> None:
+def test_queues_of_a_uid_are_drained_soon_whoever_else_has_files_that_block() -> None:
     forker = Forker()
     every = releasing.Releasing(forker)
     until(lambda: len(releasers(forker.pid)) == 1, lambda: "no releaser is warm")
@@ -204,8 +202,8 @@ def test_slots_of_a_uid_are_drained_soon_whoever_else_has_files_that_block() -> 
             for _ in range(releasing.AT_ONCE):
                 every.close(5, [os.open(os.devnull, os.O_RDONLY)])
             await trio.testing.wait_all_tasks_blocked()
-            every.drain(5, slot_with(0))  # the first one does not wait for more
-            every.drain(6, slot_with(theirs))
+            every.drain(5, queue_with(0))  # the first one does not wait for more
+            every.drain(6, queue_with(theirs))
             os.close(theirs)
             every.close(5, [os.open(os.devnull, os.O_RDONLY)])  # listens to all releasers
             with trio.fail_after(patience(1)):
@@ -227,27 +225,30 @@ def test_slots_of_a_uid_are_drained_soon_whoever_else_has_files_that_block() -> 
     assert os.waitpid(forker.pid, 0)[0] == forker.pid
 
 
-def test_a_releaser_without_a_descriptor_left_says_of_no_live_slot_that_it_is_empty() -> None:
-    """Whoever closes such a slot drops the last references."""
-    hold = Hold(uid=5, name="chat", generation=7, phase=LIVE, live=True)
-    bundle = loop()
-    slot = Slot.create(hold, bundle.fileno(), {})
-    send(slot, encode_last(hold, version=LIVING))
-    before = queued(slot)
+def test_a_releaser_without_a_descriptor_left_says_of_no_live_hold_that_it_is_gone() -> None:
+    """Whoever closes such a bundle drops the last references."""
+    root_in, root = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    inlet, bundle = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    send(root_in, b"x", [0])
+    send(inlet, b"x", [root.fileno()])
+    before = queued(bundle)
     free = os.dup(0)
     os.close(free)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
-    try:
-        with pytest.raises(OSError, match="Too many open files"):
-            let_go(slot.fileno())
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert queued(slot) == before
-    let_go(slot.fileno())
-    assert queued(slot) == 0
-    slot.close()
-    bundle.close()
+    for room in (0, 1, 2):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + room, hard))
+        try:
+            with pytest.raises(OSError, match=r"Too many open files|no descriptor left"):
+                let_go_of_live(bundle.fileno(), deep=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert queued(bundle) == before
+        assert scm_fds(root.fileno()) == 1
+    let_go_of_live(bundle.fileno(), deep=True)
+    assert queued(bundle) == 0
+    assert scm_fds(root.fileno()) == 0
+    for one in (root_in, root, inlet, bundle):
+        one.close()
 
 
 def test_an_empty_message_ahead_and_an_unread_byte_behind_keep_nothing_from_being_drained() -> None:

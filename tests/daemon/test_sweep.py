@@ -232,10 +232,10 @@ def test_a_daemon_that_stands_still_at_every_step_only_makes_its_clients_wait(
 
     acts = ("save", "reject", "next", "prepare", "begin")
     all_of(acts, first.path)
-    until(lambda: log.read_text().split().count("slot:drain") >= 3, log.read_text)
+    until(lambda: log.read_text().split().count("bundle:drain") >= 3, log.read_text)
     first.stop()
     points = log.read_text().split()
-    wanted = {"slot:written", "keeper:put", "keeper:ended", "daemon:applied"}
+    wanted = {"journal:record", "keeper:put", "keeper:ended", "daemon:applied"}
     assert wanted | {"daemon:saved", "daemon:claimed", "daemon:confirmed"} <= set(points)
     for number in distinct(points, at_start):
         daemon = start_daemon(env={"CPRD_PAUSE": name_of(points, number)})
@@ -279,7 +279,7 @@ def test_a_client_killed_while_the_daemon_stands_still_leaves_one_whole_state(
             connection.save(NAME, old.state())
             already = len(log.read_text().split())
             connection.save(NAME, new.state(), if_exists="replace")
-            until(lambda: "slot:drained" in log.read_text(), log.read_text)
+            until(lambda: "bundle:drained" in log.read_text(), log.read_text)
     first.stop()
     points = log.read_text().split()
     for number in range(already + 1, len(points) + 1):
@@ -291,7 +291,7 @@ def test_a_client_killed_while_the_daemon_stands_still_leaves_one_whole_state(
             walker = Walker(daemon.path, "blocking", "save", new)
             stops(daemon.pid)
             # Letting go of the old one, in a thread, may come after the answer.
-            walker.kill(may_have_ended=where.startswith("slot:drain"))
+            walker.kill(may_have_ended=where.startswith("bundle:drain"))
             os.kill(daemon.pid, signal.SIGCONT)
             with daemon.connect() as connection:
                 assert phases(connection) == ["held"]

@@ -26,7 +26,7 @@ from tests.support.patience import PATIENCE, patience
 
 PROGRAM = """
 import os, sys
-import cprd.daemon.storage.shelf, cprd.daemon.storage.slot
+import cprd.daemon.storage.shelf, cprd.daemon.storage.record
 for line in open(os.environ["TEST_VERSIONS"]):
     what, value = line.split()
     module, name = what.rsplit(".", 1)
@@ -48,7 +48,7 @@ class Versioned(DaemonProcess):
         super().start()
 
     def become(self, **versions: str) -> None:
-        """Re-execute with these: slot__VERSION="9"."""
+        """Re-execute with these: record__VERSION="9"."""
         lines = [f"{key.replace('__', '.')} {value}\n" for key, value in versions.items()]
         self.versions.write_text("".join(lines))
         seen, pid = len(self.log()), self.pid
@@ -103,7 +103,7 @@ def test_what_a_newer_one_keeps_is_listed_and_busy_and_comes_back_with_it(
     daemon: Versioned,
 ) -> None:
     with daemon.connect() as connection:
-        daemon.become(slot__VERSION="9")
+        daemon.become(record__VERSION="9")
         connection.save("new", state("from the newer one"))
         daemon.become()
         connection.save("old", state("from the older one"))
@@ -130,7 +130,7 @@ def test_what_a_newer_one_keeps_is_listed_and_busy_and_comes_back_with_it(
             claim.reject()
         assert connection.show("new")["phase"] == "unreadable"
 
-        daemon.become(slot__VERSION="9")
+        daemon.become(record__VERSION="9")
         assert phases(connection) == {"new": "held", "old": "unreadable"}
         with connection.load("new") as claim:
             assert claim.state["text"] == "from the newer one"
@@ -138,7 +138,7 @@ def test_what_a_newer_one_keeps_is_listed_and_busy_and_comes_back_with_it(
 
 def test_it_stays_through_restarts_and_rewritten_shelves(daemon: Versioned) -> None:
     with daemon.connect() as connection:
-        daemon.become(slot__VERSION="9", shelf__WANTED_BUFFER="8192")
+        daemon.become(record__VERSION="9", shelf__WANTED_BUFFER="8192")
         connection.save("new", state("precious"))
         daemon.become(shelf__WANTED_BUFFER="8192")
         for _ in range(100):
@@ -147,7 +147,7 @@ def test_it_stays_through_restarts_and_rewritten_shelves(daemon: Versioned) -> N
         daemon.become()
         daemon.become()
         assert phases(connection) == {"new": "unreadable"}
-        daemon.become(slot__VERSION="9")
+        daemon.become(record__VERSION="9")
         with connection.load("new") as claim:
             assert claim.state["text"] == "precious"
 
@@ -155,7 +155,7 @@ def test_it_stays_through_restarts_and_rewritten_shelves(daemon: Versioned) -> N
 def test_dropped_by_force_it_is_gone_and_let_go_of(daemon: Versioned) -> None:
     reading, writing = os.pipe()
     with daemon.connect() as connection:
-        daemon.become(slot__VERSION="9")
+        daemon.become(record__VERSION="9")
         connection.save("new", state("x", writing))
         os.close(writing)
         daemon.become()
@@ -167,14 +167,14 @@ def test_dropped_by_force_it_is_gone_and_let_go_of(daemon: Versioned) -> None:
         os.close(reading)
         with pytest.raises(cprd.NotHeld):
             connection.load("new")
-        daemon.become(slot__VERSION="9")
+        daemon.become(record__VERSION="9")
         assert phases(connection) == {}
 
 
 def test_where_not_even_the_name_can_be_read_no_name_is_free_for_sure(daemon: Versioned) -> None:
     """A save would end what is only out of sight, as soon as that comes to light again."""
     with daemon.connect() as connection:
-        daemon.become(slot__MAGIC="b'NEWS'")
+        daemon.become(record__MAGIC="b'NEWS'")
         connection.save("new", state("precious"))
         daemon.become()
         with pytest.raises(cprd.Busy, match="cannot be read"):
@@ -192,7 +192,7 @@ def test_where_not_even_the_name_can_be_read_no_name_is_free_for_sure(daemon: Ve
         assert "cannot be read" in str(connection.status()["blind"])
         assert phases(connection) == {}
         daemon.become()
-        daemon.become(slot__MAGIC="b'NEWS'")
+        daemon.become(record__MAGIC="b'NEWS'")
         assert connection.status()["blind"] is None
         with connection.load("new") as claim:
             assert claim.state["text"] == "precious"
@@ -234,7 +234,7 @@ def test_what_lies_on_a_newer_shelf_is_found_and_both_shelves_count_afterwards(
 def test_of_a_newer_shelf_with_newer_slots_all_is_listed_and_can_be_dropped(
     daemon: Versioned,
 ) -> None:
-    newer = {"shelf__VERSION": "3", "slot__VERSION": "9"}
+    newer = {"shelf__VERSION": "3", "record__VERSION": "9"}
     reading, writing = os.pipe()
     with daemon.connect() as connection:
         daemon.become(**newer)

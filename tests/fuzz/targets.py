@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from cprd import vmstate
 from cprd.bundle import layout
-from cprd.daemon.storage import shelf, slot
+from cprd.daemon.storage import record, shelf
+from cprd.daemon.storage.journal import Journal
 from cprd.errors import Busy, Damaged, LimitExceeded, ProtocolError
 from cprd.linux import listen_fds
 from cprd.protocol import messages
@@ -35,6 +36,19 @@ def _shelf(data: bytes) -> object:
             with contextlib.suppress(BlockingIOError):
                 tx.send(message)
         return shelf.read(outlet)
+
+
+def _journal(data: bytes) -> object:
+    """Read what lies in a journal, append, and read again."""
+    journal = Journal.create()
+    try:
+        os.pwrite(journal.fd, data, 0)
+        before = [found for _, found in journal.records()]
+        journal.append(b"record")
+        assert [found for _, found in journal.records()] == [*before, b"record"]
+        return before
+    finally:
+        journal.close()
 
 
 def _stream(data: bytes) -> object:
@@ -65,13 +79,19 @@ TARGETS = {
         messages.read_request, (ProtocolError,), (wire.HELLO, _LOAD, wire.request("status"))
     ),
     "parse_answer": Target(messages.parse_answer, (messages.Garbled,), (_ROWS, _BUSY)),
-    "slot": Target(
-        slot.decode,
-        (slot.Unreadable, ValueError),
-        (recorded.EARLY_RECORD, recorded.HELD_RECORD, recorded.CLAIMED_RECORD_2),
+    "record": Target(
+        record.decode,
+        (record.Unreadable, ValueError),
+        (recorded.EARLY_RECORD, recorded.CLAIMED_RECORD_2, recorded.CLAIMED_RECORD_6),
     ),
+    "journal": Target(_journal, (), (recorded.JOURNAL,)),
     "shelf": Target(
-        _shelf, (), (recorded.SHELF_SLOTS, recorded.SHELF_OUTCOMES, recorded.SHELF_COMPLETE)
+        _shelf,
+        (),
+        (
+            *(recorded.SHELF_SLOTS, recorded.SHELF_OUTCOMES, recorded.SHELF_COMPLETE),
+            *(recorded.SHELF_QUEUES, recorded.SHELF_PIDFDS),
+        ),
     ),
     "header": Target(_header, (Damaged, Busy), (recorded.BUNDLE,)),
     "manifest": Target(

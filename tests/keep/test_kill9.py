@@ -49,7 +49,7 @@ def test_killed_at_each_step_of_a_live_hold_it_is_done_once(
 def test_killed_at_each_step_and_again_after_the_answer(
     keep: Keep, verb: type[Step], settings: str
 ) -> None:
-    """With small shelves and slots these are written anew in between."""
+    """Small shelves are written anew in between, and small journals moved."""
     assert sweep(keep(settings=settings), verb, again=True) >= 2
 
 

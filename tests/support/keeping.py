@@ -22,7 +22,9 @@ from tests.support.patience import PATIENCE, patience, until
 from tests.support.processes import state
 
 SMALL = (
-    "cprd.daemon.storage.shelf.WANTED_BUFFER = 8192\ncprd.daemon.storage.shelves.MAX_RECORDS = 2\n"
+    "cprd.daemon.storage.shelf.WANTED_BUFFER = 8192\n"
+    "cprd.daemon.storage.journal.MANY_BYTES = 2000\n"
+    "cprd.daemon.storage.journal.TIMES = 1\n"
 )
 
 PROGRAM = """
@@ -30,7 +32,7 @@ import os, signal, sys
 
 PLACE = "@PLACE@"
 import cprd.linux.pause, cprd.daemon.storage.shelf, cprd.daemon.storage.shelves
-import cprd.daemon.storage.fdstore
+import cprd.daemon.storage.fdstore, cprd.daemon.storage.journal, cprd.daemon.storage.record
 
 def arm(*_):
     with open(PLACE + "/pause") as file:

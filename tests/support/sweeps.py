@@ -246,14 +246,21 @@ def clean(daemon: cprd.Daemon, name: str, at: int) -> None:
 
 
 REWRITE = [
-    *("shelf:slots", "shelf:outcomes", "shelf:filled", "shelf:complete", "keeper:compacted"),
-    *("store:offer", "store:asked", "store:remove", "store:removed", "keeper:replaced"),
+    *("shelf:queues", "shelf:pidfds", "shelf:filled", "shelf:complete", "keeper:compacted"),
+    *(
+        "store:offer",
+        "store:asked",
+        "store:remove",
+        "store:removed",
+        "journal:moved",
+        "journal:freed",
+    ),
 ]
 
 
 def sweep_rewriting(keeping: Kept) -> None:
     """Shelves are to be SMALL, so that this takes some 20 requests: standing holds in all phases,
-    of which one is rejected over and over until its slot is written anew."""
+    of which one is rejected over and over until the journal is moved."""
     with contextlib.ExitStack() as stack:
         held, rejected, doubted = made = stack.enter_context(things(1, 2, 3))
         daemon = stack.enter_context(keeping.connect())

@@ -140,11 +140,7 @@ class Store:
         await self._remove(replaced)
         if again and keeper.spare is not None:
             await self._check_spare(keeper.spare)
-        if keeper.spare is None and not await self._keep_spare():
-            return False
-        if keeper.merging:
-            keeper.compact()
-        return True
+        return keeper.spare is not None or await self._keep_spare()
 
     async def _make_room(self, shelf: Shelf, replaced: list[Shelf]) -> bool:
         """The present shelf finds no room. Of the replaced shelves the last, if stored, is enough:

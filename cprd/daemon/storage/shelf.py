@@ -1,18 +1,18 @@
-"""Where all slots lie together: one parked socket pair that outlives the daemon.
+"""Where all holds lie together: one parked socket pair that outlives the daemon.
 
-The queue of a shelf has a header, then slots, then the replies about holds that ended. The daemon
-only appends. The kernel keeps the queue as long as anybody has the pair: this process across exec,
-or systemd's descriptor store across anything.
+The queue of a shelf has the queues (bundles) of holds, pidfds, and the journals with the records of
+the holds. The daemon only appends. The kernel keeps all that as long as anybody has the pair: this
+process across exec, or systemd's descriptor store across anything.
 
 To write a shelf anew (`Keeper.compact`) the daemon fills an empty spare shelf and appends a record
-"complete", which names the shelves that the new shelf replaces. A shelf without such a record never
-counted, and a replaced shelf does not count any more: every moment of the change is safe.
+"complete" with the journals, which names the shelves that the new shelf replaces. A shelf without
+such a record never counted, and a replaced shelf does not count any more: every moment of the
+change is safe. Old and new shelf lead to the same journal.
 
-The way from a shelf to the slots is frozen for all versions: the prefix of a record, the kinds, the
-order of descriptors in a record of slots (of pairs outlet and inlet in turn), and the list in
-"complete". A cprd that cannot read all of a shelf still finds every slot, and leaves the shelf as
-it is.
-docs/bundle.md has the layout.
+The way from a shelf to the holds is frozen for all versions: the prefix of a message, the kinds,
+the numbers in front of queues and pidfds, and the list and the journals in "complete". A cprd that
+cannot read all of a shelf still finds every hold, and leaves the shelf as it is. Shelves of
+version 1 have slots instead (slot.py). docs/bundle.md has the layout.
 """
 
 from __future__ import annotations
@@ -20,41 +20,54 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import msgpack
 
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
 from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
-from cprd.protocol.replies import Reply, array, restored
+from cprd.protocol.replies import Reply, restored
 
 MAGIC = b"CPRH"
-VERSION = 1
+VERSION = 2
 PREFIX = struct.Struct("<4sHc")
-HEADER, OUTCOMES, COMPLETE = b"h", b"o", b"c"
-PAIRS, LOOPS = b"s", b"l"  # slots of two descriptors each, and of one
-SLOTS_A_RECORD = 100  # the kernel's limit is 253 descriptors
-OUTCOMES_A_RECORD = 20  # of about 100 bytes each
+HEADER, QUEUES, PIDFDS, COMPLETE = b"h", b"q", b"p", b"c"
+PAIRS, LOOPS, OUTCOMES = b"s", b"l", b"o"  # of version 1: slots of two descriptors and of one
+QUEUE = struct.Struct("<QI")  # generation, uid of the owner
+PIDFD = struct.Struct("<QQ")  # generation, number
+A_RECORD = 100  # queues or pidfds; the kernel's limit is 253 descriptors
 MAX_RECORD = 16384
 WANTED_BUFFER = 4 << 20  # as much as wmem_max allows is what it gets
 BYTES_A_MESSAGE = 768  # what a message of up to 192 bytes counts in the send buffer (measured)
 PREFIX_OF_NAMES = "shelf."
 _pack = msgpack.Packer(use_bin_type=True).pack  # packb() makes a packer each time
-_ONE: bytes = _pack({"n": 1})
-_ALL = b"\x81" + _pack("all")  # a map: an array of replies is to follow
 
 
 class ShelfFull(Exception):
     """Nothing more fits in the queue."""
 
 
+class Queue(NamedTuple):
+    """A bundle on a shelf."""
+
+    generation: int
+    uid: int
+    fd: int
+
+
+class Pidfd(NamedTuple):
+    generation: int
+    number: int
+    fd: int
+
+
 class Shelf:
     """Owns both ends of the pair.
 
     `durable`: systemd's store was lately seen to have both ends; `was_durable`: the store had both
-    once, and the slots here were called stored; `counts`: the shelf is complete."""
+    once, and the holds here were called stored; `counts`: the shelf is complete."""
 
     __slots__ = (
         "counts",
@@ -92,7 +105,7 @@ class Shelf:
             ) from None
         tx.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WANTED_BUFFER)
         shelf = cls(number, tx, outlet)
-        shelf._append(HEADER, _pack({"number": number}))
+        shelf._append(_head(HEADER) + _pack({"number": number}))
         return shelf
 
     @property
@@ -100,50 +113,44 @@ class Shelf:
         """Names of the outlet and the inlet in the store."""
         return f"{PREFIX_OF_NAMES}{self.number}.out", f"{PREFIX_OF_NAMES}{self.number}.in"
 
-    def add_slot(self, fds: tuple[int, ...]) -> None:
-        """As `add_slots`, a single slot."""
-        self._append(LOOPS if len(fds) == 1 else PAIRS, _ONE, fds)
-        point("shelf:slots")
+    def add_queue(self, queue: Queue) -> None:
+        """As `add_queues`, a single queue."""
+        self._append(_head(QUEUES) + QUEUE.pack(queue.generation, queue.uid), (queue.fd,))
+        point("shelf:queues")
 
-    def add_slots(self, slots: Iterable[tuple[int, ...]]) -> None:
-        """Append slots, (socket,) or (outlet, inlet) each; borrowed. Raises ShelfFull,
-        LimitExceeded."""
-        parts: dict[int, list[int]] = {2: [], 1: []}  # descriptors, by those of each slot
-        for fds in slots:
-            part = parts[len(fds)]
-            part += fds
-            if len(part) == SLOTS_A_RECORD * len(fds):
-                self._add_part(part, len(fds))
-                part.clear()
-        for each, part in parts.items():
-            if part:
-                self._add_part(part, each)
+    def add_queues(self, queues: Sequence[Queue]) -> None:
+        """Append queues; borrowed. Raises ShelfFull, LimitExceeded."""
+        for at in range(0, len(queues), A_RECORD):
+            part = queues[at : at + A_RECORD]
+            said = b"".join([QUEUE.pack(one.generation, one.uid) for one in part])
+            self._append(_head(QUEUES) + said, [one.fd for one in part])
+            point("shelf:queues")
 
-    def _add_part(self, fds: Sequence[int], each: int) -> None:
-        self._append(PAIRS if each == 2 else LOOPS, _pack({"n": len(fds) // each}), fds)
-        point("shelf:slots")
+    def add_pidfds(self, pidfds: Sequence[Pidfd]) -> None:
+        """Append pidfds; borrowed. Raises ShelfFull, LimitExceeded."""
+        for at in range(0, len(pidfds), A_RECORD):
+            part = pidfds[at : at + A_RECORD]
+            said = b"".join([PIDFD.pack(one.generation, one.number) for one in part])
+            self._append(_head(PIDFDS) + said, [one.fd for one in part])
+            point("shelf:pidfds")
 
-    def add_outcomes(self, replies: Sequence[Reply]) -> None:
-        """Append replies about holds that ended. Raises ShelfFull, LimitExceeded."""
-        for start in range(0, len(replies), OUTCOMES_A_RECORD):
-            part = replies[start : start + OUTCOMES_A_RECORD]
-            self._append(OUTCOMES, _ALL + array(part))
-            point("shelf:outcomes")
-
-    def complete(self, replaces: Sequence[int] = ()) -> None:
-        """From here on this shelf counts, and the shelves of `replaces` count no more."""
+    def complete(self, journals: Sequence[int], replaces: Sequence[int] = ()) -> None:
+        """From here on this shelf counts with `journals` (borrowed), and the shelves of `replaces`
+        count no more, nor slots on this shelf. May be said again."""
         point("shelf:filled")
-        self._append(COMPLETE, _pack({"replaces": list(replaces)}))
+        self._append(_head(COMPLETE) + _pack({"replaces": list(replaces)}), journals)
         self.counts = True
         point("shelf:complete")
 
-    def _append(self, kind: bytes, content: bytes, fds: Sequence[int] = ()) -> None:
+    def _append(self, data: bytes, fds: Sequence[int] = ()) -> None:
         try:
-            send(self.tx, PREFIX.pack(MAGIC, VERSION, kind) + content, fds)
+            send(self.tx, data, fds)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EPIPE):
                 raise ShelfFull from None
             raise LimitExceeded(f"cprd cannot write to its shelf: {error.strerror}") from None
+        except LimitExceeded as error:
+            raise LimitExceeded(f"raise LimitNOFILE= of cprd.service: {error}") from None
         self.messages += 1
         self.in_flight += len(fds)
 
@@ -160,18 +167,42 @@ class Shelf:
         self.outlet.close()
 
 
-class Read:
-    """The content of a shelf: slots as (socket,) or (outlet, inlet), which the reader owns."""
+def _head(kind: bytes) -> bytes:
+    return PREFIX.pack(MAGIC, VERSION, kind)
 
-    __slots__ = ("complete", "replaces", "replies", "slots", "unknown", "unreadable")
+
+class Read:
+    """The content of a shelf; the reader owns all descriptors."""
+
+    __slots__ = (
+        "complete",
+        "journals",
+        "pidfds",
+        "queues",
+        "replaces",
+        "replies",
+        "slots",
+        "unknown",
+        "unreadable",
+        "void_slots",
+    )
 
     def __init__(self) -> None:
-        self.slots: list[tuple[int, ...]] = []
+        self.queues: list[Queue] = []
+        self.pidfds: list[Pidfd] = []
+        self.journals: list[int] = []
+        self.slots: list[tuple[int, ...]] = []  # as (socket,) or (outlet, inlet)
+        self.void_slots: list[tuple[int, ...]] = []  # whose holds are in a journal by now
         self.replies: list[Reply] = []
         self.complete = False
         self.replaces: list[int] = []
-        self.unreadable = ""  # why a record cannot be read; the shelf must stay as it is then
-        self.unknown = ""  # why slots may be here that nobody can find; the shelf must stay, too
+        self.unreadable = ""  # why a message cannot be read; the shelf must stay as it is then
+        self.unknown = ""  # why holds may be here that nobody can find; the shelf must stay, too
+
+    def fds(self) -> int:
+        """How many descriptors lie on the shelf."""
+        slots = (*self.slots, *self.void_slots)
+        return len(self.queues) + len(self.pidfds) + len(self.journals) + sum(map(len, slots))
 
 
 def read(outlet: socket.socket) -> tuple[Read, int]:
@@ -191,21 +222,23 @@ def read(outlet: socket.socket) -> tuple[Read, int]:
 
 
 class _Unknown(Exception):
-    """A record of unknown kind: slots, perhaps."""
+    """A message of unknown kind: holds, perhaps."""
 
 
 def _read_record(found: Read, data: bytes, fds: list[int]) -> None:
-    """Add a record to `found`; the descriptors of slots are taken out of `fds`.
+    """Add a message to `found`; the descriptors of holds are taken out of `fds`.
 
-    Raises _Unknown where slots may be missed, another exception where none can be."""
+    Raises _Unknown where holds may be missed, another exception where none can be."""
     if len(data) < PREFIX.size or not data.startswith(MAGIC):
         raise _Unknown("a record that is not of a shelf")
     _, version, kind = PREFIX.unpack_from(data)
     what = f"a record of version {version}"
-    if kind not in (HEADER, PAIRS, LOOPS, OUTCOMES, COMPLETE):
-        raise _Unknown(f"{what} and of kind {kind!r}")
-    ours = version == VERSION
-    if kind in (PAIRS, LOOPS):
+    ours = version in (1, VERSION)
+    if kind == QUEUES:
+        found.queues += map(Queue._make, _numbered(QUEUE, what, data, fds))
+    elif kind == PIDFDS:
+        found.pidfds += map(Pidfd._make, _numbered(PIDFD, what, data, fds))
+    elif kind in (PAIRS, LOOPS):
         each = 2 if kind == PAIRS else 1
         if len(fds) % each or (ours and len(fds) != each * _content(data)["n"]):
             raise _Unknown(f"{what} with {len(fds)} descriptors")
@@ -214,10 +247,29 @@ def _read_record(found: Read, data: bytes, fds: list[int]) -> None:
     elif kind == COMPLETE:
         found.complete = True
         found.replaces += [int(number) for number in _content(data)["replaces"]]
+        if fds:
+            found.void_slots += found.slots
+            found.slots = []
+        found.journals += fds
+        fds.clear()
     elif kind == OUTCOMES and ours:
         found.replies += [restored(one) for one in _content(data)["all"]]
+    elif kind not in (HEADER, OUTCOMES):
+        raise _Unknown(f"{what} and of kind {kind!r}")
     if not ours:
         raise ValueError(what)
+
+
+def _numbered(
+    form: struct.Struct, what: str, data: bytes, fds: list[int]
+) -> list[tuple[int, int, int]]:
+    """Each descriptor behind the numbers that stand for the descriptor, in order. Takes `fds`."""
+    numbers = data[PREFIX.size : PREFIX.size + form.size * len(fds)]
+    if len(numbers) != form.size * len(fds):
+        raise _Unknown(f"{what} with {len(fds)} descriptors")
+    every = [(*said, fd) for said, fd in zip(form.iter_unpack(numbers), fds, strict=True)]
+    fds.clear()
+    return every
 
 
 def _content(data: bytes) -> dict[str, Any]:
