@@ -105,7 +105,7 @@ class Journal:
             elif data.startswith(_HOLE, at):
                 at += len(_HOLE)
             else:
-                damaged = _record(data, behind)[1]  # and no torn one
+                damaged = bool(size) and _record(data, behind)[1]  # and not torn
                 if damaged or len(data) - at > _FRAME.size + MAX_RECORD:
                     self.strange = self.strange or f"the journal is damaged at {first + at}"
                 if not damaged:
