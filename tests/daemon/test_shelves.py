@@ -29,6 +29,7 @@ from cprd.protocol import holds
 from cprd.protocol.lifecycle import HELD, UNREADABLE, Hold
 from cprd.protocol.registry import Caller, Ended, Offer, Registry, Step, Ticket
 from cprd.protocol.replies import KEPT_FOR, Replies
+from tests.daemon import test_recorded as recorded
 from tests.support.bundles import Bundle, pack
 
 NOW = 1000.0
@@ -845,6 +846,54 @@ def test_killed_at_any_step_of_taking_over_two_shelves_nothing_is_lost(
             close(one)
     assert status == 0
     assert at > 3
+
+
+@pytest.mark.usefixtures("nothing_leaks")
+def test_killed_at_any_step_of_taking_over_slots_nothing_is_lost() -> None:
+    """Of a shelf of the version before: one hold, one that has ended, and an answer."""
+    at, status = 0, KILLED
+    while status == KILLED:
+        at += 1
+        state = cprd.State()
+        reading, writing = os.pipe()
+        state.save_fd("pipe", 0, writing)
+        held = pack(state)
+        state.close()
+        os.close(writing)
+        slots = [recorded.queue((recorded.HELD_RECORD, [held.fd])) for _ in range(2)]
+        held.close()
+        slots[1][1].send(recorded.LAST_RECORD)
+        slots[1][0].setblocking(False)
+        let_go(slots[1][0].fileno())
+        on_shelf = [(recorded.SHELF_SLOTS, [end.fileno() for end in ends]) for ends in slots]
+        messages = (recorded.SHELF_HEADER, []), *on_shelf, (recorded.SHELF_COMPLETE, [])
+        outlet, inlet = recorded.queue(*messages)
+        for ends in slots:
+            for end in ends:
+                end.close()
+        child = os.fork()
+        if not child:
+            try:
+                arm(at)
+                Desk().adopt({7: (outlet, inlet)})
+                os._exit(0)
+            except BaseException as error:
+                os.write(2, repr(error).encode())
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for _ in range(2):  # the next one, and the one after that
+            after = Desk()
+            after.adopt({7: (outlet.dup(), inlet.dup())})
+            assert list(after.registry) == [recorded.HELD_HOLD], at
+            unpack(after.keeper.bundle(recorded.GENERATION)).close()
+            assert not has_ended(reading)
+            assert {reply.nonce for reply in after.keeper.replies} == {recorded.SAVED.nonce}
+            close(after)
+        outlet.close()
+        inlet.close()
+        os.close(reading)
+    assert status == 0
+    assert at > 4
 
 
 @pytest.mark.usefixtures("nothing_leaks")

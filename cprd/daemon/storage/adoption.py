@@ -40,9 +40,10 @@ def take_over(keeper: Keeper, found: Found) -> None:
     for old in (*found.retired, *found.counting):
         keeper.retire(old)
     slots = _take_slots(keeper, found)
+    earlier = bool(slots or found.ended or found.has_outcomes)
+    _restore_replies(keeper, found, stored=earlier)
     in_place = _shelve(keeper, found, fresh=fresh, again=bool(slots))
-    keeper.has_slots = in_place and bool(slots)
-    _restore_replies(keeper, found, stored=bool(slots or found.ended))
+    keeper.has_slots = in_place and earlier
     for lying in slots:
         if in_place or not keeper.shelf.was_durable:
             _end_slot(keeper, lying.slot)
@@ -107,7 +108,7 @@ def _shelve(keeper: Keeper, found: Found, *, fresh: bool, again: bool) -> bool:
 
 
 def _restore_replies(keeper: Keeper, found: Found, *, stored: bool) -> None:
-    """Remember the replies. `stored`: in slots, too, which will be drained."""
+    """Remember the replies. `stored`: in slots, too, and beside slots, which will be gone."""
     for reply in sorted(found.replies, key=lambda reply: reply.at):
         keeper.replies.remember(reply)
     pending = keeper.replies.pending(keeper.clock())

@@ -61,6 +61,7 @@ class Found:
         self.ended: list[Slot] = []  # to be drained
         self.void: list[Slot] = []  # alive, but their holds lie elsewhere: to be ended and drained
         self.replies: list[Reply] = []
+        self.has_outcomes = False  # some replies lie on a shelf of version 1
         self.hidden = ""  # why a hold may exist whose name nobody can read
         self._created = created
         self._draining = draining
@@ -303,6 +304,7 @@ def _read_counting(found: Found, counting: list[tuple[Shelf, shelf.Read]]) -> No
             found.add_journal(fd, foreign=one in found.untouchable)
     for one, read in counting:
         found.replies += read.replies
+        found.has_outcomes = found.has_outcomes or bool(read.replies)
         for fds in read.slots:
             found.add_slot(fds, one.number)
     for one, read in counting:
