@@ -10,7 +10,6 @@ releaser costs some hundred KiB of its own.
 from __future__ import annotations
 
 import _socket
-import errno
 import os
 import signal
 import struct
@@ -220,15 +219,20 @@ def _let_go_of_live(slot: int) -> None:
 
 
 def let_go_of_live(bundle: int, deep: bool) -> None:
-    """Drain the live hold in a bundle, then the bundle. Raises OSError where the root cannot be
-    received: another releaser is asked."""
+    """Drain the live hold in a bundle, then the bundle. Raises OSError where no descriptor is left
+    to receive the root with: another releaser is asked. A client may park anything ahead of the
+    root, and the bundle is drained all the same."""
     said = _scm_fds(bundle)
     for _, roots in records(_queue(bundle), 1):
         for root in roots:
             let_go_of_root(root, deep)
             said = 0
     if said:
-        raise OSError(errno.EMFILE, "no descriptor left to receive a root")
+        one = os.dup(bundle)
+        try:
+            os.close(os.dup(bundle))
+        finally:
+            os.close(one)
     empty(bundle)
 
 

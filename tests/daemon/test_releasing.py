@@ -251,6 +251,24 @@ def test_a_releaser_without_a_descriptor_left_says_of_no_live_hold_that_it_is_go
         one.close()
 
 
+@pytest.mark.parametrize("ahead", [b"", b"x"])
+def test_a_message_ahead_of_a_root_keeps_no_live_hold_from_being_drained(ahead: bytes) -> None:
+    reading, writing = os.pipe()
+    root_in, root = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    inlet, bundle = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    send(root_in, b"x", [writing])
+    inlet.send(ahead)
+    send(inlet, b"x", [root.fileno()])
+    bundle.shutdown(socket.SHUT_RD)
+    for one in (root_in, root, inlet):
+        one.close()
+    os.close(writing)
+    let_go_of_live(bundle.fileno(), deep=True)
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+    bundle.close()
+
+
 def test_an_empty_message_ahead_and_an_unread_byte_behind_keep_nothing_from_being_drained() -> None:
     reading, writing = os.pipe()
     inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
