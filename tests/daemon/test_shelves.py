@@ -28,7 +28,7 @@ from cprd.linux.rights import close_all
 from cprd.protocol import holds
 from cprd.protocol.lifecycle import HELD, UNREADABLE, Hold
 from cprd.protocol.registry import Caller, Ended, Offer, Registry, Step, Ticket
-from cprd.protocol.replies import KEPT_FOR, Replies
+from cprd.protocol.replies import KEPT_FOR, Replies, Reply
 from tests.daemon import test_recorded as recorded
 from tests.support.bundles import Bundle, pack
 
@@ -909,6 +909,23 @@ def test_old_answers_are_not_kept_for_ever() -> None:
     again = Desk()
     again.adopt(leave(desk))
     assert not list(again.keeper.replies)
+    close(again)
+
+
+def test_a_journal_is_moved_in_pieces_however_many_answers_are_pending() -> None:
+    desk, again = Desk(), Desk()
+    desk.save("a", 1)
+    for number in range(2000):
+        desk.keeper.replies.remember(Reply(1000, b"%016d" % number, {}, NOW, b"%016d" % number))
+    desk.keeper._moves, most = desk.keeper._move_journal(), 0
+    more = True
+    while more:
+        before = desk.keeper.journal.end
+        more = desk.keeper.fill()
+        most = max(most, desk.keeper.journal.end - before)
+    assert most < 10_000
+    again.adopt(leave(desk))
+    assert len(list(again.keeper.replies)) == 2001
     close(again)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cprd.daemon import log
 from cprd.daemon.storage.journal import Place
-from cprd.daemon.storage.record import encode, encode_replies
+from cprd.daemon.storage.record import encode, reply_records
 from cprd.daemon.storage.recover import Found, Lying
 from cprd.daemon.storage.shelf import ShelfFull
 from cprd.errors import LimitExceeded
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from cprd.daemon.storage.shelves import Keeper
     from cprd.daemon.storage.slot import Slot
 
-REPLIES_A_RECORD = 20  # of about 100 bytes each
 _NAMELESS = (1 << 64) - 1  # generations, downwards, where none can be read
 
 
@@ -111,9 +110,8 @@ def _restore_replies(keeper: Keeper, found: Found, *, stored: bool) -> None:
     """Remember the replies. `stored`: in slots, too, and beside slots, which will be gone."""
     for reply in sorted(found.replies, key=lambda reply: reply.at):
         keeper.replies.remember(reply)
-    pending = keeper.replies.pending(keeper.clock())
-    for at in range(0, len(pending) if stored else 0, REPLIES_A_RECORD):
-        keeper.journal.append(encode_replies(pending[at : at + REPLIES_A_RECORD]))
+    for written in reply_records(keeper.replies.pending(keeper.clock()) if stored else ()):
+        keeper.journal.append(written)
 
 
 def _let_go(keeper: Keeper, found: Found) -> None:

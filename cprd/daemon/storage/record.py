@@ -11,7 +11,7 @@ last record, in every version. docs/bundle.md has the layout.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ VERSION = 6  # of records in a journal
 IN_SLOTS = (1, 2, 3, LIVING)
 PREFIX = struct.Struct("<4sHIQB")  # magic, version, uid, generation, bytes of the name that follows
 MAX_RECORD = 8192
+REPLIES_A_RECORD = 20  # of about 100 bytes each
 _PREFIXED = ("uid", "generation", "name")
 _BODY = tuple(name for name in Hold._fields if name not in (*_PREFIXED, "away"))
 # Fields since then, which a record has only where they say something: the record is unreadable,
@@ -80,9 +81,10 @@ def encode_last(uid: int, generation: int, replies: Sequence[Reply], version: in
     return PREFIX.pack(MAGIC, version, uid, generation, 0) + array(replies)
 
 
-def encode_replies(replies: Sequence[Reply]) -> bytes:
-    """A record of replies alone: the end of no hold."""
-    return encode_last(0, 0, replies, VERSION)
+def reply_records(replies: Sequence[Reply]) -> Iterator[bytes]:
+    """Records of replies alone: the end of no hold."""
+    for at in range(0, len(replies), REPLIES_A_RECORD):
+        yield encode_last(0, 0, replies[at : at + REPLIES_A_RECORD], VERSION)
 
 
 def last_version(ended: Ended) -> int:

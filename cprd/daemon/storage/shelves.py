@@ -30,8 +30,8 @@ from cprd.daemon.storage.record import (
     VERSION,
     encode,
     encode_last,
-    encode_replies,
     last_version,
+    reply_records,
 )
 from cprd.daemon.storage.recover import Dead, Pairs, recover
 from cprd.daemon.storage.shelf import A_RECORD, Pidfd, Queue, Shelf, ShelfFull
@@ -50,7 +50,6 @@ NOT_STORED = (
 # On a shelf that has few holds, before the shelf is written anew: messages, and descriptors of
 # ended holds. With these the kernel does not yet count too many of cprd in flight (2,024).
 MANY_MESSAGES, MANY_ENDED, FEW = 1024, 500, 750
-REPLIES_A_RECORD = 20  # of about 100 bytes each
 HOW = {LIVING: WHOLE, HANDED_ON: ROOT}  # a releaser is to let go, by the version of a last record
 
 Pidfds = Mapping[str, int]
@@ -275,9 +274,9 @@ class Keeper:
                 yield
         for generation, dead in self.dying.items():
             journal.append(encode_last(dead.uid, generation, (), dead.version))
-        replies = self.replies.pending(self.clock())
-        for at in range(0, len(replies), REPLIES_A_RECORD):
-            journal.append(encode_replies(replies[at : at + REPLIES_A_RECORD]))
+        for record in reply_records(self.replies.pending(self.clock())):
+            journal.append(record)
+            yield  # each uid may have thousands
         journal.end_move(start)
 
     def _write_all(self, new: Shelf) -> Iterator[None]:
