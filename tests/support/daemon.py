@@ -117,10 +117,11 @@ class DaemonProcess:
         return open_fds(self.pid) - len(releasers(self.pid))
 
     def await_fds(self, count: int, queues: int = 0) -> None:
-        """Wait until it has so many descriptors: it lets go of things in threads. `queues`: so many
-        connections that go on have saved twice, and may have the queue for another save."""
+        """Wait until it has no more than so many descriptors: it lets go of things in threads, and
+        a releaser that is idle ends. `queues`: so many connections that go on have saved twice, and
+        may have the queue for another save."""
         until(
-            lambda: count <= self.fds() <= count + queues,
+            lambda: self.fds() <= count + queues,
             lambda: f"{self.fds()} descriptors in cprd",
         )
 
