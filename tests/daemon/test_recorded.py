@@ -24,7 +24,7 @@ from cprd.daemon.storage.journal import Journal
 from cprd.daemon.storage.shelves import Keeper
 from cprd.linux.memfd import SEALS
 from cprd.linux.rights import close_all, scm_fds
-from cprd.protocol.lifecycle import CLAIMED, HELD, IN_DOUBT, Hold, changed
+from cprd.protocol.lifecycle import CLAIMED, HELD, IN_DOUBT, UNREADABLE, Hold, changed
 from cprd.protocol.replies import Replies, Reply
 from tests.support.bundles import pack
 from tests.support.patience import PATIENCE
@@ -300,6 +300,36 @@ def test_slots_of_one_socket_and_of_two_lie_on_one_shelf(held: int, one_socket: 
     check(again.bundle(GENERATION))
     for one in (keeper, again):
         one.close()
+
+
+@pytest.mark.parametrize("middle", [(HELD_RECORD[:4] + b"\x09" + HELD_RECORD[5:], []), (b"?", [])])
+def test_a_slot_that_is_not_whole_is_kept_over_each_start(
+    held: int, middle: tuple[bytes, list[int]]
+) -> None:
+    """The last record alone could be read."""
+    going = queue((HELD_RECORD, [held]), middle, (HELD_RECORD, []))
+    old = queue(
+        (SHELF_HEADER, []),
+        (SHELF_SLOTS, [end.fileno() for end in going]),
+        (SHELF_COMPLETE, []),
+    )
+    for end in going:
+        end.close()
+    releasing = Releasing()
+    pairs = {7: old}
+    for _ in range(3):
+        keeper = Keeper(releasing, lambda: 1020.0, Replies())
+        found, blind = keeper.adopt(pairs, frozenset((7,)))
+        assert [hold.phase for hold, _ in found] == [UNREADABLE] * (not blind)
+        (kept,) = keeper.places.values()
+        check(kept.bundle)
+        pairs = {one.number: (one.outlet.dup(), one.tx.dup()) for one in keeper.shelves()}
+        keeper.close()
+    close_all(end.detach() for ends in pairs.values() for end in ends)
+    deadline = time.monotonic() + PATIENCE
+    while releasing.blocked():
+        assert time.monotonic() < deadline, "not released"
+        releasing.collect()
 
 
 def test_a_held_hold_of_version_1_is_read() -> None:

@@ -26,7 +26,7 @@ from cprd.daemon.storage.shelves import Keeper
 from cprd.errors import LimitExceeded
 from cprd.linux.rights import close_all
 from cprd.protocol import holds
-from cprd.protocol.lifecycle import HELD, UNREADABLE, Hold
+from cprd.protocol.lifecycle import CLAIMED, HELD, UNREADABLE, Hold
 from cprd.protocol.registry import Caller, Ended, Offer, Registry, Step, Ticket
 from cprd.protocol.replies import KEPT_FOR, Replies, Reply
 from tests.daemon import test_recorded as recorded
@@ -674,6 +674,42 @@ def test_what_a_newer_shelf_replaces_does_not_count_and_its_spare_never_did(
     assert again.snapshot() == [("b", HELD, 2)]
     assert [one.number for one in again.keeper.untouchable] == [desk.keeper.shelf.number]
     close(again)
+
+
+@pytest.mark.parametrize(
+    ("damaged_byte", "unreadable"),
+    [(40, {"b"}), (3, {"a", "b", "c"}), (0, {"a", "b", "c"})],
+    ids=["record", "large-size", "small-size"],
+)
+def test_behind_damage_of_the_journal_no_hold_is_served_in_an_outdated_state(
+    desk: Desk, damaged_byte: int, unreadable: set[str]
+) -> None:
+    """The last change of "b" is damaged: what lies behind a size is lost to sight, and stays."""
+    for number, name in enumerate("abc", 1):
+        desk.save(name, number)
+    for name in "abc":
+        desk.load(name)
+    at = desk.keeper.places[desk.registry.top((1000, "b")).generation].at + damaged_byte
+    journals = desk.keeper.journals
+    size = os.fstat(journals[0].fd).st_size
+    os.pwrite(journals[0].fd, b"\x08", at)
+    expected = {name: UNREADABLE if name in unreadable else CLAIMED for name in "abc"}
+    before = desk
+    for _ in range(2):
+        again, blind = restarted(before)
+        assert "damaged" in blind
+        assert phases(again) == expected
+        assert os.fstat(journals[0].fd).st_size == size
+        assert {again.number(hold) for hold in again.registry} == {1, 2, 3}
+        if before is not desk:
+            close(before)
+        before = again
+    again.drop("b")  # what is written from now on is read again
+    last, _ = restarted(again)
+    del expected["b"]
+    assert phases(last) == expected
+    for one in (again, last):
+        close(one)
 
 
 def end(desk: Desk, name: str) -> None:

@@ -63,6 +63,8 @@ class Journal:
     def append(self, record: bytes) -> int:
         """Append a record. Returns the place. Raises LimitExceeded; then nothing has changed."""
         at, size = self.end, len(record)
+        if size > MAX_RECORD:
+            raise LimitExceeded(f"cprd reads no record of {size} bytes: {MAX_RECORD} at most")
         data = _FRAME.pack(size, crc32(record)) + record + _PADDING[size % 8]
         try:
             written = os.pwrite(self.fd, data, at)
@@ -86,10 +88,10 @@ class Journal:
             raise LimitExceeded("cprd's journal was damaged by another process")
         return data[_FRAME.size : _FRAME.size + size]
 
-    def records(self) -> Iterator[tuple[int, bytes]]:
-        """All records of an earlier daemon, with their places. A torn record at the end, of what
-        was never answered, is cut off. Other damage loses what is damaged, and `strange` says
-        so."""
+    def records(self) -> Iterator[tuple[int, bytes, bool]]:
+        """All records of an earlier daemon: the place, the bytes, and whether the record is whole.
+        A torn record at the end, of what was never answered, is cut off. Other damage loses what is
+        damaged, or all from there on: `strange` says so, and nothing is to be appended here."""
         try:
             first = os.lseek(self.fd, 0, os.SEEK_DATA)
         except OSError:  # nothing but a hole
@@ -99,18 +101,21 @@ class Journal:
         while at < len(data):
             size, whole = _record(data, at)
             behind = at + _FRAME.size + size + -size % 8
+            content = data[at + _FRAME.size : at + _FRAME.size + size]
             if whole:
-                yield first + at, data[at + _FRAME.size : at + _FRAME.size + size]
-                at = behind
+                yield first + at, content, True
             elif data.startswith(_HOLE, at):
-                at += len(_HOLE)
+                behind = at + len(_HOLE)
+            elif len(data) - at < _FRAME.size or len(content) < size:  # torn
+                break
             else:
-                damaged = bool(size) and _record(data, behind)[1]  # and not torn
-                if damaged or len(data) - at > _FRAME.size + MAX_RECORD:
-                    self.strange = self.strange or f"the journal is damaged at {first + at}"
-                if not damaged:
-                    break
-                at = behind
+                self.strange = self.strange or f"the journal is damaged at {first + at}"
+                skips = size and (behind == len(data) or _record(data, behind)[1])
+                yield first + at, content if skips else b"", False
+                if not skips:
+                    self.end, self._start = first + len(data), first
+                    return
+            at = behind
         self.end, self._start = first + at, first
         os.ftruncate(self.fd, self.end)
 
@@ -160,6 +165,13 @@ class Place:
     @property
     def pidfds(self) -> int:
         return len(self.parked) + len(self.strange)
+
+    def append(self, record: bytes, now: Journal) -> int:
+        """Append a record of the hold. `now`: for what follows a damaged journal, because nobody
+        would find a record behind the damage. Returns the place. Raises LimitExceeded."""
+        if self.journal.strange:
+            self.journal = now
+        return self.journal.append(record)
 
     def close(self) -> None:
         """Close this process's copies; a shelf keeps its own."""

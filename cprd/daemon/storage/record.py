@@ -44,10 +44,11 @@ _NO_ROLES: bytes = _MAP_OF_ROLES + _pack({})
 
 
 class Unreadable(Exception):
-    """A record of another version: `uid`, `generation` and `name` are known nevertheless."""
+    """A record of another version, or an outdated record: `uid`, `generation` and `name` are known
+    nevertheless."""
 
     def __init__(self, why: str, uid: int, generation: int, name: str) -> None:
-        super().__init__(f"{why}; this cprd reads version {VERSION}")
+        super().__init__(why)
         self.uid = uid
         self.generation = generation
         self.name = name
@@ -126,7 +127,8 @@ def decode(data: bytes) -> Record:
         raise ValueError("not a record of cprd")
     name = data[PREFIX.size : PREFIX.size + length].decode()
     if version not in (*IN_SLOTS, VERSION):
-        raise Unreadable(f"a record of version {version}", uid, generation, name)
+        why = f"a record of version {version}; this cprd reads version {VERSION}"
+        raise Unreadable(why, uid, generation, name)
     try:
         content: dict[str, Any] = msgpack.unpackb(data[PREFIX.size + length :], raw=False)
         body, replies = content["hold"], [restored(one, name) for one in content["answers"]]
@@ -139,7 +141,8 @@ def decode(data: bytes) -> Record:
         kind = tuple if version in IN_SLOTS else dict
         return Record(hold, kind(content["roles"]), replies, tuple(content.get("before", ())))
     except Exception as error:  # kept like a record of a newer version
-        raise Unreadable(f"a record that cannot be read ({error})", uid, generation, name) from None
+        why = f"a record that cannot be read ({error}); this cprd reads version {VERSION}"
+        raise Unreadable(why, uid, generation, name) from None
 
 
 def _without_nonces(body: dict[str, Any]) -> bytes:

@@ -21,6 +21,7 @@ from cprd.linux.rights import close_all
 from cprd.protocol.lifecycle import UNREADABLE, Hold
 from cprd.protocol.replies import Reply
 
+NAMELESS = 1 << 63  # generations from here on stand for holds whose records cannot be read
 Pairs = Mapping[int, tuple[socket.socket, socket.socket]]
 
 
@@ -82,8 +83,11 @@ class Found:
             journal.close()
             return
         self.journals.append(journal)
-        for at, data in journal.records():
-            self._add_record(journal, at, data)
+        for at, data, whole in journal.records():
+            if whole:
+                self._add_record(journal, at, data)
+            else:
+                self._doubt(journal, data)
         if journal.strange:
             self.hidden = self.hidden or journal.strange
 
@@ -99,13 +103,32 @@ class Found:
             try:
                 record = decode(data)
             except Unreadable as error:
-                record = error
+                record = error.with_traceback(None)  # or the frames keep all alive
             except ValueError as error:
                 journal.strange = journal.strange or f"the record at {at} cannot be read: {error}"
                 return
             else:
                 self._answered.setdefault(known.generation, []).extend(record.replies)
+                if not isinstance(record.roles, dict):  # adopted from a slot that was not whole
+                    name, why = record.hold.name, "a record of a slot, not of a journal"
+                    record = Unreadable(why, known.uid, known.generation, name)
             self._last[known.generation] = journal, at, record
+
+    def _doubt(self, journal: Journal, damaged: bytes) -> None:
+        """Serve no hold whose last record may be the damaged record: the record before is outdated.
+        Where the damaged record does not tell the hold, that is any hold."""
+        known = prefix(damaged)
+        if known is not None and known.generation in self._last:
+            of = [known.generation]
+        else:
+            of = list(self._last)
+        for generation in of:
+            place, at, record = self._last[generation]
+            if place.inode == journal.inode and isinstance(record, Record):
+                why = f"{journal.strange}, and the record may be outdated: drop the hold by force"
+                name = record.hold.name
+                record = Unreadable(why, record.hold.uid, generation, name)
+                self._last[generation] = place, at, record
 
     # Queues
 
@@ -119,7 +142,8 @@ class Found:
             self.dead[generation] = Dead(uid, fd, self._ended[generation])
         elif generation in self._last:
             self._add_hold(uid, fd, *self._last[generation])
-        elif self.hidden:
+        elif self.hidden or generation >= NAMELESS:
+            self.hidden = self.hidden or "a hold came from a slot that cannot be read"
             if not self.journals:
                 self.journals.append(Journal.create())
             self.places[generation] = Place(uid, fd, self.journals[0], -1)
@@ -178,6 +202,7 @@ class Found:
             if not isinstance(record, Record):
                 continue
             place = self.places[generation]
+            self.last_pidfd = max(self.last_pidfd, *record.roles.values(), 0)
             for role, number in record.roles.items():
                 found = every.pop((generation, number), None)
                 if found is not None:

@@ -169,7 +169,7 @@ class Keeper:
         """Make a change of a hold true."""
         parked = self._park(place, hold.generation, roles) if roles else NOBODY
         numbers = {role: number for role, (_, number) in parked.items() if role in roles}
-        place.at = place.journal.append(encode(hold, numbers, replies))
+        place.at = place.append(encode(hold, numbers, replies), self.journal)
         point("journal:record")
         place.parked = {role: parked[role] for role in numbers} or NOBODY
         if self._moves is None and self.journal.is_worn:
@@ -213,7 +213,7 @@ class Keeper:
     def _write_end(
         self, place: Place, generation: int, replies: Sequence[Reply], version: int
     ) -> None:
-        place.journal.append(encode_last(place.uid, generation, replies, version))
+        place.append(encode_last(place.uid, generation, replies, version), self.journal)
         point("journal:end")
 
     def _append(self, append: Callable[[], None]) -> None:

@@ -89,6 +89,8 @@ class Slot:
             close_all(pidfds.values())
             self._close_foreign()
             raise
+        finally:
+            unreadable = None  # with its traceback a cycle
         if ended:
             close_all(pidfds.values())
             return None, {}
