@@ -791,6 +791,28 @@ def test_a_shelf_that_is_written_anew_in_pieces_misses_nothing(
 
 
 @pytest.mark.usefixtures("nothing_leaks")
+def test_a_live_hold_that_ends_while_a_shelf_is_written_anew_can_still_be_let_go_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the next cprd, where this one is killed before a releaser has."""
+    monkeypatch.setattr(shelves, "A_RECORD", 1)
+    releasing = AtOnce()
+    monkeypatch.setattr(releasing, "drain", lambda uid, fd, *_: os.close(fd))  # not yet
+    desk = Desk(a_keeper(releasing))
+    desk.save("a", 1)
+    desk.save("b", 2)
+    kept = desk.keeper
+    kept.begin()
+    assert kept.fill()  # "a" alone
+    ended = Ended(desk.registry.top((1000, "b"))._replace(live=True), "end")
+    kept.write(Step(ended=(ended,)), -1, {})
+    kept.let_go((ended,))
+    while kept.fill():
+        pass
+    assert ended.hold.generation in queues_on(kept.shelf)
+    close(desk)
+
+
 def test_a_spare_that_is_stored_meanwhile_takes_over_before_a_shelf_that_is_not() -> None:
     """No shelf of the store is forgotten, and what was stored stays stored."""
     kept = a_keeper(managed=True)

@@ -280,13 +280,13 @@ class Keeper:
         journal.end_move(start)
 
     def _write_all(self, new: Shelf) -> Iterator[None]:
-        dying = [Queue(of, dead.uid, dead.bundle) for of, dead in self.dying.items()]
-        new.add_queues(dying)
         places = list(self.places.items())
         for at in range(0, len(places), A_RECORD):
             part = [(of, held) for of, held in places[at : at + A_RECORD] if of in self.places]
             self.add_places(new, part)
             yield
+        # Last: a live hold may have ended before its turn came.
+        new.add_queues([Queue(of, dead.uid, dead.bundle) for of, dead in self.dying.items()])
 
     def add_places(self, shelf: Shelf, places: Iterable[tuple[int, Place]]) -> None:
         pidfds: list[Pidfd] = []
