@@ -227,7 +227,7 @@ def let_go_of_live(bundle: int, deep: bool) -> None:
         for root in roots:
             let_go_of_root(root, deep)
             said = 0
-    if said:
+    if said:  # no root: was there no room for one, as there is none for two copies here?
         one = os.dup(bundle)
         try:
             os.close(os.dup(bundle))

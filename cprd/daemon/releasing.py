@@ -165,9 +165,8 @@ class Releasing:
         self._forker = forker or Forker()
         self._releasers: dict[int, Releaser] = {}
         self._by_socket: dict[int, int] = {}  # uid by descriptor
-        self.draining: set[int] = (
-            set()
-        )  # inodes of bundles and slots that are drained, or wait for that
+        # Inodes of bundles and slots that are drained, or wait for that.
+        self.draining: set[int] = set()
         self._after: dict[int, list[int]] = {}  # by uid; owned
         self._fences: dict[int, Answer] = {}  # open requests, by inode of the bundle
         self._epoll = select.epoll()

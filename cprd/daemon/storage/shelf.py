@@ -113,26 +113,23 @@ class Shelf:
         """Names of the outlet and the inlet in the store."""
         return f"{PREFIX_OF_NAMES}{self.number}.out", f"{PREFIX_OF_NAMES}{self.number}.in"
 
-    def add_queue(self, queue: Queue) -> None:
-        """As `add_queues`, a single queue."""
-        self._append(_head(QUEUES) + QUEUE.pack(queue.generation, queue.uid), (queue.fd,))
-        point("shelf:queues")
-
     def add_queues(self, queues: Sequence[Queue]) -> None:
         """Append queues; borrowed. Raises ShelfFull, LimitExceeded."""
-        for at in range(0, len(queues), A_RECORD):
-            part = queues[at : at + A_RECORD]
-            said = b"".join([QUEUE.pack(one.generation, one.uid) for one in part])
-            self._append(_head(QUEUES) + said, [one.fd for one in part])
-            point("shelf:queues")
+        self._append_all(QUEUES, QUEUE, queues, "shelf:queues")
 
     def add_pidfds(self, pidfds: Sequence[Pidfd]) -> None:
         """Append pidfds; borrowed. Raises ShelfFull, LimitExceeded."""
-        for at in range(0, len(pidfds), A_RECORD):
-            part = pidfds[at : at + A_RECORD]
-            said = b"".join([PIDFD.pack(one.generation, one.number) for one in part])
-            self._append(_head(PIDFDS) + said, [one.fd for one in part])
-            point("shelf:pidfds")
+        self._append_all(PIDFDS, PIDFD, pidfds, "shelf:pidfds")
+
+    def _append_all(
+        self, kind: bytes, form: struct.Struct, every: Sequence[Queue | Pidfd], name: str
+    ) -> None:
+        """Each descriptor behind its numbers, in messages of one kind."""
+        for at in range(0, len(every), A_RECORD):
+            part = every[at : at + A_RECORD]
+            said = b"".join([form.pack(*one[:2]) for one in part])
+            self._append(_head(kind) + said, [one.fd for one in part])
+            point(name)
 
     def complete(self, journals: Sequence[int], replaces: Sequence[int] = ()) -> None:
         """From here on this shelf counts with `journals` (borrowed), and the shelves of `replaces`

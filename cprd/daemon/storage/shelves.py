@@ -143,12 +143,11 @@ class Keeper:
             ) from None
         queue = Queue(hold.generation, hold.uid, place.bundle)
         try:
-            self._append(lambda: self.shelf.add_queue(queue))
+            self._append(lambda shelf: shelf.add_queues([queue]))
         except BaseException:
             place.close()
             raise
         self.places[hold.generation] = place
-        self._to_next(lambda shelf: shelf.add_queue(queue))
         return place
 
     def _unmake(self, hold: Hold) -> None:
@@ -186,8 +185,7 @@ class Keeper:
                 fresh.append(Pidfd(generation, self.last_pidfd, fd))
                 parked[role] = fd, self.last_pidfd
         if fresh:
-            self._append(lambda: self.shelf.add_pidfds(fresh))
-            self._to_next(lambda shelf: shelf.add_pidfds(fresh))
+            self._append(lambda shelf: shelf.add_pidfds(fresh))
         return parked
 
     @property
@@ -216,18 +214,24 @@ class Keeper:
         place.append(encode_last(place.uid, generation, replies, version), self.journal)
         point("journal:end")
 
-    def _append(self, append: Callable[[], None]) -> None:
-        """Append to the shelf; a full shelf is written anew first. Raises LimitExceeded."""
+    def _append(self, append: Callable[[Shelf], None]) -> None:
+        """Append to the shelf, and to the next one if that is being written; a full shelf is
+        written anew first. Raises LimitExceeded."""
         if _worn(self):
             self._wear()
         try:
-            append()
+            append(self.shelf)
         except ShelfFull:
             self.compact(must=True)
             try:
-                append()
+                append(self.shelf)
             except ShelfFull:
                 raise LimitExceeded(FULL) from None
+        try:
+            if self.next is not None:
+                append(self.next)
+        except (LimitExceeded, ShelfFull):
+            self.give_up()
 
     def _wear(self) -> None:
         try:
@@ -354,13 +358,6 @@ class Keeper:
             self.spare = None if self.spare is new else self.spare
             self.retire(new)
             self.wants_spare()
-
-    def _to_next(self, append: Callable[[Shelf], None]) -> None:
-        try:
-            if self.next is not None:
-                append(self.next)
-        except (LimitExceeded, ShelfFull):
-            self.give_up()
 
     def retire(self, old: Shelf) -> None:
         """Close a shelf; with a manager only after the store has let go of the shelf."""
