@@ -13,12 +13,12 @@ from __future__ import annotations
 import time
 from _socket import socket
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from cprd.client.awaiting import Claim, Connection, Daemon, LiveState, Loop, Prepared
 from cprd.client.claim import Saved
-from cprd.client.exchange import Answer, Common, Step
-from cprd.client.sockets import is_lost, open_socket, receive_now, send_now
+from cprd.client.exchange import Common, Step
 from cprd.errors import absent
 
 TYPE_CHECKING = False
@@ -31,6 +31,8 @@ except ModuleNotFoundError as error:
     raise ImportError(absent("trio", "cprd.trio")) from error
 
 __all__ = ["Claim", "Daemon", "LiveState", "Prepared", "Saved", "connect", "live"]
+
+T = TypeVar("T")
 
 
 class _Connection(Connection):
@@ -53,23 +55,27 @@ class _Connection(Connection):
     async def do(self, step: Step) -> Any:
         left = max(0.0, step.until - time.monotonic())
         with trio.CancelScope(deadline=trio.current_time() + left, shield=step.shielded):
-            if step.kind == "turn":
-                return await self._turn.acquire()
-            if step.kind == "connect":  # waits only while the backlog is full
-                return await trio.to_thread.run_sync(open_socket, self.path, left)
-            if step.kind == "ask":
-                await self._send(step.what[0])
-                return await self._receive(room=step.what[1])
-            if step.kind == "receive":
-                return await self._receive()
-            if step.kind == "watch":
-                return await self._watch()
-            if step.kind == "work":
-                return await trio.to_thread.run_sync(step.what)
-            await trio.sleep_forever()
+            return await super().do(step)
         if step.kind != "sleep":
             raise TimeoutError
         return None
+
+    async def take_turn(self, step: Step) -> None:
+        await self._turn.acquire()
+
+    async def ready(self, step: Step, *, to_write: bool = False) -> None:
+        wait = trio.lowlevel.wait_writable if to_write else trio.lowlevel.wait_readable
+        await wait(self.fileno())
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(work)
+
+    async def sleep(self, step: Step) -> None:
+        await trio.sleep_forever()
+
+    async def watch(self, step: Step) -> None:
+        with suppress(trio.ClosedResourceError):
+            await super().watch(step)
 
     def start(self, steps: Steps[None]) -> Callable[[], None]:
         """Drive `steps` in a task of the run itself, which ends with the run at the latest."""
@@ -81,30 +87,6 @@ class _Connection(Connection):
 
         trio.lowlevel.spawn_system_task(drive)
         return scope.cancel
-
-    async def _watch(self) -> None:
-        while self.sock is not None and not is_lost(self.sock):
-            try:
-                await trio.lowlevel.wait_readable(self.sock.fileno())
-            except trio.ClosedResourceError:
-                return
-
-    async def _send(self, data: bytes) -> None:
-        assert self.sock is not None
-        while True:
-            try:
-                return send_now(self.sock, data)
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self.sock.fileno())
-
-    async def _receive(self, *, room: bool = False) -> Answer:
-        assert self.sock is not None
-        while True:
-            await trio.lowlevel.wait_readable(self.sock.fileno())
-            try:
-                return receive_now(self.sock, room)
-            except BlockingIOError:
-                continue
 
 
 _loop = Loop(_Connection)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
-from cprd.asyncio.waits import finish, in_thread, ready
 from cprd.client.awaiting import Connection
-from cprd.client.exchange import Answer, Common, Step
-from cprd.client.sockets import is_lost, open_socket, receive_now, send_now
+from cprd.client.exchange import Common, Step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cprd.client.exchange import Steps
+
+T = TypeVar("T")
 
 _running: set[asyncio.Task[None]] = set()  # a loop alone does not keep tasks
 
@@ -39,26 +40,29 @@ class LoopConnection(Connection):
                 first.set_result(None)
             break
 
-    async def do(self, step: Step) -> Any:
-        if step.kind == "turn":
-            return await self._take_turn(step)
-        if step.kind == "connect":  # waits only while the backlog is full
-            left = max(0.0, step.until - time.monotonic())
-            return await in_thread(lambda: open_socket(self.path, left))
-        if step.kind == "ask":
-            await self._send(step, step.what[0])
-            return await self._receive(step, room=step.what[1])
-        if step.kind == "receive":
-            return await self._receive(step)
-        if step.kind == "watch":
-            return await self._watch(step)
-        if step.kind == "work":
-            return await in_thread(step.what)
-        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def ready(self, step: Step, *, to_write: bool = False) -> None:
+        loop, fd = asyncio.get_running_loop(), self.fileno()
+        event: asyncio.Future[None] = loop.create_future()
+
+        def note() -> None:
+            if not event.done():
+                event.set_result(None)
+
+        (loop.add_writer if to_write else loop.add_reader)(fd, note)
         try:
-            await finish(never, step.until, step.shielded)
-        except TimeoutError:
-            return None
+            await _finish(event, step.until, step.shielded)
+        finally:
+            (loop.remove_writer if to_write else loop.remove_reader)(fd)
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """The outcome is awaited in a cancelled task, too."""
+        doing = asyncio.get_running_loop().run_in_executor(None, work)
+        return await _finish(doing, float("inf"), True)
+
+    async def sleep(self, step: Step) -> None:
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with suppress(TimeoutError):
+            await _finish(never, step.until, step.shielded)
 
     def start(self, steps: Steps[None]) -> Callable[[], None]:
         """Drive `steps` in a task of the loop, which ends with the loop at the latest."""
@@ -73,40 +77,16 @@ class LoopConnection(Connection):
 
         return stop
 
-    async def _watch(self, step: Step) -> None:
-        loop = asyncio.get_running_loop()
-        while self.sock is not None and not is_lost(self.sock):
-            await ready(self.sock.fileno(), loop.add_reader, loop.remove_reader, step)
-
-    async def _take_turn(self, step: Step) -> None:
+    async def take_turn(self, step: Step) -> None:
         task, turn = _task(), asyncio.get_running_loop().create_future()
         self._turns[task] = turn
         if len(self._turns) == 1:
             return
         try:
-            await finish(turn, step.until, step.shielded)
+            await _finish(turn, step.until, step.shielded)
         except BaseException:
             self._leave_line(task)
             raise
-
-    async def _send(self, step: Step, data: bytes) -> None:
-        assert self.sock is not None
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                return send_now(self.sock, data)
-            except BlockingIOError:
-                await ready(self.sock.fileno(), loop.add_writer, loop.remove_writer, step)
-
-    async def _receive(self, step: Step, *, room: bool = False) -> Answer:
-        assert self.sock is not None
-        loop = asyncio.get_running_loop()
-        while True:
-            await ready(self.sock.fileno(), loop.add_reader, loop.remove_reader, step)
-            try:
-                return receive_now(self.sock, room)
-            except BlockingIOError:
-                continue
 
 
 def _task() -> asyncio.Task[Any] | None:
@@ -114,3 +94,29 @@ def _task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:  # garbage collection, after the end of the loop
         return None
+
+
+async def _finish(future: asyncio.Future[T], until: float, shielded: bool) -> T:
+    """The result of `future`, which an end without a result cancels. Raises TimeoutError.
+
+    A cancellation reaches a step that is not shielded at once. A shielded step goes on to the end;
+    then the task is cancelled again, at the next await of the caller or of a step that is not
+    shielded. Futures alone are awaited, never tasks: the end of a loop cancels all tasks."""
+    cancelled = False
+    try:
+        while not future.done():
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            try:
+                await asyncio.wait([future], timeout=None if left == float("inf") else left)
+            except asyncio.CancelledError:
+                if not shielded:
+                    raise
+                cancelled = True
+        return future.result()
+    finally:
+        future.cancel()
+        if cancelled and (task := asyncio.current_task()) is not None:
+            task.uncancel()  # the number of cancellations stays: asyncio.timeout() counts
+            task.cancel()

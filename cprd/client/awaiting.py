@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Generator
+from time import monotonic
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 from cprd.client import claim as claims
 from cprd.client import exchange, verbs
 from cprd.client import live as lives
 from cprd.client.claim import Saved
-from cprd.client.exchange import Common, Line, Step, run
+from cprd.client.exchange import Answer, Common, Line, Step, run
 from cprd.client.livestate import LiveVerbs
+from cprd.client.sockets import is_lost, open_socket, receive_now, send_now
 from cprd.protocol import messages
 from cprd.protocol.rows import IfExists, Row, Shown, Status
 from cprd.state import HasFileno, State
@@ -53,10 +55,60 @@ class Opening(Generic[B]):
 
 
 class Connection(Line):
-    """A line whose steps are awaited. A loop adds `do`, `take_turn_now` and `end_turn`."""
+    """A line whose steps are awaited. A loop adds the waits."""
+
+    async def take_turn(self, step: Step) -> None:
+        raise NotImplementedError
+
+    async def ready(self, step: Step, *, to_write: bool = False) -> None:
+        """Wait until the socket can be read, or written."""
+        raise NotImplementedError
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Call where blocking harms nobody."""
+        raise NotImplementedError
+
+    async def sleep(self, step: Step) -> None:
+        raise NotImplementedError
 
     async def do(self, step: Step) -> Any:
-        raise NotImplementedError
+        if step.kind == "turn":
+            return await self.take_turn(step)
+        if step.kind == "connect":  # waits only while the backlog is full
+            left = max(0.0, step.until - monotonic())
+            return await self.in_thread(lambda: open_socket(self.path, left))
+        if step.kind == "ask":
+            data, room = step.what
+            await self._send(step, data)
+            return await self._receive(step, room)
+        if step.kind == "receive":
+            return await self._receive(step)
+        if step.kind == "watch":
+            return await self.watch(step)
+        if step.kind == "work":
+            return await self.in_thread(step.what)
+        return await self.sleep(step)
+
+    async def watch(self, step: Step) -> None:
+        while self.sock is not None and not is_lost(self.sock):
+            await self.ready(step)
+
+    async def _send(self, step: Step, data: bytes) -> None:
+        assert self.sock is not None
+        while True:
+            try:
+                return send_now(self.sock, data)
+            except BlockingIOError:
+                await self.ready(step, to_write=True)
+
+    async def _receive(self, step: Step, room: bool = False) -> Answer:
+        assert self.sock is not None
+        while True:
+            await self.ready(step)
+            try:
+                return receive_now(self.sock, room)
+            except BlockingIOError:
+                continue
 
     async def run(self, verb: Verb[T]) -> T:
         return await self.drive(run(self, verb))
