@@ -332,6 +332,33 @@ def test_a_slot_that_is_not_whole_is_kept_over_each_start(
         releasing.collect()
 
 
+def test_slots_that_cannot_be_read_are_all_kept_whenever_they_come(held: int) -> None:
+    """As after an upgrade, a downgrade and another upgrade: none takes the place of another."""
+    releasing = Releasing()
+    pairs: dict[int, Pair] = {}
+    for number in (7, 9, 0):
+        if number:
+            slot = queue((HELD_RECORD, [held]), (b"?", []))
+            slots = (SHELF_SLOTS, [end.fileno() for end in slot])
+            pairs[number] = queue((SHELF_HEADER, []), slots, (SHELF_COMPLETE, []))
+            for end in slot:
+                end.close()
+        keeper = Keeper(releasing, lambda: 1020.0, Replies())
+        _, blind = keeper.adopt(pairs, frozenset(pairs))
+        assert "cannot be read" in blind
+        kept = [place.bundle for place in keeper.places.values()]
+        assert len(kept) == (1 if number == 7 else 2)
+        for fd in kept:
+            check(fd)
+        pairs = {one.number: (one.outlet.dup(), one.tx.dup()) for one in keeper.shelves()}
+        keeper.close()
+    close_all(end.detach() for ends in pairs.values() for end in ends)
+    deadline = time.monotonic() + PATIENCE
+    while releasing.blocked():
+        assert time.monotonic() < deadline, "not released"
+        releasing.collect()
+
+
 def test_a_held_hold_of_version_1_is_read() -> None:
     assert record.decode(HELD_RECORD) == (HELD_HOLD, (), [SAVED], ())
     assert record.decode(EARLY_RECORD) == (changed(HELD_HOLD, parked=0), (), [SAVED], ())

@@ -7,12 +7,13 @@ moment leaves the same legacy, or the new form of it.
 from __future__ import annotations
 
 import os
+from itertools import count, filterfalse
 from typing import TYPE_CHECKING
 
 from cprd.daemon import log
 from cprd.daemon.storage.journal import Place
 from cprd.daemon.storage.record import encode, reply_records
-from cprd.daemon.storage.recover import Found, Lying
+from cprd.daemon.storage.recover import NAMELESS, Found, Lying
 from cprd.daemon.storage.shelf import ShelfFull
 from cprd.errors import LimitExceeded
 from cprd.linux.rights import scm_fds
@@ -21,8 +22,6 @@ from cprd.protocol.lifecycle import UNREADABLE
 if TYPE_CHECKING:
     from cprd.daemon.storage.shelves import Keeper
     from cprd.daemon.storage.slot import Slot
-
-_NAMELESS = (1 << 64) - 1  # generations, downwards, where none can be read
 
 
 def take_over(keeper: Keeper, found: Found) -> None:
@@ -65,8 +64,9 @@ def _take_slots(keeper: Keeper, found: Found) -> list[Lying]:
     """Write the holds of living slots into the journal; no shelf leads from there to the bundles
     yet. Returns the slots."""
     slots = [lying for on_one in found.slots.values() for lying in on_one]
-    for number, (slot, hold, pidfds) in enumerate(slots):
-        generation = _NAMELESS - number if hold is None else hold.generation
+    nameless = filterfalse(keeper.places.__contains__, count(NAMELESS))
+    for slot, hold, pidfds in slots:
+        generation = next(nameless) if hold is None else hold.generation
         place = Place(slot.uid, slot.bundle(), keeper.journal, -1)
         keeper.places[generation] = place
         if hold is None or hold.phase == UNREADABLE:
