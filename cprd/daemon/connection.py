@@ -49,10 +49,6 @@ class Intruding(ProtocolError):
     """Descriptors came with a message, which stays unread: the connection ends."""
 
 
-class Request(NamedTuple):
-    message: messages.Message
-
-
 Came = bytes | Intruding
 
 
@@ -115,14 +111,14 @@ class Connection:
         self.idle_since = time.monotonic()
         return data
 
-    def read(self, came: Came, parse: Callable[[bytes], messages.Message]) -> Request:
+    def read(self, came: Came, parse: Callable[[bytes], messages.Message]) -> messages.Message:
         """The request in what came. Raises ProtocolError."""
         self.id = None
         if isinstance(came, Intruding):
             raise came
         message = parse(came)
         self.id = message.pop("id")
-        return Request(message)
+        return message
 
     def _take(self) -> bytes:
         """One message. Raises Intruding, OSError."""

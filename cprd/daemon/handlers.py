@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cprd.bundle import inspect
 from cprd.daemon.clock import now
-from cprd.daemon.connection import Connection, Request
+from cprd.daemon.connection import Connection
 from cprd.daemon.storage.shelves import NOT_STORED
 from cprd.daemon.waiters import Waiter
 from cprd.errors import (
@@ -31,19 +31,20 @@ from cprd.protocol.registry import Caller, Offer, Registry, Step, Ticket
 
 if TYPE_CHECKING:
     from cprd.daemon.server import Server
+    from cprd.protocol.messages import Message
 
-    Handler = Callable[[Server, Connection, Request], Awaitable[None]]
+    Handler = Callable[[Server, Connection, Message], Awaitable[None]]
 
 
-def key_of(connection: Connection, message: messages.Message) -> Key:
+def key_of(connection: Connection, message: Message) -> Key:
     return key_for(message["name"], connection.peer.uid)
 
 
-def ticket_of(connection: Connection, message: messages.Message) -> Ticket:
+def ticket_of(connection: Connection, message: Message) -> Ticket:
     return Ticket(key_of(connection, message), message["generation"], message["token"])
 
 
-def caller_of(connection: Connection, message: messages.Message, *identity: int) -> Caller:
+def caller_of(connection: Connection, message: Message, *identity: int) -> Caller:
     """Who asks. `identity`: what cprd sees of a request beyond the fields."""
     uid, pid = connection.peer
     nonce = message.get("nonce", b"")
@@ -57,9 +58,7 @@ def caller_of(connection: Connection, message: messages.Message, *identity: int)
 class Offered:
     """The bundle that a request speaks of, and perhaps a pidfd. Owns `bundle` and `roles`."""
 
-    def __init__(
-        self, connection: Connection, message: messages.Message, *, live: bool = False
-    ) -> None:
+    def __init__(self, connection: Connection, message: Message, *, live: bool = False) -> None:
         """Take, seal and check the bundle; `live`: the root of a live hold, whose owner the peer
         is. Raises ProtocolError, Damaged, InvalidInput, LimitExceeded."""
         self.connection = connection
@@ -75,17 +74,17 @@ class Offered:
             self.close()
             raise
 
-    def _root(self, message: messages.Message) -> Offer:
+    def _root(self, message: Message) -> Offer:
         parked = inspect.check(self.bundle, 1)
         self.roles["owner"] = os.dup(self.connection.pidfd)
         return Offer(0, 0, parked, message.get("ttl"), live=True)
 
-    def _state(self, message: messages.Message) -> Offer:
+    def _state(self, message: Message) -> Offer:
         parked = self._check(message)
         pid = self._predecessor(message)
         return Offer(message["fds"], message["bytes"], parked, message["ttl"], pid)
 
-    def _check(self, message: messages.Message) -> int:
+    def _check(self, message: Message) -> int:
         """How many descriptors are parked in the root. Raises Damaged."""
         parked = inspect.check(self.bundle, message["parked"])
         most = parked * SCM_MAX_FD ** message["depth"] - 1  # one is the manifest
@@ -97,7 +96,7 @@ class Offered:
             )
         return parked
 
-    def _predecessor(self, message: messages.Message) -> int:
+    def _predecessor(self, message: Message) -> int:
         """The pid that must end before a load, with a pidfd in `roles`; -1: none."""
         how, connection = message["after_exit"], self.connection
         if how == "no":
@@ -146,7 +145,7 @@ def check_owner(connection: Connection) -> None:
         )
 
 
-def _open_process(connection: Connection, message: messages.Message, field: str) -> int:
+def _open_process(connection: Connection, message: Message, field: str) -> int:
     """A pidfd of the process that a request names, owned by the caller; -1 when it has ended.
     Raises InvalidInput, LimitExceeded."""
     pid = message["pid"]
@@ -160,18 +159,18 @@ def _open_process(connection: Connection, message: messages.Message, field: str)
     return processes.open_identity(pid, message["inode"])
 
 
-def said(answer: messages.Message) -> messages.Message:
+def said(answer: Message) -> Message:
     """An answer without the tokens that are none."""
     return {field: value for field, value in answer.items() if value != b""}
 
 
-async def queue(server: Server, connection: Connection, request: Request) -> None:
+async def queue(server: Server, connection: Connection, message: Message) -> None:
     """Hand out the sending end of a new queue, for the next save."""
-    del server, request
+    del server, message
     await _hand_out(connection, messages.ok(), connection.queue())
 
 
-async def _hand_out(connection: Connection, answer: messages.Message, inlet: int) -> None:
+async def _hand_out(connection: Connection, answer: Message, inlet: int) -> None:
     """Answer with the sending end of a queue, owned from now on."""
     try:
         await connection.answer(answer, (inlet,))
@@ -179,9 +178,7 @@ async def _hand_out(connection: Connection, answer: messages.Message, inlet: int
         os.close(inlet)
 
 
-async def _answer_saved(
-    connection: Connection, message: messages.Message, answer: messages.Message
-) -> None:
+async def _answer_saved(connection: Connection, message: Message, answer: Message) -> None:
     """Answer, with the queue for the next save where that was asked for."""
     inlet = connection.next_queue() if message["queue"] else None
     if inlet is None:
@@ -190,9 +187,8 @@ async def _answer_saved(
         await _hand_out(connection, answer, inlet)
 
 
-async def save(server: Server, connection: Connection, request: Request) -> None:
+async def save(server: Server, connection: Connection, message: Message) -> None:
     """save and prepare."""
-    message = request.message
     prepare = message["verb"] == "prepare"
     key = key_of(connection, message)
     needs_store = message["require"] == "store"
@@ -221,13 +217,11 @@ async def save(server: Server, connection: Connection, request: Request) -> None
     await _answer_saved(connection, message, answer)
 
 
-async def commit(server: Server, connection: Connection, request: Request) -> None:
+async def commit(server: Server, connection: Connection, message: Message) -> None:
     """commit and abort."""
-    message = request.message
     verb = server.registry.commit if message["verb"] == "commit" else server.registry.abort
     step = verb(caller_of(connection, message), ticket_of(connection, message))
-    if step.changes:
-        server.steps.perform(step)
+    server.steps.perform(step)
     connection.prepared.discard(message["generation"])
     await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
 
@@ -236,7 +230,7 @@ async def commit(server: Server, connection: Connection, request: Request) -> No
 
 
 def _claim(
-    server: Server, connection: Connection, message: messages.Message, key: Key, caller: Caller
+    server: Server, connection: Connection, message: Message, key: Key, caller: Caller
 ) -> Step:
     step = server.registry.load(
         caller,
@@ -274,8 +268,7 @@ def claim(
     return step
 
 
-async def load(server: Server, connection: Connection, request: Request) -> None:
-    message = request.message
+async def load(server: Server, connection: Connection, message: Message) -> None:
     key = key_of(connection, message)
     await wait_for_turn(
         server, connection, message, partial(_claim, server, connection, message, key)
@@ -285,7 +278,7 @@ async def load(server: Server, connection: Connection, request: Request) -> None
 async def wait_for_turn(
     server: Server,
     connection: Connection,
-    message: messages.Message,
+    message: Message,
     claim_as: Callable[[Caller], Step],
 ) -> None:
     """Claim, now or when it is this request's turn, and answer with the bundle."""
@@ -339,12 +332,12 @@ def _tell_claim(server: Server, connection: Connection, step: Step) -> bool:
     return connection.answer_now(_claimed(server, step), (bundle,))
 
 
-def _claimed(server: Server, step: Step) -> messages.Message:
+def _claimed(server: Server, step: Step) -> Message:
     return messages.ok(**step.answer, kept=server.keeper.kept)
 
 
 async def answer_with_bundle(
-    server: Server, connection: Connection, hold: Hold, message: messages.Message
+    server: Server, connection: Connection, hold: Hold, message: Message
 ) -> None:
     """Answer, with a copy of the bundle."""
     bundle = server.keeper.bundle(hold.generation)
@@ -357,9 +350,9 @@ async def answer_with_bundle(
         server.releasing.close(hold.uid, [fd])
 
 
-async def wait(server: Server, connection: Connection, request: Request) -> None:
+async def wait(server: Server, connection: Connection, message: Message) -> None:
     """Wait until a load gets the hold; nothing is claimed."""
-    key = key_of(connection, request.message)
+    key = key_of(connection, message)
     server.steps.refresh(key)
 
     def look() -> Hold:
@@ -368,7 +361,7 @@ async def wait(server: Server, connection: Connection, request: Request) -> None
     try:
         hold = look()
     except (NotHeld, Busy):
-        timeout = request.message["timeout"]
+        timeout = message["timeout"]
         found = await server.steps.waiters.wait(connection, key, Waiter(look), timeout)
         if found is None:
             server.steps.refresh(key)
@@ -380,29 +373,26 @@ async def wait(server: Server, connection: Connection, request: Request) -> None
 # With a claim
 
 
-def _adopt_claim(server: Server, connection: Connection, message: messages.Message) -> None:
+def _adopt_claim(server: Server, connection: Connection, message: Message) -> None:
     """A claim hangs on the connection that last spoke for the claim."""
     hold = server.registry.get(message["generation"])
     if hold is not None and hold.token == message["token"]:
         server.steps.own_claim(connection, hold.generation, hold.token)
 
 
-async def renew(server: Server, connection: Connection, request: Request) -> None:
-    message = request.message
+async def renew(server: Server, connection: Connection, message: Message) -> None:
     lease = message["lease"]
     step = server.registry.renew(
         caller_of(connection, message),
         ticket_of(connection, message),
         None if lease is None else min(lease, server.config.lease),
     )
-    if step.changes:
-        server.steps.perform(step)
+    server.steps.perform(step)
     _adopt_claim(server, connection, message)
     await connection.answer(messages.ok(**step.answer))
 
 
-async def begin(server: Server, connection: Connection, request: Request) -> None:
-    message = request.message
+async def begin(server: Server, connection: Connection, message: Message) -> None:
     acting = message["pid"]
     roles: dict[str, int] = {}
     if acting:
@@ -422,10 +412,9 @@ async def begin(server: Server, connection: Connection, request: Request) -> Non
     await connection.answer(messages.ok(kept=server.keeper.kept))
 
 
-async def ended(server: Server, connection: Connection, request: Request) -> None:
+async def ended(server: Server, connection: Connection, message: Message) -> None:
     """A client whose kernel has no inodes for processes saw the process of its after_exit or begin
     end, and cprd may watch another, of the same pid."""
-    message = request.message
     key = key_of(connection, message)
     hold = server.registry.get(message["generation"])
     if hold is not None and hold.key == key:
@@ -433,19 +422,17 @@ async def ended(server: Server, connection: Connection, request: Request) -> Non
     await connection.answer(messages.ok())
 
 
-async def confirm(server: Server, connection: Connection, request: Request) -> None:
-    message = request.message
+async def confirm(server: Server, connection: Connection, message: Message) -> None:
     ticket = ticket_of(connection, message)
     step = server.registry.confirm(caller_of(connection, message), ticket)
-    if step.changes:
-        server.steps.perform(step)
+    server.steps.perform(step)
     _confirmed(connection, ticket)
     await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
 
 
-async def confirm_next(server: Server, connection: Connection, request: Request) -> None:
-    ticket = ticket_of(connection, request.message)
-    offered = Offered(connection, request.message, live=request.message["live"])
+async def confirm_next(server: Server, connection: Connection, message: Message) -> None:
+    ticket = ticket_of(connection, message)
+    offered = Offered(connection, message, live=message["live"])
     try:
         confirm = living.confirm_next if offered.offer.live else Registry.confirm_next
         step = confirm(server.registry, offered.caller, ticket, offered.offer)
@@ -456,7 +443,7 @@ async def confirm_next(server: Server, connection: Connection, request: Request)
         server.steps.own_claim(connection, step.answer["generation"], step.answer["token"])
     _confirmed(connection, ticket)
     answer = messages.ok(**said(step.answer), kept=server.keeper.kept)
-    await _answer_saved(connection, request.message, answer)
+    await _answer_saved(connection, message, answer)
 
 
 def _confirmed(connection: Connection, ticket: Ticket) -> None:
@@ -464,8 +451,7 @@ def _confirmed(connection: Connection, ticket: Ticket) -> None:
     point("daemon:confirmed")
 
 
-async def reject(server: Server, connection: Connection, request: Request) -> None:
-    message = request.message
+async def reject(server: Server, connection: Connection, message: Message) -> None:
     ticket = ticket_of(connection, message)
     caller = caller_of(connection, message)
     step = server.registry.reject(
@@ -475,8 +461,7 @@ async def reject(server: Server, connection: Connection, request: Request) -> No
         damaged=message["damaged"],
         attempt=message["attempt"],
     )
-    if step.changes:
-        server.steps.perform(step)
+    server.steps.perform(step)
     connection.claims.discard((ticket.generation, ticket.token))
     await connection.answer(messages.ok(kept=server.keeper.kept))
 

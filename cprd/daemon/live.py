@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cprd.daemon.connection import Connection, Request
+from cprd.daemon.connection import Connection
 from cprd.daemon.handlers import (
     Offered,
     caller_of,
@@ -26,11 +26,11 @@ from cprd.protocol.registry import Caller, Offer, Step
 if TYPE_CHECKING:
     from cprd.daemon.handlers import Handler
     from cprd.daemon.server import Server
+    from cprd.protocol.messages import Message
 
 
-async def live(server: Server, connection: Connection, request: Request) -> None:
+async def live(server: Server, connection: Connection, message: Message) -> None:
     """Begin a live hold, where no record bears the name; otherwise a load."""
-    message = request.message
     key = key_of(connection, message)
     check_owner(connection)
     take = partial(_begin_or_load, server, connection, message, key)
@@ -38,7 +38,7 @@ async def live(server: Server, connection: Connection, request: Request) -> None
 
 
 def _begin_or_load(
-    server: Server, connection: Connection, message: messages.Message, key: Key, caller: Caller
+    server: Server, connection: Connection, message: Message, key: Key, caller: Caller
 ) -> Step:
     offer = Offer(0, 0, 1, message["ttl"], live=True)
     step = living.begin_or_load(
@@ -63,9 +63,8 @@ def _begin_or_load(
     return step
 
 
-async def put_back(server: Server, connection: Connection, request: Request) -> None:
+async def put_back(server: Server, connection: Connection, message: Message) -> None:
     """The owner brings the root again, which ended with a cprd that held in memory only."""
-    message = request.message
     offered = Offered(connection, message, live=True)
     try:
         step = living.put_back(
@@ -80,14 +79,12 @@ async def put_back(server: Server, connection: Connection, request: Request) -> 
     await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
 
 
-async def end(server: Server, connection: Connection, request: Request) -> None:
+async def end(server: Server, connection: Connection, message: Message) -> None:
     """The owner owns no more: the hold is gone, or for the next owner."""
-    message = request.message
     ticket = ticket_of(connection, message)
     caller = caller_of(connection, message)
     step = living.end(server.registry, caller, ticket, keep=message["keep"])
-    if step.changes:
-        server.steps.perform(step)
+    server.steps.perform(step)
     connection.claims.discard((ticket.generation, ticket.token))
     await connection.answer(messages.ok(kept=server.keeper.kept))
 

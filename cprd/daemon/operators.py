@@ -9,7 +9,7 @@ import trio
 
 from cprd.daemon import log
 from cprd.daemon.clock import now
-from cprd.daemon.connection import Connection, Request
+from cprd.daemon.connection import Connection
 from cprd.daemon.handlers import answer_with_bundle, caller_of, key_of
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from cprd.daemon.handlers import Handler
     from cprd.daemon.server import Server
+    from cprd.protocol.messages import Message
 
 FENCED = 10.0  # s that a releaser may take to fence an owner
 MOST_UIDS = 200  # in one answer to status
@@ -51,9 +52,8 @@ async def _fence(server: Server, connection: Connection, hold: Hold) -> None:
     point("daemon:fenced")
 
 
-async def drop(server: Server, connection: Connection, request: Request) -> None:
+async def drop(server: Server, connection: Connection, message: Message) -> None:
     """drop and release."""
-    message = request.message
     key = key_of(connection, message)
     server.steps.refresh(key)
     verb = server.registry.drop if message["verb"] == "drop" else server.registry.release
@@ -64,18 +64,17 @@ async def drop(server: Server, connection: Connection, request: Request) -> None
         await _fence(server, connection, owned)
         fenced = owned
         step = verb(caller, key, force=message["force"])  # what is true by now
-    if step.changes:
-        server.steps.perform(step)
+    server.steps.perform(step)
     await connection.answer(messages.ok(**step.answer, kept=server.keeper.kept))
 
 
-async def list_holds(server: Server, connection: Connection, request: Request) -> None:
+async def list_holds(server: Server, connection: Connection, message: Message) -> None:
     """A page of rows by generation, after generation `after`; `more` says where to go on."""
     while not server.steps.pidfds.collect():
         await connection.apart()
         await trio.lowlevel.checkpoint()
-    after = request.message["after"]
-    rows: list[messages.Message] = []
+    after = message["after"]
+    rows: list[Message] = []
     size = 0
     more = None
     at = now()
@@ -89,9 +88,9 @@ async def list_holds(server: Server, connection: Connection, request: Request) -
     await connection.answer(messages.ok(holds=rows, more=more))
 
 
-async def show(server: Server, connection: Connection, request: Request) -> None:
+async def show(server: Server, connection: Connection, message: Message) -> None:
     """The row of one hold, and a copy of the bundle to peek into."""
-    key = key_of(connection, request.message)
+    key = key_of(connection, message)
     server.steps.refresh(key)
     hold = server.registry.top(key)
     answer = messages.ok(hold=messages.without_none(hold.row(now())))
@@ -101,11 +100,11 @@ async def show(server: Server, connection: Connection, request: Request) -> None
     await answer_with_bundle(server, connection, hold, answer)
 
 
-async def status(server: Server, connection: Connection, request: Request) -> None:
+async def status(server: Server, connection: Connection, message: Message) -> None:
     """Facts about this daemon. While a new version starts, the answer waits for that version.
 
     (The last line of the unit's reload asks.)"""
-    del request
+    del message
     reloading = server.reloading
     if reloading is not None:
         await connection.apart()

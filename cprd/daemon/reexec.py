@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 OWN_LISTENER = "cprd-own-listener"
 LOCAL = "local."  # before the names of shelves that no store has
 ONCE = "once."  # of those that a store had once, and may have still
-CLOSING = "c."  # and a uid: a file that is still to be closed, and can block then
-DRAINING = "d."  # and a uid: a bundle or slot that is still to be drained
-SENT = "s."  # the same, and the releaser has it
 RELEASER = "r."  # and a uid, and the number of messages without an acknowledgement
+FILES = {"c.": "closing", "d.": "draining", "s.": "sent"}  # and a uid; the fields of Passed
 MOST_PASSED = 5000  # names of more than that do not fit one variable
 CHECK = 60.0  # s that --check of a new version may take
 
@@ -40,8 +38,8 @@ class Passed(NamedTuple):
     """What is still to be let go of (releasing.py). All descriptors are owned."""
 
     releasers: list[tuple[int, int, int]]  # uid, messages without an acknowledgement, socket
-    closing: list[tuple[int, int]]  # uid, descriptor
-    draining: list[tuple[int, int]]  # the same, not sent yet
+    closing: list[tuple[int, int]]  # uid, file that can block when it is closed
+    draining: list[tuple[int, int]]  # uid, bundle or slot that is still to be drained, not sent yet
     sent: list[tuple[int, int]]  # the same, with the releaser
 
 
@@ -111,12 +109,8 @@ def _add_passed(passed: Passed, name: str, fd: int) -> bool:
     if not all(number.isdigit() for number in numbers):
         return False
     uid = int(numbers[0])
-    if kind == CLOSING and len(numbers) == 1:
-        passed.closing.append((uid, fd))
-    elif kind == DRAINING and len(numbers) == 1:
-        passed.draining.append((uid, fd))
-    elif kind == SENT and len(numbers) == 1:
-        passed.sent.append((uid, fd))
+    if kind in FILES and len(numbers) == 1:
+        getattr(passed, FILES[kind]).append((uid, fd))
     elif kind == RELEASER and len(numbers) == 2:
         passed.releasers.append((uid, int(numbers[1]), fd))
     else:
@@ -183,9 +177,8 @@ def become_new(shelves: list[Shelf], given: Given) -> NoReturn:
             mark = "" if shelf.durable else ONCE if shelf.was_durable else LOCAL
             named.append((mark + name, end.fileno()))
     passed = [(f"{RELEASER}{uid}.{sent}", fd) for uid, sent, fd in given.passed.releasers]
-    passed += [(f"{CLOSING}{uid}", fd) for uid, fd in given.passed.closing]
-    passed += [(f"{DRAINING}{uid}", fd) for uid, fd in given.passed.draining]
-    passed += [(f"{SENT}{uid}", fd) for uid, fd in given.passed.sent]
+    for mark, field in FILES.items():
+        passed += [(f"{mark}{uid}", fd) for uid, fd in getattr(given.passed, field)]
     named += passed[:MOST_PASSED]
     log.event("re-executing", pid=os.getpid())
     listen_fds.pass_on(named, os.environ)

@@ -67,7 +67,9 @@ class Running:
             async with trio.open_nursery() as nursery:
                 if self.store is not None:
                     nursery.start_soon(tend, "store", self.store.tend)
-                    await self._await_store(self.store)
+                    if self.keeper.kept != "store":  # so that the first client's holds are
+                        with trio.move_on_after(FIRST_ANSWER):
+                            await self.store.asked.wait()
                 nursery.start_soon(tend, "releasing", self.releasing.tend)
                 nursery.start_soon(self.daemon.serve, *(sock for _, sock in self.given.listeners))
                 self._log_ready()
@@ -92,12 +94,6 @@ class Running:
         self.keeper.close()
         if until_closed is not None:
             until_closed.close()
-
-    async def _await_store(self, store: Store) -> None:
-        """Give the manager a moment: then the first client finds holds kept in the store."""
-        if self.keeper.kept != "store":
-            with trio.move_on_after(FIRST_ANSWER):
-                await store.asked.wait()
 
     def _log_ready(self) -> None:
         own = self.given.own

@@ -19,7 +19,7 @@ import trio
 from cprd.daemon import handlers, live, log, operators
 from cprd.daemon.clock import now
 from cprd.daemon.config import Config
-from cprd.daemon.connection import Came, Connection, Peer, Request
+from cprd.daemon.connection import Came, Connection, Peer
 from cprd.daemon.releasing import Releasing
 from cprd.daemon.room import Room
 from cprd.daemon.steps import Roles, Steps
@@ -335,8 +335,9 @@ class Server:
     async def _greet(self, connection: Connection, came: Came) -> bool:
         """Answer hello. False: the end of the connection."""
         try:
-            request = connection.read(came, messages.read_first)
-            _check_hello(request)
+            message = connection.read(came, messages.read_first)
+            if message["verb"] != "hello":
+                raise ProtocolError("the first message is hello")
         except CprdError as error:
             await self._refuse(connection, "hello", error)
             return False
@@ -345,7 +346,7 @@ class Server:
             lease_by.remove("process")
         await connection.answer(
             messages.ok(
-                version=request.message["version"],  # which is spoken from here on
+                version=message["version"],  # which is spoken from here on
                 server=self.version,
                 uid=connection.peer.uid,
                 pid=connection.peer.pid,
@@ -365,22 +366,22 @@ class Server:
     async def _serve_request(self, connection: Connection, came: Came) -> bool | None:
         """One request and the answer. False: the end of the connection."""
         try:
-            request = connection.read(came, messages.read_request)
+            message = connection.read(came, messages.read_request)
         except ProtocolError as error:
             await self._refuse(connection, "?", error)
             return None if isinstance(error, messages.BadRequest) else False  # noise comes next
         if connection.nonce:  # whoever asks again has read the answer before
             self.registry.replies.arrived(connection.peer.uid, connection.nonce)
-        connection.nonce = request.message.get("nonce", b"")
-        await self._handle(connection, request)
+        connection.nonce = message.get("nonce", b"")
+        await self._handle(connection, message)
         return None
 
-    async def _handle(self, connection: Connection, request: Request) -> None:
-        verb = request.message["verb"]
+    async def _handle(self, connection: Connection, message: messages.Message) -> None:
+        verb = message["verb"]
         try:
             if verb not in HANDLERS:
                 raise ProtocolError("hello was said already")
-            await HANDLERS[verb](self, connection, request)
+            await HANDLERS[verb](self, connection, message)
         except CprdError as error:
             await self._refuse(connection, verb, error)
         except OSError as error:
@@ -414,12 +415,6 @@ def _foreign(uid: int, *, known: bool) -> str:
         " namespace without a mapping in cprd's (/proc of the process is hidden: ProtectProc= of"
         " cprd.service): connect as another user"
     )
-
-
-def _check_hello(request: Request) -> None:
-    """Raises ProtocolError."""
-    if request.message["verb"] != "hello":
-        raise ProtocolError("the first message is hello")
 
 
 def raise_nofile() -> int:

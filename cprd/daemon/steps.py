@@ -127,10 +127,15 @@ class Steps:
         require_store: bool = False,
         taken_over: bool = False,
     ) -> None:
-        """Write a step down, then make the step true. Raises LimitExceeded; nothing changed then.
+        """Write a step down, then make the step true; nothing for a step that changes nothing.
+        Raises LimitExceeded; nothing changed then.
 
         `bundle_fd` is borrowed. `pidfds` (new only, by generation and role) are owned from now
         on, whatever comes of the step. `taken_over`: the claimant is to be the owner."""
+        if not step.changes:
+            for unused in (pidfds or {}).values():
+                close_all(unused.values())
+            return
         added = {of: self._news(of, roles) for of, roles in (pidfds or {}).items()}
         known: dict[int, Roles] = {}
         wanted: dict[int, Roles] = {}
@@ -172,8 +177,6 @@ class Steps:
 
         Where the step cannot be written down, the step is true all the same, and found again from
         the pidfds at the next start."""
-        if not step.changes:
-            return
         try:
             self.perform(step)
         except (CprdError, OSError) as error:
