@@ -31,11 +31,10 @@ from cprd.bundle.layout import (
 from cprd.errors import LimitExceeded
 from cprd.linux.memfd import mapping, missing_seals
 from cprd.linux.nofile import ADVICE
-from cprd.linux.rights import SCM_MAX_FD, SO_PEEK_OFF, close_all, queued, receive
+from cprd.linux.rights import SCM_MAX_FD, SO_PEEK_OFF, close_all, peek, queued
 
 MOST = 200  # faults that are said
 LONGEST = 1 << 16  # bytes of a message that are looked at
-_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _SO_DOMAIN = 39
 
 
@@ -135,10 +134,7 @@ class _Look:
                 self.faults.add(f"{where}: not a SEQPACKET socket of AF_UNIX")
                 return None
             sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
-            try:
-                data, fds, flags = receive(sock, LONGEST, _PEEK)
-            except ConnectionResetError:
-                data, fds, flags = receive(sock, LONGEST, _PEEK)
+            data, fds, flags = peek(sock, LONGEST)
             self._look_at_queue(sock, where, len(data))
         except BlockingIOError:
             self.faults.add(f"{where}: nothing is queued")

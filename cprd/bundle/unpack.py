@@ -16,7 +16,7 @@ from cprd.errors import Damaged, LimitExceeded
 from cprd.linux.memfd import mapping, missing_seals
 from cprd.linux.nofile import ADVICE, limits
 from cprd.linux.pause import point
-from cprd.linux.rights import SO_PEEK_OFF, close_all, queued, receive
+from cprd.linux.rights import SO_PEEK_OFF, close_all, peek, queued
 from cprd.state import InlineSection, MemfdSection, State
 from cprd.state.descriptors import tail
 
@@ -55,7 +55,7 @@ def _peek(sock: socket.SocketType, depth: int, index: int, carried: array[int]) 
     another socket afterwards."""
     try:
         sock.setsockopt(_SOL_SOCKET, SO_PEEK_OFF, -1)
-        data, fds, flags = _receive(sock)
+        data, fds, flags = peek(sock, HEADER.size + 1)
         waiting = queued(sock)
     except OSError as error:
         raise _unread("a part of the bundle cannot be read", error) from None
@@ -91,13 +91,6 @@ def _peek(sock: socket.SocketType, depth: int, index: int, carried: array[int]) 
             )
     finally:
         close_all(fds)
-
-
-def _receive(sock: socket.SocketType) -> tuple[bytes, array[int], int]:
-    try:
-        return receive(sock, HEADER.size + 1, _PEEK)
-    except ConnectionResetError:  # said once when its sender left something unread
-        return receive(sock, HEADER.size + 1, _PEEK)
 
 
 def _room_for(root: Header) -> None:

@@ -12,6 +12,7 @@ import os
 import pwd
 
 from cprd.errors import Denied, InvalidInput
+from cprd.linux import proc
 
 NOBODY = (1 << 32) - 1  # (uid_t)-1, which is no uid
 
@@ -114,11 +115,5 @@ def _groups(uid: int) -> tuple[int, list[int]]:
 
 
 def _has_capabilities() -> bool:
-    try:
-        with open("/proc/self/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"CapEff:"):
-                    return int(line[7:], 16) != 0
-    except OSError:
-        pass
-    return True  # as far as anybody can tell
+    said = (line for line in proc.lines("self", "status") if line.startswith("CapEff:"))
+    return next((int(line[7:], 16) != 0 for line in said), True)  # True: nobody can tell

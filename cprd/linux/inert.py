@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import select
 import socket
-import stat
+
+from cprd.linux import proc
 
 _EPOLL = "anon_inode:[eventpoll]"
 
@@ -22,7 +23,8 @@ def silence(inodes: set[int]) -> list[int]:
 
     A thread that sleeps in a system call on such a socket goes on with the old file. Does not
     block. Raises OSError (EMFILE) before anything was changed."""
-    found = [fd for fd in _numbers() if _inode(fd) in inodes]
+    links = {f"socket:[{inode}]" for inode in inodes}
+    found = [fd for fd, link in proc.files("self") if link in links]
     if not found:
         return []
     inert, other = socket.socketpair()
@@ -37,28 +39,15 @@ def silence(inodes: set[int]) -> list[int]:
     return found
 
 
-def _numbers() -> list[int]:
-    return [int(name) for name in os.listdir("/proc/self/fd")]
-
-
-def _inode(fd: int) -> int:
-    """Of a socket; -1 for anything else."""
-    try:
-        found = os.fstat(fd)
-    except OSError:
-        return -1
-    return found.st_ino if stat.S_ISSOCK(found.st_mode) else -1
-
-
 def _forget(fds: set[int]) -> None:
     """A set goes on reporting a file that is still open elsewhere, by a number that means another
     file by then."""
-    for number in _numbers():
+    for number, link in proc.files("self"):
+        if link != _EPOLL:
+            continue
+        info = proc.lines("self", f"fdinfo/{number}")
+        watched = [int(line.split()[1]) for line in info if line.startswith("tfd:")]
         try:
-            if os.readlink(f"/proc/self/fd/{number}") != _EPOLL:
-                continue
-            with open(f"/proc/self/fdinfo/{number}") as info:
-                watched = [int(line.split()[1]) for line in info if line.startswith("tfd:")]
             with select.epoll.fromfd(os.dup(number)) as epoll:
                 for fd in fds.intersection(watched):
                     epoll.unregister(fd)

@@ -17,6 +17,8 @@ import select
 import struct
 import time
 
+from cprd.linux import proc
+
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     import signal
@@ -187,14 +189,8 @@ def is_ready(fd: int, events: int = 0) -> bool:
 def effective_uid(pid: int) -> int:
     """The effective uid of a process; -1 when nobody can say. (The owner of /proc/PID is root for a
     process that has changed its uid.)"""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Uid:"):
-                    return int(line.split()[2])
-    except (OSError, ValueError, IndexError):
-        pass
-    return -1
+    said = (line for line in proc.lines(pid, "status") if line.startswith("Uid:"))
+    return next((int(line.split()[2]) for line in said), -1)
 
 
 def in_our_user_namespace(pid: int) -> bool | None:
@@ -210,20 +206,13 @@ def in_our_user_namespace(pid: int) -> bool | None:
 def every_uid_is_mapped() -> bool:
     """Whether this user namespace has a number for every uid, as the first one of a machine has:
     then no uid stands for another."""
-    try:
-        with open("/proc/self/uid_map") as file:
-            return sum(int(line.split()[2]) for line in file) >= (1 << 32) - 1
-    except (OSError, ValueError, IndexError):
-        return False
+    rows = proc.lines("self", "uid_map")
+    return sum(int(line.split()[2]) for line in rows) >= (1 << 32) - 1
 
 
 def overflow_uid() -> int:
     """The uid that stands for all uids which have no mapping in this user namespace."""
-    try:
-        with open("/proc/sys/kernel/overflowuid") as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return 65534
+    return int(proc.read("sys", "kernel/overflowuid") or 65534)
 
 
 class Watch:

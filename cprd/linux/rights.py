@@ -21,6 +21,7 @@ SCM_MAX_FD = 253
 SO_PEEK_OFF = 42  # asm-generic/socket.h; the socket module does not name it
 _SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
 _NOSIGNAL, _CLOEXEC, _DONTWAIT = socket.MSG_NOSIGNAL, socket.MSG_CMSG_CLOEXEC, socket.MSG_DONTWAIT
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _SEQPACKET_NONBLOCK = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
 _RIGHTS = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
 _SO_PASSCRED, _SO_PASSSEC, _SO_PASSPIDFD, _SO_PASSRIGHTS = 16, 34, 76, 83  # asm-generic/socket.h
@@ -84,6 +85,14 @@ def receive(sock: socket.SocketType, size: int, flags: int = 0) -> tuple[bytes, 
         if (level, kind) == _RIGHTS:
             fds.frombytes(raw[: len(raw) - len(raw) % 4])
     return data, fds, seen
+
+
+def peek(sock: socket.SocketType, size: int) -> tuple[bytes, array[int], int]:
+    """`receive` a copy of a message; nothing is consumed. Does not block (BlockingIOError)."""
+    try:
+        return receive(sock, size, _PEEK)
+    except ConnectionResetError:  # said once when the sender left something unread
+        return receive(sock, size, _PEEK)
 
 
 def queued(sock: socket.SocketType | int) -> int:

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from cprd.errors import CprdError
-from cprd.linux import unix_diag
+from cprd.linux import proc, unix_diag
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -260,35 +260,15 @@ def others_with(inodes: Iterable[int], *, most: float = 0.3) -> dict[int, str]:
     links = {f"socket:[{inode}]" for inode in inodes}
     end = time.thread_time() + most
     found = {}
-    mine = _file("/proc/self/cmdline")  # our own children look at what is held, and close it
+    mine = proc.read("self", "cmdline")  # our own children look at what is held, and close it
     pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()] if links else []
     for pid in sorted(pids, reverse=True):
         if time.thread_time() > end:
             break
-        if pid != os.getpid() and _has_open(pid, links) and _file(f"/proc/{pid}/cmdline") != mine:
-            found[pid] = _file(f"/proc/{pid}/comm").decode("utf-8", "replace").strip()
+        has_one = pid != os.getpid() and any(link in links for _, link in proc.files(pid))
+        if has_one and proc.read(pid, "cmdline") != mine:
+            found[pid] = proc.read(pid, "comm").decode("utf-8", "replace").strip()
     return found
-
-
-def _has_open(pid: int, links: set[str]) -> bool:
-    try:
-        for number in os.listdir(f"/proc/{pid}/fd"):
-            try:
-                if os.readlink(f"/proc/{pid}/fd/{number}") in links:
-                    return True
-            except OSError:
-                continue
-    except OSError:
-        pass
-    return False
-
-
-def _file(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError:
-        return b""
 
 
 def copy_from(pidfd: int, number: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
+from cprd.linux import proc
+
 
 def hint(path: str, number: int | None) -> str:
     """Returns what to look at after connect() to `path` failed with errno `number`; "" for nothing
@@ -23,8 +25,8 @@ def is_mount(path: str) -> bool:
     """Whether something is mounted at `path` itself, as far as can be seen."""
     try:
         wanted = os.fsencode(os.path.realpath(path))
-        with open("/proc/self/mountinfo", "rb") as file:
-            return any(_unescape(line.split(b" ", 5)[4]) == wanted for line in file)
+        rows = proc.read("self", "mountinfo").splitlines()
+        return any(_unescape(line.split(b" ", 5)[4]) == wanted for line in rows)
     except (OSError, IndexError, ValueError):
         return False
 

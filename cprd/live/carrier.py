@@ -7,10 +7,8 @@ import _socket as socket  # as in queue
 from cprd.bundle.layout import LIVE_ROOT
 from cprd.errors import Damaged, LimitExceeded
 from cprd.linux.nofile import ADVICE
-from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
+from cprd.linux.rights import SO_PEEK_OFF, close_all, peek, send
 from cprd.live.reader import as_queue
-
-_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 PARKED = {"fds": 0, "bytes": 0, "parked": 1, "depth": 1}
 """Fields of the request that parks a root."""
@@ -27,10 +25,7 @@ def root_of(bundle: int) -> int:
     sock = as_queue(bundle)
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
-        try:
-            data, fds, flags = receive(sock, len(LIVE_ROOT) + 1, _PEEK)
-        except ConnectionResetError:  # said once when its sender left something unread
-            data, fds, flags = receive(sock, len(LIVE_ROOT) + 1, _PEEK)
+        data, fds, flags = peek(sock, len(LIVE_ROOT) + 1)
     except OSError as error:
         raise Damaged(f"the bundle of a live hold cannot be read: {error.strerror}") from None
     finally:

@@ -12,7 +12,7 @@ from cprd.bundle.check import Faults
 from cprd.errors import Busy, Damaged, LimitExceeded
 from cprd.linux.memfd import missing_seals
 from cprd.linux.nofile import ADVICE
-from cprd.linux.rights import SO_PEEK_OFF, close_all, queued, receive
+from cprd.linux.rights import SO_PEEK_OFF, close_all, peek, queued
 from cprd.live.carrier import root_of
 from cprd.live.reader import MOST_TURNS, as_queue, read
 from cprd.live.records import (
@@ -26,8 +26,6 @@ from cprd.live.records import (
     Record,
     decode,
 )
-
-_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
 def check_live(bundle: int) -> dict[str, Any]:
@@ -109,7 +107,7 @@ class _Walk:
             waiting, total, number = queued(sock), 0, 0
             before: Record | None = None
             while total < waiting and number < MOST_TURNS:
-                data, fds, flags = receive(sock, MOST + 1, _PEEK)
+                data, fds, flags = peek(sock, MOST + 1)
                 what = f"{where}, record {number}"
                 number += 1
                 total += len(data)

@@ -13,6 +13,8 @@ import os
 import stat
 import struct
 
+from cprd.linux import proc
+
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
     from typing import Any
@@ -25,11 +27,7 @@ _LOCKS = (100, 200)  # start and length of the bytes that QEMU locks (block/file
 
 def boot_id() -> str:
     """The id of this boot of the kernel; an empty string when unreadable."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
+    return proc.read("sys", "kernel/random/boot_id").decode().strip()
 
 
 class OpenFiles:
@@ -38,7 +36,8 @@ class OpenFiles:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._files = [(fd, found) for fd in _numbers(pid) if (found := self._file(fd))]
+        files = ((fd, _file(pid, fd, link)) for fd, link in proc.files(pid))
+        self._files = [(fd, found) for fd, found in files if found]
         self._mounts = _mounts(pid) if self._files else {}
         self._named: set[int] = set()  # descriptors that a name has explained
 
@@ -68,16 +67,6 @@ class OpenFiles:
         except (OSError, ValueError):
             return {}
 
-    def _file(self, fd: int) -> File:
-        where = f"/proc/{self.pid}/fd/{fd}"
-        try:
-            link = os.readlink(where)
-            if not link.startswith("/") or link.startswith("/memfd:"):
-                return {}
-            return _described(os.stat(where))
-        except OSError:
-            return {}
-
     def _mounted(self, fd: int, file: File) -> File:
         """The file, with its mount."""
         mount = _mount_id(self.pid, fd)
@@ -88,22 +77,25 @@ def taken_by_others(pid: int) -> str:
     """The path of an image on which another process has a QEMU's lock, while the QEMU `pid` has let
     go of its own; an empty string for none. For a QEMU whose images are inactive: to activate such
     an image would fail."""
-    for fd in _numbers(pid):
-        where = f"/proc/{pid}/fd/{fd}"
+    for fd, link in proc.files(pid):
+        info = proc.read(pid, f"fdinfo/{fd}") if _has_path(link) else b""
         try:
-            link = os.readlink(where)
-            if not link.startswith("/") or link.startswith("/memfd:"):
-                continue
-            if not _has_locks(pid, fd) and _is_locked(where):
+            if info and b"\nlock:" not in info and _is_locked(f"/proc/{pid}/fd/{fd}"):
                 return link
-        except (OSError, ValueError):
+        except OSError:
             continue
     return ""
 
 
-def _has_locks(pid: int, fd: int) -> bool:
-    with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as file:
-        return any(line.startswith("lock:") for line in file)
+def _has_path(link: str) -> bool:
+    return link.startswith("/") and not link.startswith("/memfd:")
+
+
+def _file(pid: int, fd: int, link: str) -> File:
+    try:
+        return _described(os.stat(f"/proc/{pid}/fd/{fd}")) if _has_path(link) else {}
+    except OSError:
+        return {}
 
 
 def _is_locked(path: str) -> bool:
@@ -138,26 +130,12 @@ def _described(found: os.stat_result) -> File:
     }
 
 
-def _numbers(pid: int) -> list[int]:
-    try:
-        return [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
-    except OSError:
-        return []
-
-
 def _mount_id(pid: int, fd: int) -> int:
-    try:
-        with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as file:
-            return next((int(line[7:]) for line in file if line.startswith("mnt_id:")), -1)
-    except (OSError, ValueError):
-        return -1
+    said = (line for line in proc.lines(pid, f"fdinfo/{fd}") if line.startswith("mnt_id:"))
+    return next((int(line[7:]) for line in said), -1)
 
 
 def _mounts(pid: int) -> dict[int, str]:
     """The type of the file system by the mount's id."""
-    try:
-        with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="replace") as file:
-            rows = [line.partition(" - ") for line in file]
-    except OSError:
-        return {}
+    rows = [line.partition(" - ") for line in proc.lines(pid, "mountinfo")]
     return {int(head.split()[0]): tail.split()[0] for head, _, tail in rows if tail}

@@ -12,13 +12,12 @@ import _socket as socket  # as in rights
 import os
 import stat
 
-from cprd.linux import identity
+from cprd.linux import identity, proc
 from cprd.linux.processes import credentials, effective_uid, has_ended, kill, pidfd_of
 from cprd.qemu import signals
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any
 
 GUARD = "CPRD_GUARD"
@@ -103,20 +102,13 @@ class Process:
 
 def start_time(pid: int) -> int:
     """The start of a process, in clock ticks since boot; 0 when nobody can say."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return 0
+    words = proc.read(pid, "stat").rpartition(b")")[2].split()
+    return int(words[19]) if len(words) > 19 else 0
 
 
 def command_line(pid: int) -> list[str]:
     """The words of a running process; [] when unreadable."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = file.read().split(b"\0")[:-1]
-    except OSError:
-        return []
+    words = proc.read(pid, "cmdline").split(b"\0")[:-1]
     return [word.decode("utf-8", "surrogateescape") for word in words]
 
 
@@ -128,7 +120,7 @@ def unix_paths(pid: int) -> list[str]:
     directory or not, and in its own root."""
     inodes = sockets_of(pid)
     found = []
-    for line in _lines(pid, "unix"):
+    for line in proc.lines(pid, "net/unix")[1:]:
         # Num RefCount Protocol Flags Type St Inode Path; there is none when it is not bound, and @
         # stands for the NUL of an abstract one, which has no file.
         words = line.split(None, 7)
@@ -144,7 +136,7 @@ def tcp_ports(pid: int) -> list[tuple[str, int]]:
     inodes = sockets_of(pid)
     found = []
     for table in ("tcp", "tcp6"):
-        for line in _lines(pid, table):
+        for line in proc.lines(pid, f"net/{table}")[1:]:
             # sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode ...
             words = line.split()
             if len(words) > 9 and words[3] == _LISTEN and words[9] in inodes:
@@ -156,34 +148,12 @@ def tcp_ports(pid: int) -> list[tuple[str, int]]:
 def deleted_files(pid: int) -> list[str]:
     """The paths of removed files that a process has open."""
     mark = " (deleted)"
-    return [link.removesuffix(mark) for link in _links(pid) if link.endswith(mark)]
+    return [link.removesuffix(mark) for _, link in proc.files(pid) if link.endswith(mark)]
 
 
 def sockets_of(pid: int) -> set[str]:
     """The inodes of the sockets of a process."""
-    return {link[8:-1] for link in _links(pid) if link.startswith("socket:[")}
-
-
-def _links(pid: int) -> Iterator[str]:
-    where = f"/proc/{pid}/fd"
-    try:
-        names = os.listdir(where)
-    except OSError:
-        return
-    for name in names:
-        try:
-            yield os.readlink(f"{where}/{name}")
-        except OSError:
-            continue
-
-
-def _lines(pid: int, table: str) -> list[str]:
-    """Of its own network namespace."""
-    try:
-        with open(f"/proc/{pid}/net/{table}", encoding="utf-8", errors="surrogateescape") as file:
-            return file.read().split("\n")[1:]
-    except OSError:
-        return []
+    return {link[8:-1] for _, link in proc.files(pid) if link.startswith("socket:[")}
 
 
 def _address(text: str) -> str:
@@ -250,15 +220,14 @@ def guard_of(process: Process) -> Process | None:
 
 
 def _named_guard(process: Process) -> Process | None:
-    try:
-        with open(f"/proc/{process.pid}/environ", "rb") as file:
-            for entry in file.read().split(b"\0"):
-                name, _, value = entry.partition(b"=")
-                if name.decode(errors="replace") == GUARD:
-                    pid, _, start = value.partition(b":")
-                    return Process.find({"pid": int(pid), "start": int(start)})
-    except (OSError, ValueError):
-        pass
+    for entry in proc.read(process.pid, "environ").split(b"\0"):
+        name, _, value = entry.partition(b"=")
+        if name.decode(errors="replace") == GUARD:
+            pid, _, start = value.partition(b":")
+            try:
+                return Process.find({"pid": int(pid), "start": int(start)})
+            except ValueError:
+                return None
     return None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 
+from cprd.linux import proc
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,10 +41,6 @@ def store_outlives_stop(environ: Mapping[str, str]) -> bool | None:
 
 def _unit() -> str:
     """The service's name, an empty string outside of a service: the last part of the cgroup."""
-    try:
-        with open("/proc/self/cgroup") as file:
-            paths = [line.rstrip("\n").split(":", 2)[2] for line in file if line.startswith("0:")]
-    except (OSError, IndexError):
-        return ""
+    paths = [line[3:] for line in proc.lines("self", "cgroup") if line.startswith("0::")]
     name = os.path.basename(paths[0]) if paths else ""
     return name if name.endswith(".service") else ""

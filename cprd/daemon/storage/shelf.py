@@ -27,7 +27,7 @@ import msgpack
 
 from cprd.errors import LimitExceeded
 from cprd.linux.pause import point
-from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
+from cprd.linux.rights import SO_PEEK_OFF, close_all, peek, send
 from cprd.protocol.replies import Reply, restored
 
 MAGIC = b"CPRH"
@@ -283,11 +283,9 @@ def records(outlet: socket.SocketType, size: int) -> Iterator[tuple[bytes, list[
     try:
         while True:
             try:
-                data, fds, flags = receive(outlet, size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                data, fds, flags = peek(outlet, size)
             except BlockingIOError:
                 return
-            except ConnectionResetError:
-                continue
             if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
                 close_all(fds)
                 raise LimitExceeded(
