@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.stage import private_cprd, qemu_options, verdict
 from cprd.errors import CprdError
-from cprd.qemu.monitor import Monitor, event_is, stamp
+from cprd.qemu.monitor import Monitor, event_is
 from tests.qemu.machine import Machine
 
 BOUND = 60.0  # ms above the yardstick
@@ -94,7 +94,7 @@ def _restart(vm: Machine, watch: str) -> list[float]:
         stdin=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    stopped = stamp(seen.event(event_is("STOP"), 30))
+    stopped = seen.event(event_is("STOP"), 30)[2]
     old.wait()
     ended = time.time()
     assert stop.wait() == 0
@@ -106,7 +106,7 @@ def _restart(vm: Machine, watch: str) -> list[float]:
     if new.status() == "running" and new.seen(event_is("RESUME")) is None:
         new.close()
         return []
-    resumed = stamp(new.event(event_is("RESUME"), 30))
+    resumed = new.event(event_is("RESUME"), 30)[2]
     new.close()
     times = [stopped, ended, done, executed, resumed]
     return [(later - sooner) * 1e3 for sooner, later in itertools.pairwise(times)]

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.stage import private_cprd, qemu_options, verdict
-from cprd.qemu.monitor import Monitor, event_is, migration_is, stamp
+from cprd.qemu.monitor import Monitor, event_is, migration_is
 from cprd.qemu.source import Settings
 from tests.qemu.machine import Machine
 
@@ -111,23 +111,25 @@ def _plain(vm: Machine) -> float:
     ]
     old.execute("migrate", channels=channels)
     old.event(migration_is("completed"), 10.0)
-    stopped = stamp(old.event(event_is("STOP"), 10.0))
+    stopped = old.event(event_is("STOP"), 10.0)[2]
     old.execute("quit")
     old.close()
-    resumed = stamp(_raw_event(ours, "RESUME"))
+    resumed = _time_of(ours, "RESUME")
     ours.close()
     vm.until(lambda: len(vm.alive()) == 1, "the old QEMU's end")
     os.rename(qmp, vm.qmp)
     return (resumed - stopped) * 1e3
 
 
-def _raw_event(sock: socket.socket, name: str) -> dict[str, Any]:
+def _time_of(sock: socket.socket, name: str) -> float:
+    """Of an event, by QEMU's clock."""
     sock.settimeout(10)
     file = sock.makefile("rb")
     for line in file:
         message: dict[str, Any] = json.loads(line)
         if message.get("event") == name:
-            return message
+            at = message["timestamp"]
+            return float(at["seconds"] + at["microseconds"] / 1e6)
     raise SystemExit(f"no {name}")
 
 

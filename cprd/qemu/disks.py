@@ -250,7 +250,10 @@ class Compare:
             before, after = ours[0], theirs[0]
             later = _differ(before, after, "mtime") and not _is_remote(after)
             if later or _differ(before, after, "size"):
-                sides = [f"{file['size']} bytes, mtime {_time(file)}" for file in (before, after)]
+                sides = [
+                    f"{file['size']} bytes, mtime {file['mtime'] / 1e9:.3f}"
+                    for file in (before, after)
+                ]
                 yield (
                     f"{label(drive)}: {old['name']} was written since the guest left its QEMU"
                     f" ({sides[0]} then, {sides[1]} now): the guest does not know of that. Restore"
@@ -359,7 +362,3 @@ def _is_of(file: File, kinds: tuple[str, ...]) -> bool:
 
 def _is_remote(file: File) -> bool:
     return _is_of(file, (*_REMOTE, "fuse"))
-
-
-def _time(file: File) -> str:
-    return f"{file['mtime'] / 1e9:.3f}"

@@ -8,7 +8,7 @@ can tell any more. While cprctl asks, cprctl is the only client of that QEMU's m
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import cprd
@@ -26,6 +26,8 @@ from cprd.qemu.sockets import mend
 from cprd.qemu.source import UNDER_WAY
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cprd import Daemon, Shown
 
     Row = Shown
@@ -99,8 +101,15 @@ def is_unfinished(row: Row) -> bool:
     )
 
 
-def _find(record: dict[str, int] | None, row: Row) -> Process | None:
-    return Process.find(record, row["uid"])
+@contextmanager
+def _living(record: dict[str, int] | None, row: Row) -> Iterator[Process | None]:
+    """The process of a record in a hold, while the process lives."""
+    process = Process.find(record, row["uid"])
+    try:
+        yield process
+    finally:
+        if process is not None:
+            process.close()
 
 
 # Room for a new hold
@@ -212,8 +221,7 @@ def settle(daemon: Daemon, name: str) -> Settled:
     phase = row["phase"]
     if phase in ("held", "in-doubt") and origin is not None:
         _await_successor(origin, row)
-    old = _find(origin.old, row) if origin is not None else None
-    try:
+    with _living(origin.old if origin else None, row) as old:
         if phase == "held":
             if old is not None and origin is not None:
                 return _ask(daemon, name, row, origin, old)
@@ -223,9 +231,6 @@ def settle(daemon: Daemon, name: str) -> Settled:
         if phase == "in-doubt":
             return _settle_in_doubt(daemon, name, row, origin, old)
         raise Busy(f"{name!r}: {row['reason']}")
-    finally:
-        if old is not None:
-            old.close()
 
 
 def may_force(daemon: Daemon, name: str) -> bool:
@@ -239,24 +244,19 @@ def may_force(daemon: Daemon, name: str) -> bool:
         raise NotHeld(f"nothing is held under {name!r}")
     if row["phase"] != "in-doubt":
         return False
-    new = _find(origin.new, row) if origin is not None else None
-    pid = row.get("acting") or (new.pid if new is not None else None)
-    if new is not None:
-        new.close()
+    with _living(origin.new if origin else None, row) as new:
+        pid = row.get("acting") or (new.pid if new is not None else None)
     if pid:
         raise InDoubt(
             f"{name!r}: pid {pid} has taken this state, and lives: its guest may run. Not even"
             " --force starts another beside it: end that QEMU first, or save it"
         )
-    old = _find(origin.old, row) if origin is not None else None
-    if old is None and origin is not None and is_unfinished(row):
-        _drop_unfinished(daemon, name, row, origin)
-    if old is None or origin is None:
-        return True
-    try:
+    with _living(origin.old if origin else None, row) as old:
+        if old is None and origin is not None and is_unfinished(row):
+            _drop_unfinished(daemon, name, row, origin)
+        if old is None or origin is None:
+            return True
         settled = _ask(daemon, name, row, origin, old, forced=True)
-    finally:
-        old.close()
     if settled.runs is not None:
         raise Busy(
             f"nothing to start: {settled.said}; what was held under {name!r} was older than that"
@@ -363,25 +363,19 @@ def _at_rest(monitor: Monitor) -> str:
 
 def _await_successor(origin: Origin, row: Row) -> None:
     """Wait for the end of the QEMU that an upgrade was making: that QEMU ends with its helper."""
-    new = _find(origin.new, row)
-    if new is None:
-        return
-    try:
-        if not new.wait(3.0):
+    with _living(origin.new, row) as new:
+        if new is not None and not new.wait(3.0):
             raise InDoubt(
                 f"the QEMU that an upgrade was starting (pid {new.pid}) still lives: if its guest"
                 " runs, drop this hold (--force); if not, kill that QEMU"
             )
-    finally:
-        new.close()
 
 
 def _end_predecessor(origin: Origin | None, row: Row) -> None:
     """End the QEMU from which an upgrade took the guest, when its helper died before `quit`: that
     QEMU had completed, or the new one would not run. A killed QEMU leaves the paths of its sockets
     alone."""
-    old = _find(origin.old, row) if origin is not None else None
-    if old is not None:
-        old.kill()
-        old.wait(QUIT)
-        old.close()
+    with _living(origin.old if origin else None, row) as old:
+        if old is not None:
+            old.kill()
+            old.wait(QUIT)

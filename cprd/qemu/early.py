@@ -74,11 +74,8 @@ def unservable(state: State) -> str:
         origin = Origin.read(state["qemu"])
     except (KeyError, Damaged):
         return ""  # said later
-    for record in (origin.old, origin.new):
-        process = Process.find(record)
-        if process is not None:
-            process.close()
-            return "the QEMU that it was saved from has not ended yet"
+    if Process.lives(origin.old) or Process.lives(origin.new):
+        return "the QEMU that it was saved from has not ended yet"
     return ""
 
 

@@ -22,11 +22,7 @@ class OtherOwner(Refused):
 
 
 class ChangedUser(Refused):
-    """The QEMU runs as another uid than the uid that made its monitor. `uid`: of the QEMU."""
-
-    def __init__(self, text: str, uid: int) -> None:
-        super().__init__(text)
-        self.uid = uid
+    """The QEMU runs as another uid than the uid that made its monitor."""
 
 
 class Failed(CprdError):

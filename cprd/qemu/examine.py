@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cprd.qemu import drift, inventory, servers
 from cprd.qemu.command import Command, is_on, keyed
@@ -243,14 +243,13 @@ def drift_of(monitor: Monitor, seen: Inventory | None = None) -> list[str]:
     return unfit + drift.differences(seen, command)
 
 
-class Conflict:
+class Conflict(NamedTuple):
     """Something that two QEMUs cannot have at the same time. `port`: of a TCP listener, 0 for any,
     -1 for no listener; `more`: how many ports above the option may try."""
 
-    def __init__(self, text: str, port: int = -1, more: int = 0) -> None:
-        self.text = text
-        self.port = port
-        self.more = more
+    text: str
+    port: int = -1
+    more: int = 0
 
     def explains(self, port: int) -> bool:
         return self.port == 0 or self.port <= port <= self.port + self.more

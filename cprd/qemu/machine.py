@@ -103,15 +103,11 @@ def _changed(old: Machine, new: Machine, place: str) -> list[str]:
         if kind == "-machine" and _same_value(old, new, "machine", key):
             continue
         both, same = (old["devices"], new["devices"]), old["version"] == new["version"]
-        if kind == "-global" and devices.tell(*both, *_parts(key), same_version=same):
+        device, _, prop = key.rpartition(".")
+        if kind == "-global" and devices.tell(*both, device, prop, same_version=same):
             continue
         found.append(name)
     return found
-
-
-def _parts(key: str) -> tuple[str, str]:
-    kind, _, name = key.rpartition(".")
-    return kind, name
 
 
 def _same_value(old: Machine, new: Machine, what: str, name: str) -> bool:

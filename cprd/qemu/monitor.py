@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    Event = dict[str, Any]
+    Event = tuple[str, str, float]  # name, status, seconds since 1970 by QEMU's clock
 
 ANSWER = 10.0  # s for a command; QEMU's main loop can be busy with a slow disk
 GREETING = 5.0  # s; a monitor that has a client already never greets
@@ -110,8 +110,7 @@ class Monitor:
             f"the QEMU at {self.where} runs as uid {uid}, and its monitor is uid"
             f" {self.process.uid}'s (-run-with user=, -runas): it cannot be handed over. Start the"
             f" VM as uid {uid} from the first (as root: cprctl qemu start {uid}/NAME -- QEMU ...),"
-            " without that option, and with its monitor in a directory of that user's",
-            uid,
+            " without that option, and with its monitor in a directory of that user's"
         )
 
     def negotiate(self, timeout: float) -> None:
@@ -272,7 +271,7 @@ class Monitor:
                     self._await(deadline)
                 except TimeoutError:
                     return False
-        turns = [event["event"] for event in self._events if event["event"] in ("STOP", "RESUME")]
+        turns = [name for name, _, _ in self._events if name in ("STOP", "RESUME")]
         return turns[-1:] != ["RESUME"]
 
     # The socket
@@ -366,17 +365,10 @@ def _event(message: dict[str, Any]) -> Event | None:
     if name not in _REMEMBERED:
         return None
     status = data.get("status") if isinstance(data, dict) else ""
-    seconds, micro = (
-        (at.get(key) for key in ("seconds", "microseconds")) if isinstance(at, dict) else (0, 0)
-    )
-    return {
-        "event": name,
-        "data": {"status": status if isinstance(status, str) else ""},
-        "timestamp": {
-            "seconds": seconds if isinstance(seconds, int) else 0,
-            "microseconds": micro if isinstance(micro, int) else 0,
-        },
-    }
+    time = 0.0
+    if isinstance(at, dict) and all(isinstance(part, int) for part in at.values()):
+        time = at.get("seconds", 0) + at.get("microseconds", 0) / 1e6
+    return name, status if isinstance(status, str) else "", time
 
 
 def _connect(sock: socket.socket, path: str) -> None:
@@ -435,19 +427,9 @@ def machine_type(monitor: Monitor) -> str:
 
 def migration_is(*statuses: str) -> Callable[[Event], bool]:
     """For `event`: the migration came to one of these statuses."""
-
-    def wanted(event: Event) -> bool:
-        return event["event"] == "MIGRATION" and event["data"]["status"] in statuses
-
-    return wanted
+    return lambda event: event[0] == "MIGRATION" and event[1] in statuses
 
 
 def event_is(*names: str) -> Callable[[Event], bool]:
     """For `event`: an event of one of these names."""
-    return lambda event: event["event"] in names
-
-
-def stamp(event: Event) -> float:
-    """The time of an event by QEMU's clock, in seconds since 1970."""
-    at = event["timestamp"]
-    return float(at["seconds"] + at["microseconds"] / 1e6)
+    return lambda event: event[0] in names

@@ -181,26 +181,18 @@ def _counts(fd: int) -> bool:
         return True  # not ours to judge
     finally:
         os.close(mark)
-    old = Process.find(record) if isinstance(record, dict) else None
-    if old is None:
-        return False
-    old.close()
-    return True
-
-
-def is_marked(mark: str) -> bool:
-    """Whether a mark that a hold of ours names is there, in a directory of ours."""
-    return _marked(mark, remove=False)
+    return Process.lives(record)
 
 
 def remove_mark(mark: str) -> None:
     """Remove a mark that a hold of ours names, and its directory. Best effort."""
-    _marked(mark, remove=True)
+    is_marked(mark, remove=True)
 
 
-def _marked(mark: str, *, remove: bool) -> bool:
-    """`mark` is a claim of the saver: only a directory of our naming and of our uid is touched, in
-    a place where nobody else can have put it."""
+def is_marked(mark: str, *, remove: bool = False) -> bool:
+    """Whether a mark that a hold of ours names is there, in a directory of ours. `mark` is a claim
+    of the saver: only a directory of our naming and of our uid is touched, in a place where nobody
+    else can have put it."""
     place, name = os.path.split(mark)
     parent, own = os.path.split(place)
     if name != MARK or not _is_name(own):

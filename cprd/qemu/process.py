@@ -72,6 +72,14 @@ class Process:
             return None
         return found
 
+    @classmethod
+    def lives(cls, record: Any) -> bool:
+        """Whether the process of a record has not ended."""
+        found = cls.find(record)
+        if found is not None:
+            found.close()
+        return found is not None
+
     def record(self) -> dict[str, int]:
         """What `find` needs."""
         return {"pid": self.pid, "start": self.started}

@@ -117,7 +117,11 @@ def _claim(daemon: cprd.Daemon, name: str, *, force: bool) -> tuple[cprd.Claim, 
 
     Raises NotHeld (a cold boot is right), Busy."""
     try:
-        if not (force and _may_force(daemon, name)):
+        if force:
+            from cprd.qemu.doubt import may_force  # (late: the guest waits)
+
+            force = may_force(daemon, name)
+        if not force:
             return _claim_settled(daemon, name), False
     except Incomplete as gone:
         note(f"cprctl: {gone}")
@@ -130,12 +134,6 @@ def _claim(daemon: cprd.Daemon, name: str, *, force: bool) -> tuple[cprd.Claim, 
         claim.close()
         raise
     return claim, True
-
-
-def _may_force(daemon: cprd.Daemon, name: str) -> bool:
-    from cprd.qemu.doubt import may_force  # (most starts have no doubt, and the guest waits)
-
-    return may_force(daemon, name)
 
 
 def _claim_settled(daemon: cprd.Daemon, name: str) -> cprd.Claim:

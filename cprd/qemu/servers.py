@@ -43,20 +43,12 @@ class Server(NamedTuple):
         vhost-user device."""
         return self.listens and not (alone and self.clients == 1)
 
-    def has_stopped_listening(self) -> bool:
-        """Whether it has clients, and takes no more. (Without any socket that we see, it may lie in
-        another network namespace.)"""
-        return bool(self.clients) and not self.listens
-
 
 def at(path: str) -> Server | None:
     """The server at a path; None where the kernel does not tell."""
-    every = unix_diag.every()
-    return None if every is None else _at(path, every)
-
-
-def _at(path: str, every: list[UnixSocket]) -> Server:
-    file = _file(path)
+    every, file = unix_diag.every(), _file(path)
+    if every is None:
+        return None
     return _server(path, file, [it for it in every if file == it.file or path == it.path])
 
 
@@ -221,14 +213,11 @@ def taken(command: Command) -> list[str]:
         if name in alone:
             if server is None or not server.can_take_another(alone=True):
                 said.append(_message(alone[name], path or "a server", ""))
-        elif server is not None and server.has_stopped_listening() and not _is_patient(options):
+        elif server is not None and server.clients and not server.listens:
+            if any(key.startswith("reconnect") for key in options):
+                continue  # tries again and again
             said.append(
                 f"-chardev {name} is to connect to {path}, where nobody listens any more: save,"
                 " start that server anew, and start"
             )
     return said
-
-
-def _is_patient(options: dict[str, str]) -> bool:
-    """Whether a chardev tries again and again."""
-    return any(key.startswith("reconnect") for key in options)

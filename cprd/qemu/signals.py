@@ -49,9 +49,6 @@ class _Watch:
             self.came = number
             os.eventfd_write(self.wakeup, 1)
 
-    def is_breakable(self) -> bool:
-        return self.allowed and not self.deferred and not self.raised
-
     def check(self) -> None:
         if self.came and not self.raised and not self.deferred:
             self.raised = True
@@ -180,7 +177,9 @@ def _wait(fds: tuple[int, ...], events: int, timeout: float) -> set[int]:
     poll = select.poll()
     for fd in fds:
         poll.register(fd, events)
-    watch = _watch if _watch is not None and _watch.is_breakable() else None
+    watch = _watch
+    if watch is not None and (watch.deferred or watch.raised or not watch.allowed):
+        watch = None
     if watch is not None:
         poll.register(watch.wakeup, select.POLLIN)
     found = {fd for fd, _ in poll.poll(timeout * 1000)}

@@ -59,7 +59,7 @@ class Settings:
 
     @classmethod
     def prepare(cls, monitor: Monitor) -> Settings:
-        """Make the settings that a hand-over needs. Raises Refused (an older QEMU, TLS)."""
+        """Make the settings that a hand-over needs. Raises Refused (an older QEMU)."""
         rows = monitor.execute("query-migrate-capabilities")
         now = {row["capability"]: row["state"] for row in rows}
         wanted = {
@@ -67,15 +67,8 @@ class Settings:
             for name, state in now.items()
             if (state and name not in _HARMLESS) or (name in _WANTED and not state)
         }
-        parameters = monitor.execute("query-migrate-parameters")
-        if parameters.get("tls-creds"):
-            raise Refused(
-                f"this QEMU's migrations are to use TLS (tls-creds={parameters['tls-creds']}),"
-                " which a hand-over through cprd does not speak: migrate-set-parameters"
-                " tls-creds='' first"
-            )
-        mode = str(parameters.get("mode", ""))
-        settings = cls(mode, {name: now[name] for name in wanted})
+        mode = monitor.execute("query-migrate-parameters").get("mode", "")
+        settings = cls(str(mode), {name: now[name] for name in wanted})
         try:
             if wanted:
                 _set_capabilities(monitor, wanted)
@@ -304,7 +297,7 @@ class Source:
         """The outcome by QEMU's word: "completed"; "failed" or "cancelled" (the guest runs on).
         Raises MonitorLost when QEMU does not say."""
         outcome = migration_is("completed", "failed", "cancelled")
-        return str(self.monitor.event(outcome, self.timeout)["data"]["status"])
+        return self.monitor.event(outcome, self.timeout)[1]
 
     def take_back(self) -> str:
         """Before SHUT(0) was sent: hang up in the order that leaves the guest running, wait until

@@ -62,10 +62,13 @@ class Plumbing:
 
     def post_guard(self, pidfd: int, **options: Any) -> int:
         """Start the guard of the QEMU behind `pidfd` (borrowed), as nobody's child; `options`: of
-        Guard.run. Returns the guard's pid. Raises LimitExceeded."""
+        _Guarding. Returns the guard's pid. Raises LimitExceeded."""
         pid = fork_twice()
         if not pid:
-            self.guard.run(self.stderr, pidfd, **options)
+            try:
+                _Guarding(self.guard, self.stderr, pidfd, **options).run()
+            finally:
+                os._exit(0)
         self.close_stderr()
         return pid
 
@@ -178,35 +181,18 @@ class Guard:
     """The helper's end, and before the forks the guard's end too."""
 
     def __init__(self) -> None:
-        self._control, self._guards = socket.socketpair()
-        self._told = mmap(-1, 1)  # shared: the guest stands still, and to wake the guard takes long
-
-    def run(
-        self,
-        stderr: int,
-        pidfd: int,
-        *,
-        onward: int = 2,
-        old: int = -1,
-        shared: SharedPaths | None = None,
-    ) -> NoReturn:
-        """Be the guard. `stderr`: the pipe to read; `pidfd`: of the QEMU; `onward`: where QEMU's
-        stderr goes once the guest runs; `old`: the pidfd of the QEMU before, and the paths that
-        both share."""
-        try:
-            _Guarding(self._guards, self._told, stderr, pidfd, onward, old, shared).run()
-        finally:
-            os._exit(0)
+        self._control, self.guards = socket.socketpair()
+        self.told = mmap(-1, 1)  # shared: the guest stands still, and to wake the guard takes long
 
     def arm(self) -> None:
         """From now on the end of the helper ends QEMU."""
-        self._guards.close()
-        self._told[0] = _ARMED
+        self.guards.close()
+        self.told[0] = _ARMED
 
     def disarm(self) -> None:
         """From now on QEMU may outlive the helper: say so before the guest runs, never after. The
         guard looks when the helper has ended or has closed this."""
-        self._told[0] = _DISARMED
+        self.told[0] = _DISARMED
 
     def report(self) -> str:
         """QEMU's last words, for a QEMU that has ended, on one line."""
@@ -222,24 +208,25 @@ class Guard:
 
     def close(self) -> None:
         self._control.close()
-        self._guards.close()
+        self.guards.close()
 
 
 class _Guarding:
-    """The guard itself."""
+    """The guard itself. `stderr`: the pipe to read; `pidfd`: of the QEMU; `onward`: where QEMU's
+    stderr goes once the guest runs; `old`: the pidfd of the QEMU before, and the paths that both
+    share."""
 
     def __init__(
         self,
-        control: socket.socket,
-        told: mmap,
+        guard: Guard,
         stderr: int,
         pidfd: int,
-        onward: int,
-        old: int,
-        shared: SharedPaths | None,
+        *,
+        onward: int = 2,
+        old: int = -1,
+        shared: SharedPaths | None = None,
     ) -> None:
-        self.control = control
-        self.told = told
+        self.control, self.told = guard.guards, guard.told
         self.stderr = stderr
         self.pidfd = pidfd
         self.onward = onward
@@ -360,8 +347,6 @@ def notify(message: str) -> None:
 def notify_main_pid(pid: int, status: str) -> None:
     """Say that `pid` is the service from now on, and wait until the manager has taken that in: the
     old main process may end only then. A manager that is away is no failure."""
-    if "NOTIFY_SOCKET" not in os.environ:
-        return
     from cprd.systemd.notify import mainpid
     from cprd.systemd.notify import status as status_line
 

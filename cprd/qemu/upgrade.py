@@ -23,7 +23,7 @@ import fcntl
 import json
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cprd.errors import CprdError, Fenced
 from cprd.linux.memfd import SEALS
@@ -38,7 +38,7 @@ from cprd.qemu.examine import about_command_line, examine
 from cprd.qemu.handover import STANDING, Handover, repeated, untouched
 from cprd.qemu.hold import LIVE, MAIN_KEY, Origin, pack, pieces
 from cprd.qemu.inventory import Inventory, refuse_another
-from cprd.qemu.monitor import Monitor, event_is, machine_type, socket_path, stamp
+from cprd.qemu.monitor import Monitor, event_is, machine_type, socket_path
 from cprd.qemu.private import MARK, PrivateDirectory
 from cprd.qemu.process import GUARD, Process, guard_mark, output_of
 from cprd.qemu.sockets import SharedPaths
@@ -53,14 +53,13 @@ if TYPE_CHECKING:
     from cprd.qemu.command import Command
 
 
-class UpgradeResult:
+class UpgradeResult(NamedTuple):
     """`pid` of the new QEMU, the guest's run state, and the seconds of the guest's pause (None for
     a guest that did not run)."""
 
-    def __init__(self, pid: int, status: str, seconds: float | None) -> None:
-        self.pid = pid
-        self.status = status
-        self.seconds = seconds
+    pid: int
+    status: str
+    seconds: float | None
 
     @property
     def pause(self) -> str:
@@ -471,4 +470,4 @@ class _Move:
             resumed = self.new.target.monitor.event(event_is("RESUME"), 1.0)
         except MonitorLost:
             return None
-        return stamp(resumed) - stamp(stopped)
+        return resumed[2] - stopped[2]

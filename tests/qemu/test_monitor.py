@@ -104,8 +104,8 @@ def test_an_answer_in_pieces_between_events_that_stay(peer: Peer) -> None:
     monitor = peer.greet()
     assert monitor.version == (10, 0, 2)
     assert monitor.status() == "paused"
-    assert monitor.event(event_is("RESUME"), PATIENCE)["event"] == "RESUME"
-    assert monitor.event(event_is("STOP"), PATIENCE)["event"] == "STOP"
+    assert monitor.event(event_is("RESUME"), PATIENCE)[0] == "RESUME"
+    assert monitor.event(event_is("STOP"), PATIENCE)[0] == "STOP"
     with pytest.raises(MonitorLost, match="no such event"):
         monitor.event(event_is("STOP"), SHORT)
     monitor.close()
@@ -303,7 +303,7 @@ def test_a_flood_of_events_and_words_leaves_nothing_behind(peer: Peer) -> None:
     assert monitor.execute("flood") == "over"
     names = []
     while (found := monitor.seen(lambda _: True)) is not None:
-        names.append(monitor.event(lambda each: each is found, 0.0)["event"])
+        names.append(monitor.event(lambda each: each is found, 0.0)[0])
     assert names == ["MIGRATION", "STOP", "RESUME"]
     monitor.close()
 
