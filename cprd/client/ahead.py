@@ -97,10 +97,6 @@ class Ahead:
         close_all(fds)
         return -1
 
-    def unsaid(self) -> list[bytes]:
-        """What the client has not wanted to say yet, of what was sent."""
-        return self._sock.said
-
     def daemon(self) -> Daemon:
         """The client. Blocks and raises as cprd.connect."""
         from cprd.client import exchange

@@ -35,8 +35,6 @@ NEXT_AWAY = "confirm next, cprd ended"
 SOON = 10.0  # s after a take-over: an owner that ends sooner may have died of the state
 MOST_DEATHS = 20  # of owners, in a row, each soon after its take-over
 
-PHASES = (PREPARED, HELD, CLAIMED, IN_DOUBT, LIVE, DAMAGED, QUARANTINED, UNREADABLE)
-
 TRANSITIONS: dict[tuple[str, str], str] = {
     (NOTHING, "prepare"): PREPARED,
     (NOTHING, "save"): HELD,

@@ -380,15 +380,6 @@ class Garbled(ProtocolError):
     """An unreadable answer: nothing that follows on the connection can be trusted."""
 
 
-def read_answer(data: bytes) -> Message:
-    """The "ok" map of an answer. Raises the error that the daemon raised; Garbled for anything but
-    an answer."""
-    _, said = parse_answer(data)
-    if isinstance(said, CprdError):
-        raise said
-    return said
-
-
 def parse_answer(data: bytes) -> tuple[int | None, Message | CprdError]:
     """The id of an answer (None: an answer to no request, but to the connection), and the "ok" map
     or the error. Raises Garbled for anything but an answer."""

@@ -23,7 +23,6 @@ T = TypeVar("T")
 KEPT_FOR = 300.0  # s
 MOST = 4096  # of one uid, that may not have arrived
 MOST_ARRIVED = 256  # of one uid
-IN_A_RECORD = 4  # stored with a hold: the replies to the last requests that changed the hold
 
 # A repetition waits for what is left only, and asks for a queue as that connection needs.
 _UNTOLD = ("wait", "timeout", "queue")

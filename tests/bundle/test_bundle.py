@@ -408,7 +408,7 @@ def say(client: cprd.Daemon, verb: str, message: dict[str, Any], bundle: int) ->
         sock.settimeout(PATIENCE)
         with wire.park(sock, bundle):
             sock.send(messages.encode({"verb": verb, **message}))
-            return messages.read_answer(sock.recv(messages.MAX_ANSWER))
+            return wire.read_answer(sock.recv(messages.MAX_ANSWER))
 
 
 NO_BUNDLES: dict[str, Spoil] = {
@@ -533,7 +533,7 @@ def test_a_bundle_cannot_grow_after_it_was_saved(hand: Hand, daemon: DaemonProce
             with wire.queue(sock) as inlet:
                 send(inlet, header(1, 1), [manifest])
                 sock.send(wire.request("save", **save_message("web", 0, 0)))
-                messages.read_answer(sock.recv(messages.MAX_ANSWER))
+                wire.read_answer(sock.recv(messages.MAX_ANSWER))
                 for fds in ([], [manifest]):
                     with pytest.raises(BrokenPipeError):
                         send(inlet, header(1, 1), fds)
@@ -556,7 +556,7 @@ def test_a_bundle_that_holds_itself_harms_nobody(hand: Hand, daemon: DaemonProce
             with wire.queue(sock) as inlet:
                 send(inlet, header(2, 2), [fds[0], inlet.fileno()])
                 sock.send(wire.request("save", **save_message("end", 1, 0)))
-                messages.read_answer(sock.recv(messages.MAX_ANSWER))
+                wire.read_answer(sock.recv(messages.MAX_ANSWER))
         with packed(of([0])) as good:
             say(client, "save", save_message("good", 1, 0), good)
         for name in ("round", "end"):

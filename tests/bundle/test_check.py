@@ -165,7 +165,7 @@ def test_cprctl_says_what_is_wrong_with_a_hold(daemon: DaemonProcess, tmp_path: 
         with socket.socket(fileno=os.dup(client.fileno())) as sock:
             with wire.park(sock, outlet.fileno()):
                 sock.send(wire.request("save", name="bad", fds=0, nonce=messages.nonce()))
-                messages.read_answer(sock.recv(messages.MAX_ANSWER))
+                wire.read_answer(sock.recv(messages.MAX_ANSWER))
         for _ in range(2):  # held, and then found damaged
             status, said = cprctl(daemon, "check-bundle", "bad", "--json")
             assert status == 1

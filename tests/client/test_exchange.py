@@ -410,7 +410,7 @@ def test_a_load_that_is_sent_ahead_is_the_clients_first(daemon: DaemonProcess) -
     os.close(bundle)
     with asked.daemon() as client:
         with client.load("web") as claim:
-            assert asked.unsaid() == []  # word for word
+            assert asked._sock.said == []  # word for word
             assert (claim.attempts, claim.state["a"]) == (1, 1)
             os.close(claim.state.take_fd("null", 0))
         assert client.list() == []

@@ -77,7 +77,7 @@ def raw(path: str) -> socket.socket:
     """A connection that has said hello."""
     sock = silent(path)
     sock.send(wire.HELLO)
-    messages.read_answer(sock.recv(65536))
+    wire.read_answer(sock.recv(65536))
     return sock
 
 

@@ -296,7 +296,7 @@ def raw(path: str) -> socket.socket:
     sock.settimeout(PATIENCE)
     sock.connect(path)
     sock.send(wire.HELLO)
-    messages.read_answer(sock.recv(65536))
+    wire.read_answer(sock.recv(65536))
     return sock
 
 
@@ -327,8 +327,8 @@ def test_a_request_while_one_waits_ends_the_wait_with_a_reason(daemon: DaemonPro
         hasty.send(wire.load("web", 20.0))
         hasty.send(wire.request("status"))
         with pytest.raises(cprd.ProtocolError, match="before the answer"):
-            messages.read_answer(hasty.recv(65536))
-        assert "pid" in messages.read_answer(hasty.recv(65536))
+            wire.read_answer(hasty.recv(65536))
+        assert "pid" in wire.read_answer(hasty.recv(65536))
 
 
 # ttl
@@ -423,7 +423,7 @@ def test_the_late_end_of_a_claims_former_connection_does_not_end_it(daemon: Daem
             sock.send(request)
             data, fds, _ = receive(sock, 65536)
             os.close(fds[0])
-            answers.append(messages.read_answer(data))
+            answers.append(wire.read_answer(data))
         assert answers[0] == answers[1]
         first.close()
         connection.list()

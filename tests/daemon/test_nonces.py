@@ -49,7 +49,7 @@ class Raw:
         self.sock.send(msgpack.packb({"verb": verb, **fields}))
         data, got, _ = receive(self.sock, messages.MAX_ANSWER)
         close_all(got)
-        return messages.read_answer(data)
+        return wire.read_answer(data)
 
     def save(self, name: str, packed: Any, verb: str = "save", **more: Any) -> dict[str, Any]:
         fields = wire.save(name, packed.fds, packed.size, packed.parked, packed.depth, nonce=NONCE)

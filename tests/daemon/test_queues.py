@@ -40,7 +40,7 @@ def heard(sock: socket.socket) -> dict[str, Any]:
     except ConnectionResetError:  # said once where cprd has left something unread
         data, fds, _ = receive(sock, messages.MAX_ANSWER)
     close_all(fds)
-    return messages.read_answer(data)
+    return wire.read_answer(data)
 
 
 def saved(sock: socket.socket, **more: Any) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def test_a_save_wants_a_queue_and_the_next_may_come_with_the_answer(daemon: Daem
         with wire.park(sock, bundle.fd):
             sock.send(wire.request("save", **wire.save("web", 0, 0, 1, queue=True)))
             data, fds, _ = receive(sock, messages.MAX_ANSWER)
-        assert messages.read_answer(data)["generation"]
+        assert wire.read_answer(data)["generation"]
         with socket.socket(fileno=fds[0]) as inlet:
             for content, parked in wire.contents(bundle.fd):
                 send(inlet, content, parked)
@@ -381,5 +381,5 @@ def test_a_client_of_another_version_hears_which_cprd_it_needs(
         answer = messages.decode(sock.recv(messages.MAX_ANSWER), messages.MAX_ANSWER)
         assert (answer["error"], answer["version"]) == ("ProtocolError", messages.VERSION)
         with pytest.raises(cprd.ProtocolError, match=needs):
-            messages.read_answer(messages.encode(answer))
+            wire.read_answer(messages.encode(answer))
         assert sock.recv(1) == b""

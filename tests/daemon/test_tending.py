@@ -120,10 +120,10 @@ def test_idle_connections(seeded: Callable[..., Seeded]) -> None:
         sock.settimeout(PATIENCE)
         sock.connect(daemon.path)
         sock.send(wire.HELLO)
-        assert messages.read_answer(sock.recv(messages.MAX_ANSWER))
+        assert wire.read_answer(sock.recv(messages.MAX_ANSWER))
         sock.send(wire.load("web", wait=2.5 * idle))
         with pytest.raises(cprd.NotHeld):
-            messages.read_answer(sock.recv(messages.MAX_ANSWER))
+            wire.read_answer(sock.recv(messages.MAX_ANSWER))
         answered = time.monotonic()
         assert sock.recv(1) == b""
         assert time.monotonic() - answered > 0.9 * idle

@@ -13,6 +13,7 @@ from cprd.errors import Busy, ProtocolError
 from cprd.protocol import messages
 from cprd.protocol.replies import digest
 from tests.support.patience import in_time
+from tests.support.wire import read_answer
 
 SIZE = messages.MAX_REQUEST
 BOMBS = {
@@ -68,7 +69,7 @@ def test_a_field_that_is_not_known_is_ignored_and_an_unknown_verb_is_named() -> 
     later: dict[Any, Any] = {**said, "colour": {"of": ["a", 1]}, b"raw": None}
     assert messages.read_request(messages.encode(later)) == {**said, "id": None}
     answer = {"ok": {"generation": 3, "colour": "red"}, "colour": 1}
-    assert messages.read_answer(messages.encode(answer))["generation"] == 3
+    assert read_answer(messages.encode(answer))["generation"] == 3
     with pytest.raises(messages.BadRequest, match="unknown verb 'paint'; this cprd speaks version"):
         messages.read_request(messages.encode({"verb": "paint"}))
 

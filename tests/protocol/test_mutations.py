@@ -73,7 +73,7 @@ class Stage:
         sock.connect(self.daemon.path)
         if greeted:
             sock.send(wire.HELLO)
-            messages.read_answer(sock.recv(messages.MAX_ANSWER))
+            wire.read_answer(sock.recv(messages.MAX_ANSWER))
         return sock
 
     def reconnect(self, *, greeted: bool = True) -> None:
@@ -102,7 +102,7 @@ class Stage:
         self.sock.send(messages.encode(message))
         data, fds, _ = receive(self.sock, messages.MAX_ANSWER)
         close_all(fds)
-        return messages.read_answer(data)
+        return wire.read_answer(data)
 
     def clear(self) -> None:
         """Nothing is held but the precious."""
@@ -479,4 +479,4 @@ def test_changed_bundles_travel_through_cprd(daemon: DaemonProcess, share: int) 
 def save_as_it_is(client: cprd.Daemon, bundle: int) -> None:
     with socket.socket(fileno=os.dup(client.fileno())) as sock, wire.park(sock, bundle):
         sock.send(wire.request("save", name=NAME, fds=0, nonce=messages.nonce()))
-        messages.read_answer(sock.recv(messages.MAX_ANSWER))
+        wire.read_answer(sock.recv(messages.MAX_ANSWER))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -29,7 +29,6 @@ from cprd.protocol.lifecycle import (
     LIVE,
     MOST_DEATHS,
     NOTHING,
-    PHASES,
     PREPARED,
     QUARANTINED,
     TRANSITIONS,
@@ -39,6 +38,7 @@ from cprd.protocol.lifecycle import (
 )
 from cprd.protocol.registry import Caller, Offer, Registry, Step, Ticket
 from cprd.protocol.replies import Reply
+from cprd.protocol.rows import Phase
 
 SAVER = Caller(1000, 101)
 OTHER = Caller(1000, 202)
@@ -445,8 +445,8 @@ def test_the_table_says_what_the_design_says() -> None:
     """The phases and what ends them, word for word: a change of it is meant, or wrong."""
     ends: dict[str, set[str]] = {}
     for (before, event), after in TRANSITIONS.items():
-        assert before in (NOTHING, *PHASES)
-        assert after in (NOTHING, *PHASES)
+        assert before in (NOTHING, *get_args(Phase))
+        assert after in (NOTHING, *get_args(Phase))
         ends.setdefault(before, set()).add(f"{event} -> {after}")
     assert ends[PREPARED] == {"commit -> held", "abort -> -", "saver gone -> in-doubt"}
     assert ends[CLAIMED] >= {

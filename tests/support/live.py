@@ -19,7 +19,7 @@ from cprd.live.shape import SHAPE, Shape
 from cprd.live.takeover import take_over
 from cprd.protocol import messages
 from tests.support.patience import PATIENCE
-from tests.support.wire import HELLO, queue, request
+from tests.support.wire import HELLO, queue, read_answer, request
 
 
 def hold_nonce() -> int:
@@ -63,7 +63,7 @@ class Live:
         sock.settimeout(PATIENCE)
         sock.connect(self.path)
         sock.send(HELLO)
-        messages.read_answer(sock.recv(messages.MAX_ANSWER))
+        read_answer(sock.recv(messages.MAX_ANSWER))
         return sock
 
     def reconnect(self) -> None:
@@ -96,7 +96,7 @@ class Live:
         data, fds, _ = receive(self.sock, messages.MAX_ANSWER)
         if not data:
             raise ConnectionResetError
-        answer = messages.read_answer(data)
+        answer = read_answer(data)
         if fds:
             self.bundle = fds[0]
         return answer

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from cprd.errors import CprdError
 from cprd.linux.rights import SO_PEEK_OFF, close_all, receive, send
 from cprd.protocol import messages
 from tests.support.patience import PATIENCE
@@ -17,6 +18,14 @@ def request(verb: str, **fields: Any) -> bytes:
 
 
 HELLO = request("hello", version=messages.VERSION)
+
+
+def read_answer(data: bytes) -> messages.Message:
+    """The "ok" map of an answer. Raises the error that the daemon raised."""
+    _, said = messages.parse_answer(data)
+    if isinstance(said, CprdError):
+        raise said
+    return said
 
 
 def silent(path: str) -> socket.socket:
@@ -38,7 +47,7 @@ def queue(sock: socket.socket) -> socket.socket:
     sock.send(request("queue"))
     data, fds, _ = receive(sock, messages.MAX_ANSWER)
     try:
-        assert messages.read_answer(data) == {}
+        assert read_answer(data) == {}
     except BaseException:
         close_all(fds)
         raise
