@@ -75,18 +75,14 @@ def parse_all(texts: Sequence[str]) -> list[Listen]:
 def parse(text: str) -> Listen:
     """One --listen argument; a host name stays a name. Raises InvalidInput."""
     named = _NAME.match(text)
-    address, *options = _split(text[named.end() :] if named else text)
+    rest = text[named.end() :] if named else text
+    address, *options = (part.replace("\\,", ",") for part in re.split(r"(?<!\\),", rest))
     listen = _address(text, address)
     if named:
         listen = listen._replace(name=named.group(1))
     for option in options:
         listen = _option(listen, option)
     return listen
-
-
-def _split(text: str) -> list[str]:
-    """`text` at its commas; `\\,` is a comma."""
-    return [part.replace("\\,", ",") for part in re.split(r"(?<!\\),", text)]
 
 
 def _address(text: str, address: str) -> Listen:

@@ -20,7 +20,7 @@ from cprd.linux.nofile import raise_soft_limit, set_soft_limit
 from cprd.linux.stdio import flush, note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     from cprd import State
 
@@ -171,19 +171,16 @@ def become(
     limit.restore(len(crew.fds))
     flush()
     # Python ignores these two, and what is ignored stays ignored across exec.
-    old = [(number, signal.signal(number, signal.SIG_DFL)) for number in _ignored()]
+    both = (signal.SIGPIPE, signal.SIGXFSZ)
+    ignored = [number for number in both if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
     try:
         deferred.check()
         os.execve(file, list(command), environment)
     finally:
-        for number, handler in old:
-            signal.signal(number, handler)
-
-
-def _ignored() -> Iterator[int]:
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        if signal.getsignal(number) == signal.SIG_IGN:
-            yield number
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def not_become(error: BaseException, name: str, back: Callable[[], str]) -> NoReturn:
