@@ -60,7 +60,6 @@ def test_the_python_page_has_every_public_name_with_its_parameters() -> None:
         "sections",
         "take_sections",
         "forget_asked",
-        "put_back_fd",
     }  # for what packs a state and unpacks one
     wanted = {f"connect{_parameters(cprd.connect)}", f"live{_parameters(cprd.live)}"}
     for made in (cprd.State, cprd.Claim, cprd.Daemon, cprd.Prepared, cprd.LiveState):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -65,22 +67,27 @@ def describe_bundle(row: dict[str, Any], bundle: int) -> dict[str, Any]:
     except BaseException:
         os.close(bundle)
         raise
+    describe_state(row, state, partial(os.close, bundle))
+    return row
+
+
+def describe_state(row: dict[str, Any], state: State, then: Callable[[], object]) -> None:
+    """Put what is in `state` into `row`. Another thread closes the state, and calls `then`."""
+
+    def let_go() -> None:
+        state.close()
+        then()
+
     try:
         row["descriptors"] = [
             {"name": name, "id": id, "what": describe(fd)} for name, id, fd in state.fds()
         ]
-        row["sections"] = [describe_section(key, section) for key, section in state.sections()]
+        row["sections"] = [_described(key, section) for key, section in state.sections()]
     finally:
-        threading.Thread(target=_let_go, args=(state, bundle), daemon=True).start()
-    return row
+        threading.Thread(target=let_go, daemon=True).start()
 
 
-def _let_go(state: State, bundle: int) -> None:
-    state.close()
-    os.close(bundle)
-
-
-def describe_section(key: str, section: InlineSection | MemfdSection) -> dict[str, Any]:
+def _described(key: str, section: InlineSection | MemfdSection) -> dict[str, Any]:
     """Key, kind, size and perhaps the value of a section."""
     if isinstance(section, MemfdSection):
         return {"key": key, "kind": "memfd", "bytes": section.size()}

@@ -246,6 +246,3 @@ class Watch:
                 self.remove(fd)
                 ended()
         return len(ready) < _READY
-
-    def __len__(self) -> int:
-        return len(self._calls)

@@ -8,15 +8,13 @@ another thread closes all.
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
-from cprd.bundle.inspect import describe_section
+from cprd.bundle.inspect import describe_state
 from cprd.errors import Busy
-from cprd.linux.describe import describe
 from cprd.linux.rights import scm_fds
 from cprd.live.carrier import root_of
-from cprd.live.reader import Found, read
+from cprd.live.reader import read
 
 
 def describe_live(row: dict[str, Any], bundle: int) -> dict[str, Any]:
@@ -41,20 +39,10 @@ def describe_live(row: dict[str, Any], bundle: int) -> dict[str, Any]:
         os.close(bundle)
         if root >= 0:
             os.close(root)
-    try:
-        row["descriptors"] = [
-            {"name": name, "id": id, "what": describe(fd)} for name, id, fd in found.state.fds()
-        ]
-        row["sections"] = [describe_section(key, one) for key, one in found.state.sections()]
-        row["sections"] += [
-            {"key": name, "kind": "memory", "bytes": os.fstat(fd).st_size}
-            for name, fd in found.memories.items()
-        ]
-    finally:
-        threading.Thread(target=_let_go, args=(found,), daemon=True).start()
+    memories = [
+        {"key": name, "kind": "memory", "bytes": os.fstat(fd).st_size}
+        for name, fd in found.memories.items()
+    ]
+    describe_state(row, found.state, found.close)
+    row["sections"] += memories
     return row
-
-
-def _let_go(found: Found) -> None:
-    found.state.close()
-    found.close()

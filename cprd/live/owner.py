@@ -399,12 +399,6 @@ class Owner:
             memory.forget()
         self._end(_forked())
 
-    def _acquire(self) -> None:
-        self._lock.acquire()
-
-    def _release(self) -> None:
-        self._lock.release()
-
 
 class Batch:
     """Changes that are made in one step: the verbs of an owner, gathered. The last one of a key
@@ -551,13 +545,13 @@ _held: list[Owner] = []
 
 def _before_fork() -> None:
     for owner in sorted(_owners, key=id):
-        owner._acquire()
+        owner._lock.acquire()
         _held.append(owner)
 
 
 def _after_fork_in_parent() -> None:
     while _held:
-        _held.pop()._release()
+        _held.pop()._lock.release()
 
 
 def _after_fork_in_child() -> None:

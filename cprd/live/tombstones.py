@@ -20,12 +20,6 @@ class Tombstones:
         self._holders: dict[Key, Queue] = {}
         self._places: dict[Key, set[Queue]] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._holders)
-
-    def __len__(self) -> int:
-        return len(self._holders)
-
     def __contains__(self, key: object) -> bool:
         return key in self._holders
 

@@ -144,7 +144,7 @@ class Descriptors:
         try:
             return as_socket(name, id, fd, blocking)
         except InvalidInput:
-            self.put_back_fd(name, id, fd)
+            self._append(name, {id: fd})
             raise
 
     def delete_fd(self, name: str, id: int = 0) -> None:
@@ -240,10 +240,6 @@ class Descriptors:
         return sum(map(len, self._names.values()))
 
     # For what carries a state
-
-    def put_back_fd(self, name: str, id: int, fd: int) -> None:
-        """The end of a take_fd that came to nothing: the state owns `fd` again."""
-        self._append(name, {id: fd})
 
     def columns(self) -> tuple[bytes, array[int], array[int]]:
         """The keys as they travel: names joined by NUL, ids, descriptors. Not to be changed."""

@@ -222,7 +222,7 @@ def _over(self: State, *_: object, **__: object) -> NoReturn:
 
 for _verb in (
     *("save_fd", "find_fd", "take_fd", "delete_fd", "save_fds", "take_fds", "take_sockets", "fds"),
-    *("take_socket", "put_back_fd", "take_sections", "forget_asked"),
+    *("take_socket", "take_sections", "forget_asked"),
     *(
         "columns",
         "has_any",
