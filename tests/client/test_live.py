@@ -140,6 +140,48 @@ async def test_a_killed_server_loses_nothing(live: Live, daemon: DaemonProcess) 
         assert phase(daemon) is None
 
 
+async def test_memory_that_is_deleted_is_kept_no_longer(live: Live, daemon: DaemonProcess) -> None:
+    async with live("chat") as state:
+        state["x"] = 1
+        view = state.memory("journal", 16)
+        view[0] = 1
+        state.delete_memory("journal")
+        state.delete_memory("none")
+        assert view[0] == 1
+    async with live("chat") as state:
+        assert list(state) == ["x"]
+        await state.confirm(strict=False)
+        assert bytes(state.memory("journal", 32)) == bytes(32)
+        await state.end()
+
+
+async def test_what_cannot_be_read_is_served_to_nobody_again(
+    live: Live, daemon: DaemonProcess
+) -> None:
+    with Child(keep_garbage, daemon.path) as owner:
+        owner.hear()
+        owner.kill()
+        with pytest.raises(cprd.Damaged, match="'chat' is damaged and will not be served again"):
+            async with live("chat", wait=PATIENCE):
+                pass
+    assert phase(daemon) == "damaged"
+    with pytest.raises(cprd.Damaged):
+        async with live("chat"):
+            pass
+    with daemon.connect() as client:
+        client.drop("chat", force=True)
+
+
+def keep_garbage(line: Line, path: str) -> None:
+    state = cprd.live("chat", path)
+    state["x"] = 1
+    (segment,) = state._live.writer()._ledger.pool.segments.values()
+    assert segment.tx is not None
+    segment.tx.send(b"garbage")
+    line.say("kept")
+    line.hear()
+
+
 async def test_a_cold_start_has_the_name_at_once(live: Live, daemon: DaemonProcess) -> None:
     async with live("chat") as state:
         assert not state.found

@@ -26,14 +26,15 @@ from cprd import Fenced, InvalidInput, LimitExceeded, MissingKey
 from cprd.daemon.releaser import let_go_of_root
 from cprd.linux import pause
 from cprd.linux.rights import close_all, scm_fds
-from cprd.live import quick
+from cprd.live import branches, quick
 from cprd.live.owner import Owner
 from cprd.live.pool import MAX_OWN
+from cprd.live.queue import make_pair
 from cprd.live.reader import no_collection, read
 from cprd.live.shape import Shape
 from cprd.live.takeover import take_over
 from tests.live.owning import HOLD, SMALL, Root, fenced, segments_of
-from tests.support.descriptors import open_fds
+from tests.support.descriptors import io_uring, open_fds
 from tests.support.patience import patience, rest
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -788,6 +789,51 @@ def test_what_is_refused_changes_nothing() -> None:
         owner.close()
         with pytest.raises(InvalidInput, match="was closed"):
             owner.save_section("s", 1)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_the_kernel_passes_to_nobody_is_refused(number: int) -> None:
+    """Alone, as the first key of a segment and as a later one, and among others."""
+    fd, ring = os.eventfd(0), io_uring()
+    with owning() as (owner, root):
+        for id in range(1, number):
+            owner.save_fd("a", id, fd)
+        with pytest.raises(InvalidInput, match="cannot be passed to another process"):
+            owner.save_fd("a", 0, ring)
+        with pytest.raises(InvalidInput, match="cannot be passed to another process"):
+            _both(owner, fd, ring)
+        owner.save_fd("a", number, fd)
+        found = read(root.kept)
+        keys = [("a", id) for id in range(1, number + 1)]
+        assert [(name, id) for name, id, _ in found.state.fds()] == keys
+        found.state.close()
+        found.close()
+    close_all([fd, ring])
+
+
+def _both(owner: Owner, fd: int, ring: int) -> None:
+    with owner.batch() as batch:
+        batch.save_fd("b", 0, fd)
+        batch.save_fd("b", 1, ring)
+
+
+def test_a_small_send_buffer_is_made_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """net.core.wmem_default may be small."""
+
+    def small() -> tuple[socket.SocketType, socket.SocketType]:
+        tx, rx = make_pair()
+        tx.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        return tx, rx
+
+    monkeypatch.setattr(branches, "make_pair", small)
+    values = {f"s{number}": os.urandom(4000) for number in range(40)}
+    with owning() as (owner, root):
+        for key, value in values.items():
+            owner.save_section(key, value)
+        found = read(root.kept)
+        assert {key: found.state[key] for key in found.state} == values
+        found.state.close()
+        found.close()
 
 
 def _fail(owner: Owner, sock: socket.socket) -> None:

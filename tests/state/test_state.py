@@ -20,7 +20,7 @@ from cprd import InvalidInput, LimitExceeded, MissingKey, State
 from cprd.bundle.unpack import unpack
 from cprd.linux.memfd import SEALS
 from tests.support.bundles import pack
-from tests.support.descriptors import open_fds
+from tests.support.descriptors import io_uring, open_fds
 from tests.support.eventfds import full_table, of, opened
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -191,6 +191,15 @@ def test_a_descriptor_that_is_not_open_is_refused_with_its_key(fd: int, bulk: bo
 
     with pytest.raises(InvalidInput, match=rf"fd {fd} of \('a', 7\) is not an open descriptor"):
         save()
+
+
+def test_what_the_kernel_passes_to_nobody_is_refused() -> None:
+    ring = io_uring()
+    state = State()
+    state.save_fds("a", {6: 0, 7: ring})
+    with pytest.raises(InvalidInput, match=rf"fd {ring} of \('a', 7\) cannot be passed to another"):
+        pack(state)
+    os.close(ring)
 
 
 def test_a_loaded_state_copies_only_what_is_open() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Callable, Iterator
+
+import pytest
 
 from tests.support.patience import until
 
@@ -40,3 +43,12 @@ def memfds(count: int) -> Iterator[list[int]]:
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def io_uring() -> int:
+    """A descriptor that the kernel passes to no other process. The caller's."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = int(libc.syscall(425, 4, ctypes.create_string_buffer(256)))
+    if fd < 0:
+        pytest.skip(f"no io_uring here: {os.strerror(ctypes.get_errno())}")
+    return fd
