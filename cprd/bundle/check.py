@@ -28,9 +28,8 @@ from cprd.bundle.layout import (
     NODE,
     VERSION,
 )
-from cprd.errors import LimitExceeded
 from cprd.linux.memfd import mapping, missing_seals
-from cprd.linux.nofile import ADVICE
+from cprd.linux.nofile import cut_short
 from cprd.linux.rights import SCM_MAX_FD, SO_PEEK_OFF, close_all, peek, queued
 
 MOST = 200  # faults that are said
@@ -146,10 +145,7 @@ class _Look:
             sock.close()
         if flags & socket.MSG_CTRUNC:
             close_all(fds)
-            raise LimitExceeded(
-                f"{where}: not all descriptors could be installed here (MSG_CTRUNC), which says"
-                f" nothing about the bundle: raise RLIMIT_NOFILE {ADVICE}"
-            )
+            raise cut_short(where)
         if not data:
             self.faults.add(f"{where}: nothing is queued")
             return None

@@ -25,7 +25,7 @@ from cprd.bundle.layout import (
 )
 from cprd.errors import InvalidInput, LimitExceeded
 from cprd.linux.memfd import check_seals, sealed_memfd
-from cprd.linux.nofile import ADVICE, hard_limit, limits
+from cprd.linux.nofile import hard_limit, none_left
 from cprd.linux.pause import point
 from cprd.linux.rights import SCM_MAX_FD, close_all, send
 from cprd.state import MemfdSection, State
@@ -255,12 +255,8 @@ def _key(columns: Columns, number: int) -> str:
 
 def _explain(error: OSError, columns: Columns) -> Exception:
     """The kernel's errno as an error for the saving program."""
-    soft, hard = limits()
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return LimitExceeded(
-            f"no descriptor left to pack with ({error.strerror}): RLIMIT_NOFILE is {soft} (hard"
-            f" {hard}); raise it {ADVICE}"
-        )
+        return none_left("to pack with", error)
     if error.errno == errno.EBADF:
         for number, fd in enumerate(columns[2]):
             try:

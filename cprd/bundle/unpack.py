@@ -14,7 +14,7 @@ from array import array
 from cprd.bundle.layout import HEADER, LEAF, MAGIC, VERSION, Header, decode_manifest
 from cprd.errors import Damaged, LimitExceeded
 from cprd.linux.memfd import mapping, missing_seals
-from cprd.linux.nofile import ADVICE, limits
+from cprd.linux.nofile import STAYS, check_room, cut_short, none_left
 from cprd.linux.pause import point
 from cprd.linux.rights import SO_PEEK_OFF, close_all, peek, queued
 from cprd.state import InlineSection, MemfdSection, State
@@ -37,7 +37,7 @@ def unpack(fd: int) -> State:
     sock = as_socket(fd)
     try:
         root = _peek_header(sock)
-        _room_for(root)
+        check_room(root.total, 8)
         _peek(sock, root.depth, root.index, carried)
         sock.close()
         point("load:peeked")
@@ -70,7 +70,7 @@ def _peek(sock: socket.SocketType, depth: int, index: int, carried: array[int]) 
     try:
         header = Header(data)
         if flags & _CTRUNC:
-            raise _cut_short(header)
+            raise cut_short(f"a bundle with {header.total}")
         if len(fds) != header.here:
             raise Damaged(f"a part of the bundle says {header.here} descriptors, has {len(fds)}")
         if waiting != HEADER.size:
@@ -93,27 +93,6 @@ def _peek(sock: socket.SocketType, depth: int, index: int, carried: array[int]) 
         close_all(fds)
 
 
-def _room_for(root: Header) -> None:
-    if root.total + 8 <= os.sysconf("SC_OPEN_MAX"):  # the soft limit, without `resource`
-        return
-    soft, hard = limits()
-    if root.total + 8 > soft:
-        raise LimitExceeded(
-            f"{root.total} descriptors do not fit in this process: its soft RLIMIT_NOFILE is {soft}"
-            f" (hard {hard}); raise it before loading {ADVICE}; what is held stays held"
-        )
-
-
-def _cut_short(header: Header) -> Exception:
-    """The error for MSG_CTRUNC while peeking: nearly always EMFILE, but recvmsg gives no errno."""
-    soft, hard = limits()
-    return LimitExceeded(
-        f"not all of {header.total} descriptors could be installed (MSG_CTRUNC): open descriptors"
-        f" reached RLIMIT_NOFILE, soft {soft} (hard {hard}), or a security module refused"
-        f" one; raise the limit before loading {ADVICE}; what is held stays held"
-    )
-
-
 def as_socket(fd: int) -> socket.SocketType:
     """A copy of `fd`, owned by the caller. An object with the number itself would close the number,
     perhaps much later, after an interrupt. Raises Damaged for anything but a socket, LimitExceeded.
@@ -121,10 +100,7 @@ def as_socket(fd: int) -> socket.SocketType:
     try:
         copy = os.dup(fd)
     except OSError as error:
-        raise LimitExceeded(
-            f"no descriptor left to read a bundle with ({error.strerror}): raise RLIMIT_NOFILE"
-            f" {ADVICE}; what is held stays held"
-        ) from None
+        raise none_left("to read a bundle with", error, STAYS) from None
     try:
         return socket.SocketType(_UNIX, _SEQPACKET, 0, fileno=copy)
     except OSError as error:

@@ -19,6 +19,7 @@ from cprd.client.claim import Saved
 from cprd.client.exchange import Common, Line, Step
 from cprd.client.sockets import is_lost, open_socket, receive_now, send_now
 from cprd.errors import LimitExceeded
+from cprd.linux.nofile import none_left
 from cprd.linux.rights import close_all
 from cprd.protocol import messages
 from cprd.state import State
@@ -120,10 +121,7 @@ class Connection(Line):
             made.append(os.dup(made[0]))
         except OSError as error:
             close_all(made)
-            raise LimitExceeded(
-                f"no descriptor left to watch cprd with ({error.strerror}): raise RLIMIT_NOFILE"
-                " (ulimit -n, LimitNOFILE=)"
-            ) from None
+            raise none_left("to watch cprd with", error) from None
         wake, stopped = made
         self._wake = wake
 

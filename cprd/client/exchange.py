@@ -29,6 +29,7 @@ from cprd.errors import (
     Timeout,
     Unavailable,
 )
+from cprd.linux.nofile import cut_short
 from cprd.linux.paths import default_socket
 from cprd.linux.rights import close_all
 from cprd.protocol import messages
@@ -167,11 +168,7 @@ class Answer:
         """The only descriptor of the answer, now the caller's. Raises LimitExceeded when this
         process had no descriptor left to receive with, ProtocolError."""
         if self.cut:
-            raise LimitExceeded(
-                "no descriptor left to receive a queue of cprd with (MSG_CTRUNC): raise"
-                " RLIMIT_NOFILE (ulimit -n, LimitNOFILE=), or a security module refused it; what is"
-                " held stays held"
-            )
+            raise cut_short("an answer of cprd")
         if len(self.fds) != 1:
             raise ProtocolError(f"an answer with {len(self.fds)} descriptors instead of one")
         return self.fds.pop()

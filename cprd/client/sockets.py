@@ -9,8 +9,8 @@ import os
 import struct
 
 from cprd.client.exchange import Answer, Lost
-from cprd.errors import CprdError, Denied, LimitExceeded, Unavailable
-from cprd.linux.nofile import hard_limit
+from cprd.errors import CprdError, Denied, Unavailable
+from cprd.linux.nofile import hard_limit, none_left
 from cprd.linux.rights import receive, send
 from cprd.protocol import messages
 
@@ -59,10 +59,7 @@ def _new_socket() -> socket.socket:
                     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 except OSError:
                     pass
-        raise LimitExceeded(
-            f"no descriptor left to connect to cprd with ({error.strerror}): RLIMIT_NOFILE is"
-            f" {soft} (hard {hard}); raise it (ulimit -n, LimitNOFILE=)"
-        ) from None
+        raise none_left("to connect to cprd with", error) from None
 
 
 def send_now(sock: socket.socket, data: bytes) -> None:

@@ -7,11 +7,14 @@ The soft limit counts; a process may raise the soft limit up to the hard limit.
 from __future__ import annotations
 
 import _thread
+import os
 
 from cprd.errors import LimitExceeded
 
 ADVICE = "(resource.setrlimit, ulimit -n, LimitNOFILE=)"
 """How an administrator, a shell and a program raise the limit: the end of an error message."""
+
+STAYS = "what is held stays held"
 
 # The module `resource` is imported late everywhere: programs that load no state save 0.3 ms.
 
@@ -21,6 +24,36 @@ def limits() -> tuple[int, int]:
     import resource
 
     return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def none_left(what: str, error: OSError, so: str = "") -> LimitExceeded:
+    """For people: no descriptor left `what`. `so`: what became of what was wanted."""
+    soft, hard = limits()
+    return LimitExceeded(
+        f"no descriptor left {what} ({error.strerror}): RLIMIT_NOFILE is {soft} (hard {hard});"
+        f" raise it {ADVICE}{so and '; '}{so}"
+    )
+
+
+def cut_short(what: str) -> LimitExceeded:
+    """The error for MSG_CTRUNC: nearly always EMFILE, but recvmsg gives no errno."""
+    soft, hard = limits()
+    return LimitExceeded(
+        f"not all descriptors of {what} could be installed here (MSG_CTRUNC): open descriptors"
+        f" reached RLIMIT_NOFILE, soft {soft} (hard {hard}), or a security module refused one;"
+        f" raise the limit {ADVICE}; {STAYS}"
+    )
+
+
+def check_room(count: int, beside: int) -> None:
+    """Raises LimitExceeded where so many descriptors do not fit in this process, beside others."""
+    if count + beside <= os.sysconf("SC_OPEN_MAX"):  # the soft limit, without `resource`
+        return
+    soft, hard = limits()
+    raise LimitExceeded(
+        f"{count} descriptors do not fit in this process: its soft RLIMIT_NOFILE is {soft} (hard"
+        f" {hard}); raise it before loading {ADVICE}; {STAYS}"
+    )
 
 
 def raise_soft_limit(wanted: int | None = None) -> tuple[int, int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import _socket as socket  # as in queue
 
 from cprd.bundle.layout import LIVE_ROOT
-from cprd.errors import Damaged, LimitExceeded
-from cprd.linux.nofile import ADVICE
+from cprd.errors import Damaged
+from cprd.linux.nofile import cut_short
 from cprd.linux.rights import SO_PEEK_OFF, close_all, peek, send
 from cprd.live.reader import as_queue
 
@@ -31,10 +31,7 @@ def root_of(bundle: int) -> int:
     finally:
         sock.detach()
     if data == LIVE_ROOT and flags & socket.MSG_CTRUNC:
-        raise LimitExceeded(
-            f"no descriptor left to read a live hold with: raise RLIMIT_NOFILE {ADVICE}; what is"
-            " held stays held"
-        )
+        raise cut_short("a live hold")
     if data != LIVE_ROOT or len(fds) != 1:
         close_all(fds)
         raise Damaged("not the bundle of a live hold")

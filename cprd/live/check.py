@@ -9,9 +9,9 @@ from array import array
 from typing import Any
 
 from cprd.bundle.check import Faults
-from cprd.errors import Busy, Damaged, LimitExceeded
+from cprd.errors import Busy, Damaged
 from cprd.linux.memfd import missing_seals
-from cprd.linux.nofile import ADVICE
+from cprd.linux.nofile import cut_short
 from cprd.linux.rights import SO_PEEK_OFF, close_all, peek, queued
 from cprd.live.carrier import root_of
 from cprd.live.reader import MOST_TURNS, as_queue, read
@@ -113,10 +113,7 @@ class _Walk:
                 total += len(data)
                 if flags & socket.MSG_CTRUNC:
                     close_all(fds)
-                    raise LimitExceeded(
-                        f"{what}: not all descriptors could be installed here (MSG_CTRUNC): raise"
-                        f" RLIMIT_NOFILE {ADVICE}"
-                    )
+                    raise cut_short(what)
                 record = self._record(data, len(fds), what, before)
                 if record is None:
                     close_all(fds)

@@ -19,7 +19,7 @@ from collections import deque
 from itertools import chain, repeat, starmap
 
 from cprd.errors import Fenced, LimitExceeded
-from cprd.linux.nofile import ADVICE, hard_limit
+from cprd.linux.nofile import cut_short, hard_limit, none_left
 from cprd.linux.pause import point
 from cprd.linux.rights import SCM_MAX_FD, SO_PEEK_OFF, queued, send
 from cprd.live.records import Key, ordinal_of
@@ -70,22 +70,15 @@ LEAST = cost(SMALL - 1)
 def make_pair() -> tuple[socket.SocketType, socket.SocketType]:
     """The sending and the receiving end of a new queue. Raises LimitExceeded."""
     try:
-        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise _no_pair(error) from None
-    with hard_limit():
         try:
             return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
-            raise _no_pair(error) from None
-
-
-def _no_pair(error: OSError) -> LimitExceeded:
-    return LimitExceeded(
-        f"no descriptor left for a queue of the live hold ({error.strerror}): raise RLIMIT_NOFILE"
-        f" {ADVICE}; nothing was changed"
-    )
+            if error.errno != errno.EMFILE:
+                raise
+        with hard_limit():
+            return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise none_left("for a queue of the live hold", error, "nothing was changed") from None
 
 
 class Queue:
@@ -146,10 +139,7 @@ class Queue:
             with hard_limit():  # what came is closed with the rest
                 found = self._copy(copies)
             if any(item[2] & _CTRUNC for item in found):
-                raise LimitExceeded(
-                    "no room for copies of the descriptors in one queue of the live hold: raise"
-                    f" RLIMIT_NOFILE {ADVICE}"
-                )
+                raise cut_short("a queue of the live hold")
             fds = _fds(found)
         for (ordinal, size, _), (data, _, _, _) in zip(self.records, found, strict=True):
             if len(data) != size or ordinal_of(data) != ordinal:

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from itertools import repeat
 from operator import itemgetter
 
-from cprd.errors import Damaged, LimitExceeded
+from cprd.errors import Damaged
 from cprd.linux.memfd import missing_seals
-from cprd.linux.nofile import ADVICE, limits
+from cprd.linux.nofile import check_room, cut_short
 from cprd.linux.pause import point
 from cprd.linux.rights import SO_PEEK_OFF, close_all, queued, receive, scm_fds
 from cprd.live.records import (
@@ -191,26 +191,18 @@ class _Reading:
     def read(self, root: int) -> Found:
         found = Found()
         shut(root)
-        self._room_for(scm_fds(root))
+        check_room(scm_fds(root) + len(self.installed), SPARE)
         segments = self._read_root(found, root)
         for segment in segments:
             shut(segment.fd)
-        self._room_for(len(segments) + sum(scm_fds(segment.fd) for segment in segments))
+        wanted = len(segments) + sum(scm_fds(segment.fd) for segment in segments)
+        check_room(wanted + len(self.installed), SPARE)
         for segment in segments:
             self._read_segment(found, segment)
         found.hold = self.hold or 0
         found.segments = segments
         self._settle(found)
         return found
-
-    def _room_for(self, count: int) -> None:
-        soft, hard = limits()
-        wanted = count + len(self.installed) + SPARE
-        if wanted > soft:
-            raise LimitExceeded(
-                f"{wanted} descriptors do not fit in this process: its soft RLIMIT_NOFILE is {soft}"
-                f" (hard {hard}); raise it before loading {ADVICE}; what is held stays held"
-            )
 
     def _read_root(self, found: Found, root: int) -> list[FoundSegment]:
         """The attached segments; deletions of the root's records are noted."""
@@ -356,7 +348,7 @@ class _Reading:
             fds.append(some)
             self.installed.update(some)
             if flags & socket.MSG_CTRUNC:
-                raise _cut_short()
+                raise cut_short("a live hold")
             if flags & socket.MSG_TRUNC or not data or len(found) >= MOST_TURNS:
                 raise Damaged(f"{what} of a live hold is not in order")
             record = decode(data)
@@ -381,15 +373,6 @@ class _Reading:
                 raise Damaged(f"{what} of a live hold lacks a record")
         if hold is not None and record.hold != hold:
             raise Damaged(f"{what} of a live hold has a record of another hold")
-
-
-def _cut_short() -> LimitExceeded:
-    soft, hard = limits()
-    return LimitExceeded(
-        "not all descriptors of the live hold could be installed (MSG_CTRUNC): open descriptors"
-        f" reached RLIMIT_NOFILE, soft {soft} (hard {hard}), or a security module refused one;"
-        f" raise the limit before loading {ADVICE}; what is held stays held"
-    )
 
 
 def _section(key: str, op: int, value: bytes, fd: int) -> InlineSection | MemfdSection:

@@ -22,7 +22,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from errno import EBADF
 from itertools import chain, repeat
 
-from cprd.errors import Damaged, InvalidInput, LimitExceeded, MissingKey
+from cprd.errors import Damaged, InvalidInput, MissingKey
+from cprd.linux.nofile import none_left
 from cprd.linux.rights import close_all
 
 TYPE_CHECKING = False  # as typing's, which takes 4 ms to import
@@ -545,7 +546,4 @@ def duplicate(fd: int, what: str) -> int:
     except OSError as error:
         if error.errno == EBADF:
             raise InvalidInput(f"fd {fd} of {what} is not an open descriptor") from None
-        raise LimitExceeded(
-            f"no descriptor left for a copy of {what} ({error.strerror}): raise RLIMIT_NOFILE"
-            " (ulimit -n, LimitNOFILE=)"
-        ) from None
+        raise none_left(f"for a copy of {what}", error) from None
