@@ -142,7 +142,7 @@ def transfer() -> Iterator[Any]:
 
         yield make
     cpr.state_close()
-    cpr.clear()
+    cpr._own.forget()
 
 
 def counter_in(ram: int) -> int:
