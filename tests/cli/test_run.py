@@ -20,7 +20,7 @@ import pytest
 
 import cprd
 from cprd.cli.addresses import parse, parse_all, resolve
-from cprd.cli.opening import adjust
+from cprd.cli.opening import Opened, adjust
 from cprd.linux import sockets
 from tests.support.cprctl import CPRCTL, cprctl, environment, free_port
 from tests.support.daemon import DaemonProcess
@@ -130,6 +130,28 @@ def test_two_that_exclude_each_other_are_refused_before_anything_is_done(
     assert [each[3] for each in said_of] == [1, 1]
     again = run(daemon, f"127.0.0.1:{port},reuseport", f"127.0.0.1:{port},reuseport")
     assert again[1] == said_of
+
+
+@pytest.mark.parametrize("host", ["192.0.2.7", "[2001:db8::7]"])
+def test_an_address_that_this_machine_does_not_have_yet(host: str) -> None:
+    made = Opened()
+    with pytest.raises(cprd.CprdError, match="cannot listen on"):
+        made.open([parse(f"{host}:0")])
+    listen = parse(f"{host}:0,freebind")
+    made.open([listen])
+    with socket.socket(fileno=made.take(listen.key)) as sock:
+        assert sock.getsockname()[0] == host.strip("[]")
+    made.undo()
+
+
+def test_a_listener_of_one_device(daemon: DaemonProcess) -> None:
+    listen = parse("0.0.0.0:0,device=lo")
+    made = Opened()
+    made.open([listen])
+    with socket.socket(fileno=made.take(listen.key)) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16) == b"lo\0"
+    made.undo()
+    assert "No such device" in fails(daemon, "0.0.0.0:0,device=none0")
 
 
 # -- which listener ------------------------------------------------------------------------------
