@@ -4,6 +4,7 @@ the package rich is missing."""
 from __future__ import annotations
 
 import sys
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from cprd.linux.stdio import printable, say
@@ -64,13 +65,22 @@ def seconds(value: object) -> str:
 
 
 def print_json(value: object) -> None:
-    """One JSON document; bytes (in sections) are written as text with \\xNN for what is none."""
+    """One JSON document; bytes (in sections) are written as text with \\xNN for what is none, and
+    as text whatever else JSON has no form for."""
     import json
 
-    say(*json.dumps(value, indent=2, ensure_ascii=True, default=_as_text).split("\n"))
+    say(*json.dumps(_plain(value), indent=2, ensure_ascii=True).split("\n"))
 
 
-def _as_text(value: object) -> str:
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value).decode("utf-8", "backslashreplace")
-    return str(value)
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {
+            key if isinstance(key, str | int | float | None) else str(_plain(key)): _plain(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    known = isinstance(value, str | int | None) or (isinstance(value, float) and isfinite(value))
+    return value if known else str(value)

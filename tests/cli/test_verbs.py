@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
 import cprd
@@ -156,6 +157,19 @@ def test_show_says_what_is_held_and_disturbs_nothing(daemon: DaemonProcess) -> N
     assert "sessions" in text
     assert row(daemon, "web")["attempts"] == 0
     refused(cprctl(daemon, "show", "nothing"), 3, "nothing")
+
+
+def test_a_value_that_json_has_no_form_for_is_shown_all_the_same(daemon: DaemonProcess) -> None:
+    value = {b"\xffkey": [b"a\xff", msgpack.Timestamp(5, 0)], 7: float("inf"), None: True}
+    with daemon.connect() as connection:
+        state = cprd.State()
+        state["odd"] = value
+        connection.save("web", state)
+    done = cprctl(daemon, "show", "web", "--json")
+    assert done.returncode == 0, done.stderr
+    (section,) = json.loads(done.stdout)["sections"]
+    stamp = str(msgpack.Timestamp(5, 0))
+    assert section["value"] == {"\\xffkey": ["a\\xff", stamp], "7": "inf", "null": True}
 
 
 def test_a_table_on_a_terminal_shows_foreign_names_without_obeying_them(
