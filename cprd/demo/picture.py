@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 HEIGHT = 7  # rows of the terminal's picture
 MARGIN = 8  # columns left of it, for the axis
+KINDS = {
+    "restart": "restart",
+    "kill": "kill -9",
+    "crash": "restart, its first successor killed",
+}
+MARKS = [dict(zip(KINDS, marks, strict=True)) for marks in ("▲▼✗", "^vx")]
 
 
 def terminal(report: Report, width: int, *, ascii_only: bool = False) -> list[str]:
@@ -29,7 +35,7 @@ def terminal(report: Report, width: int, *, ascii_only: bool = False) -> list[st
     marks = [" "] * columns
     for restart in report.restarts:
         at = min(columns - 1, int(restart.asked / report.seconds * columns))
-        marks[at] = _mark(restart, ascii_only)
+        marks[at] = MARKS[ascii_only][_kind(restart)]
     lines.append(" " * MARGIN + "".join(marks).rstrip())
     lines.append(" " * MARGIN + _seconds_axis(report.seconds, columns))
     return lines
@@ -37,16 +43,13 @@ def terminal(report: Report, width: int, *, ascii_only: bool = False) -> list[st
 
 def legend(*, ascii_only: bool = False) -> str:
     """What the marks mean."""
-    plain, killed, crashed = "^vx" if ascii_only else "▲▼✗"
-    return (
-        f"answers a second; {plain} restart; {killed} kill -9; {crashed} restart, its first"
-        " successor killed"
-    )
+    marks = MARKS[ascii_only]
+    meant = "; ".join(f"{marks[kind]} {words}" for kind, words in KINDS.items())
+    return f"answers a second; {meant}"
 
 
-def _mark(restart: Restart, ascii_only: bool) -> str:
-    plain, killed, crashed = "^vx" if ascii_only else "▲▼✗"
-    return crashed if restart.crashed else killed if restart.killed else plain
+def _kind(restart: Restart) -> str:
+    return "crash" if restart.crashed else "kill" if restart.killed else "restart"
 
 
 def _cell(filled: float, ascii_only: bool) -> str:
@@ -154,21 +157,23 @@ def _grid(report: Report, top: float) -> list[str]:
         value = top * quarter / 2
         y = _y(value, top)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDE - RIGHT}"/>')
-        parts.append(
-            f'<text class="dim number" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
-            f"{value:,.0f}</text>"
-        )
-    parts.append(
-        f'<text class="dim number" x="{LEFT - 8}" y="{TOP - 12}" text-anchor="end">per s</text>'
-    )
+        parts.append(_text(LEFT - 8, y + 4, f"{value:,.0f}", "end"))
+    parts.append(_text(LEFT - 8, TOP - 12, "per s", "end"))
     step = max(1, int(round_up(report.seconds / 10)))
-    y = HIGH - BOTTOM + 32
     parts += [
-        f'<text class="dim number" x="{_x(report, second):.1f}" y="{y}" text-anchor="middle">'
-        f"{second} s</text>"
+        _text(_x(report, second), HIGH - BOTTOM + 32, f"{second} s", "middle")
         for second in range(0, int(report.seconds) + 1, step)
     ]
     return parts
+
+
+def _text(x: float, y: float, what: str, anchor: str = "start") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="dim number" {place}>{what}</text>'
+
+
+def _triangle(kind: str, x: float, y: float, title: str = "") -> str:
+    return f'<path class="{kind}-mark" d="M{x:.1f} {y}l5 9h-10z">{title}</path>'
 
 
 def _area(values: list[float], top: float) -> list[str]:
@@ -188,29 +193,17 @@ def _marks(report: Report) -> list[str]:
     parts = []
     for restart in report.restarts:
         x = _x(report, restart.asked)
-        kind = "crash" if restart.crashed else "kill" if restart.killed else "restart"
+        kind = _kind(restart)
         parts.append(f'<path class="{kind}" d="M{x:.1f} {TOP}V{HIGH - BOTTOM}"/>')
-        base = HIGH - BOTTOM + 5
-        parts.append(
-            f'<path class="{kind}-mark" d="M{x:.1f} {base}l5 9h-10z"><title>{kind} at'
-            f" {restart.asked:.2f} s</title></path>"
-        )
+        title = f"<title>{kind} at {restart.asked:.2f} s</title>"
+        parts.append(_triangle(kind, x, HIGH - BOTTOM + 5, title))
     y = HIGH - 12
-    parts.append(f'<path class="restart-mark" d="M{LEFT + 5} {y - 9}l5 9h-10z"/>')
-    parts.append(f'<text class="dim number" x="{LEFT + 16}" y="{y}">restart</text>')
-    parts.append(
-        f'<text class="dim number" x="{WIDE - RIGHT}" y="{y}" text-anchor="end">answers per second;'
-        " the bursts that catch up are cut off at the top</text>"
-    )
-    left = LEFT + 75
-    if any(restart.killed for restart in report.restarts):
-        parts.append(f'<path class="kill-mark" d="M{left} {y - 9}l5 9h-10z"/>')
-        parts.append(f'<text class="dim number" x="{left + 11}" y="{y}">kill -9</text>')
-        left += 65
-    if any(restart.crashed for restart in report.restarts):
-        parts.append(f'<path class="crash-mark" d="M{left} {y - 9}l5 9h-10z"/>')
-        parts.append(
-            f'<text class="dim number" x="{left + 11}" y="{y}">restart, its first successor killed'
-            " right after its claim</text>"
-        )
+    said = "answers per second; the bursts that catch up are cut off at the top"
+    parts.append(_text(WIDE - RIGHT, y, said, "end"))
+    left = LEFT + 5
+    there = {"restart", *map(_kind, report.restarts)}
+    for kind, words in KINDS.items():
+        if kind in there:
+            parts += [_triangle(kind, left, y - 9), _text(left + 11, y, words)]
+            left += 25 + 6 * len(words)
     return parts
