@@ -133,16 +133,14 @@ async def status(server: Server, connection: Connection, message: Message) -> No
 
 
 def _usages(server: Server, uid: int) -> dict[str, Any]:
-    """Holds and descriptors of each uid that `uid` may see; the largest of many."""
+    """Holds and descriptors of each uid that `uid` may see, most descriptors first."""
     uids = {
         str(other): {"holds": usage.holds, "fds": usage.fds}
         for other, usage in server.registry.usages().items()
         if uid in (0, other)
     }
-    if len(uids) > MOST_UIDS:
-        most = sorted(uids, key=lambda other: -uids[other]["fds"])[:MOST_UIDS]
-        uids = {other: uids[other] for other in most}
-    return uids
+    most = sorted(uids, key=lambda other: -uids[other]["fds"])[:MOST_UIDS]
+    return {other: uids[other] for other in most}
 
 
 HANDLERS: dict[str, Handler] = {
