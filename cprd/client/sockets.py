@@ -6,6 +6,7 @@ import _socket as socket  # as in rights
 import errno
 import fcntl
 import os
+import resource  # noqa: F401 - for nofile.py: without a descriptor left nothing can be imported
 import struct
 
 from cprd.client.exchange import Answer, Lost

@@ -6,10 +6,13 @@ import itertools
 import os
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import pytest
 import trio
@@ -21,7 +24,7 @@ from tests.support.child import Child, Line, become
 from tests.support.daemon import DaemonProcess
 from tests.support.eventfds import full_table, of, opened, values
 from tests.support.goods import state_of
-from tests.support.patience import until
+from tests.support.patience import PATIENCE, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -204,6 +207,45 @@ def test_connecting_without_a_descriptor_names_the_limit(daemon: DaemonProcess) 
         daemon.connect()
 
     assert in_child(work).startswith("LimitExceeded: no descriptor left to connect")
+
+
+SAVES = """
+import os, sys
+from cprd import LimitExceeded, State, connect
+fds = []
+try:
+    while True:
+        fds.append(os.dup(0))
+except OSError:
+    pass
+try:
+    with connect() as daemon:
+        state = State()
+        state.save_fds("a", enumerate(fds[:3]))
+        daemon.save("web", state)
+except LimitExceeded as error:
+    print(error)
+"""
+
+
+def test_a_program_without_a_descriptor_left_saves_up_to_its_hard_limit(
+    daemon: DaemonProcess,
+) -> None:
+    """Nor can it import anything."""
+    for soft, hard, said in ((64, 128, ""), (64, 64, "no descriptor left to connect")):
+        done = subprocess.run(
+            [sys.executable, "-c", SAVES],
+            check=False,
+            env={**os.environ, "CPRD_SOCKET": daemon.path},
+            capture_output=True,
+            text=True,
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard)),
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(said)
+        assert bool(done.stdout) == bool(said)
+    assert daemon.phases() == {"web": "held"}
 
 
 @pytest.mark.parametrize("count", [5, 600])
