@@ -117,6 +117,7 @@ NOISE: dict[str, tuple[str, str]] = {
     "not-msgpack": ("c1", "not a msgpack message"),
     "two-values": ("8080", "not a msgpack message"),
     "a-number-as-key": ("8101a0", "not a msgpack message"),
+    "a-key-twice": ("83a476657262a473686f77a46e616d65a3776562a46e616d65a3776562", "a key twice"),
     "an-extension-type": ("81a476657262d40500", "not a msgpack message"),
 }
 """Name -> bytes that are no message, and what the refusal says before the connection ends."""
