@@ -114,12 +114,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 """Name -> a request that is readable and makes no sense, and what the refusal says."""
 
+_TWICE = "a message with a key twice"
 NOISE: dict[str, tuple[str, str]] = {
     "no-map": ("93010203", "a message is a map"),
     "not-msgpack": ("c1", "not a msgpack message"),
     "two-values": ("8080", "not a msgpack message"),
     "a-number-as-key": ("8101a0", "not a msgpack message"),
-    "a-key-twice": ("83a476657262a473686f77a46e616d65a3776562a46e616d65a3776562", "a key twice"),
+    "a-key-twice": ("83a476657262a473686f77a46e616d65a3776562a46e616d65a3776562", _TWICE),
     "an-extension-type": ("81a476657262d40500", "not a msgpack message"),
 }
 """Name -> bytes that are no message, and what the refusal says before the connection ends."""
