@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
+
 from cprd.bundle import layout
 from cprd.bundle.pack import pack
 from cprd.errors import Busy, CprdError, Damaged, NotHeld, ProtocolError
@@ -112,11 +114,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 """Name -> a request that is readable and makes no sense, and what the refusal says."""
 
+_TWICE = "a message with a key twice"
 NOISE: dict[str, tuple[str, str]] = {
     "no-map": ("93010203", "a message is a map"),
     "not-msgpack": ("c1", "not a msgpack message"),
     "two-values": ("8080", "not a msgpack message"),
     "a-number-as-key": ("8101a0", "not a msgpack message"),
+    "a-key-twice": ("83a476657262a473686f77a46e616d65a3776562a46e616d65a3776562", _TWICE),
     "an-extension-type": ("81a476657262d40500", "not a msgpack message"),
 }
 """Name -> bytes that are no message, and what the refusal says before the connection ends."""
@@ -383,7 +387,22 @@ def _bundles() -> Iterator[Vector]:
         says = {"fds": packed.fds, "bytes": packed.size, "parked": packed.parked}
         says["depth"] = packed.depth
         yield {"name": name, "words": words, **found, "save": says, "means": means}
+    later = {**_NOTHING, "later": {1: [None, -2.5, True]}}
+    yield {
+        "name": "later-part",
+        "words": "a part of a later manifest, with any value, is passed over",
+        "queue": [{"hex": _header(layout.LEAF, 0, 1, 1).hex(), "carries": [_manifest(later)]}],
+        "save": {"fds": 0, "bytes": 0, "parked": 1, "depth": 0},
+        "means": {"sections": [], "descriptors": []},
+    }
     yield from _no_bundles()
+
+
+_NOTHING: dict[str, Any] = {"sections": [], "ids": b"", "names": b""}
+
+
+def _manifest(parts: dict[str, Any]) -> Vector:
+    return {"memfd": msgpack.packb(parts).hex(), "sealed": True}
 
 
 def _header(kind: int, depth: int, here: int, total: int, version: int = layout.VERSION) -> bytes:
@@ -392,7 +411,7 @@ def _header(kind: int, depth: int, here: int, total: int, version: int = layout.
 
 def _no_bundles() -> Iterator[Vector]:
     """Bundles that cprd keeps, and that a reader refuses."""
-    manifest = {"memfd": "83a873656374696f6e7390a3696473c400a56e616d6573c400", "sealed": True}
+    manifest = _manifest(_NOTHING)
     leaf = _header(layout.LEAF, 0, 1, 1)
     keyless = {"memfd": "81a873656374696f6e7390", "sealed": True}
     sections = "9294a1610000c40094a1610000c400"
@@ -410,6 +429,12 @@ def _no_bundles() -> Iterator[Vector]:
         "unsealed": (leaf, [{**manifest, "sealed": False}], "Damaged", "not a sealed memfd"),
         "no-memfd": (leaf, [{"descriptor": 1}], "Damaged", "not a sealed memfd"),
         "no-keys": (leaf, [keyless], "Damaged", "a part is missing"),
+        "parts": (
+            leaf,
+            [_manifest({**_NOTHING, **{f"later{n}": n for n in range(layout.MAX_PARTS - 2)}})],
+            "Damaged",
+            f"the limit is {layout.MAX_PARTS}",
+        ),
         "section-twice": (leaf, [twice], "Damaged", "section 'a' twice"),
         "key-too-many": (
             _header(1, 0, 2, 2),

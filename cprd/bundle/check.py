@@ -24,6 +24,7 @@ from cprd.bundle.layout import (
     MAX_DEPTH,
     MAX_MANIFEST,
     MAX_NAME,
+    MAX_PARTS,
     MAX_SECTIONS,
     NODE,
     VERSION,
@@ -220,9 +221,11 @@ class _Manifest:
             pairs = msgpack.unpackb(
                 data,
                 raw=False,
+                strict_map_key=False,
                 object_pairs_hook=list,
                 max_array_len=MAX_SECTIONS,
                 max_map_len=MAX_SECTIONS,
+                max_ext_len=0,
             )
         except MemoryError:
             raise
@@ -232,11 +235,16 @@ class _Manifest:
         if data[0] & 0xF0 != 0x80 and data[0] not in (0xDE, 0xDF):
             self.faults.add("the manifest is not a map")
             return None
+        if len(pairs) > MAX_PARTS:
+            self.faults.add(f"the manifest has {len(pairs)} parts; the limit is {MAX_PARTS}")
         parts: dict[str, Any] = {}
         for key, value in pairs:
-            if key in parts:
+            name = key if isinstance(key, str) else f"{key!r:.100}"
+            if name is not key:
+                self.faults.add(f"the manifest has a part whose name is no string: {name}")
+            if name in parts:
                 self.faults.add(f"the manifest has the part {key!r:.100} twice")
-            parts[key if isinstance(key, str) else repr(key)] = value
+            parts[name] = value
         return parts
 
     def _content(self, fd: int, what: str) -> bytes | None:

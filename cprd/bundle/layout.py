@@ -34,6 +34,7 @@ LEAF, NODE = 1, 2
 MAX_DEPTH = 3  # 253 ** 3 is 16 million: more than any table of descriptors
 INLINE = 16 * 1024  # bytes of a section; above, the section gets a memfd of its own
 MAX_MANIFEST = 256 << 20  # bytes
+MAX_PARTS = 16  # of a manifest
 MAX_SECTIONS = 1 << 16
 MAX_NAME = 255  # bytes, of a descriptor or a section
 HEADER = struct.Struct("<4sHBBIIQQ")
@@ -136,7 +137,7 @@ def _decode_manifest(
     parser.feed(data)
     found: dict[str, bytes] = {}
     sections: list[Section] = []
-    for _ in range(_at_most(parser.read_map_header(), 16, "parts")):
+    for _ in range(_at_most(parser.read_map_header(), MAX_PARTS, "parts")):
         part = parser.unpack()
         if part == "sections":
             sections += _decode_sections(parser)

@@ -290,7 +290,7 @@ def decode(
     data: bytes, limit: int, *, items: int = MAX_ANSWER_ITEMS, text: int = MAX_ANSWER
 ) -> Message:
     """One message of at most `limit` bytes, with at most `items` in an array, twice as many in a
-    map, and `text` bytes in a string. Raises ProtocolError with the reason.
+    map, and `text` bytes in a string. Raises ProtocolError with the reason: for a key twice, too.
 
     msgpack's stack bounds the nesting (1,024; without compiled code Python's own stack does)."""
     if len(data) > limit:
@@ -312,6 +312,10 @@ def decode(
         raise ProtocolError(f"not a msgpack message: {why}"[:300]) from None
     if not isinstance(message, dict):
         raise ProtocolError("a message is a map")
+    head = data[0]  # with the number of pairs, or before the number: a hook for pairs costs more
+    pairs = head & 15 if head < 0xDE else int.from_bytes(data[1 : 3 if head == 0xDE else 5], "big")
+    if pairs != len(message):
+        raise ProtocolError("a message with a key twice")
     return message
 
 
@@ -322,9 +326,11 @@ def read_first(data: bytes) -> Message:
     Frozen for all versions: hello has `verb` and `version`, and a refusal `error`, `why` and
     `version`."""
     message = decode(data, MAX_REQUEST, items=HELLO_ITEMS, text=MAX_TEXT)
-    version = message.get("version")
-    if message.get("verb") != "hello" or type(version) is not int or version in SPOKEN:
+    if message.get("verb") != "hello":
         return read_request(data)
+    version = message.get("version")
+    if type(version) is not int or version in SPOKEN:
+        return _request(message)
     other = RELEASES.get(version)
     release = f"cprd {other}" if other else f"the cprd of version {version}"
     older = "client" if version < VERSION else "daemon"
@@ -340,7 +346,10 @@ def read_request(data: bytes) -> Message:
     type. What was left out, or is nil, has the default.
 
     Raises ProtocolError that names the verb or the field."""
-    message = decode(data, MAX_REQUEST, items=MAX_ITEMS, text=MAX_TEXT)
+    return _request(decode(data, MAX_REQUEST, items=MAX_ITEMS, text=MAX_TEXT))
+
+
+def _request(message: Message) -> Message:
     verb = message.get("verb")
     if not isinstance(verb, str):  # whose text may be deep
         raise BadRequest("the field 'verb' wants the name of a verb")

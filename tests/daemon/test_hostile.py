@@ -109,6 +109,7 @@ NOISE = {
     "deeply nested": b"\x91" * 16000,
     "deeply nested maps": b"\x81\xa1a" * 5000,
     "keys that are numbers": b"\x81\x01\x02",
+    "a key twice": b"\x82" + 2 * b"\xa4verb\xa6status",
     "no verb": packed(name="x"),
     "verb of bytes": packed(verb=b"status"),
     "unknown verb": packed(verb="explode"),
@@ -128,7 +129,7 @@ NOISE = {
 UNREADABLE = [
     *("nothing msgpack", "a number", "an array", "truncated", "with a tail", "oversized"),
     *("promises 4 GiB", "deeply nested", "deeply nested maps", "keys that are numbers"),
-    *("broken UTF-8", "a timestamp"),
+    *("a key twice", "broken UTF-8", "a timestamp"),
 ]
 
 

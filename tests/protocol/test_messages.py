@@ -47,6 +47,26 @@ def test_a_bomb_is_refused_at_once(bomb: bytes, read: Callable[[bytes], messages
     assert in_time(min(took), 0.002)
 
 
+@pytest.mark.parametrize("head", ["8{}", "de000{}", "df0000000{}"])
+def test_a_key_twice_is_noise(head: str) -> None:
+    pairs = [msgpack.packb(key) + msgpack.packb(value) for key, value in (("verb", "status"),) * 2]
+    said = bytes.fromhex(head.format(1)) + pairs[0]
+    assert messages.read_request(said)["verb"] == messages.read_first(said)["verb"] == "status"
+    for read in (messages.read_request, messages.read_first):
+        with pytest.raises(ProtocolError, match="a key twice") as refusal:
+            read(bytes.fromhex(head.format(2)) + b"".join(pairs))
+        assert not isinstance(refusal.value, messages.BadRequest)
+
+
+@pytest.mark.parametrize("version", messages.SPOKEN)
+def test_a_hello_may_say_more_than_another_request(version: int) -> None:
+    more = {f"x{n}": None for n in range(2 * messages.HELLO_ITEMS - 3)}
+    hello = {"verb": "hello", "version": version, "more": [0] * messages.HELLO_ITEMS, **more}
+    assert messages.read_first(msgpack.packb(hello))["version"] == version
+    with pytest.raises(ProtocolError, match="max_array_len"):
+        messages.read_request(msgpack.packb({"verb": "status", "more": hello["more"]}))
+
+
 @pytest.mark.parametrize("field", ["lease", "ttl"])
 @pytest.mark.parametrize("value", [0, 0.09, -1, True, float("nan")])
 def test_what_would_end_at_once_is_refused(field: str, value: float) -> None:

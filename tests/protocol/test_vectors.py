@@ -47,7 +47,7 @@ def test_a_request_is_read_as_it_says(vector: Vector) -> None:
     if "means" in vector:
         assert vectors.plain(messages.read_request(data)) == vector["means"]
         return
-    with pytest.raises(ProtocolError, match=re.escape(vector["refused"])) as refusal:
+    with pytest.raises(ProtocolError, match="^" + re.escape(vector["refused"])) as refusal:
         messages.read_request(data)
     goes_on = isinstance(refusal.value, messages.BadRequest)
     assert vector["connection"] == ("goes on" if goes_on else "ends")
