@@ -35,6 +35,7 @@ class Bare:
         self.holds: dict[str, tuple[socket.socket, int]] = {}  # bundles and generations
         self.journal, self.end = os.memfd_create("journal"), 0
         self.claimants: dict[str, int] = {}  # pidfds
+        self.waiting: dict[str, tuple[int, socket.socket, Any]] = {}  # loads of what is not held
         self.pidfd = os.pidfd_open(os.getpid())
         self.generation = 1 << 40
         self.shelf, self.outlet = seqpacket_pair()
@@ -63,6 +64,15 @@ class Bare:
             self.connections.pop(fd).close()
             return
         request = msgpack.unpackb(data)
+        name = request.get("name", "")
+        if request["verb"] == "load" and name not in self.holds:
+            self.waiting[name] = fd, sock, request
+            return
+        self.carry_out(fd, sock, request)
+        if name in self.holds and name in self.waiting:
+            self.carry_out(*self.waiting.pop(name))
+
+    def carry_out(self, fd: int, sock: socket.socket, request: Any) -> None:
         fields, given = getattr(self, request["verb"])(fd, sock, request)
         ok = self.pack({"id": request["id"], "ok": fields})
         send(sock, ok, (given,) if given >= 0 else ())

@@ -17,7 +17,6 @@ Exit status: 0 when every figure is within its bound, 1 when not.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import shutil
@@ -26,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import pairwise
 
@@ -34,7 +33,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import cprd
 from benchmarks import echo
-from benchmarks.stage import cpu_seconds, private_cprd, spread, verdict
+from benchmarks.stage import bare_daemon, cpu_seconds, private_cprd, spread, verdict
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROUNDS = 300
@@ -194,23 +193,6 @@ def rate(rounds: int) -> bool:
         detail,
         at_least=True,
     )
-
-
-@contextlib.contextmanager
-def bare_daemon() -> Iterator[tuple[str, int]]:
-    """A daemon that makes system calls only: (path of its socket, pid)."""
-    with tempfile.TemporaryDirectory(prefix="cprd-bare.") as place:
-        path = os.path.join(place, "bare.sock")
-        command = [sys.executable, os.path.join(HERE, "bare_daemon.py"), path]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        try:
-            assert process.stdout is not None
-            if process.stdout.readline() != b"ready\n":
-                raise SystemExit("the bare daemon did not start")
-            yield path, process.pid
-        finally:
-            process.kill()
-            process.wait()
 
 
 def compiled(place: str) -> str:

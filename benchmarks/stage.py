@@ -50,6 +50,23 @@ def private_cprd(
         reader.wait()
 
 
+@contextlib.contextmanager
+def bare_daemon() -> Iterator[tuple[str, int]]:
+    """A daemon that makes system calls only: (path of its socket, pid)."""
+    with tempfile.TemporaryDirectory(prefix="cprd-bare.") as place:
+        path = os.path.join(place, "bare.sock")
+        command = [sys.executable, os.path.join(ROOT, "benchmarks/bare_daemon.py"), path]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != b"ready\n":
+                raise SystemExit("the bare daemon did not start")
+            yield path, process.pid
+        finally:
+            process.kill()
+            process.wait()
+
+
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process with all its threads, ended ones too: what clock_getcpuclockid(3)
     names."""
