@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from _warnings import warn as _warn  # takes no import, which fails while the interpreter ends
 
 from cprd.bundle.pack import pack
 from cprd.client.exchange import BRIEF, Call, Line, Work
@@ -453,12 +454,10 @@ def named(keys: list[tuple[str, int] | str]) -> str:
 
 def warn(text: str) -> None:
     """A RuntimeWarning at the line of the program that called cprd."""
-    import warnings
-
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("cprd"):
         level, frame = level + 1, frame.f_back
-    warnings.warn(text, RuntimeWarning, stacklevel=level)
+    _warn(text, RuntimeWarning, level)
 
 
 def cut(why: str) -> str:
