@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/small.py [--pairs N] [FIGURE ...]
 
     one         save, load and confirm of one descriptor, by turns with three echoes (echo.py)
+    cold        the same, each after 200 ms in which all slept: what a restart out of the blue meets
     rate        hand-overs a second of 16 clients against the echoes a second of 16 clients; beside
                 that the same with the C client, where cc is
     floor       `one` on a daemon that makes cprd's system calls and nothing else (bare_daemon.py);
@@ -38,6 +39,7 @@ from benchmarks.stage import bare_daemon, cpu_seconds, private_cprd, spread, ver
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROUNDS = 300
 CLIENTS = 16
+ASLEEP = 0.2  # s
 SECONDS = 2.0  # of one measurement of a rate
 
 
@@ -108,6 +110,31 @@ def _one(
         bound,
         "",
         spread([sum(each) for each in steps], 1e6, "us"),
+    )
+
+
+def cold(rounds: int) -> bool:
+    with private_cprd() as (path, _), echo.server() as (echoes, _):
+        ours, client = HandOver(path), echo.Client(echoes)
+        steps: list[list[float]] = []
+        three: list[float] = []
+        for _ in range(max(9, rounds // 10)):
+            time.sleep(ASLEEP)
+            steps.append(ours.once())
+            time.sleep(ASLEEP)
+            begun = time.perf_counter()
+            for _ in range(3):
+                client.echo()
+            three.append(time.perf_counter() - begun)
+    for name, values in zip(("save", "load", "confirm"), zip(*steps, strict=True), strict=True):
+        print(f"{name}: {spread(values, 1e6, 'us')}")
+    whole = [sum(each) for each in steps]
+    return verdict(
+        "save, load and confirm of one / three echoes, each after 200 ms",
+        statistics.median(whole) / statistics.median(three),
+        math.inf,
+        "",
+        f"{spread(whole, 1e6, 'us')}, {spread(three, 1e6, 'us')}",
     )
 
 
@@ -245,7 +272,7 @@ def floor(rounds: int) -> bool:
     )
 
 
-FIGURES = {"one": one, "rate": rate, "floor": floor}
+FIGURES = {"one": one, "cold": cold, "rate": rate, "floor": floor}
 
 
 def main() -> int:
