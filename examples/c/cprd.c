@@ -1045,8 +1045,10 @@ int cprd__end(struct cprd__ticket *t, const char *verb, const char *why, int cau
 int cprd__give_back(struct cprd__ticket *t, int cause) {
     struct cprd_error said = cprd__last;
     struct cprd__answer a;
-    if (!t->over) cprd__end(t, "reject", cause ? said.text : "closed without confirm", cause, &a);
+    const char *why = cause ? said.text : "closed without confirm";
+    int rc = t->over ? CPRD_OK : cprd__end(t, "reject", why, cause, &a);
     t->over = 1;
+    if (cause && rc == CPRD_FENCED) return rc; /* so it was emptied while this process read it */
     cprd__last = said;
     return cause;
 }
@@ -1145,7 +1147,7 @@ int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options
     else if (!rc) rc = (a.live && cprd__unpack_live ? cprd__unpack_live : cprd_unpack)(
                            a.fd, &claim->state);
     if (!rc) return CPRD_OK;
-    cprd__give_back(&claim->ticket, rc);
+    rc = cprd__give_back(&claim->ticket, rc);
     cprd_claim_close(claim);
     *out = NULL;
     return rc;

@@ -371,7 +371,8 @@ void cprd__set(struct cprd__ticket *t, const struct cprd__answer *a); /* what th
 /* commit, abort, confirm, reject. `cause`: the error for which this process cannot read a state. */
 int cprd__end(struct cprd__ticket *t, const char *verb, const char *why, int cause,
               struct cprd__answer *a);
-int cprd__give_back(struct cprd__ticket *t, int cause); /* unless ended; returns `cause` */
+/* Unless ended. Returns `cause`; FENCED where the claim was over before: then for that reason. */
+int cprd__give_back(struct cprd__ticket *t, int cause);
 void cprd__close(struct cprd__ticket *t);
 /* As cprd_unpack, of a live hold; NULL where cprd_live.c is not linked. */
 __attribute__((weak)) int cprd__unpack_live(int bundle, cprd_state **out);

@@ -855,7 +855,7 @@ int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *op
         else if (a.found) rc = read_bundle(l, a.fd, 0);
         if (!rc && a.found) rc = saved ? take_in(l, saved) : write_root(l, 0);
         cprd__close_all(&a.fd, 1);
-        if (rc) cprd__give_back(&l->ticket, rc);
+        if (rc) rc = cprd__give_back(&l->ticket, rc);
         l->over = a.found ? CPRD_BUSY : CPRD_OK;
     }
     if (rc) cprd_live_close(l);
