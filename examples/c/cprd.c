@@ -21,17 +21,17 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
-#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
 enum {
     VERSION = 2,
-    MAX_ANSWER = 64 * 1024,
     MAX_WHY = 1024,
     INLINE = 16 * 1024, /* bytes of a section; a larger one gets a memfd */
     MAX_MANIFEST = 256 << 20,
     MAX_SECTIONS = 1 << 16,
+    FIELDS = 4, /* the place in a request of their number, ... */
+    ID = 13,    /* ... and of the id */
     PAUSE = 50, /* ms, between attempts to connect */
     LOST = -1   /* the connection has ended: the request may be sent again on another one */
 };
@@ -248,17 +248,6 @@ uint64_t cprd__cookie(int fd) {
     return getsockopt(fd, SOL_SOCKET, SO_COOKIE, &cookie, &size) ? 0 : cookie;
 }
 
-int cprd__fdinfo(int fd, const char *key, long *value) {
-    char path[64], info[1024] = "";
-    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
-    int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file >= 0 && read(file, info, sizeof info - 1) < 0) *info = 0;
-    if (file >= 0) close(file);
-    const char *found = strstr(info, key);
-    *value = found ? strtol(found + strlen(key), NULL, 10) : 0;
-    return found != NULL;
-}
-
 int cprd__is_sealed(int memfd) {
     int seals = fcntl(memfd, F_GET_SEALS);
     return seals >= 0 && (seals & SEALS) == SEALS;
@@ -352,24 +341,24 @@ int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, con
     return CPRD_OK;
 }
 
-static struct cprd__key key_of(int space, const char *name, int32_t id) {
-    return (struct cprd__key){NULL, space, id, strlen(name), (char *)(uintptr_t)name};
+/* What a program adds; borrowed. */
+static int add(cprd_state *s, int space, const char *name, int32_t id, int fd, const void *data,
+               size_t size, int packed) {
+    struct cprd__key key = {NULL, space, id, strlen(name), (char *)(uintptr_t)name};
+    return cprd__add(s, &key, fd, 0, data, size, packed);
 }
 
 int cprd_add_fd(cprd_state *s, const char *name, int32_t id, int fd) {
-    struct cprd__key key = key_of(CPRD__FD, name, id);
-    if (fcntl(fd, F_GETFD) >= 0) return cprd__add(s, &key, fd, 0, NULL, 0, 0);
+    if (fcntl(fd, F_GETFD) >= 0) return add(s, CPRD__FD, name, id, fd, NULL, 0, 0);
     return cprd__fail(CPRD_INVALID_INPUT, "fd %d of (%s, %d) is not open", fd, name, id);
 }
 
 int cprd_add_section(cprd_state *s, const char *name, const void *data, size_t size, int packed) {
-    struct cprd__key key = key_of(CPRD__SECTION, name, 0);
-    return cprd__add(s, &key, -1, 0, data, size, packed);
+    return add(s, CPRD__SECTION, name, 0, -1, data, size, packed);
 }
 
 int cprd_add_memfd(cprd_state *s, const char *name, int memfd, int packed) {
-    struct cprd__key key = key_of(CPRD__SECTION, name, 0);
-    if (cprd__is_sealed(memfd)) return cprd__add(s, &key, memfd, 0, NULL, 0, packed);
+    if (cprd__is_sealed(memfd)) return add(s, CPRD__SECTION, name, 0, memfd, NULL, 0, packed);
     return cprd__fail(CPRD_INVALID_INPUT, "section '%s': fd %d is no memfd with all four seals"
                       " (F_SEAL_SEAL, SHRINK, GROW, WRITE)", name, memfd);
 }
@@ -402,9 +391,13 @@ int cprd_take_fd(cprd_state *s, const char *name, int32_t id) {
 
 /* -- msgpack: as much as cprd and bundles take ------------------------------------------------- */
 
+static void put_big(unsigned char *to, uint64_t value, int width) {
+    for (; width--; value >>= 8) to[width] = (unsigned char)value;
+}
+
 static void put_number(struct cprd__bytes *b, int type, uint64_t value, int width) {
     unsigned char data[9] = {(unsigned char)type};
-    for (int n = width; n; n--, value >>= 8) data[n] = (unsigned char)value;
+    put_big(data + 1, value, width);
     cprd__put(b, data, 1 + (size_t)width);
 }
 
@@ -418,18 +411,6 @@ static void put_text(struct cprd__bytes *b, const char *text) {
     cprd__put(b, text, strlen(text));
 }
 
-enum kind { NIL = 'n', BAD = '-', NUMBER = 'u', FLOAT = 'f', DOUBLE = 'd', TEXT = 't',
-            BINARY = 'x', ARRAY = 'a', MAP = 'm' };
-struct value {
-    enum kind kind;
-    uint64_t number; /* of NUMBER, a boolean too; bits of DOUBLE; how many items, or bytes */
-    const unsigned char *data, *end; /* of text and binary; where items begin, and must end */
-};
-struct reader { /* trusts no length; no depth of what is read is a depth of calls */
-    const unsigned char *at, *end;
-    int bad;
-};
-
 static uint64_t take(struct reader *r, int width) {
     uint64_t value = 0;
     if (r->end - r->at < width) r->bad = 1;
@@ -438,7 +419,7 @@ static uint64_t take(struct reader *r, int width) {
 }
 
 /* The head of the next value; text and binary with their bytes. */
-static struct value next(struct reader *r) {
+struct value cprd__next(struct reader *r) {
     static const char kinds[] = "n-uuxxx---fduuuuuuuu-----tttaamm"; /* of types from 0xc0 on */
     static const char widths[] = "00001240004812481248000001242424";
     unsigned type = (unsigned)take(r, 1), n = type & 31;
@@ -466,31 +447,31 @@ static int is(const struct value *v, const char *text) {
 }
 
 /* All that is in `v`, which was read last. */
-static void skip(struct reader *r, struct value v) {
+void cprd__skip(struct reader *r, struct value v) {
     for (uint64_t left = 1; left && !r->bad; left--) {
         left += v.kind == MAP ? 2 * v.number : v.kind == ARRAY ? v.number : 0;
-        if (left > 1) v = next(r);
+        if (left > 1) v = cprd__next(r);
     }
 }
 
 /* The value of a key in a map, or nil. What is not known is passed over. */
-static struct value get(struct value map, const char *key) {
+struct value cprd__get(struct value map, const char *key) {
     struct reader r = {map.data, map.end, map.kind != MAP};
     while (!r.bad && map.number--) {
-        struct value name = next(&r), v = next(&r);
+        struct value name = cprd__next(&r), v = cprd__next(&r);
         if (is(&name, key)) return v;
-        skip(&r, v);
+        cprd__skip(&r, v);
     }
     return (struct value){.kind = NIL};
 }
 
-static uint64_t number(struct value map, const char *key, uint64_t otherwise) {
-    struct value v = get(map, key);
+uint64_t cprd__number(struct value map, const char *key, uint64_t otherwise) {
+    struct value v = cprd__get(map, key);
     return v.kind == NUMBER ? v.number : otherwise;
 }
 
-static void text(struct value map, const char *key, char *to, size_t room) {
-    struct value v = get(map, key);
+void cprd__text(struct value map, const char *key, char *to, size_t room) {
+    struct value v = cprd__get(map, key);
     size_t size = v.kind != TEXT ? 0 : v.number < room ? v.number : room - 1;
     if (size) memcpy(to, v.data, size);
     to[size] = 0;
@@ -635,10 +616,11 @@ static int peek_node(int sock, int parent, uint64_t index, struct cprd__bytes *o
 
 /* The array of sections. **fds: of the next memfd, which is not the state's yet. */
 static int read_sections(cprd_state *s, struct reader *r, const int **fds, const int *end) {
-    struct value list = next(r);
+    struct value list = cprd__next(r);
     if (list.kind != ARRAY || list.number > MAX_SECTIONS) r->bad = 1;
     for (uint64_t left = list.number; left-- && !r->bad;) {
-        struct value one = next(r), name = next(r), packed = next(r), by = next(r), data = next(r);
+        struct value one = cprd__next(r), name = cprd__next(r), packed = cprd__next(r);
+        struct value by = cprd__next(r), data = cprd__next(r);
         int memfd = by.number && *fds < end ? **fds : -1;
         if (one.kind != ARRAY || one.number != 4 || name.kind != TEXT || packed.kind != NUMBER ||
             by.kind != NUMBER || data.kind != BINARY || (by.number && !cprd__is_sealed(memfd)))
@@ -654,15 +636,15 @@ static int read_sections(cprd_state *s, struct reader *r, const int **fds, const
 
 /* The state of the descriptors of a bundle, the manifest apart. */
 static int read_manifest(cprd_state *s, struct reader *r, const int **fds, const int *last) {
-    struct value map = next(r), names = {.kind = NIL}, ids = {.kind = NIL};
+    struct value map = cprd__next(r), names = {.kind = NIL}, ids = {.kind = NIL};
     if (map.kind != MAP || map.number > 16) r->bad = 1;
     for (uint64_t parts = map.number; parts-- && !r->bad;) {
-        struct value part = next(r);
+        struct value part = cprd__next(r);
         if (part.kind == ARRAY || part.kind == MAP) r->bad = 1;
         if (part.kind == TEXT && !is_utf8(part.data, part.number)) r->bad = 1;
-        if (is(&part, "names")) names = next(r);
-        else if (is(&part, "ids")) ids = next(r);
-        else if (!is(&part, "sections")) skip(r, next(r)); /* of a later version */
+        if (is(&part, "names")) names = cprd__next(r);
+        else if (is(&part, "ids")) ids = cprd__next(r);
+        else if (!is(&part, "sections")) cprd__skip(r, cprd__next(r)); /* of a later version */
         else if (read_sections(s, r, fds, last)) return cprd__last.code;
     }
     size_t left = (size_t)(last - *fds);
@@ -711,17 +693,11 @@ int cprd_unpack(int bundle, cprd_state **out) {
     return rc;
 }
 
-/* -- requests ---------------------------------------------------------------------------------- */
+/* -- requests --------------------------------------------------------------------------------- */
 
-struct cprd {
-    int sock;
-    pid_t owner;       /* not its forked children */
-    uint64_t connects; /* so often */
-    uint64_t id, pid;  /* of the last request; of this process, as cprd sees the process */
-    double timeout;
-    _Atomic uint64_t cookie; /* of the socket */
-    pthread_mutex_t lock;    /* threads take turns; of all above */
-    struct sockaddr_un address;
+union real {
+    double value;
+    uint64_t bits; /* as msgpack has it */
 };
 
 static double now(void) {
@@ -730,7 +706,7 @@ static double now(void) {
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-static void hang_up(cprd *c) {
+void cprd__hang_up(cprd *c) {
     if (c->sock >= 0) close(c->sock);
     c->sock = -1;
 }
@@ -742,34 +718,18 @@ static int check_owner(const cprd *c) {
                       " child: cprd_connect() there", (int)c->owner);
 }
 
-uint64_t cprd__cookie_of(cprd *c) { return c->cookie; }
-
-uint64_t cprd__connects(cprd *c) {
-    char byte;
-    pthread_mutex_lock(&c->lock);
-    ssize_t got = recv(c->sock, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-    if (!got || (got < 0 && errno != EAGAIN)) hang_up(c); /* cprd has ended */
-    uint64_t connects = c->sock < 0 ? 0 : c->connects;
-    pthread_mutex_unlock(&c->lock);
-    return connects;
-}
-
-/* Adds fields. `format` has for each a key and the type of an argument: "s" a text, "b" 16 bytes,
- * "d" a double, "f" a flag, "n" what the flag is not (int), "u" a uint64_t. NULL and 0 are left
- * out, so that the default counts; but for "U", a uint64_t that may be 0. */
 void cprd__fields(struct cprd__call *call, const char *format, ...) {
     char key[32], type;
     va_list next;
     va_start(next, format);
     for (int used; sscanf(format, " %31s %c%n", key, &type, &used) == 2; format += used) {
         const char *text = strchr("sb", type) ? va_arg(next, const char *) : NULL;
-        double real = type == 'd' ? va_arg(next, double) : 0;
-        uint64_t number = strchr("fn", type) ? va_arg(next, int) != 0 : real != 0;
+        uint64_t number = strchr("fn", type) ? va_arg(next, int) != 0 : 0;
         if (strchr("uU", type)) number = va_arg(next, uint64_t);
-        if (!text && !number && type != 'U') continue;
-        call->count++;
+        if (type == 'd') number = (union real){va_arg(next, double)}.bits;
+        if ((!text && !number && type != 'U') || call->m.failed) continue;
+        call->m.at[FIELDS]++;
         put_text(&call->m, key);
-        if (type == 'd') memcpy(&number, &real, sizeof number);
         if (type == 's') put_text(&call->m, text);
         else if (type == 'b') put_binary(&call->m, text, 16);
         else if (strchr("fn", type)) put_number(&call->m, type == 'f' ? 0xc3 : 0xc2, 0, 0);
@@ -782,12 +742,13 @@ struct cprd__call cprd__call(const char *verb, const char *name, const void *non
     struct cprd__call call = {.verb = verb};
     unsigned char fresh[16];
     call.m.failed = getrandom(fresh, sizeof fresh, 0) != sizeof fresh;
-    put_number(&call.m, 0xdf, 0, 4); /* a map; the count of its fields comes last */
-    cprd__fields(&call, "verb s name s nonce b", verb, name, nonce ? nonce : fresh);
+    put_number(&call.m, 0xdf, 0, 4); /* a map; cprd__fields counts */
+    cprd__fields(&call, "id U verb s name s nonce b", (uint64_t)0, verb, name,
+                 nonce ? nonce : fresh);
     return call;
 }
 
-struct cprd__call cprd__call_of(const struct cprd__ticket *t, const char *verb, const void *nonce) {
+struct cprd__call cprd__call_of(const cprd_claim *t, const char *verb, const void *nonce) {
     struct cprd__call call = cprd__call(verb, t->name, nonce);
     if (t->generation) cprd__fields(&call, "generation U token b", t->generation, t->token);
     return call;
@@ -804,80 +765,60 @@ static int await(const cprd *c, short event, double until) {
     return cprd__fail(CPRD_TIMEOUT, "cprd accepted the connection and has not answered in time");
 }
 
-static int read_answer(struct reader r, struct cprd__answer *a) {
-    struct value all = next(&r), ok = get(all, "ok"), of = ok.kind == MAP ? ok : all;
-    struct value token = get(of, "token"), until = get(of, "until");
+/* The error that an answer is. */
+static int refused(const struct cprd__answer *a) {
+    struct value until = cprd__get(a->of, "until");
+    struct cprd_error said = {.code = CPRD_ERROR, .until = -1};
     char error[32];
-    skip(&r, all);
-    text(all, "error", error, sizeof error);
-    if (r.bad || all.kind != MAP || (ok.kind != MAP && !*error))
-        return cprd__fail(CPRD_PROTOCOL_ERROR, "an answer of cprd that cannot be read");
-    *a = (struct cprd__answer){.fd = -1, .error = {.pid = -1, .until = -1}};
-    a->id = number(all, "id", 0);
-    a->version = number(of, "version", 0);
-    a->generation = number(of, "generation", 0);
-    a->attempts = number(of, "attempts", 0);
-    a->found = number(of, "found", 0);
-    a->live = number(of, "live", 0);
-    a->more = number(of, "more", 0);
-    text(of, "kept", a->kept, sizeof a->kept);
-    text(of, "last_reject", a->last_reject, sizeof a->last_reject);
-    if (token.kind == BINARY && token.number == 16) memcpy(a->token, token.data, 16);
-    a->error.pid = (int64_t)number(of, "pid", UINT64_MAX);
-    if (until.kind == DOUBLE) memcpy(&a->error.until, &until.number, sizeof until.number);
-    if (until.kind == NUMBER) a->error.until = (double)until.number;
-    text(of, "why", a->error.text, sizeof a->error.text);
-    text(of, "phase", a->error.phase, sizeof a->error.phase);
-    a->error.code = ok.kind == MAP ? CPRD_OK : CPRD_ERROR;
-    for (int n = 1; a->error.code && n <= CPRD_INVALID_INPUT; n++)
-        if (!strcmp(error, classes[n])) a->error.code = n;
-    return CPRD_OK;
+    cprd__text(a->of, "error", error, sizeof error);
+    cprd__text(a->of, "why", said.text, sizeof said.text);
+    cprd__text(a->of, "phase", said.phase, sizeof said.phase);
+    said.pid = (int64_t)cprd__number(a->of, "pid", UINT64_MAX);
+    if (until.kind == DOUBLE) said.until = (union real){.bits = until.number}.value;
+    if (until.kind == NUMBER) said.until = (double)until.number;
+    for (int n = 1; n <= CPRD_INVALID_INPUT; n++)
+        if (!strcmp(error, classes[n])) said.code = n;
+    cprd__close_all(&a->fd, 1);
+    cprd__last = said;
+    return said.code;
 }
 
-/* Send a request and receive the answer to it. OK: an answer came, see a->error; LOST; TIMEOUT;
- * PROTOCOL_ERROR. */
+/* Send a request and receive the answer to it. Returns what the answer says; LOST; TIMEOUT. */
 static int ask(cprd *c, struct cprd__call *call, double until, struct cprd__answer *a) {
-    unsigned char in[MAX_ANSWER + 1];
-    int fds[CPRD__SCM_MAX], rc = CPRD_OK, late;
-    size_t count, size = call->m.size;
-    unsigned fields = call->count;
+    int fds[CPRD__SCM_MAX], rc = CPRD_OK, error;
     double left = until - c->timeout - now(); /* to wait */
-    cprd__fields(call, "id U", ++c->id);
-    if (call->wait_as) cprd__fields(call, call->wait_as, left > 0.001 ? left : 0.001);
     if (call->m.failed) return cprd__no_memory();
-    call->m.at[4] = (unsigned char)call->count;
-    int error = cprd__send(c->sock, call->m.at, call->m.size, NULL, 0);
-    while (error == EAGAIN && !(rc = await(c, POLLOUT, until)))
-        error = cprd__send(c->sock, call->m.at, call->m.size, NULL, 0);
-    call->m.size = size;
-    call->count = fields;
-    do {
+    put_big(call->m.at + ID, ++c->id, 8);
+    union real wait = {left > 0.001 ? left : 0.001};
+    if (call->wait > 0) put_big(call->m.at + call->m.size - 8, wait.bits, 8);
+    while ((error = cprd__send(c->sock, call->m.at, call->m.size, NULL, 0)) == EAGAIN && !rc)
+        rc = await(c, POLLOUT, until);
+    for (;;) {
+        size_t count;
         int flags = 0;
         long got;
         if (!rc && !error) rc = await(c, POLLIN, until); /* on an error: may have said why */
         if (rc) return rc;
-        RAISED(got = cprd__receive(c->sock, in, sizeof in, fds, &count, &flags));
+        RAISED(got = cprd__receive(c->sock, a->bytes, sizeof a->bytes, fds, &count, &flags));
         if (got <= 0) return LOST;
-        rc = read_answer((struct reader){in, in + got, (flags & MSG_TRUNC) != 0}, a);
-        late = rc || (a->id && a->id != c->id); /* to a request given up */
+        struct reader r = {a->bytes, a->bytes + got, (flags & MSG_TRUNC) != 0};
+        struct value all = cprd__next(&r), ok = cprd__get(all, "ok");
+        cprd__skip(&r, all);
+        a->of = ok.kind == MAP ? ok : all;
         a->cut = (flags & MSG_CTRUNC) != 0;
-        if (!late && count) a->fd = fds[0];
-        if (!late && call->rows) cprd__put(call->rows, in, (size_t)got);
-        if (count) cprd__close_all(fds + !late, count - !late);
-    } while (!rc && late);
-    return rc;
+        a->fd = count ? fds[0] : -1;
+        if (count) cprd__close_all(fds + 1, count - 1);
+        uint64_t id = cprd__number(all, "id", c->id);
+        if (!r.bad && id == c->id && ok.kind == MAP) return CPRD_OK;
+        if (!r.bad && id == c->id && cprd__get(all, "error").kind == TEXT) return refused(a);
+        cprd__close_all(&a->fd, 1);
+        if (!r.bad && id != c->id) continue; /* to a request given up */
+        cprd__hang_up(c);
+        return cprd__fail(CPRD_PROTOCOL_ERROR, "an answer of cprd that cannot be read");
+    }
 }
 
-/* What an answer says. */
-static int outcome(const struct cprd__answer *a) {
-    if (!a->error.code) return CPRD_OK;
-    cprd__close_all(&a->fd, 1);
-    cprd__last = a->error;
-    return a->error.code;
-}
-
-static int greet(cprd *c, double until) {
-    struct cprd__answer a;
+static int greet(cprd *c, double until, struct cprd__answer *a) {
     struct cprd__call hello = cprd__call("hello", NULL, NULL);
     int rc = CPRD_OK;
     cprd__fields(&hello, "version U", (uint64_t)VERSION);
@@ -888,16 +829,14 @@ static int greet(cprd *c, double until) {
              : cprd__fail(errno == EACCES || errno == EPERM ? CPRD_DENIED : CPRD_UNAVAILABLE,
                           "no cprd answers at %s (%s): start it, or name its socket with"
                           " $CPRD_SOCKET", c->address.sun_path, strerror(errno));
-    if (!rc) rc = ask(c, &hello, until, &a);
+    if (!rc) rc = ask(c, &hello, until, a);
     free(hello.m.at);
-    if (!rc) rc = outcome(&a);
-    if (!rc) cprd__close_all(&a.fd, 1);
-    if (!rc && a.version != VERSION)
-        rc = cprd__fail(CPRD_PROTOCOL_ERROR, "cprd speaks version %llu of the protocol, this"
-                        " program %d", 0ull + a.version, VERSION);
-    if (rc) hang_up(c);
+    if (!rc && cprd__number(a->of, "version", 0) != VERSION)
+        rc = cprd__fail(CPRD_PROTOCOL_ERROR, "cprd speaks another version of the protocol than"
+                        " this program, which speaks %d", VERSION);
+    if (rc) cprd__hang_up(c);
     c->cookie = cprd__cookie(c->sock);
-    c->pid = rc ? 0 : (uint64_t)a.error.pid;
+    c->pid = rc ? 0 : cprd__number(a->of, "pid", 0);
     c->connects += !rc;
     return rc;
 }
@@ -912,11 +851,11 @@ int cprd__no_fd(const struct cprd__answer *a) {
 static int ask_parked(cprd *c, struct cprd__call *call, double until, struct cprd__answer *a) {
     const struct cprd__packed *p = call->packed;
     struct cprd__call queue = cprd__call("queue", NULL, NULL);
-    int rc = ask(c, &queue, until, a);
+    int rc = ask(c, &queue, until, a), inlet = a->fd;
     free(queue.m.at);
-    if (rc || a->error.code) return rc;
-    if (a->fd < 0) return cprd__no_fd(a);
-    int inlet = a->fd, error = cprd__send(inlet, p->header, CPRD__HEADER, p->fds, p->parked);
+    if (rc) return rc;
+    if (inlet < 0) return cprd__no_fd(a);
+    int error = cprd__send(inlet, p->header, CPRD__HEADER, p->fds, p->parked);
     if (error) rc = error == EPIPE || error == ECONNRESET ? LOST : cprd__explain(error);
     if (!rc) cprd__point("pack:parked");
     if (!rc) rc = ask(c, call, until, a);
@@ -934,10 +873,11 @@ int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a) {
     pthread_mutex_lock(&c->lock);
     for (;;) {
         int was_open = c->sock >= 0;
-        rc = was_open ? CPRD_OK : greet(c, until);
+        rc = was_open ? CPRD_OK : greet(c, until, a);
         if (!rc) away = 0;
-        if (!rc && call->count) rc = (call->packed ? ask_parked : ask)(c, call, until, a);
-        if (rc == LOST || rc == CPRD_PROTOCOL_ERROR) hang_up(c);
+        if (!rc && (call->m.size || call->m.failed))
+            rc = (call->packed ? ask_parked : ask)(c, call, until, a);
+        if (rc == LOST) cprd__hang_up(c);
         if (rc == LOST) cprd__fail(CPRD_UNAVAILABLE, "no answer: the connection is lost");
         if (!away) away = now();
         if ((rc != LOST && (rc != CPRD_UNAVAILABLE || !c->connects)) || now() >= until ||
@@ -946,7 +886,7 @@ int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a) {
         if (!was_open) poll(NULL, 0, PAUSE);
     }
     pthread_mutex_unlock(&c->lock);
-    rc = rc ? cprd__last.code : outcome(a);
+    rc = rc ? cprd__last.code : CPRD_OK;
     if (!rc) cprd__point("%s:answered", call->verb);
 out:
     free(call->m.at);
@@ -955,7 +895,7 @@ out:
 
 int cprd_connect(const char *path, cprd **out) {
     struct cprd__call call = {.verb = "connect"};
-    struct cprd__answer a = {.fd = -1};
+    struct cprd__answer a;
     if (!path) path = getenv("CPRD_SOCKET");
     if (!path || !*path) path = "/run/cprd/cprd.sock";
     cprd *c = calloc(1, sizeof *c);
@@ -972,128 +912,108 @@ int cprd_connect(const char *path, cprd **out) {
 }
 
 void cprd_close(cprd *c) {
-    if (c) hang_up(c);
+    if (c) cprd__hang_up(c);
     free(c);
 }
 
 void cprd_set_timeout(cprd *c, double seconds) { c->timeout = seconds; }
 int cprd_socket(const cprd *c) { return c->sock; }
 
-/* -- verbs ------------------------------------------------------------------------------------- */
+/* -- verbs ------------------------------------------------------------------------------------ */
 
-struct cprd_claim { /* or a prepared save */
-    struct cprd__ticket ticket;
-    cprd_state *state;
-    int bundle, stays; /* stays: its close gives nothing back */
-    uint64_t attempts;
-    char last_reject[sizeof(((struct cprd__answer *)0)->last_reject)];
-};
-
-static int ticket_new(struct cprd__ticket *t, cprd *c, const char *name, double wait) {
-    *t = (struct cprd__ticket){.c = c, .name = strdup(name), .over = 1};
+static int claim_init(cprd_claim *t, cprd *c, const char *name, double wait) {
+    *t = (cprd_claim){.c = c, .name = strdup(name), .over = 1, .bundle = -1};
     if (getrandom(t->nonces, sizeof t->nonces, 0) != sizeof t->nonces || !t->name)
         return cprd__no_memory();
-    if (!(wait > 0)) return CPRD_OK;
+    if (!wait) return CPRD_OK;
     if (cprd_connect(c->address.sun_path, &t->own)) return cprd__last.code;
     t->own->timeout = c->timeout;
     t->c = t->own;
     return CPRD_OK;
 }
 
-void cprd__set(struct cprd__ticket *t, const struct cprd__answer *a) {
-    t->generation = a->generation;
-    t->stored = !strcmp(a->kept, "store");
+void cprd__set(cprd_claim *t, const struct cprd__answer *a) {
+    struct value token = cprd__get(a->of, "token");
+    char kept[8];
+    t->generation = cprd__number(a->of, "generation", 0);
+    t->attempts = cprd__number(a->of, "attempts", 0);
+    cprd__text(a->of, "last_reject", t->last_reject, sizeof t->last_reject);
+    cprd__text(a->of, "kept", kept, sizeof kept);
+    t->stored = !strcmp(kept, "store");
     t->over = 0;
-    memcpy(t->token, a->token, sizeof t->token);
+    if (token.kind == BINARY && token.number == 16) memcpy(t->token, token.data, 16);
 }
 
-int cprd__claim(struct cprd__ticket *t, cprd *c, const char *verb, const char *name,
+int cprd__claim(cprd_claim *t, cprd *c, const char *verb, const char *name,
                 const struct cprd_load_options *options, const struct cprd__packed *packed,
                 struct cprd__answer *a) {
     struct cprd_load_options o = options ? *options : (struct cprd_load_options){.wait = 0};
-    if (ticket_new(t, c, name, o.wait)) return cprd__last.code;
+    if (!(o.wait > 0)) o.wait = 0;
+    if (claim_init(t, c, name, o.wait)) return cprd__last.code;
     struct cprd__call call = cprd__call(verb, name, NULL);
     cprd__fields(&call, "lease d generation u", o.lease, o.generation);
+    cprd__fields(&call, strcmp(verb, "wait") ? "wait d" : "timeout d", o.wait);
     call.packed = packed;
     call.wait = o.wait;
-    call.wait_as = !strcmp(verb, "wait") ? "timeout d" : o.wait > 0 ? "wait d" : NULL;
     int rc = cprd__request(t->c, &call, a);
     if (!rc) cprd__set(t, a);
     return rc;
 }
 
-void cprd__close(struct cprd__ticket *t) {
+void cprd__close(cprd_claim *t) {
     cprd_close(t->own);
     free(t->name);
 }
 
-int cprd__end(struct cprd__ticket *t, const char *verb, const char *why, int cause,
-              struct cprd__answer *a) {
+int cprd__end(cprd_claim *t, const char *verb, const char *why, int cause) {
     if (t->over) return cprd__fail(CPRD_FENCED, "%s: '%s' has ended already", verb, t->name);
     int second = !strcmp(verb, "reject") || !strcmp(verb, "abort");
     struct cprd__call call = cprd__call_of(t, verb, t->nonces[second]);
+    struct cprd__answer a;
     char cut[MAX_WHY + 1];
     snprintf(cut, sizeof cut, "%s", why ? why : "");
     while (!is_utf8((unsigned char *)cut, strlen(cut))) cut[strlen(cut) - 1] = 0;
     cprd__fields(&call, "why s damaged f attempt n", why ? cut : NULL, cause == CPRD_DAMAGED,
                  cause != CPRD_DAMAGED && cause != CPRD_OK);
-    int rc = cprd__request(t->c, &call, a);
-    if (!rc) t->over = 1;
-    return rc;
+    int rc = cprd__request(t->c, &call, &a);
+    return rc ? rc : cprd__ended(t);
 }
 
-int cprd__give_back(struct cprd__ticket *t, int cause) {
+/* As long as the bundle is there, what was taken and closed since stays open. */
+int cprd__ended(cprd_claim *t) {
+    t->over = 1;
+    cprd__close_all(&t->bundle, 1);
+    t->bundle = -1;
+    return CPRD_OK;
+}
+
+int cprd__give_back(cprd_claim *t, int cause) {
     struct cprd_error said = cprd__last;
-    struct cprd__answer a;
     const char *why = cause ? said.text : "closed without confirm";
-    int rc = t->over ? CPRD_OK : cprd__end(t, "reject", why, cause, &a);
+    int rc = t->over ? CPRD_OK : cprd__end(t, "reject", why, cause);
     t->over = 1;
     if (cause && rc == CPRD_FENCED) return rc; /* so it was emptied while this process read it */
     cprd__last = said;
     return cause;
 }
 
-struct process {
-    int fd;              /* a pidfd, or -1 */
-    uint64_t pid, inode; /* as cprd is told. pid 0: has ended; inode 0: before Linux 6.9 */
-};
-
-static int name_process(const cprd *c, struct process *p) {
-    struct stat there;
-    struct statfs system;
-    long pid;
-    if (!cprd__fdinfo(p->fd, "\nPid:", &pid) || fstat(p->fd, &there) || fstatfs(p->fd, &system))
-        return cprd__fail(CPRD_INVALID_INPUT, "descriptor %d is not a pidfd", p->fd);
-    if (pid < 0) return CPRD_OK;
-    p->pid = (uint64_t)pid;
-    p->inode = system.f_type == 0x50494446 ? there.st_ino : 0; /* PID_FS_MAGIC */
-    if (pid && c->pid == (uint64_t)getpid()) return CPRD_OK;
-    return cprd__fail(CPRD_LIMIT_EXCEEDED, "cprd lives in another pid namespace, and cannot tell"
-                      " which process that is: let that process connect by itself");
+/* Before the request, unless there is no pidfd. */
+static int name_process(const cprd *c, struct cprd__process *p) {
+    if (p->fd < 0 || cprd__name_process) return p->fd < 0 ? CPRD_OK : cprd__name_process(c, p);
+    return cprd__fail(CPRD_INVALID_INPUT, "link cprd_more.c for a process by its pidfd");
 }
 
-/* Without an inode cprd may watch another process, which got the pid in between. */
-static void say_ended(const struct cprd__ticket *t, const struct process *p) {
-    struct pollfd one = {p->fd, POLLIN, 0};
-    if (!p->pid || p->inode || poll(&one, 1, 0) <= 0) return;
-    struct cprd__answer a;
-    struct cprd__call call = cprd__call("ended", t->name, NULL);
-    cprd__fields(&call, "generation U pid U", t->generation, p->pid);
-    cprd__request(t->c, &call, &a);
-}
-
-/* What save, prepare and confirm_next have in common; a new ticket has no token to say. */
-static int save(struct cprd__ticket *t, const char *verb, const cprd_state *s,
-                const struct cprd_save_options *options, struct cprd_saved *out) {
+/* A new claim has no token to say. */
+int cprd__save(cprd_claim *t, const char *verb, const cprd_state *s,
+               const struct cprd_save_options *options, struct cprd_saved *out) {
     struct cprd_save_options o = options ? *options : (struct cprd_save_options){.replace = 0};
-    struct process p = {.fd = o.after_exit == CPRD_AFTER_PROCESS ? o.process : -1};
+    struct cprd__process p = {.fd = o.after_exit == CPRD_AFTER_PROCESS ? o.process : -1};
     struct cprd__packed packed = {.fds = NULL};
     struct cprd__answer a;
-    int rc = check_owner(t->c);
-    if (!rc && (o.after_exit < CPRD_NOW || o.after_exit > CPRD_AFTER_PROCESS))
+    int rc = name_process(t->c, &p);
+    if (o.after_exit < CPRD_NOW || o.after_exit > CPRD_AFTER_PROCESS)
         rc = cprd__fail(CPRD_INVALID_INPUT, "after_exit of the save options is none that there is");
-    if (!rc && o.after_exit == CPRD_AFTER_PROCESS) rc = name_process(t->c, &p);
-    if (!rc) rc = pack(s, cprd__cookie_of(t->c), &packed);
+    if (!rc) rc = pack(s, t->c->cookie, &packed);
     if (!rc) {
         const char *after = o.after_exit == CPRD_AFTER_ME ? "peer" : p.pid ? "process" : "no";
         struct cprd__call call = cprd__call_of(t, verb, NULL);
@@ -1110,24 +1030,24 @@ static int save(struct cprd__ticket *t, const char *verb, const cprd_state *s,
     free(packed.fds);
     if (rc) return rc;
     cprd__set(t, &a);
-    say_ended(t, &p);
+    if (p.fd >= 0) cprd__say_ended(t, &p);
     if (out) *out = (struct cprd_saved){t->generation, t->stored};
     return CPRD_OK;
 }
 
 int cprd_save(cprd *c, const char *name, cprd_state *s, const struct cprd_save_options *options,
               struct cprd_saved *out) {
-    struct cprd__ticket t = {.c = c, .name = (char *)(uintptr_t)name, .over = 1};
-    return save(&t, "save", s, options, out);
+    cprd_claim t = {.c = c, .name = (char *)(uintptr_t)name, .over = 1};
+    return cprd__save(&t, "save", s, options, out);
 }
 
 int cprd_prepare(cprd *c, const char *name, cprd_state *s, const struct cprd_save_options *options,
                  cprd_prepared **out) {
     cprd_prepared *p = *out = calloc(1, sizeof *p);
     if (!p) return cprd__no_memory();
-    *p = (cprd_prepared){.bundle = -1, .stays = 1};
-    int rc = ticket_new(&p->ticket, c, name, 0);
-    if (!rc) rc = save(&p->ticket, "prepare", s, options, NULL);
+    int rc = claim_init(p, c, name, 0);
+    p->stays = 1;
+    if (!rc) rc = cprd__save(p, "prepare", s, options, NULL);
     if (!rc) return CPRD_OK;
     cprd_claim_close(p);
     *out = NULL;
@@ -1136,132 +1056,71 @@ int cprd_prepare(cprd *c, const char *name, cprd_state *s, const struct cprd_sav
 
 int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options,
               cprd_claim **out) {
-    struct cprd__answer a = {.fd = -1};
+    struct cprd__answer a;
     cprd_claim *claim = *out = calloc(1, sizeof *claim);
     if (!claim) return cprd__no_memory();
-    int rc = cprd__claim(&claim->ticket, c, "load", name, options, NULL, &a);
-    claim->bundle = rc ? -1 : a.fd; /* an error has none */
-    claim->attempts = a.attempts;
-    strcpy(claim->last_reject, a.last_reject);
-    if (!rc && a.fd < 0) rc = cprd__no_fd(&a);
-    else if (!rc) rc = (a.live && cprd__unpack_live ? cprd__unpack_live : cprd_unpack)(
-                           a.fd, &claim->state);
+    int rc = cprd__claim(claim, c, "load", name, options, NULL, &a);
+    if (!rc) {
+        int live = cprd__number(a.of, "live", 0) && cprd__unpack_live;
+        claim->bundle = a.fd;
+        if (a.fd < 0) rc = cprd__no_fd(&a);
+        else rc = (live ? cprd__unpack_live : cprd_unpack)(a.fd, &claim->state);
+    }
     if (!rc) return CPRD_OK;
-    rc = cprd__give_back(&claim->ticket, rc);
+    rc = cprd__give_back(claim, rc);
     cprd_claim_close(claim);
     *out = NULL;
     return rc;
 }
 
 cprd_state *cprd_claim_state(cprd_claim *claim) { return claim->state; }
-uint64_t cprd_claim_generation(const cprd_claim *claim) { return claim->ticket.generation; }
+uint64_t cprd_claim_generation(const cprd_claim *claim) { return claim->generation; }
 uint64_t cprd_claim_attempts(const cprd_claim *claim) { return claim->attempts; }
 const char *cprd_claim_last_reject(const cprd_claim *claim) { return claim->last_reject; }
 
-int cprd_renew(cprd_claim *claim, double lease) {
-    struct cprd__answer a;
-    struct cprd__call call = cprd__call_of(&claim->ticket, "renew", NULL);
-    cprd__fields(&call, "lease d", lease);
-    return cprd__request(claim->ticket.c, &call, &a);
-}
-
 int cprd_begin(cprd_claim *claim, int process) {
-    struct cprd__ticket *t = &claim->ticket;
+    struct cprd__process p = {.fd = process};
     struct cprd__answer a;
-    struct process p = {.fd = process};
-    if (process >= 0 && name_process(t->c, &p)) return cprd__last.code;
+    if (name_process(claim->c, &p)) return cprd__last.code;
     if (process >= 0 && !p.pid)
         return cprd__fail(CPRD_INVALID_INPUT, "begin: the process that is to act has ended");
-    struct cprd__call call = cprd__call_of(t, "begin", NULL);
+    struct cprd__call call = cprd__call_of(claim, "begin", NULL);
     cprd__fields(&call, "pid u inode u", p.pid, p.inode);
-    int rc = cprd__request(t->c, &call, &a);
+    int rc = cprd__request(claim->c, &call, &a);
     if (!rc || rc == CPRD_UNAVAILABLE || rc == CPRD_TIMEOUT) claim->stays = 1; /* perhaps */
-    if (!rc) say_ended(t, &p);
+    if (!rc && process >= 0) cprd__say_ended(claim, &p);
     return rc;
 }
 
-/* As long as the bundle is there, what was taken and closed since stays open. */
-static int ended(cprd_claim *claim) {
-    claim->ticket.over = 1;
-    cprd__close_all(&claim->bundle, 1);
-    claim->bundle = -1;
-    return CPRD_OK;
+int cprd_commit(cprd_prepared *p, struct cprd_saved *out) {
+    int rc = cprd__end(p, "commit", NULL, CPRD_OK);
+    if (!rc && out) *out = (struct cprd_saved){p->generation, p->stored};
+    return rc;
 }
 
-static int end(cprd_claim *claim, const char *verb, const char *why, struct cprd_saved *out) {
-    struct cprd__answer a;
-    int rc = cprd__end(&claim->ticket, verb, why, CPRD_OK, &a);
-    if (!rc && out) *out = (struct cprd_saved){claim->ticket.generation, claim->ticket.stored};
-    return rc ? rc : ended(claim);
-}
-
-int cprd_commit(cprd_prepared *p, struct cprd_saved *out) { return end(p, "commit", NULL, out); }
-int cprd_abort(cprd_prepared *p) { return end(p, "abort", NULL, NULL); }
+int cprd_abort(cprd_prepared *p) { return cprd__end(p, "abort", NULL, CPRD_OK); }
 void cprd_prepared_free(cprd_prepared *p) { cprd_claim_close(p); }
-int cprd_confirm(cprd_claim *claim) { return end(claim, "confirm", NULL, NULL); }
-int cprd_reject(cprd_claim *claim, const char *why) { return end(claim, "reject", why, NULL); }
+int cprd_confirm(cprd_claim *claim) { return cprd__end(claim, "confirm", NULL, CPRD_OK); }
 
-int cprd_confirm_next(cprd_claim *claim, cprd_state *next, const struct cprd_save_options *options,
-                      struct cprd_saved *out) {
-    struct cprd__ticket *t = &claim->ticket;
-    if (t->over) return cprd__fail(CPRD_FENCED, "confirm: '%s' has ended already", t->name);
-    int rc = save(t, "confirm_next", next, options, out);
-    return rc ? rc : ended(claim);
+int cprd_reject(cprd_claim *claim, const char *why) {
+    return cprd__end(claim, "reject", why, CPRD_OK);
 }
 
 void cprd_claim_close(cprd_claim *claim) {
     if (!claim) return;
-    if (!claim->stays) cprd__give_back(&claim->ticket, CPRD_OK);
+    if (!claim->stays) cprd__give_back(claim, CPRD_OK);
     cprd__close_all(&claim->bundle, 1);
     cprd_state_free(claim->state);
-    cprd__close(&claim->ticket);
+    cprd__close(claim);
     free(claim);
 }
 
 int cprd_wait(cprd *c, const char *name, double seconds, uint64_t *generation) {
     struct cprd_load_options options = {.wait = seconds > 0.001 ? seconds : 0.001};
     struct cprd__answer a;
-    struct cprd__ticket t; /* a connection of its own is all that this has */
+    cprd_claim t; /* a connection of its own is all that this has */
     int rc = cprd__claim(&t, c, "wait", name, &options, NULL, &a);
-    if (!rc && generation) *generation = a.generation;
+    if (!rc && generation) *generation = t.generation;
     cprd__close(&t);
-    return rc;
-}
-
-static int forced(cprd *c, const char *verb, const char *name, int force) {
-    struct cprd__answer a;
-    struct cprd__call call = cprd__call(verb, name, NULL);
-    cprd__fields(&call, "force f", force);
-    return cprd__request(c, &call, &a);
-}
-
-int cprd_drop(cprd *c, const char *name, int force) { return forced(c, "drop", name, force); }
-int cprd_release(cprd *c, const char *name, int force) { return forced(c, "release", name, force); }
-
-int cprd_list(cprd *c, void (*each)(void *context, const struct cprd_row *row), void *context) {
-    struct cprd__answer a = {.more = 0};
-    int rc;
-    do {
-        struct cprd__bytes said = {0};
-        struct cprd__call call = cprd__call("list", NULL, NULL);
-        cprd__fields(&call, "after u", a.more);
-        call.rows = &said;
-        rc = cprd__request(c, &call, &a);
-        struct reader all = {said.at, said.at + said.size, said.failed || rc};
-        struct value holds = get(get(next(&all), "ok"), "holds");
-        struct reader r = {holds.data, holds.end, holds.kind != ARRAY};
-        while (!r.bad && holds.number--) {
-            char name[512], phase[32];
-            struct value row = next(&r);
-            text(row, "name", name, sizeof name);
-            text(row, "phase", phase, sizeof phase);
-            struct cprd_row told = {name, phase, number(row, "uid", 0),
-                                    number(row, "generation", 0), number(row, "fds", 0),
-                                    number(row, "bytes", 0)};
-            each(context, &told);
-            skip(&r, row);
-        }
-        free(said.at);
-    } while (!rc && a.more);
     return rc;
 }

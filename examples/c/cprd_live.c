@@ -71,7 +71,7 @@ struct cprd_live {
     int last_id, untidy, over; /* CPRD_FENCED; CPRD_NOT_HELD: ended; CPRD_BUSY: not confirmed */
     pid_t owner;
     cprd_state *state;          /* that was found */
-    struct cprd__ticket ticket; /* c NULL: without cprd */
+    cprd_claim ticket; /* c NULL: without cprd */
     struct cprd__packed packed; /* the root, for cprd */
 };
 
@@ -552,7 +552,7 @@ static int make_entry(cprd_live *l, const struct cprd_live_change *c, struct ent
     e->own = !S_ISSOCK(there.st_mode) && !S_ISFIFO(there.st_mode) && there.st_mode & S_IFMT;
     getsockopt(e->fd, SOL_SOCKET, SO_RCVLOWAT, &mark, &size);
     if (mark == OURS || (l->ticket.c && S_ISSOCK(there.st_mode) &&
-                         cprd__cookie(e->fd) == cprd__cookie_of(l->ticket.c)))
+                         cprd__cookie(e->fd) == l->ticket.c->cookie))
         return cprd__fail(CPRD_INVALID_INPUT, "fd %d is a socket of the live hold itself", e->fd);
     return CPRD_OK;
 }
@@ -848,15 +848,16 @@ int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *op
     if (!l) return cprd__last.code;
     int rc = cprd__claim(&l->ticket, c, "live", name, options, &l->packed, &a);
     if (!rc) {
+        uint64_t found = cprd__number(a.of, "found", 0), live = cprd__number(a.of, "live", 0);
         cprd__point("live:answered");
         l->connects = cprd__connects(l->ticket.c);
-        if (a.found && a.fd < 0) rc = cprd__no_fd(&a);
-        else if (a.found && !a.live) rc = cprd_unpack(a.fd, &saved);
-        else if (a.found) rc = read_bundle(l, a.fd, 0);
-        if (!rc && a.found) rc = saved ? take_in(l, saved) : write_root(l, 0);
+        if (found && a.fd < 0) rc = cprd__no_fd(&a);
+        else if (found && !live) rc = cprd_unpack(a.fd, &saved);
+        else if (found) rc = read_bundle(l, a.fd, 0);
+        if (!rc && found) rc = saved ? take_in(l, saved) : write_root(l, 0);
         cprd__close_all(&a.fd, 1);
         if (rc) rc = cprd__give_back(&l->ticket, rc);
-        l->over = a.found ? CPRD_BUSY : CPRD_OK;
+        l->over = found ? CPRD_BUSY : CPRD_OK;
     }
     if (rc) cprd_live_close(l);
     else *out = l;
@@ -925,10 +926,9 @@ void cprd_live_close(cprd_live *l) {
     struct cprd_error before = cprd__last;
     if (!l) return;
     if (l->ticket.c && l->owner == getpid() && !l->ticket.over && l->over != CPRD_FENCED) {
-        struct cprd__answer a;
         int rc = l->over != CPRD_BUSY
                      ? say_end(l, l->kept > 0)
-                     : cprd__end(&l->ticket, "reject", "closed without confirm", CPRD_OK, &a);
+                     : cprd__end(&l->ticket, "reject", "closed without confirm", CPRD_OK);
         l->over = CPRD_OK;
         if (rc == CPRD_FENCED && l->kept && !cprd_live_check(l)) say_end(l, 1); /* cprd is new */
     }
