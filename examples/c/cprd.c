@@ -92,11 +92,10 @@ int cprd__explain(int error) {
 
 void cprd__put(struct cprd__bytes *b, const void *data, size_t size) {
     if (b->room - b->size < size && !b->failed) {
-        size_t room = 2 * (b->size + size) + 256;
-        unsigned char *at = realloc(b->at, room);
+        b->room = 2 * (b->size + size) + 256;
+        void *at = realloc(b->at, b->room);
         b->failed = !at;
-        b->at = at ? at : b->at;
-        b->room = at ? room : b->room;
+        if (at) b->at = at;
     }
     if (b->failed || !size) return;
     memcpy(b->at + b->size, data, size);
@@ -256,16 +255,15 @@ int cprd__is_sealed(int memfd) {
 int cprd__memfd(const char *name, const void *data, size_t size, int *out) {
     char label[200];
     size_t done = 0;
-    int fd;
+    ssize_t wrote = 1;
     snprintf(label, sizeof label, "%s", name);
-    RAISED(fd = memfd_create(label, MFD_CLOEXEC | MFD_ALLOW_SEALING));
-    for (ssize_t wrote = 1; fd >= 0 && done < size && wrote > 0; done += wrote > 0 ? wrote : 0)
-        wrote = write(fd, (const char *)data + done, size - done);
-    *out = fd;
-    if (fd >= 0 && done == size && !fcntl(fd, F_ADD_SEALS, SEALS)) return CPRD_OK;
+    RAISED(*out = memfd_create(label, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    for (; *out >= 0 && done < size && wrote > 0; done += wrote > 0 ? (size_t)wrote : 0)
+        wrote = write(*out, (const char *)data + done, size - done);
+    if (*out >= 0 && done == size && !fcntl(*out, F_ADD_SEALS, SEALS)) return CPRD_OK;
     cprd__fail(CPRD_LIMIT_EXCEEDED, "cannot make a memfd for %s: %s; raise RLIMIT_NOFILE (EMFILE)"
                " or the memory that this cgroup may use (ENOMEM, ENOSPC)", label, strerror(errno));
-    if (fd >= 0) close(fd);
+    cprd__close_all(out, 1);
     return CPRD_LIMIT_EXCEEDED;
 }
 
@@ -479,6 +477,8 @@ void cprd__text(struct value map, const char *key, char *to, size_t room) {
 
 /* -- a bundle ---------------------------------------------------------------------------------- */
 
+static const char *const PARTS[] = {"sections", "ids", "names"}; /* of the manifest */
+
 static void make_header(unsigned char *header, int depth, size_t here, size_t total, uint64_t size,
                         uint64_t index) {
     struct cprd__bytes b = {header, 0, CPRD__HEADER, 0};
@@ -545,7 +545,6 @@ static int pack_tree(struct cprd__packed *p) {
 
 /* The manifest, memfds of sections, and the descriptors under keys, in a tree. */
 static int pack(const cprd_state *s, uint64_t ours, struct cprd__packed *p) {
-    static const char *const words[] = {"sections", "ids", "names"};
     struct cprd__bytes parts[4] = {{0}}, *manifest = &parts[3];
     int rc = CPRD_OK;
     *p = (struct cprd__packed){.fds = calloc(count_of(s) + 1, sizeof(int)), .parked = 1};
@@ -557,7 +556,7 @@ static int pack(const cprd_state *s, uint64_t ours, struct cprd__packed *p) {
                 rc = pack_item(&(*at(s, n))->known, ours, p, parts);
     put_number(manifest, 0x83, 0, 0);
     for (int n = 0; n < 3; n++) {
-        put_text(manifest, words[n]);
+        put_text(manifest, PARTS[n]);
         put_number(manifest, n ? 0xc6 : 0xdd, n ? parts[n].size : s->sections, 4);
         cprd__put(manifest, parts[n].at, parts[n].size);
         manifest->failed |= parts[n].failed;
@@ -579,11 +578,11 @@ static int damaged(const char *why) {
 }
 
 /* One node of a bundle, and all below; its descriptors are appended to `out`. `parent`: the depth
- * that the parent has; 0: the root. `most`: so many may come. */
-static int peek_node(int sock, int parent, uint64_t index, struct cprd__bytes *out, size_t most) {
+ * that the parent has; 0: the root. */
+static int peek_node(int sock, int parent, uint64_t index, struct cprd__bytes *out) {
     unsigned char h[CPRD__HEADER + 1] = {0};
     int fds[CPRD__SCM_MAX], flags = MSG_PEEK, off = -1, rc = CPRD_OK;
-    size_t count, used = 0, before = out->size / sizeof(int);
+    size_t count, used = 0, before = out->size;
     setsockopt(sock, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof off);
     long got = cprd__receive(sock, h, sizeof h, fds, &count, &flags);
     size_t here = cprd__little(h + 8, 4), total = cprd__little(h + 12, 4);
@@ -596,72 +595,68 @@ static int peek_node(int sock, int parent, uint64_t index, struct cprd__bytes *o
              (parent && (depth != parent - 1 || cprd__little(h + 24, 8) != index)))
         rc = damaged("a part has no header that makes sense");
     else if (flags & MSG_CTRUNC) rc = cprd__no_room("to load (what is held stays held)");
-    else if (!here || count != here || total > most) rc = damaged("a part lacks what it says");
+    else if (!here || count != here) rc = damaged("a part lacks what it says");
     else rc = cprd__room_for(total + 8); /* and what a program opens next */
-    for (; !rc && used < count; used++)
-        if (!depth) {
-            cprd__put(out, &fds[used], sizeof(int));
-            if (out->failed) break;
-        } else {
-            size_t left = before + total - out->size / sizeof(int);
-            rc = peek_node(fds[used], depth, used, out, left);
-            close(fds[used]);
-        }
+    if (!rc && !depth) cprd__put(out, fds, count * sizeof *fds);
     if (!rc && out->failed) rc = cprd__no_memory();
-    if (!rc && out->size / sizeof(int) != before + total)
+    if (!rc && !depth) used = count;
+    for (; !rc && used < count; used++) {
+        rc = peek_node(fds[used], depth, used, out);
+        close(fds[used]);
+    }
+    if (!rc && out->size - before != total * sizeof *fds)
         rc = damaged("it has other descriptors than it says");
     cprd__close_all(fds + used, count - used);
     return rc;
 }
 
-/* The array of sections. **fds: of the next memfd, which is not the state's yet. */
-static int read_sections(cprd_state *s, struct reader *r, const int **fds, const int *end) {
-    struct value list = cprd__next(r);
-    if (list.kind != ARRAY || list.number > MAX_SECTIONS) r->bad = 1;
-    for (uint64_t left = list.number; left-- && !r->bad;) {
-        struct value one = cprd__next(r), name = cprd__next(r), packed = cprd__next(r);
-        struct value by = cprd__next(r), data = cprd__next(r);
+/* The array of sections. Of memfds, *fds is the next; -1 as soon as the state owns it. */
+static int read_sections(cprd_state *s, struct value list, int **fds, const int *end) {
+    struct reader r = {list.data, list.end, list.kind != ARRAY || list.number > MAX_SECTIONS};
+    for (; list.number && !r.bad; list.number--) {
+        struct value one = cprd__next(&r), name = cprd__next(&r), packed = cprd__next(&r);
+        struct value by = cprd__next(&r), data = cprd__next(&r);
         int memfd = by.number && *fds < end ? **fds : -1;
         if (one.kind != ARRAY || one.number != 4 || name.kind != TEXT || packed.kind != NUMBER ||
             by.kind != NUMBER || data.kind != BINARY || (by.number && !cprd__is_sealed(memfd)))
-            r->bad = 1;
+            break;
         struct cprd__key key = {NULL, CPRD__SECTION, 0, name.number, (char *)(uintptr_t)name.data};
-        if (!r->bad && cprd__add(s, &key, memfd, 1, data.data, by.number ? 0 : data.number,
-                                 packed.number != 0))
+        size_t size = by.number ? 0 : data.number;
+        if (cprd__add(s, &key, memfd, 1, data.data, size, packed.number != 0))
             return cprd__last.code;
-        *fds += !r->bad && by.number;
+        if (by.number) *(*fds)++ = -1;
     }
-    return CPRD_OK;
+    return list.number || r.bad ? damaged("its sections cannot be read") : CPRD_OK;
 }
 
 /* The state of the descriptors of a bundle, the manifest apart. */
-static int read_manifest(cprd_state *s, struct reader *r, const int **fds, const int *last) {
-    struct value map = cprd__next(r), names = {.kind = NIL}, ids = {.kind = NIL};
-    if (map.kind != MAP || map.number > 16) r->bad = 1;
-    for (uint64_t parts = map.number; parts-- && !r->bad;) {
-        struct value part = cprd__next(r);
-        if (part.kind == ARRAY || part.kind == MAP) r->bad = 1;
-        if (part.kind == TEXT && !is_utf8(part.data, part.number)) r->bad = 1;
-        if (is(&part, "names")) names = cprd__next(r);
-        else if (is(&part, "ids")) ids = cprd__next(r);
-        else if (!is(&part, "sections")) cprd__skip(r, cprd__next(r)); /* of a later version */
-        else if (read_sections(s, r, fds, last)) return cprd__last.code;
+static int read_manifest(cprd_state *s, struct reader r, int *fds, const int *last) {
+    struct value map = cprd__next(&r), of[3] = {{.kind = ARRAY}, {.kind = NIL}, {.kind = NIL}};
+    if (map.kind != MAP || map.number > 16) r.bad = 1;
+    for (; map.number && !r.bad; map.number--) {
+        struct value part = cprd__next(&r), v = cprd__next(&r);
+        if (part.kind == ARRAY || part.kind == MAP) r.bad = 1;
+        if (part.kind == TEXT && !is_utf8(part.data, part.number)) r.bad = 1;
+        for (int n = 0; n < 3; n++)
+            if (is(&part, PARTS[n])) of[n] = v;
+        cprd__skip(&r, v); /* another one is of a later version */
     }
-    size_t left = (size_t)(last - *fds);
-    if (r->bad || r->at != r->end || names.kind != BINARY || ids.kind != BINARY ||
-        ids.number != 4 * left || (!left && names.number))
-        return damaged("the manifest cannot be read, or names other descriptors than there are");
+    const struct value ids = of[1], names = of[2];
+    if (r.bad || r.at != r.end) return damaged("the manifest cannot be read");
+    if (read_sections(s, of[0], &fds, last)) return cprd__last.code;
+    size_t left = (size_t)(last - fds);
+    if (names.kind != BINARY || ids.kind != BINARY || ids.number != 4 * left ||
+        (!left && names.number))
+        return damaged("the manifest names other descriptors than there are");
     const char *name = (const char *)names.data, *end = name + names.number;
-    for (; left; left--, ids.data += 4) {
-        const char *stop = memchr(name, 0, (size_t)(end - name));
-        if (!stop != (left == 1)) return damaged("the manifest does not name all descriptors");
-        struct cprd__key key = {NULL, CPRD__FD, (int32_t)cprd__little(ids.data, 4),
-                                (size_t)((stop ? stop : end) - name), (char *)(uintptr_t)name};
-        if (cprd__add(s, &key, *(*fds)++, 1, NULL, 0, 0)) {
-            --*fds;
-            return cprd__last.code;
-        }
-        name += key.length + 1;
+    for (const unsigned char *id = ids.data; left; left--, id += 4) {
+        const char *nul = memchr(name, 0, (size_t)(end - name)), *stop = nul ? nul : end;
+        if (!nul != (left == 1)) return damaged("the manifest does not name all descriptors");
+        struct cprd__key key = {NULL, CPRD__FD, (int32_t)cprd__little(id, 4),
+                                (size_t)(stop - name), (char *)(uintptr_t)name};
+        if (cprd__add(s, &key, *fds, 1, NULL, 0, 0)) return cprd__last.code;
+        *fds++ = -1;
+        name = stop + 1;
     }
     return CPRD_OK;
 }
@@ -671,22 +666,21 @@ int cprd_unpack(int bundle, cprd_state **out) {
     struct stat there;
     void *map = MAP_FAILED;
     cprd_state *s = cprd_state_new();
-    int rc = s ? peek_node(bundle, 0, 0, &found, UINT32_MAX) : cprd__no_memory();
-    const int *rest = (int *)found.at, *end = rest ? rest + found.size / sizeof(int) : rest;
+    int rc = s ? peek_node(bundle, 0, 0, &found) : cprd__no_memory(), *fds = (int *)found.at;
+    size_t count = found.size / sizeof *fds;
     cprd__point("load:peeked");
-    if (!rc && (!cprd__is_sealed(*rest) || fstat(*rest, &there) || !there.st_size ||
+    if (!rc && (!cprd__is_sealed(*fds) || fstat(*fds, &there) || !there.st_size ||
                 there.st_size > MAX_MANIFEST))
         rc = damaged("the manifest is not a sealed memfd");
-    if (!rc) map = mmap(NULL, (size_t)there.st_size, PROT_READ, MAP_PRIVATE, *rest, 0);
+    if (!rc) map = mmap(NULL, (size_t)there.st_size, PROT_READ, MAP_PRIVATE, *fds, 0);
     if (!rc && map == MAP_FAILED) rc = cprd__no_memory();
     if (!rc) {
         struct reader r = {map, (unsigned char *)map + there.st_size, 0};
-        close(*rest++);
-        rc = read_manifest(s, &r, &rest, end);
+        rc = read_manifest(s, r, fds + 1, fds + count);
         if (rc == CPRD_INVALID_INPUT) rc = cprd__fail(CPRD_DAMAGED, "%s", cprd__last.text);
         munmap(map, (size_t)there.st_size);
     }
-    for (; rest < end; rest++) close(*rest);
+    cprd__close_all(fds, count); /* what the state does not own */
     free(found.at);
     if (rc) cprd_state_free(s);
     else *out = s;
@@ -738,24 +732,19 @@ void cprd__fields(struct cprd__call *call, const char *format, ...) {
     va_end(next);
 }
 
-struct cprd__call cprd__call(const char *verb, const char *name, const void *nonce) {
+struct cprd__call cprd__call_of(const cprd_claim *t, const char *verb, const void *nonce) {
     struct cprd__call call = {.verb = verb};
     unsigned char fresh[16];
     call.m.failed = getrandom(fresh, sizeof fresh, 0) != sizeof fresh;
     put_number(&call.m, 0xdf, 0, 4); /* a map; cprd__fields counts */
-    cprd__fields(&call, "id U verb s name s nonce b", (uint64_t)0, verb, name,
-                 nonce ? nonce : fresh);
+    cprd__fields(&call, "id U verb s nonce b", (uint64_t)0, verb, nonce ? nonce : fresh);
+    if (t) cprd__fields(&call, "name s generation u", t->name, t->generation);
+    if (t && t->generation) cprd__fields(&call, "token b", t->token);
     return call;
 }
 
-struct cprd__call cprd__call_of(const cprd_claim *t, const char *verb, const void *nonce) {
-    struct cprd__call call = cprd__call(verb, t->name, nonce);
-    if (t->generation) cprd__fields(&call, "generation U token b", t->generation, t->token);
-    return call;
-}
-
-static int await(const cprd *c, short event, double until) {
-    struct pollfd one = {c->sock, event, 0};
+static int await(const cprd *c, double until) {
+    struct pollfd one = {c->sock, POLLIN, 0};
     double left;
     do {
         left = until - now();
@@ -785,20 +774,19 @@ static int refused(const struct cprd__answer *a) {
 
 /* Send a request and receive the answer to it. Returns what the answer says; LOST; TIMEOUT. */
 static int ask(cprd *c, struct cprd__call *call, double until, struct cprd__answer *a) {
-    int fds[CPRD__SCM_MAX], rc = CPRD_OK, error;
+    int fds[CPRD__SCM_MAX];
     double left = until - c->timeout - now(); /* to wait */
     if (call->m.failed) return cprd__no_memory();
     put_big(call->m.at + ID, ++c->id, 8);
     union real wait = {left > 0.001 ? left : 0.001};
     if (call->wait > 0) put_big(call->m.at + call->m.size - 8, wait.bits, 8);
-    while ((error = cprd__send(c->sock, call->m.at, call->m.size, NULL, 0)) == EAGAIN && !rc)
-        rc = await(c, POLLOUT, until);
+    /* EAGAIN: cprd has read none of hundreds before. Another error: cprd may have said why. */
+    int error = cprd__send(c->sock, call->m.at, call->m.size, NULL, 0);
     for (;;) {
         size_t count;
         int flags = 0;
         long got;
-        if (!rc && !error) rc = await(c, POLLIN, until); /* on an error: may have said why */
-        if (rc) return rc;
+        if ((!error || error == EAGAIN) && await(c, until)) return CPRD_TIMEOUT;
         RAISED(got = cprd__receive(c->sock, a->bytes, sizeof a->bytes, fds, &count, &flags));
         if (got <= 0) return LOST;
         struct reader r = {a->bytes, a->bytes + got, (flags & MSG_TRUNC) != 0};
@@ -819,7 +807,7 @@ static int ask(cprd *c, struct cprd__call *call, double until, struct cprd__answ
 }
 
 static int greet(cprd *c, double until, struct cprd__answer *a) {
-    struct cprd__call hello = cprd__call("hello", NULL, NULL);
+    struct cprd__call hello = cprd__call_of(NULL, "hello", NULL);
     int rc = CPRD_OK;
     cprd__fields(&hello, "version U", (uint64_t)VERSION);
     RAISED(c->sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
@@ -850,7 +838,7 @@ int cprd__no_fd(const struct cprd__answer *a) {
  * closed in the end: so what was parked and not saved is let go of. */
 static int ask_parked(cprd *c, struct cprd__call *call, double until, struct cprd__answer *a) {
     const struct cprd__packed *p = call->packed;
-    struct cprd__call queue = cprd__call("queue", NULL, NULL);
+    struct cprd__call queue = cprd__call_of(NULL, "queue", NULL);
     int rc = ask(c, &queue, until, a), inlet = a->fd;
     free(queue.m.at);
     if (rc) return rc;
@@ -950,7 +938,7 @@ int cprd__claim(cprd_claim *t, cprd *c, const char *verb, const char *name,
     struct cprd_load_options o = options ? *options : (struct cprd_load_options){.wait = 0};
     if (!(o.wait > 0)) o.wait = 0;
     if (claim_init(t, c, name, o.wait)) return cprd__last.code;
-    struct cprd__call call = cprd__call(verb, name, NULL);
+    struct cprd__call call = cprd__call_of(t, verb, NULL);
     cprd__fields(&call, "lease d generation u", o.lease, o.generation);
     cprd__fields(&call, strcmp(verb, "wait") ? "wait d" : "timeout d", o.wait);
     call.packed = packed;

@@ -384,8 +384,7 @@ struct cprd_claim { /* or a prepared save, or what a live hold has: the right to
     cprd_state *state;
     int stored, over, bundle, stays; /* stays: its close gives nothing back */
 };
-/* A request about `name` (or NULL), or that of a claim. `nonce` NULL: a new one. */
-struct cprd__call cprd__call(const char *verb, const char *name, const void *nonce);
+/* A request, about the hold of a claim (or NULL). `nonce` NULL: a new one. */
 struct cprd__call cprd__call_of(const cprd_claim *t, const char *verb, const void *nonce);
 /* Adds fields. `format` has for each a key and the type of an argument: "s" a text, "b" 16 bytes,
  * "d" a double, "f" a flag, "n" what the flag is not (int), "u" a uint64_t. NULL and 0 are left

@@ -56,8 +56,8 @@ void cprd__say_ended(const cprd_claim *t, const struct cprd__process *p) {
     struct pollfd one = {p->fd, POLLIN, 0};
     if (!p->pid || p->inode || poll(&one, 1, 0) <= 0) return;
     struct cprd__answer a;
-    struct cprd__call call = cprd__call("ended", t->name, NULL);
-    cprd__fields(&call, "generation U pid U", t->generation, p->pid);
+    struct cprd__call call = cprd__call_of(NULL, "ended", NULL);
+    cprd__fields(&call, "name s generation U pid U", t->name, t->generation, p->pid);
     cprd__request(t->c, &call, &a);
 }
 
@@ -78,8 +78,8 @@ int cprd_confirm_next(cprd_claim *claim, cprd_state *next, const struct cprd_sav
 
 static int forced(cprd *c, const char *verb, const char *name, int force) {
     struct cprd__answer a;
-    struct cprd__call call = cprd__call(verb, name, NULL);
-    cprd__fields(&call, "force f", force);
+    struct cprd__call call = cprd__call_of(NULL, verb, NULL);
+    cprd__fields(&call, "name s force f", name, force);
     return cprd__request(c, &call, &a);
 }
 
@@ -90,7 +90,7 @@ int cprd_list(cprd *c, void (*each)(void *context, const struct cprd_row *row), 
     uint64_t more = 0;
     do {
         struct cprd__answer a;
-        struct cprd__call call = cprd__call("list", NULL, NULL);
+        struct cprd__call call = cprd__call_of(NULL, "list", NULL);
         cprd__fields(&call, "after u", more);
         if (cprd__request(c, &call, &a)) return cprd__last.code;
         struct value holds = cprd__get(a.of, "holds");
