@@ -128,40 +128,30 @@ static int is_utf8(const unsigned char *at, size_t left) {
     return 1;
 }
 
-int cprd__check_name(int space, const char *name, size_t length) {
-    if (length && length <= 255 && !memchr(name, 0, length) &&
-        (space == CPRD__FD || is_utf8((const unsigned char *)name, length)))
+struct cprd__key cprd__key(int space, const void *name, size_t length, int32_t id) {
+    return (struct cprd__key){{NULL}, space, id, length, (char *)(uintptr_t)name};
+}
+
+int cprd__check_name(const struct cprd__key *key) {
+    if (key->length && key->length <= 255 && !memchr(key->name, 0, key->length) &&
+        (key->space == CPRD__FD || is_utf8((const unsigned char *)key->name, key->length)))
         return CPRD_OK;
     return cprd__fail(CPRD_INVALID_INPUT, "name '%.*s': wants 1 to 255 bytes; of UTF-8, unless of"
-                      " a descriptor", length < 256 ? (int)length : 255, name);
+                      " a descriptor", key->length < 256 ? (int)key->length : 255, key->name);
 }
 
-struct cprd__key **cprd__slot(const struct cprd__table *t, int space, const char *name,
-                              size_t length, int32_t id) {
-    uint64_t hash = 14695981039346656037u ^ (uint32_t)id ^ (uint64_t)space << 32;
-    for (size_t n = 0; n < length; n++) hash = (hash ^ (unsigned char)name[n]) * 1099511628211u;
-    hash *= 0x9e3779b97f4a7c15u;
-    struct cprd__key **slot = &t->slots[hash >> 32 & (t->size - 1)];
-    while (*slot && ((*slot)->space != space || (*slot)->id != id || (*slot)->length != length ||
-                     memcmp((*slot)->name, name, length)))
-        slot = &(*slot)->chain;
+static int is_same(const struct cprd__key *a, const struct cprd__key *b) {
+    return a->space == b->space && a->id == b->id && a->length == b->length &&
+           !memcmp(a->name, b->name, a->length);
+}
+
+struct cprd__key **cprd__slot(struct cprd__key **slot, const struct cprd__key *key) {
+    uint64_t hash = 14695981039346656037u ^ (uint32_t)key->id ^ (uint64_t)key->space << 32;
+    for (size_t n = 0; n < key->length; n++)
+        hash = (hash ^ (unsigned char)key->name[n]) * 1099511628211u;
+    for (hash *= 0x9e3779b97f4a7c15u; *slot && !is_same(*slot, key); hash <<= 2)
+        slot = &(*slot)->below[hash >> 62];
     return slot;
-}
-
-int cprd__grow(struct cprd__table *t) {
-    if (t->used < t->size) return CPRD_OK;
-    struct cprd__table more = {.size = t->size ? 2 * t->size : 16, .used = t->used};
-    more.slots = calloc(more.size, sizeof(struct cprd__key *));
-    if (!more.slots) return cprd__no_memory();
-    for (size_t n = 0; n < t->size; n++)
-        for (struct cprd__key *k = t->slots[n], *next; k; k = next) {
-            next = k->chain;
-            k->chain = NULL;
-            *cprd__slot(&more, k->space, k->name, k->length, k->id) = k;
-        }
-    free(t->slots);
-    *t = more;
-    return CPRD_OK;
 }
 
 /* -- descriptors ------------------------------------------------------------------------------- */
@@ -277,7 +267,7 @@ struct item {
     char text[];            /* data that is not mapped, and the name */
 };
 struct cprd_state {
-    struct cprd__table table;
+    struct cprd__key *keys;   /* the top of all */
     struct cprd__bytes items; /* pointers, in order */
     size_t sections;
 };
@@ -297,7 +287,6 @@ void cprd_state_free(cprd_state *s) {
     if (!s) return;
     for (size_t n = 0; n < count_of(s); n++) item_free(*at(s, n));
     free(s->items.at);
-    free(s->table.slots);
     free(s);
 }
 
@@ -305,17 +294,16 @@ int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, con
               size_t size, int packed) {
     int is_section = key->space == CPRD__SECTION, is_memfd = is_section && fd >= 0;
     struct stat there = {.st_size = 0};
-    if (cprd__check_name(key->space, key->name, key->length) || cprd__grow(&s->table))
-        return cprd__last.code;
-    struct cprd__key **slot = cprd__slot(&s->table, key->space, key->name, key->length, key->id);
+    if (cprd__check_name(key)) return cprd__last.code;
+    struct cprd__key **slot = cprd__slot(&s->keys, key);
     struct item *old = (struct item *)*slot;
     if (old && (owned || !is_section))
         return cprd__fail(CPRD_INVALID_INPUT, "key (%s, %d) is used already", old->key.name,
                           old->key.id);
     struct item *item = calloc(1, sizeof *item + key->length + 1 + size);
     if (!item) return cprd__no_memory();
-    item->key = (struct cprd__key){old ? old->key.chain : NULL, key->space, key->id, key->length,
-                                   memcpy(item->text + size, key->name, key->length)};
+    item->key = old ? old->key : *key; /* with all below */
+    item->key.name = memcpy(item->text + size, key->name, key->length);
     item->known = (struct cprd_item){is_section, item->key.name, key->id, fd, packed != 0,
                                      item->text, size};
     item->place = old ? old->place : count_of(s);
@@ -333,7 +321,6 @@ int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, con
     item->owned = owned;
     *at(s, item->place) = item;
     *slot = &item->key;
-    s->table.used += !old;
     s->sections += !old && is_section;
     if (old) item_free(old);
     return CPRD_OK;
@@ -342,7 +329,7 @@ int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, con
 /* What a program adds; borrowed. */
 static int add(cprd_state *s, int space, const char *name, int32_t id, int fd, const void *data,
                size_t size, int packed) {
-    struct cprd__key key = {NULL, space, id, strlen(name), (char *)(uintptr_t)name};
+    struct cprd__key key = cprd__key(space, name, strlen(name), id);
     return cprd__add(s, &key, fd, 0, data, size, packed);
 }
 
@@ -366,9 +353,9 @@ const struct cprd_item *cprd_item_at(const cprd_state *s, size_t index) {
 }
 
 static struct cprd_item *find(const cprd_state *s, int space, const char *name, int32_t id) {
-    struct cprd__key *key =
-        s->table.size ? *cprd__slot(&s->table, space, name, strlen(name), id) : NULL;
-    return key ? &((struct item *)key)->known : NULL;
+    struct cprd__key key = cprd__key(space, name, strlen(name), id), *top = s->keys;
+    struct item *item = (struct item *)*cprd__slot(&top, &key);
+    return item ? &item->known : NULL;
 }
 
 const struct cprd_item *cprd_find_section(const cprd_state *s, const char *name) {
@@ -620,7 +607,7 @@ static int read_sections(cprd_state *s, struct value list, int **fds, const int 
         if (one.kind != ARRAY || one.number != 4 || name.kind != TEXT || packed.kind != NUMBER ||
             by.kind != NUMBER || data.kind != BINARY || (by.number && !cprd__is_sealed(memfd)))
             break;
-        struct cprd__key key = {NULL, CPRD__SECTION, 0, name.number, (char *)(uintptr_t)name.data};
+        struct cprd__key key = cprd__key(CPRD__SECTION, name.data, name.number, 0);
         size_t size = by.number ? 0 : data.number;
         if (cprd__add(s, &key, memfd, 1, data.data, size, packed.number != 0))
             return cprd__last.code;
@@ -652,8 +639,8 @@ static int read_manifest(cprd_state *s, struct reader r, int *fds, const int *la
     for (const unsigned char *id = ids.data; left; left--, id += 4) {
         const char *nul = memchr(name, 0, (size_t)(end - name)), *stop = nul ? nul : end;
         if (!nul != (left == 1)) return damaged("the manifest does not name all descriptors");
-        struct cprd__key key = {NULL, CPRD__FD, (int32_t)cprd__little(id, 4),
-                                (size_t)(stop - name), (char *)(uintptr_t)name};
+        struct cprd__key key =
+            cprd__key(CPRD__FD, name, (size_t)(stop - name), (int32_t)cprd__little(id, 4));
         if (cprd__add(s, &key, *fds, 1, NULL, 0, 0)) return cprd__last.code;
         *fds++ = -1;
         name = stop + 1;

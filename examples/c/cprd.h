@@ -289,22 +289,17 @@ void cprd__put(struct cprd__bytes *b, const void *data, size_t size);
 void cprd__put_little(struct cprd__bytes *b, uint64_t value, int width);
 uint64_t cprd__little(const unsigned char *at, int width);
 
-struct cprd__key { /* the first member of what lies in a table */
-    struct cprd__key *chain;
+struct cprd__key { /* the first member of what has a key */
+    struct cprd__key *below[4]; /* of a tree of keys: by two more bits of their hashes */
     int space;
     int32_t id;
     size_t length;
-    char *name; /* and a NUL */
+    char *name; /* and a NUL, in a tree */
 };
-struct cprd__table {
-    struct cprd__key **slots;
-    size_t size, used;
-};
-int cprd__check_name(int space, const char *name, size_t length);
-/* Where the key is, or would be. The table has grown at least once. */
-struct cprd__key **cprd__slot(const struct cprd__table *t, int space, const char *name,
-                              size_t length, int32_t id);
-int cprd__grow(struct cprd__table *t); /* room for one more key */
+struct cprd__key cprd__key(int space, const void *name, size_t length, int32_t id);
+int cprd__check_name(const struct cprd__key *key);
+/* Where the key is, or would be, in the tree with the top *slot. */
+struct cprd__key **cprd__slot(struct cprd__key **slot, const struct cprd__key *key);
 
 /* One message. Returns 0 or an errno. At the limit in flight it is sent once more, with the soft
  * RLIMIT_NOFILE at the hard one. */

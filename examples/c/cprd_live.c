@@ -56,6 +56,7 @@ struct segment { /* or the root */
 struct entry { /* of a record; or what the table has of a key */
     struct cprd__key key;
     struct entry *k;         /* of the key, in the table */
+    struct entry *next;      /* in the table */
     struct segment *segment; /* where it lies; NULL: the root */
     int op, fd, own, counts; /* SEGMENT: one that a record of the root names, by key.id */
     uint64_t birth, seq, change; /* the number of the last change: a key is in it once */
@@ -63,10 +64,11 @@ struct entry { /* of a record; or what the table has of a key */
 };
 
 struct cprd_live {
-    struct cprd__table table;
+    struct cprd__key *table; /* the top of all keys */
+    struct entry *known;     /* the first of all */
     struct segment root, **segments;
     struct iovec *maps;
-    size_t count, kept, map_count, most_own; /* of segments, of keys, ... */
+    size_t count, used, kept, map_count, most_own; /* of segments, of keys, ... */
     uint64_t hold, seq, birth, changes, connects; /* of the connection by which cprd has the root */
     int last_id, untidy, over; /* CPRD_FENCED; CPRD_NOT_HELD: ended; CPRD_BUSY: not confirmed */
     pid_t owner;
@@ -100,35 +102,42 @@ static int fenced(cprd_live *l, const char *why) {
 
 /* -- what lies where --------------------------------------------------------------------------- */
 
-static struct cprd__key **slot_of(const cprd_live *l, const struct cprd__key *key) {
-    return cprd__slot(&l->table, key->space, key->name, key->length, key->id);
+static struct entry *known(cprd_live *l, const struct cprd__key *key) {
+    return (struct entry *)*cprd__slot(&l->table, key);
+}
+
+static void remember(cprd_live *l, struct entry *k) {
+    memset(k->key.below, 0, sizeof k->key.below);
+    *cprd__slot(&l->table, &k->key) = &k->key;
+    k->next = l->known;
+    l->known = k;
+    l->used++;
 }
 
 /* What the table has of a key; of one that is new, that it has ended. NULL: no memory. */
 static struct entry *know(cprd_live *l, const struct cprd__key *key) {
-    struct entry *k = (struct entry *)*slot_of(l, key);
-    if (k || cprd__grow(&l->table)) return k;
+    struct entry *k = known(l, key);
+    if (k) return k;
     k = calloc(1, sizeof *k + key->length + 1);
     if (!k) cprd__no_memory();
     if (!k) return NULL;
     *k = (struct entry){.key = *key, .op = DELETE + key->space};
-    k->key.chain = NULL;
     k->key.name = memcpy(k + 1, key->name, key->length);
-    *slot_of(l, key) = &k->key;
-    l->table.used++;
+    remember(l, k);
     return k;
 }
 
 /* Forget the keys that have ended, or all. */
 static void forget(cprd_live *l, int all) {
-    for (size_t n = 0; n < l->table.size; n++)
-        for (struct cprd__key **slot = &l->table.slots[n], *key; (key = *slot);) {
-            if (all || ((struct entry *)key)->op >= DELETE) {
-                *slot = key->chain;
-                free(key);
-                l->table.used--;
-            } else slot = &key->chain;
-        }
+    struct entry *k = l->known, *next;
+    l->table = NULL;
+    l->known = NULL;
+    l->used = 0;
+    for (; k; k = next) {
+        next = k->next;
+        if (all || k->op >= DELETE) free(k);
+        else remember(l, k);
+    }
     if (all) l->kept = 0;
 }
 
@@ -235,7 +244,7 @@ static int drain(cprd_live *l, struct segment *q, size_t count) {
 /* Void all records of the root by new ones, that name all segments but those of no use; or, with
  * `nothing`, none. */
 static int write_root(cprd_live *l, int nothing) {
-    size_t before = l->root.records, count = 0, stay = 0, ended = l->table.used - l->kept;
+    size_t before = l->root.records, count = 0, stay = 0, ended = l->used - l->kept;
     struct entry *e = calloc(l->count + ended + 1, sizeof *e);
     int rc = e ? CPRD_OK : cprd__no_memory();
     for (size_t n = 0; n < l->count && !rc; n++) {
@@ -243,12 +252,11 @@ static int write_root(cprd_live *l, int nothing) {
         s->leaves = nothing || !(s->count || s->dirty);
         if (!s->leaves) e[count++] = (struct entry){.op = SEGMENT, .key.id = s->id, .fd = s->rx};
     }
-    for (size_t n = 0; n < l->table.size && ended && !rc; n++)
-        for (struct cprd__key *k = l->table.slots[n]; k; k = k->chain)
-            if (((struct entry *)k)->op >= DELETE && k->space <= CPRD__MEMORY) {
-                e[count] = *(struct entry *)k;
-                e[count++].fd = -1;
-            }
+    for (const struct entry *k = l->known; k && ended && !rc; k = k->next)
+        if (k->op >= DELETE && k->key.space <= CPRD__MEMORY) {
+            e[count] = *k;
+            e[count++].fd = -1;
+        }
     size_t parts = count ? (count + PART - 1) / PART : 1;
     for (size_t part = 1, at = 0; part <= parts && !rc; part++, at += PART)
         rc = send_record(l, &l->root, part | parts << 16, e + at,
@@ -329,7 +337,7 @@ static int decode(cprd_live *l, struct segment *s, const unsigned char *d, size_
         e[n].key.name = (char *)(uintptr_t)at;
         e[n].key.length = (size_t)(stop - at);
         bad = !nul != (n + 1 == count) ||
-              cprd__check_name(e[n].key.space, e[n].key.name, e[n].key.length);
+              cprd__check_name(&e[n].key);
         at = stop + (n + 1 < count);
     }
     if (bad || at != end || carried != fd_count) return wrong("a record that contradicts itself");
@@ -398,8 +406,8 @@ static int peek(cprd_live *l, struct segment *s, int reading) {
 }
 
 /* Whether what a record in `s` says counts still. */
-static int is_current(const cprd_live *l, const struct segment *s, struct entry *e) {
-    struct entry *k = (struct entry *)*slot_of(l, &e->key);
+static int is_current(cprd_live *l, const struct segment *s, struct entry *e) {
+    struct entry *k = known(l, &e->key);
     if (!e->counts || !k || k->segment != s || k->seq != e->seq) return 0;
     e->k = k;
     e->key.name = k->key.name; /* which has a NUL */
@@ -501,7 +509,7 @@ static int tidy(cprd_live *l) {
     }
     l->untidy = rc != CPRD_OK;
     if (dirty || (rc && rc != CPRD_LIMIT_EXCEEDED)) return rc;
-    if (l->table.used - l->kept > 16 + l->kept / 8) forget(l, 0);
+    if (l->used - l->kept > 16 + l->kept / 8) forget(l, 0);
     if (l->count > 64 + l->kept) write_root(l, 0); /* many of no use; at a limit another time */
     return CPRD_OK;
 }
@@ -523,11 +531,11 @@ static int make_entry(cprd_live *l, const struct cprd_live_change *c, struct ent
     int space = SPACES[ops[c->op]], mark = 0;
     struct stat there = {0};
     socklen_t size = sizeof mark;
-    *e = (struct entry){.key = {NULL, space, c->id, strlen(c->name), (char *)(uintptr_t)c->name}};
-    if (space != CPRD__FD) e->key.id = 0;
+    int32_t id = space == CPRD__FD ? c->id : 0;
+    *e = (struct entry){.key = cprd__key(space, c->name, strlen(c->name), id)};
     e->fd = -1;
     e->op = ops[c->op];
-    if (cprd__check_name(space, c->name, e->key.length)) return cprd__last.code;
+    if (cprd__check_name(&e->key)) return cprd__last.code;
     struct entry *k = know(l, &e->key);
     if (!k) return cprd__last.code;
     int is_kept = k->op < DELETE, is_new = c->op == CPRD_SAVE_FD;
@@ -626,15 +634,15 @@ static int make_memory(cprd_live *l, const char *name, size_t size) {
 }
 
 int cprd_live_memory(cprd_live *l, const char *name, size_t size, void **out) {
-    struct cprd__key key = {NULL, CPRD__MEMORY, 0, strlen(name), (char *)(uintptr_t)name};
-    struct entry *k = (struct entry *)*slot_of(l, &key);
+    struct cprd__key key = cprd__key(CPRD__MEMORY, name, strlen(name), 0);
+    struct entry *k = known(l, &key);
     int rc = guard(l), is_new = !k || k->op != MAPPED;
     *out = NULL;
     if (rc) return rc;
     if (!size || (!is_new && k->map.iov_len != size))
         return cprd__fail(CPRD_INVALID_INPUT, "memory '%s' has another size than %zu", name, size);
     if (is_new && make_memory(l, name, size)) return cprd__last.code;
-    k = (struct entry *)*slot_of(l, &key);
+    k = known(l, &key);
     if (is_new) k->map = l->maps[l->map_count - 1];
     *out = k->map.iov_base;
     return CPRD_OK;
@@ -721,7 +729,7 @@ static int read_hold(cprd_live *l, int root, int as_state) {
     for (size_t n = 0; n < top.entries && !rc; n++) {
         struct entry *e = &top.queue[n];
         if (!e->counts) continue;
-        if (e->op == SEGMENT && *slot_of(l, &e->key)) /* the table has it already */
+        if (e->op == SEGMENT && known(l, &e->key)) /* the table has it already */
             rc = wrong("a segment twice");
         if (!rc) rc = offer(l, NULL, e);
         if (rc || e->op != SEGMENT) continue;
@@ -759,7 +767,6 @@ static void live_free(cprd_live *l) {
     forget(l, 1);
     cprd_state_free(l->state);
     cprd__close(&l->ticket);
-    free(l->table.slots);
     free(l->segments);
     free(l->maps);
     free(l);
@@ -776,9 +783,7 @@ static cprd_live *live_new(int tx, int rx, uint64_t hold) {
     l->packed = (struct cprd__packed){.fds = &l->root.rx, .parked = 1, .depth = 1};
     memcpy(l->packed.header, HEAD, sizeof HEAD);
     prepare(tx, rx);
-    if (!cprd__grow(&l->table)) return l;
-    live_free(l);
-    return NULL;
+    return l;
 }
 
 int cprd_live_take(int root, int tx, int rx, uint64_t hold, cprd_live **out) {
