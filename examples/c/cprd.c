@@ -262,7 +262,7 @@ int cprd__memfd(const char *name, const void *data, size_t size, int *out) {
 struct item {
     struct cprd__key key;
     struct cprd_item known; /* to programs */
-    int owned, mapped;      /* the descriptor, the data */
+    int owned;              /* the descriptor */
     size_t place;           /* in the order of adding */
     char text[];            /* data that is not mapped, and the name */
 };
@@ -278,8 +278,9 @@ static struct item **at(const cprd_state *s, size_t n) { return (struct item **)
 cprd_state *cprd_state_new(void) { return calloc(1, sizeof(cprd_state)); }
 
 static void item_free(struct item *item) {
-    if (item->mapped) munmap((void *)(uintptr_t)item->known.data, item->known.size);
-    if (item->owned && item->known.fd >= 0) close(item->known.fd);
+    if (item->known.is_section && item->known.fd >= 0 && item->known.size)
+        munmap((void *)(uintptr_t)item->known.data, item->known.size);
+    if (item->owned) cprd__close_all(&item->known.fd, 1);
     free(item);
 }
 
@@ -290,31 +291,35 @@ void cprd_state_free(cprd_state *s) {
     free(s);
 }
 
+/* All bytes of a memfd; privately, for no sealed one can be shared before Linux 6.7. */
+static int map(int memfd, const void **data, size_t *size) {
+    struct stat there = {.st_size = 0};
+    fstat(memfd, &there);
+    *size = (size_t)there.st_size;
+    *data = *size ? mmap(NULL, *size, PROT_READ, MAP_PRIVATE, memfd, 0) : NULL;
+    if (*data == MAP_FAILED) *size = 0;
+    return *data == MAP_FAILED ? cprd__no_memory() : CPRD_OK;
+}
+
 int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, const void *data,
               size_t size, int packed) {
-    int is_section = key->space == CPRD__SECTION, is_memfd = is_section && fd >= 0;
-    struct stat there = {.st_size = 0};
+    int is_section = key->space == CPRD__SECTION;
     if (cprd__check_name(key)) return cprd__last.code;
     struct cprd__key **slot = cprd__slot(&s->keys, key);
     struct item *old = (struct item *)*slot;
     if (old && (owned || !is_section))
         return cprd__fail(CPRD_INVALID_INPUT, "key (%s, %d) is used already", old->key.name,
                           old->key.id);
-    struct item *item = calloc(1, sizeof *item + key->length + 1 + size);
+    struct item *item = calloc(1, sizeof *item + size + key->length + 1);
     if (!item) return cprd__no_memory();
     item->key = old ? old->key : *key; /* with all below */
     item->key.name = memcpy(item->text + size, key->name, key->length);
     item->known = (struct cprd_item){is_section, item->key.name, key->id, fd, packed != 0,
-                                     item->text, size};
+                                     size ? memcpy(item->text, data, size) : item->text, size};
     item->place = old ? old->place : count_of(s);
-    if (size) memcpy(item->text, data, size);
-    if (is_memfd && !fstat(fd, &there) && there.st_size) { /* before 6.7 no shared mapping */
-        item->known.size = (size_t)there.st_size;
-        item->known.data = mmap(NULL, item->known.size, PROT_READ, MAP_PRIVATE, fd, 0);
-        item->mapped = item->known.data != MAP_FAILED;
-    }
-    if (!old && item->known.data != MAP_FAILED) cprd__put(&s->items, &item, sizeof item);
-    if (s->items.failed || item->known.data == MAP_FAILED) {
+    int rc = is_section && fd >= 0 ? map(fd, &item->known.data, &item->known.size) : CPRD_OK;
+    if (!rc && !old) cprd__put(&s->items, &item, sizeof item);
+    if (rc || s->items.failed) {
         item_free(item);
         return cprd__no_memory();
     }
@@ -650,23 +655,18 @@ static int read_manifest(cprd_state *s, struct reader r, int *fds, const int *la
 
 int cprd_unpack(int bundle, cprd_state **out) {
     struct cprd__bytes found = {0};
-    struct stat there;
-    void *map = MAP_FAILED;
+    const void *data = NULL;
+    size_t size = 0;
     cprd_state *s = cprd_state_new();
     int rc = s ? peek_node(bundle, 0, 0, &found) : cprd__no_memory(), *fds = (int *)found.at;
     size_t count = found.size / sizeof *fds;
     cprd__point("load:peeked");
-    if (!rc && (!cprd__is_sealed(*fds) || fstat(*fds, &there) || !there.st_size ||
-                there.st_size > MAX_MANIFEST))
-        rc = damaged("the manifest is not a sealed memfd");
-    if (!rc) map = mmap(NULL, (size_t)there.st_size, PROT_READ, MAP_PRIVATE, *fds, 0);
-    if (!rc && map == MAP_FAILED) rc = cprd__no_memory();
-    if (!rc) {
-        struct reader r = {map, (unsigned char *)map + there.st_size, 0};
-        rc = read_manifest(s, r, fds + 1, fds + count);
-        if (rc == CPRD_INVALID_INPUT) rc = cprd__fail(CPRD_DAMAGED, "%s", cprd__last.text);
-        munmap(map, (size_t)there.st_size);
-    }
+    if (!rc && cprd__is_sealed(*fds)) rc = map(*fds, &data, &size);
+    if (!rc && (!size || size > MAX_MANIFEST)) rc = damaged("the manifest is not a sealed memfd");
+    struct reader r = {data, size ? (const unsigned char *)data + size : NULL, 0};
+    if (!rc) rc = read_manifest(s, r, fds + 1, fds + count);
+    if (rc == CPRD_INVALID_INPUT) rc = cprd__fail(CPRD_DAMAGED, "%s", cprd__last.text);
+    if (size) munmap((void *)(uintptr_t)data, size);
     cprd__close_all(fds, count); /* what the state does not own */
     free(found.at);
     if (rc) cprd_state_free(s);
@@ -992,11 +992,11 @@ int cprd__save(cprd_claim *t, const char *verb, const cprd_state *s,
     if (!rc) {
         const char *after = o.after_exit == CPRD_AFTER_ME ? "peer" : p.pid ? "process" : "no";
         struct cprd__call call = cprd__call_of(t, verb, NULL);
-        cprd__fields(&call, "fds U bytes U parked U depth U ttl d pid u inode u",
+        cprd__fields(&call, "fds U bytes u parked u depth u after_exit s pid u inode u",
                      (uint64_t)packed.fd_count, packed.size, (uint64_t)packed.parked,
-                     (uint64_t)packed.depth, o.ttl, p.pid, p.inode);
-        cprd__fields(&call, "after_exit s if_exists s require s", after,
-                     o.replace ? "replace" : NULL, o.require_store ? "store" : NULL);
+                     (uint64_t)packed.depth, after, p.pid, p.inode);
+        cprd__fields(&call, "ttl d if_exists s require s", o.ttl, o.replace ? "replace" : NULL,
+                     o.require_store ? "store" : NULL);
         call.packed = &packed;
         rc = cprd__request(t->c, &call, &a);
     }
