@@ -140,17 +140,17 @@ int cprd__check_name(const struct cprd__key *key) {
                       " a descriptor", key->length < 256 ? (int)key->length : 255, key->name);
 }
 
-static int is_same(const struct cprd__key *a, const struct cprd__key *b) {
-    return a->space == b->space && a->id == b->id && a->length == b->length &&
-           !memcmp(a->name, b->name, a->length);
-}
-
 struct cprd__key **cprd__slot(struct cprd__key **slot, const struct cprd__key *key) {
     uint64_t hash = 14695981039346656037u ^ (uint32_t)key->id ^ (uint64_t)key->space << 32;
     for (size_t n = 0; n < key->length; n++)
         hash = (hash ^ (unsigned char)key->name[n]) * 1099511628211u;
-    for (hash *= 0x9e3779b97f4a7c15u; *slot && !is_same(*slot, key); hash <<= 2)
+    hash *= 0x9e3779b97f4a7c15u;
+    while (*slot && ((*slot)->space != key->space || (*slot)->id != key->id ||
+                     (*slot)->length != key->length ||
+                     memcmp((*slot)->name, key->name, key->length))) {
         slot = &(*slot)->below[hash >> 62];
+        hash <<= 2;
+    }
     return slot;
 }
 
@@ -201,8 +201,8 @@ int cprd__send(int sock, const void *data, size_t size, const int *fds, size_t c
 long cprd__receive(int sock, void *data, size_t size, int *fds, size_t *count, int *flags) {
     union rights space;
     struct iovec part = {data, size};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = fds ? &space : NULL};
-    message.msg_controllen = fds ? sizeof space : 0;
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &space,
+                             .msg_controllen = sizeof space};
     *count = 0;
     ssize_t got = recvmsg(sock, &message, *flags | MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (got < 0 && errno == ECONNRESET) /* said once: the other side left something unread */
@@ -243,16 +243,15 @@ int cprd__is_sealed(int memfd) {
 }
 
 int cprd__memfd(const char *name, const void *data, size_t size, int *out) {
-    char label[200];
+    const char *label = strlen(name) < 250 ? name : "cprd-section"; /* has a limit of its own */
     size_t done = 0;
     ssize_t wrote = 1;
-    snprintf(label, sizeof label, "%s", name);
     RAISED(*out = memfd_create(label, MFD_CLOEXEC | MFD_ALLOW_SEALING));
     for (; *out >= 0 && done < size && wrote > 0; done += wrote > 0 ? (size_t)wrote : 0)
         wrote = write(*out, (const char *)data + done, size - done);
     if (*out >= 0 && done == size && !fcntl(*out, F_ADD_SEALS, SEALS)) return CPRD_OK;
     cprd__fail(CPRD_LIMIT_EXCEEDED, "cannot make a memfd for %s: %s; raise RLIMIT_NOFILE (EMFILE)"
-               " or the memory that this cgroup may use (ENOMEM, ENOSPC)", label, strerror(errno));
+               " or the memory that this cgroup may use (ENOMEM, ENOSPC)", name, strerror(errno));
     cprd__close_all(out, 1);
     return CPRD_LIMIT_EXCEEDED;
 }
@@ -391,15 +390,12 @@ static void put_number(struct cprd__bytes *b, int type, uint64_t value, int widt
     cprd__put(b, data, 1 + (size_t)width);
 }
 
-static void put_binary(struct cprd__bytes *b, const void *data, size_t size) {
-    put_number(b, 0xc6, size, 4);
+static void put_data(struct cprd__bytes *b, int type, const void *data, size_t size) {
+    put_number(b, type, size, 4);
     cprd__put(b, data, size);
 }
 
-static void put_text(struct cprd__bytes *b, const char *text) {
-    put_number(b, 0xdb, strlen(text), 4);
-    cprd__put(b, text, strlen(text));
-}
+static void put_text(struct cprd__bytes *b, const char *s) { put_data(b, 0xdb, s, strlen(s)); }
 
 static uint64_t take(struct reader *r, int width) {
     uint64_t value = 0;
@@ -496,7 +492,7 @@ static int pack_item(const struct cprd_item *item, uint64_t ours, struct cprd__p
         put_text(parts, item->name);
         put_number(parts, item->packed, 0, 0);
         put_number(parts, fd >= 0, 0, 0);
-        put_binary(parts, item->data, fd < 0 ? item->size : 0);
+        put_data(parts, 0xc6, item->data, fd < 0 ? item->size : 0);
     } else {
         if (fd < 0 || (ours && cprd__cookie(fd) == ours))
             return cprd__fail(CPRD_INVALID_INPUT, "fd %d of (%s, %d) was taken, or is the"
@@ -692,13 +688,6 @@ void cprd__hang_up(cprd *c) {
     c->sock = -1;
 }
 
-/* Before the lock, which another thread may have had when this process was forked. */
-static int check_owner(const cprd *c) {
-    if (c->owner == getpid()) return CPRD_OK;
-    return cprd__fail(CPRD_INVALID_INPUT, "this connection belongs to process %d, not to its forked"
-                      " child: cprd_connect() there", (int)c->owner);
-}
-
 void cprd__fields(struct cprd__call *call, const char *format, ...) {
     char key[32], type;
     va_list next;
@@ -712,7 +701,7 @@ void cprd__fields(struct cprd__call *call, const char *format, ...) {
         call->m.at[FIELDS]++;
         put_text(&call->m, key);
         if (type == 's') put_text(&call->m, text);
-        else if (type == 'b') put_binary(&call->m, text, 16);
+        else if (type == 'b') put_data(&call->m, 0xc6, text, 16);
         else if (strchr("fn", type)) put_number(&call->m, type == 'f' ? 0xc3 : 0xc2, 0, 0);
         else put_number(&call->m, type == 'd' ? 0xcb : 0xcf, number, 8);
     }
@@ -842,8 +831,12 @@ static int ask_parked(cprd *c, struct cprd__call *call, double until, struct cpr
  * Without fields there is nothing to ask but a connection. */
 int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a) {
     double until = now() + call->wait + c->timeout, away = 0;
-    int rc = check_owner(c);
-    if (rc) goto out;
+    int rc = CPRD_OK;
+    if (c->owner != getpid()) { /* another thread may have had the lock when that forked */
+        rc = cprd__fail(CPRD_INVALID_INPUT, "this connection belongs to process %d, not to its"
+                        " forked child: cprd_connect() there", (int)c->owner);
+        goto out;
+    }
     cprd__point("%s:before", call->verb);
     pthread_mutex_lock(&c->lock);
     for (;;) {

@@ -304,8 +304,7 @@ struct cprd__key **cprd__slot(struct cprd__key **slot, const struct cprd__key *k
 /* One message. Returns 0 or an errno. At the limit in flight it is sent once more, with the soft
  * RLIMIT_NOFILE at the hard one. */
 int cprd__send(int sock, const void *data, size_t size, const int *fds, size_t count);
-/* One message. The caller owns fds[0..*count]; NULL: no descriptor is installed. `flags`: in, and
- * out MSG_CTRUNC, MSG_TRUNC. */
+/* One message. The caller owns fds[0..*count]. `flags`: in, and out MSG_CTRUNC, MSG_TRUNC. */
 long cprd__receive(int sock, void *data, size_t size, int *fds, size_t *count, int *flags);
 int cprd__pair(int *tx, int *rx);
 void cprd__close_all(const int *fds, size_t count);
