@@ -1,5 +1,5 @@
 /* A client of cprd in C11, for Linux, without dependencies: compile cprd.c with your program, and
- * cprd_live.c for live holds.
+ * cprd_live_read.c to load live holds, and cprd_live.c to own them.
  *
  * A state is descriptors under keys (name, id), in order, and named sections of bytes. One process
  * saves a state under a name, another loads that state, whole, and confirms.
@@ -132,8 +132,8 @@ struct cprd_load_options {
     uint64_t generation; /* that hold only, else FENCED; 0: any */
 };
 
-/* What a killed owner of a live hold left can be loaded, too, where cprd_live.c is linked; memory
- * comes as sections "memory.NAME". */
+/* What a killed owner of a live hold left can be loaded, too, where cprd_live_read.c is linked;
+ * memory comes as sections "memory.NAME". */
 int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options, cprd_claim **out);
 /* Owned by the claim. Descriptors and bytes that nobody took live until cprd_claim_close. */
 cprd_state *cprd_claim_state(cprd_claim *claim);
@@ -373,7 +373,7 @@ int cprd__end(struct cprd__ticket *t, const char *verb, const char *why, int cau
               struct cprd__answer *a);
 int cprd__give_back(struct cprd__ticket *t, int cause); /* unless ended; returns `cause` */
 void cprd__close(struct cprd__ticket *t);
-/* As cprd_unpack, of a live hold; NULL where cprd_live.c is not linked. */
+/* As cprd_unpack, of a live hold; NULL where cprd_live_read.c is not linked. */
 __attribute__((weak)) int cprd__unpack_live(int bundle, cprd_state **out);
 #endif
 

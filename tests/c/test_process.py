@@ -45,7 +45,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, built: Build) -> Together
             options = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE}", "-g", "-pthread"]
             if sanitizers:
                 options += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-            library = [SOURCE / "cprd.c", SOURCE / "cprd_live.c"]
+            library = [SOURCE / f"{name}.c" for name in ("cprd", "cprd_live", "cprd_live_read")]
             if sanitizers == MEMORY:
                 library = [built("sanitized").place / "libcprd.a"]
             sources = map(str, [CHECKOUT / "tests/c/together.c", *library])
