@@ -216,7 +216,7 @@ def bare_daemon() -> Iterator[tuple[str, int]]:
 def compiled(place: str) -> str:
     """small_client.c with the C client."""
     program, sources = os.path.join(place, "client"), os.path.join(HERE, "../examples/c")
-    parts = ("cprd", "cprd_live", "cprd_more")
+    parts = ("cprd", "cprd_more", "cprd_live", "cprd_live_read")
     command = [os.environ.get("CC", "cc"), "-O2", "-I", sources, "-o", program]
     command += [os.path.join(sources, f"{part}.c") for part in parts]
     command += [os.path.join(HERE, "small_client.c"), "-lm", "-pthread"]

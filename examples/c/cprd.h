@@ -1,5 +1,6 @@
-/* A client of cprd in C11, for Linux, without dependencies: compile cprd.c with your program;
- * cprd_more.c, too, where a comment here says so, and for live holds; and cprd_live.c for these.
+/* A client of cprd in C11, for Linux, without dependencies: compile cprd.c with your program; where
+ * a comment here says so, cprd_more.c; this and cprd_live_read.c to load live holds, and
+ * cprd_live.c to own them.
  *
  * A state is descriptors under keys (name, id), in order, and named sections of bytes. One process
  * saves a state under a name, another loads that state, whole, and confirms.
@@ -132,8 +133,8 @@ struct cprd_load_options {
     uint64_t generation; /* that hold only, else FENCED; 0: any */
 };
 
-/* What a killed owner of a live hold left can be loaded, too, where cprd_live.c is linked; memory
- * comes as sections "memory.NAME". */
+/* What a killed owner of a live hold left can be loaded, too, where cprd_live_read.c is linked;
+ * memory comes as sections "memory.NAME". */
 int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options, cprd_claim **out);
 /* Owned by the claim. Descriptors and bytes that nobody took live until cprd_claim_close. */
 cprd_state *cprd_claim_state(cprd_claim *claim);
@@ -404,7 +405,7 @@ int cprd__save(cprd_claim *t, const char *verb, const cprd_state *s,
                const struct cprd_save_options *options, struct cprd_saved *out);
 int cprd__ended(cprd_claim *claim); /* by a request that was answered */
 void cprd__close(cprd_claim *t);    /* what belongs to it alone; not the state, nor the bundle */
-/* As cprd_unpack, of a live hold; NULL where cprd_live.c is not linked. */
+/* As cprd_unpack, of a live hold; NULL where cprd_live_read.c is not linked. */
 __attribute__((weak)) int cprd__unpack_live(int bundle, cprd_state **out);
 
 struct cprd__process {
