@@ -27,34 +27,44 @@ static int wrong(const char *what) {
 
 /* -- keys and segments ------------------------------------------------------------------------- */
 
-static void remember(cprd_live *l, struct entry *k) {
-    memset(k->key.below, 0, sizeof k->key.below);
-    *cprd__slot(&l->keys, &k->key) = &k->key;
-    k->next = l->known;
-    l->known = k;
-    l->used++;
-}
-
 struct entry *cprd__know(cprd_live *l, const struct cprd__key *key) {
-    struct entry *k = (struct entry *)*cprd__slot(&l->keys, key);
+    struct cprd__key **slot = cprd__slot(&l->keys, key);
+    struct entry *k = (struct entry *)*slot;
     if (k) return k;
     if (!(k = calloc(1, sizeof *k + key->length + 1))) return cprd__no_memory(), NULL;
-    *k = (struct entry){.key = *key, .op = DELETE + key->space, .fd = -1};
-    k->key.name = memcpy(k + 1, key->name, key->length);
-    remember(l, k);
+    *k = (struct entry){.next = l->known, .op = DELETE + key->space, .fd = -1};
+    k->key = cprd__key(key->space, memcpy(k + 1, key->name, key->length), key->length, key->id);
+    *slot = &k->key;
+    l->known = k;
+    l->used++;
     return k;
 }
 
+/* Any key from below may take the place of one that goes: the hash begins with the same bits. */
+static void take_out(struct cprd__key **slot) {
+    struct cprd__key *gone = *slot, **leaf = slot;
+    for (int n = 0; n < 4;)
+        if (!(*leaf)->below[n]) n++;
+        else {
+            leaf = &(*leaf)->below[n];
+            n = 0;
+        }
+    struct cprd__key *instead = *leaf;
+    *leaf = NULL;
+    if (instead == gone) return;
+    memcpy(instead->below, gone->below, sizeof gone->below);
+    *slot = instead;
+}
+
 void cprd__forget(cprd_live *l, int from) {
-    struct entry *k = l->known, *next;
-    l->keys = NULL;
-    l->known = NULL;
-    l->used = 0;
-    for (; k; k = next) {
-        next = k->next;
-        if (k->op < from) remember(l, k);
-        else free(k);
-    }
+    for (struct entry **at = &l->known, *k; (k = *at);)
+        if (k->op < from) at = &k->next;
+        else {
+            take_out(cprd__slot(&l->keys, &k->key));
+            *at = k->next;
+            l->used--;
+            free(k);
+        }
 }
 
 void cprd__dirty(cprd_live *l, struct segment *s) {
