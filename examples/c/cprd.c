@@ -63,20 +63,15 @@ int cprd__fail(int code, const char *format, ...) {
 
 int cprd__no_memory(void) { return cprd__fail(CPRD_LIMIT_EXCEEDED, "no memory left here"); }
 
-static uint64_t soft_limit(void) {
-    struct rlimit limit = {0, 0};
-    getrlimit(RLIMIT_NOFILE, &limit);
-    return limit.rlim_cur;
-}
-
 int cprd__no_room(const char *what) {
     return cprd__fail(CPRD_LIMIT_EXCEEDED, "more descriptors %s do not fit in this process: its"
-                      " soft RLIMIT_NOFILE is %llu; raise it (setrlimit, ulimit -n, LimitNOFILE=)",
-                      what, 0ull + soft_limit());
+                      " soft RLIMIT_NOFILE is %ld; raise it (setrlimit, ulimit -n, LimitNOFILE=)",
+                      what, sysconf(_SC_OPEN_MAX));
 }
 
 int cprd__room_for(uint64_t count) {
-    return count <= soft_limit() ? CPRD_OK : cprd__no_room("to load (what is held stays held)");
+    if (count <= (uint64_t)sysconf(_SC_OPEN_MAX)) return CPRD_OK;
+    return cprd__no_room("to load (what is held stays held)");
 }
 
 int cprd__explain(int error) {
