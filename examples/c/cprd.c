@@ -810,11 +810,11 @@ int cprd__no_fd(const struct cprd__answer *a) {
 static int ask_parked(cprd *c, struct cprd__call *call, double until, struct cprd__answer *a) {
     const struct cprd__packed *p = call->packed;
     struct cprd__call queue = cprd__call_of(NULL, "queue", NULL);
-    int rc = ask(c, &queue, until, a), inlet = a->fd;
+    int rc = ask(c, &queue, until, a);
     free(queue.m.at);
     if (rc) return rc;
-    if (inlet < 0) return cprd__no_fd(a);
-    int error = cprd__send(inlet, p->header, CPRD__HEADER, p->fds, p->parked);
+    if (a->fd < 0) return cprd__no_fd(a);
+    int inlet = a->fd, error = cprd__send(inlet, p->header, CPRD__HEADER, p->fds, p->parked);
     if (error) rc = error == EPIPE || error == ECONNRESET ? LOST : cprd__explain(error);
     if (!rc) cprd__point("pack:parked");
     if (!rc) rc = ask(c, call, until, a);
