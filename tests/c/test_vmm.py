@@ -19,7 +19,7 @@ from tests.support.patience import PATIENCE
 pytestmark = pytest.mark.xdist_group("c")
 
 
-MOST_LINES = {"cprd.c": 1265, "cprd_live.c": 495, "cprd_live_read.c": 414, "vmm.c": 99}
+MOST_LINES = {"cprd.c": 1265, "cprd_live.c": 494, "cprd_live_read.c": 423, "vmm.c": 99}
 """Wanted: 900 for cprd.c."""
 
 
