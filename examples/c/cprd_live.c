@@ -355,10 +355,9 @@ static void live_free(cprd_live *l) {
 /* Owns `tx` and `rx`, also on failure. NULL: no memory. */
 static cprd_live *live_new(int tx, int rx, uint64_t hold) {
     cprd_live *l = calloc(1, sizeof *l);
-    if (!l) {
-        cprd__close_all((int[]){tx, rx}, 2);
-        return cprd__no_memory(), NULL;
-    }
+    if (!l) cprd__close_all((int[]){tx, rx}, 2);
+    if (!l) cprd__no_memory();
+    if (!l) return NULL;
     *l = (cprd_live){.hold = hold, .owner = getpid()};
     l->root = (struct segment){.tx = tx, .rx = rx, .is_root = 1};
     l->packed = (struct cprd__packed){.fds = &l->root.rx, .parked = 1, .depth = 1};

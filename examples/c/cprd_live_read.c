@@ -31,7 +31,8 @@ struct entry *cprd__know(cprd_live *l, const struct cprd__key *key) {
     struct cprd__key **slot = cprd__slot(&l->keys, key);
     struct entry *k = (struct entry *)*slot;
     if (k) return k;
-    if (!(k = calloc(1, sizeof *k + key->length + 1))) return cprd__no_memory(), NULL;
+    if (!(k = calloc(1, sizeof *k + key->length + 1))) cprd__no_memory();
+    if (!k) return NULL;
     *k = (struct entry){.next = l->known, .op = DELETE + key->space, .fd = -1};
     k->key = cprd__key(key->space, memcpy(k + 1, key->name, key->length), key->length, key->id);
     *slot = &k->key;
@@ -93,7 +94,8 @@ void cprd__note(cprd_live *l, const struct entry *e) {
 
 struct segment *cprd__segment(cprd_live *l) {
     struct segment *s = calloc(1, sizeof *s);
-    if (!s) return cprd__no_memory(), NULL;
+    if (!s) cprd__no_memory();
+    if (!s) return NULL;
     *s = (struct segment){.next = l->segments, .id = ++l->last_id, .tx = -1, .rx = -1};
     l->count++;
     return l->segments = s;
@@ -131,20 +133,20 @@ void cprd__live_clean(cprd_live *l) {
 
 /* -- records ----------------------------------------------------------------------------------- */
 
+enum { KIND, OWN, BY, SEQ, ORDINAL, ENTRIES, FDS, SIZE, FIELDS }; /* of a header; BY: the hold */
+static const int WIDTHS[FIELDS] = {1, 1, 8, 8, 8, 2, 2, 4};
+
 void cprd__encode(const cprd_live *l, const struct segment *q, uint64_t part,
                   const struct entry *e, size_t count, struct cprd__bytes *b) {
-    size_t named = 0, fd_count = 0;
+    uint64_t fields[FIELDS] = {part ? ROOT : q->is_root ? ATTACH : CHANGE, (size_t)q->own, l->hold,
+                               l->seq + 1, q->ordinal, count, 0, 0};
     for (size_t n = 0; n < count; n++) {
-        fd_count += e[n].fd >= 0;
-        named += e[n].op == SEGMENT;
+        fields[FDS] += e[n].fd >= 0;
+        fields[ENTRIES] -= e[n].op == SEGMENT;
     }
+    size_t named = count - fields[ENTRIES];
     cprd__put(b, "CPRL\1", 6);
-    cprd__put_little(b, part ? ROOT : q->is_root ? ATTACH : CHANGE, 1);
-    cprd__put_little(b, (uint64_t)q->own, 1);
-    cprd__put_little(b, l->hold, 8);
-    cprd__put_little(b, l->seq + 1, 8);
-    cprd__put_little(b, q->ordinal, 8);
-    cprd__put_little(b, (count - named) | fd_count << 16, 8); /* and, at the end, the size */
+    for (int n = 0; n < FIELDS; n++) cprd__put_little(b, fields[n], WIDTHS[n]);
     if (part) cprd__put_little(b, part, 4);
     for (size_t n = 0; n < named; n++) cprd__put_little(b, (uint32_t)e[n].key.id, 4);
     for (size_t n = named; n < count; n++) cprd__put_little(b, (uint64_t)e[n].op, 1);
@@ -177,25 +179,52 @@ static uint64_t number(struct cursor *c, int width) {
     return c->bad ? 0 : cprd__little(at, width);
 }
 
+/* As cprd__encode wrote them. `named` of the entries are segments. */
+static int decode_entries(struct cursor *c, struct entry *e, size_t named, size_t count,
+                          const int *fds, size_t fd_count) {
+    size_t carried = named;
+    for (size_t n = 0; n < named; n++) c->bad |= (e[n].key.id = (int32_t)number(c, 4)) < 0;
+    for (size_t n = named; n < count; n++) e[n].op = (int)number(c, 1);
+    for (size_t n = named; n < count; n++) e[n].birth = number(c, 8);
+    for (size_t n = named; n < count; n++) e[n].key.id = (int32_t)number(c, 4);
+    for (size_t n = named; n < count; n++)
+        if (has_value(e[n].op)) e[n].value.iov_len = number(c, 4);
+    for (size_t n = named; n < count; n++)
+        e[n].value.iov_base = (void *)(uintptr_t)bytes(c, e[n].value.iov_len);
+    for (size_t n = named; n < count && !c->bad; n++) {
+        struct cprd__key *key = &e[n].key;
+        const unsigned char *nul = memchr(c->at, 0, (size_t)(c->end - c->at));
+        key->length = (size_t)((nul ? nul : c->end) - c->at);
+        key->name = (char *)(uintptr_t)bytes(c, key->length);
+        bytes(c, n + 1 < count);
+        key->space = e[n].op < SEGMENT ? cprd__spaces[e[n].op] : -1;
+        c->bad |= key->space < 0 || e[n].birth >> 62 || (key->space != CPRD__FD && key->id) ||
+                  cprd__check_name(key);
+        if (carries(e[n].op) && carried++ < fd_count) e[n].fd = fds[carried - 1];
+    }
+    return !c->bad && c->at == c->end && carried == fd_count;
+}
+
 /* One more record of a queue. */
 static int decode(cprd_live *l, struct segment *s, struct peeked *p, const unsigned char *data,
                   size_t size, const int *fds, size_t fd_count) {
     struct cursor c = {data, data + size, size < HEADER};
     const unsigned char *magic = bytes(&c, 4);
-    int version = (int)number(&c, 2), kind = (int)number(&c, 1), own = (int)number(&c, 1), bad = 0;
-    uint64_t hold = number(&c, 8), seq = number(&c, 8), ordinal = number(&c, 8);
-    size_t entries = number(&c, 2), said_fds = number(&c, 2), said_size = number(&c, 4);
-    size_t part = kind == ROOT ? number(&c, 2) : 1, parts = kind == ROOT ? number(&c, 2) : 1;
-    size_t named = kind >= ATTACH ? fd_count : 0, count = named + entries, carried = named;
+    int version = (int)number(&c, 2);
+    uint64_t f[FIELDS];
+    for (int n = 0; n < FIELDS; n++) f[n] = number(&c, WIDTHS[n]);
+    int is_root = f[KIND] >= ATTACH, parted = f[KIND] == ROOT;
+    size_t part = parted ? number(&c, 2) : 1, parts = parted ? number(&c, 2) : 1;
+    size_t named = is_root ? fd_count : 0, count = named + f[ENTRIES];
     if (c.bad || memcmp(magic, "CPRL", 4)) return wrong("no header of a record");
     if (version != 1)
         return cprd__fail(CPRD_BUSY, "a live hold of version %d; this program reads version 1:"
                           " upgrade it", version);
-    if (s->is_root && !s->records) l->hold = hold;
-    if (said_size != size || size > MOST || said_fds != fd_count || size < 13 * entries ||
-        kind < CHANGE || kind > ROOT || (kind >= ATTACH) != s->is_root || own > 1 || !part ||
-        part > parts || hold != l->hold || (seq | ordinal) >> 62 ||
-        (s->records && (ordinal != s->ordinal || seq <= s->seq)))
+    if (s->is_root && !s->records) l->hold = f[BY];
+    if (f[SIZE] != size || size > MOST || f[FDS] != fd_count || size < 13 * f[ENTRIES] ||
+        f[KIND] < CHANGE || f[KIND] > ROOT || is_root != s->is_root || f[OWN] > 1 || !part ||
+        part > parts || f[BY] != l->hold || (f[SEQ] | f[ORDINAL]) >> 62 ||
+        (s->records && (f[ORDINAL] != s->ordinal || f[SEQ] <= s->seq)))
         return wrong("a record that contradicts itself, or the one before");
     struct entry *e = realloc(p->at, ((p->count + count) / 32 * 32 + 32) * sizeof *e); /* seldom */
     if (!e) return cprd__no_memory();
@@ -203,45 +232,26 @@ static int decode(cprd_live *l, struct segment *s, struct peeked *p, const unsig
     e += p->count;
     for (size_t n = 0; n < count; n++)
         e[n] = (struct entry){.key = cprd__key(cprd__spaces[SEGMENT], "", 0, 0), .op = SEGMENT,
-                              .fd = n < named ? fds[n] : -1, .own = own, .seq = seq,
-                              .counts = kind != ROOT};
-    for (size_t n = 0; n < named; n++) bad |= (e[n].key.id = (int32_t)number(&c, 4)) < 0;
-    for (size_t n = named; n < count; n++) e[n].op = (int)number(&c, 1);
-    for (size_t n = named; n < count; n++) e[n].birth = number(&c, 8);
-    for (size_t n = named; n < count; n++) e[n].key.id = (int32_t)number(&c, 4);
-    for (size_t n = named; n < count; n++)
-        if (has_value(e[n].op)) e[n].value.iov_len = number(&c, 4);
-    for (size_t n = named; n < count; n++)
-        e[n].value.iov_base = (void *)(uintptr_t)bytes(&c, e[n].value.iov_len);
-    for (size_t n = named; n < count && !(bad |= c.bad); n++) { /* names, NUL between */
-        struct cprd__key *key = &e[n].key;
-        const unsigned char *nul = memchr(c.at, 0, (size_t)(c.end - c.at));
-        key->length = (size_t)((nul ? nul : c.end) - c.at);
-        key->name = (char *)(uintptr_t)bytes(&c, key->length);
-        bytes(&c, n + 1 < count);
-        key->space = e[n].op < SEGMENT ? cprd__spaces[e[n].op] : -1;
-        bad = key->space < 0 || (s->is_root && e[n].op < DELETE) || e[n].birth >> 62 ||
-              (key->space != CPRD__FD && key->id) ||
-              cprd__check_name(key);
-        if (carries(e[n].op) && carried++ < fd_count) e[n].fd = fds[carried - 1];
-    }
-    if (bad || c.bad || c.at != c.end || carried != fd_count)
-        return wrong("a record that makes no sense");
-    for (size_t n = 0; kind == SNAPSHOT && n < p->count; n++) /* a DELETE still counts */
+                              .fd = n < named ? fds[n] : -1, .own = (int)f[OWN], .seq = f[SEQ],
+                              .counts = !parted};
+    int bad = !decode_entries(&c, e, named, count, fds, fd_count);
+    for (size_t n = 0; n < count; n++) bad |= is_root && e[n].op < DELETE;
+    if (bad) return wrong("a record that makes no sense");
+    for (size_t n = 0; f[KIND] == SNAPSHOT && n < p->count; n++) /* a DELETE still counts */
         p->at[n].counts &= p->at[n].op >= DELETE;
-    if (kind == ROOT && part == 1) p->first = p->count;
-    if (kind == ROOT) p->part = part == 1 || part == p->part + 1 ? part : 0;
+    if (parted && part == 1) p->first = p->count;
+    if (parted) p->part = part == 1 || part == p->part + 1 ? part : 0;
     p->count += count;
-    if (kind == ROOT && p->part == parts) { /* is whole: so nothing else counts so far */
+    if (parted && p->part == parts) { /* is whole: so nothing else counts so far */
         for (size_t n = 0; n < p->count; n++)
             p->at[n].counts = n >= p->first && !p->at[n].counts;
         p->part = 0;
     }
-    s->own = own;
+    s->own = (int)f[OWN];
     s->records++;
-    s->ordinal = ordinal + 1;
-    s->seq = seq;
-    if (seq > l->seq) l->seq = seq;
+    s->ordinal = f[ORDINAL] + 1;
+    s->seq = f[SEQ];
+    if (s->seq > l->seq) l->seq = s->seq;
     return CPRD_OK;
 }
 
