@@ -156,6 +156,17 @@ def test_what_ended_at_a_limit_stays_away(together: Together, killed: bool) -> N
     root.close()
 
 
+def test_a_lock_of_a_file_that_is_kept_stays(together: Together) -> None:
+    root = Root()
+    ends = [root.tx.fileno(), root.rx.fileno()]
+    command = [together(MEMORY), "lock", *map(str, ends)]
+    done = subprocess.run(
+        command, pass_fds=ends, capture_output=True, text=True, timeout=patience(60), check=False
+    )
+    root.close()
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr
+
+
 # -- processes by pidfd ---------------------------------------------------------------------------
 
 
