@@ -21,17 +21,17 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
-#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
 enum {
     VERSION = 2,
-    MAX_ANSWER = 64 * 1024,
     MAX_WHY = 1024,
     INLINE = 16 * 1024, /* bytes of a section; a larger one gets a memfd */
     MAX_MANIFEST = 256 << 20,
     MAX_SECTIONS = 1 << 16,
+    FIELDS = 4, /* the place in a request of their number, ... */
+    ID = 13,    /* ... and of the id */
     PAUSE = 50, /* ms, between attempts to connect */
     LOST = -1   /* the connection has ended: the request may be sent again on another one */
 };
@@ -63,20 +63,15 @@ int cprd__fail(int code, const char *format, ...) {
 
 int cprd__no_memory(void) { return cprd__fail(CPRD_LIMIT_EXCEEDED, "no memory left here"); }
 
-static uint64_t soft_limit(void) {
-    struct rlimit limit = {0, 0};
-    getrlimit(RLIMIT_NOFILE, &limit);
-    return limit.rlim_cur;
-}
-
 int cprd__no_room(const char *what) {
     return cprd__fail(CPRD_LIMIT_EXCEEDED, "more descriptors %s do not fit in this process: its"
-                      " soft RLIMIT_NOFILE is %llu; raise it (setrlimit, ulimit -n, LimitNOFILE=)",
-                      what, 0ull + soft_limit());
+                      " soft RLIMIT_NOFILE is %ld; raise it (setrlimit, ulimit -n, LimitNOFILE=)",
+                      what, sysconf(_SC_OPEN_MAX));
 }
 
 int cprd__room_for(uint64_t count) {
-    return count <= soft_limit() ? CPRD_OK : cprd__no_room("to load (what is held stays held)");
+    if (count <= (uint64_t)sysconf(_SC_OPEN_MAX)) return CPRD_OK;
+    return cprd__no_room("to load (what is held stays held)");
 }
 
 int cprd__explain(int error) {
@@ -92,11 +87,10 @@ int cprd__explain(int error) {
 
 void cprd__put(struct cprd__bytes *b, const void *data, size_t size) {
     if (b->room - b->size < size && !b->failed) {
-        size_t room = 2 * (b->size + size) + 256;
-        unsigned char *at = realloc(b->at, room);
+        b->room = 2 * (b->size + size) + 256;
+        void *at = realloc(b->at, b->room);
         b->failed = !at;
-        b->at = at ? at : b->at;
-        b->room = at ? room : b->room;
+        if (at) b->at = at;
     }
     if (b->failed || !size) return;
     memcpy(b->at + b->size, data, size);
@@ -129,40 +123,30 @@ static int is_utf8(const unsigned char *at, size_t left) {
     return 1;
 }
 
-int cprd__check_name(int space, const char *name, size_t length) {
-    if (length && length <= 255 && !memchr(name, 0, length) &&
-        (space == CPRD__FD || is_utf8((const unsigned char *)name, length)))
+struct cprd__key cprd__key(int space, const void *name, size_t length, int32_t id) {
+    return (struct cprd__key){{NULL}, space, id, length, (char *)(uintptr_t)name};
+}
+
+int cprd__check_name(const struct cprd__key *key) {
+    if (key->length && key->length <= 255 && !memchr(key->name, 0, key->length) &&
+        (key->space == CPRD__FD || is_utf8((const unsigned char *)key->name, key->length)))
         return CPRD_OK;
     return cprd__fail(CPRD_INVALID_INPUT, "name '%.*s': wants 1 to 255 bytes; of UTF-8, unless of"
-                      " a descriptor", length < 256 ? (int)length : 255, name);
+                      " a descriptor", key->length < 256 ? (int)key->length : 255, key->name);
 }
 
-struct cprd__key **cprd__slot(const struct cprd__table *t, int space, const char *name,
-                              size_t length, int32_t id) {
-    uint64_t hash = 14695981039346656037u ^ (uint32_t)id ^ (uint64_t)space << 32;
-    for (size_t n = 0; n < length; n++) hash = (hash ^ (unsigned char)name[n]) * 1099511628211u;
+struct cprd__key **cprd__slot(struct cprd__key **slot, const struct cprd__key *key) {
+    uint64_t hash = 14695981039346656037u ^ (uint32_t)key->id ^ (uint64_t)key->space << 32;
+    for (size_t n = 0; n < key->length; n++)
+        hash = (hash ^ (unsigned char)key->name[n]) * 1099511628211u;
     hash *= 0x9e3779b97f4a7c15u;
-    struct cprd__key **slot = &t->slots[hash >> 32 & (t->size - 1)];
-    while (*slot && ((*slot)->space != space || (*slot)->id != id || (*slot)->length != length ||
-                     memcmp((*slot)->name, name, length)))
-        slot = &(*slot)->chain;
+    while (*slot && ((*slot)->space != key->space || (*slot)->id != key->id ||
+                     (*slot)->length != key->length ||
+                     memcmp((*slot)->name, key->name, key->length))) {
+        slot = &(*slot)->below[hash >> 62];
+        hash <<= 2;
+    }
     return slot;
-}
-
-int cprd__grow(struct cprd__table *t) {
-    if (t->used < t->size) return CPRD_OK;
-    struct cprd__table more = {.size = t->size ? 2 * t->size : 16, .used = t->used};
-    more.slots = calloc(more.size, sizeof(struct cprd__key *));
-    if (!more.slots) return cprd__no_memory();
-    for (size_t n = 0; n < t->size; n++)
-        for (struct cprd__key *k = t->slots[n], *next; k; k = next) {
-            next = k->chain;
-            k->chain = NULL;
-            *cprd__slot(&more, k->space, k->name, k->length, k->id) = k;
-        }
-    free(t->slots);
-    *t = more;
-    return CPRD_OK;
 }
 
 /* -- descriptors ------------------------------------------------------------------------------- */
@@ -212,8 +196,8 @@ int cprd__send(int sock, const void *data, size_t size, const int *fds, size_t c
 long cprd__receive(int sock, void *data, size_t size, int *fds, size_t *count, int *flags) {
     union rights space;
     struct iovec part = {data, size};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = fds ? &space : NULL};
-    message.msg_controllen = fds ? sizeof space : 0;
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &space,
+                             .msg_controllen = sizeof space};
     *count = 0;
     ssize_t got = recvmsg(sock, &message, *flags | MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (got < 0 && errno == ECONNRESET) /* said once: the other side left something unread */
@@ -248,35 +232,22 @@ uint64_t cprd__cookie(int fd) {
     return getsockopt(fd, SOL_SOCKET, SO_COOKIE, &cookie, &size) ? 0 : cookie;
 }
 
-int cprd__fdinfo(int fd, const char *key, long *value) {
-    char path[64], info[1024] = "";
-    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
-    int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file >= 0 && read(file, info, sizeof info - 1) < 0) *info = 0;
-    if (file >= 0) close(file);
-    const char *found = strstr(info, key);
-    *value = found ? strtol(found + strlen(key), NULL, 10) : 0;
-    return found != NULL;
-}
-
 int cprd__is_sealed(int memfd) {
     int seals = fcntl(memfd, F_GET_SEALS);
     return seals >= 0 && (seals & SEALS) == SEALS;
 }
 
 int cprd__memfd(const char *name, const void *data, size_t size, int *out) {
-    char label[200];
+    const char *label = strlen(name) < 250 ? name : "cprd-section"; /* has a limit of its own */
     size_t done = 0;
-    int fd;
-    snprintf(label, sizeof label, "%s", name);
-    RAISED(fd = memfd_create(label, MFD_CLOEXEC | MFD_ALLOW_SEALING));
-    for (ssize_t wrote = 1; fd >= 0 && done < size && wrote > 0; done += wrote > 0 ? wrote : 0)
-        wrote = write(fd, (const char *)data + done, size - done);
-    *out = fd;
-    if (fd >= 0 && done == size && !fcntl(fd, F_ADD_SEALS, SEALS)) return CPRD_OK;
+    ssize_t wrote = 1;
+    RAISED(*out = memfd_create(label, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    for (; *out >= 0 && done < size && wrote > 0; done += wrote > 0 ? (size_t)wrote : 0)
+        wrote = write(*out, (const char *)data + done, size - done);
+    if (*out >= 0 && done == size && !fcntl(*out, F_ADD_SEALS, SEALS)) return CPRD_OK;
     cprd__fail(CPRD_LIMIT_EXCEEDED, "cannot make a memfd for %s: %s; raise RLIMIT_NOFILE (EMFILE)"
-               " or the memory that this cgroup may use (ENOMEM, ENOSPC)", label, strerror(errno));
-    if (fd >= 0) close(fd);
+               " or the memory that this cgroup may use (ENOMEM, ENOSPC)", name, strerror(errno));
+    cprd__close_all(out, 1);
     return CPRD_LIMIT_EXCEEDED;
 }
 
@@ -285,12 +256,12 @@ int cprd__memfd(const char *name, const void *data, size_t size, int *out) {
 struct item {
     struct cprd__key key;
     struct cprd_item known; /* to programs */
-    int owned, mapped;      /* the descriptor, the data */
+    int owned;              /* the descriptor */
     size_t place;           /* in the order of adding */
     char text[];            /* data that is not mapped, and the name */
 };
 struct cprd_state {
-    struct cprd__table table;
+    struct cprd__key *keys;   /* the top of all */
     struct cprd__bytes items; /* pointers, in order */
     size_t sections;
 };
@@ -301,8 +272,9 @@ static struct item **at(const cprd_state *s, size_t n) { return (struct item **)
 cprd_state *cprd_state_new(void) { return calloc(1, sizeof(cprd_state)); }
 
 static void item_free(struct item *item) {
-    if (item->mapped) munmap((void *)(uintptr_t)item->known.data, item->known.size);
-    if (item->owned && item->known.fd >= 0) close(item->known.fd);
+    if (item->known.is_section && item->known.fd >= 0 && item->known.size)
+        munmap((void *)(uintptr_t)item->known.data, item->known.size);
+    if (item->owned) cprd__close_all(&item->known.fd, 1);
     free(item);
 }
 
@@ -310,66 +282,67 @@ void cprd_state_free(cprd_state *s) {
     if (!s) return;
     for (size_t n = 0; n < count_of(s); n++) item_free(*at(s, n));
     free(s->items.at);
-    free(s->table.slots);
     free(s);
+}
+
+/* All bytes of a memfd; privately, for no sealed one can be shared before Linux 6.7. */
+static int map(int memfd, const void **data, size_t *size) {
+    struct stat there = {.st_size = 0};
+    fstat(memfd, &there);
+    *size = (size_t)there.st_size;
+    *data = *size ? mmap(NULL, *size, PROT_READ, MAP_PRIVATE, memfd, 0) : NULL;
+    if (*data == MAP_FAILED) *size = 0;
+    return *data == MAP_FAILED ? cprd__no_memory() : CPRD_OK;
 }
 
 int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, const void *data,
               size_t size, int packed) {
-    int is_section = key->space == CPRD__SECTION, is_memfd = is_section && fd >= 0;
-    struct stat there = {.st_size = 0};
-    if (cprd__check_name(key->space, key->name, key->length) || cprd__grow(&s->table))
-        return cprd__last.code;
-    struct cprd__key **slot = cprd__slot(&s->table, key->space, key->name, key->length, key->id);
+    int is_section = key->space == CPRD__SECTION;
+    if (cprd__check_name(key)) return cprd__last.code;
+    struct cprd__key **slot = cprd__slot(&s->keys, key);
     struct item *old = (struct item *)*slot;
     if (old && (owned || !is_section))
         return cprd__fail(CPRD_INVALID_INPUT, "key (%s, %d) is used already", old->key.name,
                           old->key.id);
-    struct item *item = calloc(1, sizeof *item + key->length + 1 + size);
+    struct item *item = calloc(1, sizeof *item + size + key->length + 1);
     if (!item) return cprd__no_memory();
-    item->key = (struct cprd__key){old ? old->key.chain : NULL, key->space, key->id, key->length,
-                                   memcpy(item->text + size, key->name, key->length)};
+    item->key = old ? old->key : *key; /* with all below */
+    item->key.name = memcpy(item->text + size, key->name, key->length);
     item->known = (struct cprd_item){is_section, item->key.name, key->id, fd, packed != 0,
-                                     item->text, size};
+                                     size ? memcpy(item->text, data, size) : item->text, size};
     item->place = old ? old->place : count_of(s);
-    if (size) memcpy(item->text, data, size);
-    if (is_memfd && !fstat(fd, &there) && there.st_size) { /* before 6.7 no shared mapping */
-        item->known.size = (size_t)there.st_size;
-        item->known.data = mmap(NULL, item->known.size, PROT_READ, MAP_PRIVATE, fd, 0);
-        item->mapped = item->known.data != MAP_FAILED;
-    }
-    if (!old && item->known.data != MAP_FAILED) cprd__put(&s->items, &item, sizeof item);
-    if (s->items.failed || item->known.data == MAP_FAILED) {
+    int rc = is_section && fd >= 0 ? map(fd, &item->known.data, &item->known.size) : CPRD_OK;
+    if (!rc && !old) cprd__put(&s->items, &item, sizeof item);
+    if (rc || s->items.failed) {
         item_free(item);
         return cprd__no_memory();
     }
     item->owned = owned;
     *at(s, item->place) = item;
     *slot = &item->key;
-    s->table.used += !old;
     s->sections += !old && is_section;
     if (old) item_free(old);
     return CPRD_OK;
 }
 
-static struct cprd__key key_of(int space, const char *name, int32_t id) {
-    return (struct cprd__key){NULL, space, id, strlen(name), (char *)(uintptr_t)name};
+/* What a program adds; borrowed. */
+static int add(cprd_state *s, int space, const char *name, int32_t id, int fd, const void *data,
+               size_t size, int packed) {
+    struct cprd__key key = cprd__key(space, name, strlen(name), id);
+    return cprd__add(s, &key, fd, 0, data, size, packed);
 }
 
 int cprd_add_fd(cprd_state *s, const char *name, int32_t id, int fd) {
-    struct cprd__key key = key_of(CPRD__FD, name, id);
-    if (fcntl(fd, F_GETFD) >= 0) return cprd__add(s, &key, fd, 0, NULL, 0, 0);
+    if (fcntl(fd, F_GETFD) >= 0) return add(s, CPRD__FD, name, id, fd, NULL, 0, 0);
     return cprd__fail(CPRD_INVALID_INPUT, "fd %d of (%s, %d) is not open", fd, name, id);
 }
 
 int cprd_add_section(cprd_state *s, const char *name, const void *data, size_t size, int packed) {
-    struct cprd__key key = key_of(CPRD__SECTION, name, 0);
-    return cprd__add(s, &key, -1, 0, data, size, packed);
+    return add(s, CPRD__SECTION, name, 0, -1, data, size, packed);
 }
 
 int cprd_add_memfd(cprd_state *s, const char *name, int memfd, int packed) {
-    struct cprd__key key = key_of(CPRD__SECTION, name, 0);
-    if (cprd__is_sealed(memfd)) return cprd__add(s, &key, memfd, 0, NULL, 0, packed);
+    if (cprd__is_sealed(memfd)) return add(s, CPRD__SECTION, name, 0, memfd, NULL, 0, packed);
     return cprd__fail(CPRD_INVALID_INPUT, "section '%s': fd %d is no memfd with all four seals"
                       " (F_SEAL_SEAL, SHRINK, GROW, WRITE)", name, memfd);
 }
@@ -379,9 +352,9 @@ const struct cprd_item *cprd_item_at(const cprd_state *s, size_t index) {
 }
 
 static struct cprd_item *find(const cprd_state *s, int space, const char *name, int32_t id) {
-    struct cprd__key *key =
-        s->table.size ? *cprd__slot(&s->table, space, name, strlen(name), id) : NULL;
-    return key ? &((struct item *)key)->known : NULL;
+    struct cprd__key key = cprd__key(space, name, strlen(name), id), *top = s->keys;
+    struct item *item = (struct item *)*cprd__slot(&top, &key);
+    return item ? &item->known : NULL;
 }
 
 const struct cprd_item *cprd_find_section(const cprd_state *s, const char *name) {
@@ -402,33 +375,22 @@ int cprd_take_fd(cprd_state *s, const char *name, int32_t id) {
 
 /* -- msgpack: as much as cprd and bundles take ------------------------------------------------- */
 
+static void put_big(unsigned char *to, uint64_t value, int width) {
+    for (; width--; value >>= 8) to[width] = (unsigned char)value;
+}
+
 static void put_number(struct cprd__bytes *b, int type, uint64_t value, int width) {
     unsigned char data[9] = {(unsigned char)type};
-    for (int n = width; n; n--, value >>= 8) data[n] = (unsigned char)value;
+    put_big(data + 1, value, width);
     cprd__put(b, data, 1 + (size_t)width);
 }
 
-static void put_binary(struct cprd__bytes *b, const void *data, size_t size) {
-    put_number(b, 0xc6, size, 4);
+static void put_data(struct cprd__bytes *b, int type, const void *data, size_t size) {
+    put_number(b, type, size, 4);
     cprd__put(b, data, size);
 }
 
-static void put_text(struct cprd__bytes *b, const char *text) {
-    put_number(b, 0xdb, strlen(text), 4);
-    cprd__put(b, text, strlen(text));
-}
-
-enum kind { NIL = 'n', BAD = '-', NUMBER = 'u', FLOAT = 'f', DOUBLE = 'd', TEXT = 't',
-            BINARY = 'x', ARRAY = 'a', MAP = 'm' };
-struct value {
-    enum kind kind;
-    uint64_t number; /* of NUMBER, a boolean too; bits of DOUBLE; how many items, or bytes */
-    const unsigned char *data, *end; /* of text and binary; where items begin, and must end */
-};
-struct reader { /* trusts no length; no depth of what is read is a depth of calls */
-    const unsigned char *at, *end;
-    int bad;
-};
+static void put_text(struct cprd__bytes *b, const char *s) { put_data(b, 0xdb, s, strlen(s)); }
 
 static uint64_t take(struct reader *r, int width) {
     uint64_t value = 0;
@@ -438,7 +400,7 @@ static uint64_t take(struct reader *r, int width) {
 }
 
 /* The head of the next value; text and binary with their bytes. */
-static struct value next(struct reader *r) {
+struct value cprd__next(struct reader *r) {
     static const char kinds[] = "n-uuxxx---fduuuuuuuu-----tttaamm"; /* of types from 0xc0 on */
     static const char widths[] = "00001240004812481248000001242424";
     unsigned type = (unsigned)take(r, 1), n = type & 31;
@@ -466,37 +428,39 @@ static int is(const struct value *v, const char *text) {
 }
 
 /* All that is in `v`, which was read last. */
-static void skip(struct reader *r, struct value v) {
+void cprd__skip(struct reader *r, struct value v) {
     for (uint64_t left = 1; left && !r->bad; left--) {
         left += v.kind == MAP ? 2 * v.number : v.kind == ARRAY ? v.number : 0;
-        if (left > 1) v = next(r);
+        if (left > 1) v = cprd__next(r);
     }
 }
 
 /* The value of a key in a map, or nil. What is not known is passed over. */
-static struct value get(struct value map, const char *key) {
+struct value cprd__get(struct value map, const char *key) {
     struct reader r = {map.data, map.end, map.kind != MAP};
     while (!r.bad && map.number--) {
-        struct value name = next(&r), v = next(&r);
+        struct value name = cprd__next(&r), v = cprd__next(&r);
         if (is(&name, key)) return v;
-        skip(&r, v);
+        cprd__skip(&r, v);
     }
     return (struct value){.kind = NIL};
 }
 
-static uint64_t number(struct value map, const char *key, uint64_t otherwise) {
-    struct value v = get(map, key);
+uint64_t cprd__number(struct value map, const char *key, uint64_t otherwise) {
+    struct value v = cprd__get(map, key);
     return v.kind == NUMBER ? v.number : otherwise;
 }
 
-static void text(struct value map, const char *key, char *to, size_t room) {
-    struct value v = get(map, key);
+void cprd__text(struct value map, const char *key, char *to, size_t room) {
+    struct value v = cprd__get(map, key);
     size_t size = v.kind != TEXT ? 0 : v.number < room ? v.number : room - 1;
     if (size) memcpy(to, v.data, size);
     to[size] = 0;
 }
 
 /* -- a bundle ---------------------------------------------------------------------------------- */
+
+static const char *const PARTS[] = {"sections", "ids", "names"}; /* of the manifest */
 
 static void make_header(unsigned char *header, int depth, size_t here, size_t total, uint64_t size,
                         uint64_t index) {
@@ -523,7 +487,7 @@ static int pack_item(const struct cprd_item *item, uint64_t ours, struct cprd__p
         put_text(parts, item->name);
         put_number(parts, item->packed, 0, 0);
         put_number(parts, fd >= 0, 0, 0);
-        put_binary(parts, item->data, fd < 0 ? item->size : 0);
+        put_data(parts, 0xc6, item->data, fd < 0 ? item->size : 0);
     } else {
         if (fd < 0 || (ours && cprd__cookie(fd) == ours))
             return cprd__fail(CPRD_INVALID_INPUT, "fd %d of (%s, %d) was taken, or is the"
@@ -564,7 +528,6 @@ static int pack_tree(struct cprd__packed *p) {
 
 /* The manifest, memfds of sections, and the descriptors under keys, in a tree. */
 static int pack(const cprd_state *s, uint64_t ours, struct cprd__packed *p) {
-    static const char *const words[] = {"sections", "ids", "names"};
     struct cprd__bytes parts[4] = {{0}}, *manifest = &parts[3];
     int rc = CPRD_OK;
     *p = (struct cprd__packed){.fds = calloc(count_of(s) + 1, sizeof(int)), .parked = 1};
@@ -576,7 +539,7 @@ static int pack(const cprd_state *s, uint64_t ours, struct cprd__packed *p) {
                 rc = pack_item(&(*at(s, n))->known, ours, p, parts);
     put_number(manifest, 0x83, 0, 0);
     for (int n = 0; n < 3; n++) {
-        put_text(manifest, words[n]);
+        put_text(manifest, PARTS[n]);
         put_number(manifest, n ? 0xc6 : 0xdd, n ? parts[n].size : s->sections, 4);
         cprd__put(manifest, parts[n].at, parts[n].size);
         manifest->failed |= parts[n].failed;
@@ -598,11 +561,11 @@ static int damaged(const char *why) {
 }
 
 /* One node of a bundle, and all below; its descriptors are appended to `out`. `parent`: the depth
- * that the parent has; 0: the root. `most`: so many may come. */
-static int peek_node(int sock, int parent, uint64_t index, struct cprd__bytes *out, size_t most) {
+ * that the parent has; 0: the root. */
+static int peek_node(int sock, int parent, uint64_t index, struct cprd__bytes *out) {
     unsigned char h[CPRD__HEADER + 1] = {0};
     int fds[CPRD__SCM_MAX], flags = MSG_PEEK, off = -1, rc = CPRD_OK;
-    size_t count, used = 0, before = out->size / sizeof(int);
+    size_t count, used = 0, before = out->size;
     setsockopt(sock, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof off);
     long got = cprd__receive(sock, h, sizeof h, fds, &count, &flags);
     size_t here = cprd__little(h + 8, 4), total = cprd__little(h + 12, 4);
@@ -615,113 +578,98 @@ static int peek_node(int sock, int parent, uint64_t index, struct cprd__bytes *o
              (parent && (depth != parent - 1 || cprd__little(h + 24, 8) != index)))
         rc = damaged("a part has no header that makes sense");
     else if (flags & MSG_CTRUNC) rc = cprd__no_room("to load (what is held stays held)");
-    else if (!here || count != here || total > most) rc = damaged("a part lacks what it says");
+    else if (!here || count != here) rc = damaged("a part lacks what it says");
     else rc = cprd__room_for(total + 8); /* and what a program opens next */
-    for (; !rc && used < count; used++)
-        if (!depth) {
-            cprd__put(out, &fds[used], sizeof(int));
-            if (out->failed) break;
-        } else {
-            size_t left = before + total - out->size / sizeof(int);
-            rc = peek_node(fds[used], depth, used, out, left);
-            close(fds[used]);
-        }
+    if (!rc && !depth) cprd__put(out, fds, count * sizeof *fds);
     if (!rc && out->failed) rc = cprd__no_memory();
-    if (!rc && out->size / sizeof(int) != before + total)
+    if (!rc && !depth) used = count;
+    for (; !rc && used < count; used++) {
+        rc = peek_node(fds[used], depth, used, out);
+        close(fds[used]);
+    }
+    if (!rc && out->size - before != total * sizeof *fds)
         rc = damaged("it has other descriptors than it says");
     cprd__close_all(fds + used, count - used);
     return rc;
 }
 
-/* The array of sections. **fds: of the next memfd, which is not the state's yet. */
-static int read_sections(cprd_state *s, struct reader *r, const int **fds, const int *end) {
-    struct value list = next(r);
-    if (list.kind != ARRAY || list.number > MAX_SECTIONS) r->bad = 1;
-    for (uint64_t left = list.number; left-- && !r->bad;) {
-        struct value one = next(r), name = next(r), packed = next(r), by = next(r), data = next(r);
+/* The array of sections. Of memfds, *fds is the next; -1 as soon as the state owns it. */
+static int read_sections(cprd_state *s, struct value list, int **fds, const int *end) {
+    struct reader r = {list.data, list.end, list.kind != ARRAY || list.number > MAX_SECTIONS};
+    for (; list.number && !r.bad; list.number--) {
+        struct value one = cprd__next(&r), name = cprd__next(&r), packed = cprd__next(&r);
+        struct value by = cprd__next(&r), data = cprd__next(&r);
         int memfd = by.number && *fds < end ? **fds : -1;
         if (one.kind != ARRAY || one.number != 4 || name.kind != TEXT || packed.kind != NUMBER ||
             by.kind != NUMBER || data.kind != BINARY || (by.number && !cprd__is_sealed(memfd)))
-            r->bad = 1;
-        struct cprd__key key = {NULL, CPRD__SECTION, 0, name.number, (char *)(uintptr_t)name.data};
-        if (!r->bad && cprd__add(s, &key, memfd, 1, data.data, by.number ? 0 : data.number,
-                                 packed.number != 0))
+            break;
+        struct cprd__key key = cprd__key(CPRD__SECTION, name.data, name.number, 0);
+        size_t size = by.number ? 0 : data.number;
+        if (cprd__add(s, &key, memfd, 1, data.data, size, packed.number != 0))
             return cprd__last.code;
-        *fds += !r->bad && by.number;
+        if (by.number) *(*fds)++ = -1;
     }
-    return CPRD_OK;
+    return list.number || r.bad ? damaged("its sections cannot be read") : CPRD_OK;
 }
 
 /* The state of the descriptors of a bundle, the manifest apart. */
-static int read_manifest(cprd_state *s, struct reader *r, const int **fds, const int *last) {
-    struct value map = next(r), names = {.kind = NIL}, ids = {.kind = NIL};
-    if (map.kind != MAP || map.number > 16) r->bad = 1;
-    for (uint64_t parts = map.number; parts-- && !r->bad;) {
-        struct value part = next(r);
-        if (part.kind == ARRAY || part.kind == MAP) r->bad = 1;
-        if (part.kind == TEXT && !is_utf8(part.data, part.number)) r->bad = 1;
-        if (is(&part, "names")) names = next(r);
-        else if (is(&part, "ids")) ids = next(r);
-        else if (!is(&part, "sections")) skip(r, next(r)); /* of a later version */
-        else if (read_sections(s, r, fds, last)) return cprd__last.code;
+static int read_manifest(cprd_state *s, struct reader r, int *fds, const int *last) {
+    struct value map = cprd__next(&r), of[3] = {{.kind = ARRAY}, {.kind = NIL}, {.kind = NIL}};
+    if (map.kind != MAP || map.number > 16) r.bad = 1;
+    for (; map.number && !r.bad; map.number--) {
+        struct value part = cprd__next(&r), v = cprd__next(&r);
+        if (part.kind == ARRAY || part.kind == MAP) r.bad = 1;
+        if (part.kind == TEXT && !is_utf8(part.data, part.number)) r.bad = 1;
+        for (int n = 0; n < 3; n++)
+            if (is(&part, PARTS[n])) of[n] = v;
+        cprd__skip(&r, v); /* another one is of a later version */
     }
-    size_t left = (size_t)(last - *fds);
-    if (r->bad || r->at != r->end || names.kind != BINARY || ids.kind != BINARY ||
-        ids.number != 4 * left || (!left && names.number))
-        return damaged("the manifest cannot be read, or names other descriptors than there are");
+    const struct value ids = of[1], names = of[2];
+    if (r.bad || r.at != r.end) return damaged("the manifest cannot be read");
+    if (read_sections(s, of[0], &fds, last)) return cprd__last.code;
+    size_t left = (size_t)(last - fds);
+    if (names.kind != BINARY || ids.kind != BINARY || ids.number != 4 * left ||
+        (!left && names.number))
+        return damaged("the manifest names other descriptors than there are");
     const char *name = (const char *)names.data, *end = name + names.number;
-    for (; left; left--, ids.data += 4) {
-        const char *stop = memchr(name, 0, (size_t)(end - name));
-        if (!stop != (left == 1)) return damaged("the manifest does not name all descriptors");
-        struct cprd__key key = {NULL, CPRD__FD, (int32_t)cprd__little(ids.data, 4),
-                                (size_t)((stop ? stop : end) - name), (char *)(uintptr_t)name};
-        if (cprd__add(s, &key, *(*fds)++, 1, NULL, 0, 0)) {
-            --*fds;
-            return cprd__last.code;
-        }
-        name += key.length + 1;
+    for (const unsigned char *id = ids.data; left; left--, id += 4) {
+        const char *nul = memchr(name, 0, (size_t)(end - name)), *stop = nul ? nul : end;
+        if (!nul != (left == 1)) return damaged("the manifest does not name all descriptors");
+        struct cprd__key key =
+            cprd__key(CPRD__FD, name, (size_t)(stop - name), (int32_t)cprd__little(id, 4));
+        if (cprd__add(s, &key, *fds, 1, NULL, 0, 0)) return cprd__last.code;
+        *fds++ = -1;
+        name = stop + 1;
     }
     return CPRD_OK;
 }
 
 int cprd_unpack(int bundle, cprd_state **out) {
     struct cprd__bytes found = {0};
-    struct stat there;
-    void *map = MAP_FAILED;
+    const void *data = NULL;
+    size_t size = 0;
     cprd_state *s = cprd_state_new();
-    int rc = s ? peek_node(bundle, 0, 0, &found, UINT32_MAX) : cprd__no_memory();
-    const int *rest = (int *)found.at, *end = rest ? rest + found.size / sizeof(int) : rest;
+    int rc = s ? peek_node(bundle, 0, 0, &found) : cprd__no_memory(), *fds = (int *)found.at;
+    size_t count = found.size / sizeof *fds;
     cprd__point("load:peeked");
-    if (!rc && (!cprd__is_sealed(*rest) || fstat(*rest, &there) || !there.st_size ||
-                there.st_size > MAX_MANIFEST))
-        rc = damaged("the manifest is not a sealed memfd");
-    if (!rc) map = mmap(NULL, (size_t)there.st_size, PROT_READ, MAP_PRIVATE, *rest, 0);
-    if (!rc && map == MAP_FAILED) rc = cprd__no_memory();
-    if (!rc) {
-        struct reader r = {map, (unsigned char *)map + there.st_size, 0};
-        close(*rest++);
-        rc = read_manifest(s, &r, &rest, end);
-        if (rc == CPRD_INVALID_INPUT) rc = cprd__fail(CPRD_DAMAGED, "%s", cprd__last.text);
-        munmap(map, (size_t)there.st_size);
-    }
-    for (; rest < end; rest++) close(*rest);
+    if (!rc && cprd__is_sealed(*fds)) rc = map(*fds, &data, &size);
+    if (!rc && (!size || size > MAX_MANIFEST)) rc = damaged("the manifest is not a sealed memfd");
+    struct reader r = {data, size ? (const unsigned char *)data + size : NULL, 0};
+    if (!rc) rc = read_manifest(s, r, fds + 1, fds + count);
+    if (rc == CPRD_INVALID_INPUT) rc = cprd__fail(CPRD_DAMAGED, "%s", cprd__last.text);
+    if (size) munmap((void *)(uintptr_t)data, size);
+    cprd__close_all(fds, count); /* what the state does not own */
     free(found.at);
     if (rc) cprd_state_free(s);
     else *out = s;
     return rc;
 }
 
-/* -- requests ---------------------------------------------------------------------------------- */
+/* -- requests --------------------------------------------------------------------------------- */
 
-struct cprd {
-    int sock;
-    pid_t owner;       /* not its forked children */
-    uint64_t connects; /* so often */
-    uint64_t id, pid;  /* of the last request; of this process, as cprd sees the process */
-    double timeout;
-    _Atomic uint64_t cookie; /* of the socket */
-    pthread_mutex_t lock;    /* threads take turns; of all above */
-    struct sockaddr_un address;
+union real {
+    double value;
+    uint64_t bits; /* as msgpack has it */
 };
 
 static double now(void) {
@@ -730,71 +678,44 @@ static double now(void) {
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-static void hang_up(cprd *c) {
+void cprd__hang_up(cprd *c) {
     if (c->sock >= 0) close(c->sock);
     c->sock = -1;
 }
 
-/* Before the lock, which another thread may have had when this process was forked. */
-static int check_owner(const cprd *c) {
-    if (c->owner == getpid()) return CPRD_OK;
-    return cprd__fail(CPRD_INVALID_INPUT, "this connection belongs to process %d, not to its forked"
-                      " child: cprd_connect() there", (int)c->owner);
-}
-
-uint64_t cprd__cookie_of(cprd *c) { return c->cookie; }
-
-uint64_t cprd__connects(cprd *c) {
-    char byte;
-    pthread_mutex_lock(&c->lock);
-    ssize_t got = recv(c->sock, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-    if (!got || (got < 0 && errno != EAGAIN)) hang_up(c); /* cprd has ended */
-    uint64_t connects = c->sock < 0 ? 0 : c->connects;
-    pthread_mutex_unlock(&c->lock);
-    return connects;
-}
-
-/* Adds fields. `format` has for each a key and the type of an argument: "s" a text, "b" 16 bytes,
- * "d" a double, "f" a flag, "n" what the flag is not (int), "u" a uint64_t. NULL and 0 are left
- * out, so that the default counts; but for "U", a uint64_t that may be 0. */
 void cprd__fields(struct cprd__call *call, const char *format, ...) {
     char key[32], type;
     va_list next;
     va_start(next, format);
     for (int used; sscanf(format, " %31s %c%n", key, &type, &used) == 2; format += used) {
         const char *text = strchr("sb", type) ? va_arg(next, const char *) : NULL;
-        double real = type == 'd' ? va_arg(next, double) : 0;
-        uint64_t number = strchr("fn", type) ? va_arg(next, int) != 0 : real != 0;
+        uint64_t number = strchr("fn", type) ? va_arg(next, int) != 0 : 0;
         if (strchr("uU", type)) number = va_arg(next, uint64_t);
-        if (!text && !number && type != 'U') continue;
-        call->count++;
+        if (type == 'd') number = (union real){va_arg(next, double)}.bits;
+        if ((!text && !number && type != 'U') || call->m.failed) continue;
+        call->m.at[FIELDS]++;
         put_text(&call->m, key);
-        if (type == 'd') memcpy(&number, &real, sizeof number);
         if (type == 's') put_text(&call->m, text);
-        else if (type == 'b') put_binary(&call->m, text, 16);
+        else if (type == 'b') put_data(&call->m, 0xc6, text, 16);
         else if (strchr("fn", type)) put_number(&call->m, type == 'f' ? 0xc3 : 0xc2, 0, 0);
         else put_number(&call->m, type == 'd' ? 0xcb : 0xcf, number, 8);
     }
     va_end(next);
 }
 
-struct cprd__call cprd__call(const char *verb, const char *name, const void *nonce) {
+struct cprd__call cprd__call_of(const cprd_claim *t, const char *verb, const void *nonce) {
     struct cprd__call call = {.verb = verb};
     unsigned char fresh[16];
     call.m.failed = getrandom(fresh, sizeof fresh, 0) != sizeof fresh;
-    put_number(&call.m, 0xdf, 0, 4); /* a map; the count of its fields comes last */
-    cprd__fields(&call, "verb s name s nonce b", verb, name, nonce ? nonce : fresh);
+    put_number(&call.m, 0xdf, 0, 4); /* a map; cprd__fields counts */
+    cprd__fields(&call, "id U verb s nonce b", (uint64_t)0, verb, nonce ? nonce : fresh);
+    if (t) cprd__fields(&call, "name s generation u", t->name, t->generation);
+    if (t && t->generation) cprd__fields(&call, "token b", t->token);
     return call;
 }
 
-struct cprd__call cprd__call_of(const struct cprd__ticket *t, const char *verb, const void *nonce) {
-    struct cprd__call call = cprd__call(verb, t->name, nonce);
-    if (t->generation) cprd__fields(&call, "generation U token b", t->generation, t->token);
-    return call;
-}
-
-static int await(const cprd *c, short event, double until) {
-    struct pollfd one = {c->sock, event, 0};
+static int await(const cprd *c, double until) {
+    struct pollfd one = {c->sock, POLLIN, 0};
     double left;
     do {
         left = until - now();
@@ -804,81 +725,60 @@ static int await(const cprd *c, short event, double until) {
     return cprd__fail(CPRD_TIMEOUT, "cprd accepted the connection and has not answered in time");
 }
 
-static int read_answer(struct reader r, struct cprd__answer *a) {
-    struct value all = next(&r), ok = get(all, "ok"), of = ok.kind == MAP ? ok : all;
-    struct value token = get(of, "token"), until = get(of, "until");
+/* The error that an answer is. */
+static int refused(const struct cprd__answer *a) {
+    struct value until = cprd__get(a->of, "until");
+    struct cprd_error said = {.code = CPRD_ERROR, .until = -1};
     char error[32];
-    skip(&r, all);
-    text(all, "error", error, sizeof error);
-    if (r.bad || all.kind != MAP || (ok.kind != MAP && !*error))
-        return cprd__fail(CPRD_PROTOCOL_ERROR, "an answer of cprd that cannot be read");
-    *a = (struct cprd__answer){.fd = -1, .error = {.pid = -1, .until = -1}};
-    a->id = number(all, "id", 0);
-    a->version = number(of, "version", 0);
-    a->generation = number(of, "generation", 0);
-    a->attempts = number(of, "attempts", 0);
-    a->found = number(of, "found", 0);
-    a->live = number(of, "live", 0);
-    a->more = number(of, "more", 0);
-    text(of, "kept", a->kept, sizeof a->kept);
-    text(of, "last_reject", a->last_reject, sizeof a->last_reject);
-    if (token.kind == BINARY && token.number == 16) memcpy(a->token, token.data, 16);
-    a->error.pid = (int64_t)number(of, "pid", UINT64_MAX);
-    if (until.kind == DOUBLE) memcpy(&a->error.until, &until.number, sizeof until.number);
-    if (until.kind == NUMBER) a->error.until = (double)until.number;
-    text(of, "why", a->error.text, sizeof a->error.text);
-    text(of, "phase", a->error.phase, sizeof a->error.phase);
-    a->error.code = ok.kind == MAP ? CPRD_OK : CPRD_ERROR;
-    for (int n = 1; a->error.code && n <= CPRD_INVALID_INPUT; n++)
-        if (!strcmp(error, classes[n])) a->error.code = n;
-    return CPRD_OK;
+    cprd__text(a->of, "error", error, sizeof error);
+    cprd__text(a->of, "why", said.text, sizeof said.text);
+    cprd__text(a->of, "phase", said.phase, sizeof said.phase);
+    said.pid = (int64_t)cprd__number(a->of, "pid", UINT64_MAX);
+    if (until.kind == DOUBLE) said.until = (union real){.bits = until.number}.value;
+    if (until.kind == NUMBER) said.until = (double)until.number;
+    for (int n = 1; n <= CPRD_INVALID_INPUT; n++)
+        if (!strcmp(error, classes[n])) said.code = n;
+    cprd__close_all(&a->fd, 1);
+    cprd__last = said;
+    return said.code;
 }
 
-/* Send a request and receive the answer to it. OK: an answer came, see a->error; LOST; TIMEOUT;
- * PROTOCOL_ERROR. */
+/* Send a request and receive the answer to it. Returns what the answer says; LOST; TIMEOUT. */
 static int ask(cprd *c, struct cprd__call *call, double until, struct cprd__answer *a) {
-    unsigned char in[MAX_ANSWER + 1];
-    int fds[CPRD__SCM_MAX], rc = CPRD_OK, late;
-    size_t count, size = call->m.size;
-    unsigned fields = call->count;
+    int fds[CPRD__SCM_MAX];
     double left = until - c->timeout - now(); /* to wait */
-    cprd__fields(call, "id U", ++c->id);
-    if (call->wait_as) cprd__fields(call, call->wait_as, left > 0.001 ? left : 0.001);
     if (call->m.failed) return cprd__no_memory();
-    call->m.at[4] = (unsigned char)call->count;
+    put_big(call->m.at + ID, ++c->id, 8);
+    union real wait = {left > 0.001 ? left : 0.001};
+    if (call->wait > 0) put_big(call->m.at + call->m.size - 8, wait.bits, 8);
+    /* EAGAIN: cprd has read none of hundreds before. Another error: cprd may have said why. */
     int error = cprd__send(c->sock, call->m.at, call->m.size, NULL, 0);
-    while (error == EAGAIN && !(rc = await(c, POLLOUT, until)))
-        error = cprd__send(c->sock, call->m.at, call->m.size, NULL, 0);
-    call->m.size = size;
-    call->count = fields;
-    do {
+    for (;;) {
+        size_t count;
         int flags = 0;
         long got;
-        if (!rc && !error) rc = await(c, POLLIN, until); /* on an error: may have said why */
-        if (rc) return rc;
-        RAISED(got = cprd__receive(c->sock, in, sizeof in, fds, &count, &flags));
+        if ((!error || error == EAGAIN) && await(c, until)) return CPRD_TIMEOUT;
+        RAISED(got = cprd__receive(c->sock, a->bytes, sizeof a->bytes, fds, &count, &flags));
         if (got <= 0) return LOST;
-        rc = read_answer((struct reader){in, in + got, (flags & MSG_TRUNC) != 0}, a);
-        late = rc || (a->id && a->id != c->id); /* to a request given up */
+        struct reader r = {a->bytes, a->bytes + got, (flags & MSG_TRUNC) != 0};
+        struct value all = cprd__next(&r), ok = cprd__get(all, "ok");
+        cprd__skip(&r, all);
+        a->of = ok.kind == MAP ? ok : all;
         a->cut = (flags & MSG_CTRUNC) != 0;
-        if (!late && count) a->fd = fds[0];
-        if (!late && call->rows) cprd__put(call->rows, in, (size_t)got);
-        if (count) cprd__close_all(fds + !late, count - !late);
-    } while (!rc && late);
-    return rc;
+        a->fd = count ? fds[0] : -1;
+        if (count) cprd__close_all(fds + 1, count - 1);
+        uint64_t id = cprd__number(all, "id", c->id);
+        if (!r.bad && id == c->id && ok.kind == MAP) return CPRD_OK;
+        if (!r.bad && id == c->id && cprd__get(all, "error").kind == TEXT) return refused(a);
+        cprd__close_all(&a->fd, 1);
+        if (!r.bad && id != c->id) continue; /* to a request given up */
+        cprd__hang_up(c);
+        return cprd__fail(CPRD_PROTOCOL_ERROR, "an answer of cprd that cannot be read");
+    }
 }
 
-/* What an answer says. */
-static int outcome(const struct cprd__answer *a) {
-    if (!a->error.code) return CPRD_OK;
-    cprd__close_all(&a->fd, 1);
-    cprd__last = a->error;
-    return a->error.code;
-}
-
-static int greet(cprd *c, double until) {
-    struct cprd__answer a;
-    struct cprd__call hello = cprd__call("hello", NULL, NULL);
+static int greet(cprd *c, double until, struct cprd__answer *a) {
+    struct cprd__call hello = cprd__call_of(NULL, "hello", NULL);
     int rc = CPRD_OK;
     cprd__fields(&hello, "version U", (uint64_t)VERSION);
     RAISED(c->sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
@@ -888,16 +788,14 @@ static int greet(cprd *c, double until) {
              : cprd__fail(errno == EACCES || errno == EPERM ? CPRD_DENIED : CPRD_UNAVAILABLE,
                           "no cprd answers at %s (%s): start it, or name its socket with"
                           " $CPRD_SOCKET", c->address.sun_path, strerror(errno));
-    if (!rc) rc = ask(c, &hello, until, &a);
+    if (!rc) rc = ask(c, &hello, until, a);
     free(hello.m.at);
-    if (!rc) rc = outcome(&a);
-    if (!rc) cprd__close_all(&a.fd, 1);
-    if (!rc && a.version != VERSION)
-        rc = cprd__fail(CPRD_PROTOCOL_ERROR, "cprd speaks version %llu of the protocol, this"
-                        " program %d", 0ull + a.version, VERSION);
-    if (rc) hang_up(c);
+    if (!rc && cprd__number(a->of, "version", 0) != VERSION)
+        rc = cprd__fail(CPRD_PROTOCOL_ERROR, "cprd speaks another version of the protocol than"
+                        " this program, which speaks %d", VERSION);
+    if (rc) cprd__hang_up(c);
     c->cookie = cprd__cookie(c->sock);
-    c->pid = rc ? 0 : (uint64_t)a.error.pid;
+    c->pid = rc ? 0 : cprd__number(a->of, "pid", 0);
     c->connects += !rc;
     return rc;
 }
@@ -911,10 +809,10 @@ int cprd__no_fd(const struct cprd__answer *a) {
  * closed in the end: so what was parked and not saved is let go of. */
 static int ask_parked(cprd *c, struct cprd__call *call, double until, struct cprd__answer *a) {
     const struct cprd__packed *p = call->packed;
-    struct cprd__call queue = cprd__call("queue", NULL, NULL);
+    struct cprd__call queue = cprd__call_of(NULL, "queue", NULL);
     int rc = ask(c, &queue, until, a);
     free(queue.m.at);
-    if (rc || a->error.code) return rc;
+    if (rc) return rc;
     if (a->fd < 0) return cprd__no_fd(a);
     int inlet = a->fd, error = cprd__send(inlet, p->header, CPRD__HEADER, p->fds, p->parked);
     if (error) rc = error == EPIPE || error == ECONNRESET ? LOST : cprd__explain(error);
@@ -928,16 +826,21 @@ static int ask_parked(cprd *c, struct cprd__call *call, double until, struct cpr
  * Without fields there is nothing to ask but a connection. */
 int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a) {
     double until = now() + call->wait + c->timeout, away = 0;
-    int rc = check_owner(c);
-    if (rc) goto out;
+    int rc = CPRD_OK;
+    if (c->owner != getpid()) { /* another thread may have had the lock when that forked */
+        rc = cprd__fail(CPRD_INVALID_INPUT, "this connection belongs to process %d, not to its"
+                        " forked child: cprd_connect() there", (int)c->owner);
+        goto out;
+    }
     cprd__point("%s:before", call->verb);
     pthread_mutex_lock(&c->lock);
     for (;;) {
         int was_open = c->sock >= 0;
-        rc = was_open ? CPRD_OK : greet(c, until);
+        rc = was_open ? CPRD_OK : greet(c, until, a);
         if (!rc) away = 0;
-        if (!rc && call->count) rc = (call->packed ? ask_parked : ask)(c, call, until, a);
-        if (rc == LOST || rc == CPRD_PROTOCOL_ERROR) hang_up(c);
+        if (!rc && (call->m.size || call->m.failed))
+            rc = (call->packed ? ask_parked : ask)(c, call, until, a);
+        if (rc == LOST) cprd__hang_up(c);
         if (rc == LOST) cprd__fail(CPRD_UNAVAILABLE, "no answer: the connection is lost");
         if (!away) away = now();
         if ((rc != LOST && (rc != CPRD_UNAVAILABLE || !c->connects)) || now() >= until ||
@@ -946,7 +849,7 @@ int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a) {
         if (!was_open) poll(NULL, 0, PAUSE);
     }
     pthread_mutex_unlock(&c->lock);
-    rc = rc ? cprd__last.code : outcome(a);
+    rc = rc ? cprd__last.code : CPRD_OK;
     if (!rc) cprd__point("%s:answered", call->verb);
 out:
     free(call->m.at);
@@ -955,7 +858,7 @@ out:
 
 int cprd_connect(const char *path, cprd **out) {
     struct cprd__call call = {.verb = "connect"};
-    struct cprd__answer a = {.fd = -1};
+    struct cprd__answer a;
     if (!path) path = getenv("CPRD_SOCKET");
     if (!path || !*path) path = "/run/cprd/cprd.sock";
     cprd *c = calloc(1, sizeof *c);
@@ -972,134 +875,116 @@ int cprd_connect(const char *path, cprd **out) {
 }
 
 void cprd_close(cprd *c) {
-    if (c) hang_up(c);
+    if (c) cprd__hang_up(c);
     free(c);
 }
 
 void cprd_set_timeout(cprd *c, double seconds) { c->timeout = seconds; }
 int cprd_socket(const cprd *c) { return c->sock; }
 
-/* -- verbs ------------------------------------------------------------------------------------- */
+/* -- verbs ------------------------------------------------------------------------------------ */
 
-struct cprd_claim { /* or a prepared save */
-    struct cprd__ticket ticket;
-    cprd_state *state;
-    int bundle, stays; /* stays: its close gives nothing back */
-    uint64_t attempts;
-    char last_reject[sizeof(((struct cprd__answer *)0)->last_reject)];
-};
-
-static int ticket_new(struct cprd__ticket *t, cprd *c, const char *name, double wait) {
-    *t = (struct cprd__ticket){.c = c, .name = strdup(name), .over = 1};
+static int claim_init(cprd_claim *t, cprd *c, const char *name, double wait) {
+    *t = (cprd_claim){.c = c, .name = strdup(name), .over = 1, .bundle = -1};
     if (getrandom(t->nonces, sizeof t->nonces, 0) != sizeof t->nonces || !t->name)
         return cprd__no_memory();
-    if (!(wait > 0)) return CPRD_OK;
+    if (!wait) return CPRD_OK;
     if (cprd_connect(c->address.sun_path, &t->own)) return cprd__last.code;
     t->own->timeout = c->timeout;
     t->c = t->own;
     return CPRD_OK;
 }
 
-void cprd__set(struct cprd__ticket *t, const struct cprd__answer *a) {
-    t->generation = a->generation;
-    t->stored = !strcmp(a->kept, "store");
+void cprd__set(cprd_claim *t, const struct cprd__answer *a) {
+    struct value token = cprd__get(a->of, "token");
+    char kept[8];
+    t->generation = cprd__number(a->of, "generation", 0);
+    t->attempts = cprd__number(a->of, "attempts", 0);
+    cprd__text(a->of, "last_reject", t->last_reject, sizeof t->last_reject);
+    cprd__text(a->of, "kept", kept, sizeof kept);
+    t->stored = !strcmp(kept, "store");
     t->over = 0;
-    memcpy(t->token, a->token, sizeof t->token);
+    if (token.kind == BINARY && token.number == 16) memcpy(t->token, token.data, 16);
 }
 
-int cprd__claim(struct cprd__ticket *t, cprd *c, const char *verb, const char *name,
+int cprd__claim(cprd_claim *t, cprd *c, const char *verb, const char *name,
                 const struct cprd_load_options *options, const struct cprd__packed *packed,
                 struct cprd__answer *a) {
     struct cprd_load_options o = options ? *options : (struct cprd_load_options){.wait = 0};
-    if (ticket_new(t, c, name, o.wait)) return cprd__last.code;
-    struct cprd__call call = cprd__call(verb, name, NULL);
+    if (!(o.wait > 0)) o.wait = 0;
+    if (claim_init(t, c, name, o.wait)) return cprd__last.code;
+    struct cprd__call call = cprd__call_of(t, verb, NULL);
     cprd__fields(&call, "lease d generation u", o.lease, o.generation);
+    cprd__fields(&call, strcmp(verb, "wait") ? "wait d" : "timeout d", o.wait);
     call.packed = packed;
     call.wait = o.wait;
-    call.wait_as = !strcmp(verb, "wait") ? "timeout d" : o.wait > 0 ? "wait d" : NULL;
     int rc = cprd__request(t->c, &call, a);
     if (!rc) cprd__set(t, a);
     return rc;
 }
 
-void cprd__close(struct cprd__ticket *t) {
+void cprd__close(cprd_claim *t) {
     cprd_close(t->own);
     free(t->name);
 }
 
-int cprd__end(struct cprd__ticket *t, const char *verb, const char *why, int cause,
-              struct cprd__answer *a) {
+int cprd__end(cprd_claim *t, const char *verb, const char *why, int cause) {
     if (t->over) return cprd__fail(CPRD_FENCED, "%s: '%s' has ended already", verb, t->name);
     int second = !strcmp(verb, "reject") || !strcmp(verb, "abort");
     struct cprd__call call = cprd__call_of(t, verb, t->nonces[second]);
+    struct cprd__answer a;
     char cut[MAX_WHY + 1];
     snprintf(cut, sizeof cut, "%s", why ? why : "");
     while (!is_utf8((unsigned char *)cut, strlen(cut))) cut[strlen(cut) - 1] = 0;
     cprd__fields(&call, "why s damaged f attempt n", why ? cut : NULL, cause == CPRD_DAMAGED,
                  cause != CPRD_DAMAGED && cause != CPRD_OK);
-    int rc = cprd__request(t->c, &call, a);
-    if (!rc) t->over = 1;
-    return rc;
+    int rc = cprd__request(t->c, &call, &a);
+    return rc ? rc : cprd__ended(t);
 }
 
-int cprd__give_back(struct cprd__ticket *t, int cause) {
-    struct cprd_error said = cprd__last;
-    struct cprd__answer a;
-    if (!t->over) cprd__end(t, "reject", cause ? said.text : "closed without confirm", cause, &a);
+/* As long as the bundle is there, what was taken and closed since stays open. */
+int cprd__ended(cprd_claim *t) {
     t->over = 1;
+    cprd__close_all(&t->bundle, 1);
+    t->bundle = -1;
+    return CPRD_OK;
+}
+
+int cprd__give_back(cprd_claim *t, int cause) {
+    struct cprd_error said = cprd__last;
+    const char *why = cause ? said.text : "closed without confirm";
+    int rc = t->over ? CPRD_OK : cprd__end(t, "reject", why, cause);
+    t->over = 1;
+    if (cause && rc == CPRD_FENCED) return rc; /* so it was emptied while this process read it */
     cprd__last = said;
     return cause;
 }
 
-struct process {
-    int fd;              /* a pidfd, or -1 */
-    uint64_t pid, inode; /* as cprd is told. pid 0: has ended; inode 0: before Linux 6.9 */
-};
-
-static int name_process(const cprd *c, struct process *p) {
-    struct stat there;
-    struct statfs system;
-    long pid;
-    if (!cprd__fdinfo(p->fd, "\nPid:", &pid) || fstat(p->fd, &there) || fstatfs(p->fd, &system))
-        return cprd__fail(CPRD_INVALID_INPUT, "descriptor %d is not a pidfd", p->fd);
-    if (pid < 0) return CPRD_OK;
-    p->pid = (uint64_t)pid;
-    p->inode = system.f_type == 0x50494446 ? there.st_ino : 0; /* PID_FS_MAGIC */
-    if (pid && c->pid == (uint64_t)getpid()) return CPRD_OK;
-    return cprd__fail(CPRD_LIMIT_EXCEEDED, "cprd lives in another pid namespace, and cannot tell"
-                      " which process that is: let that process connect by itself");
+/* Before the request, unless there is no pidfd. */
+static int name_process(const cprd *c, struct cprd__process *p) {
+    if (p->fd < 0 || cprd__name_process) return p->fd < 0 ? CPRD_OK : cprd__name_process(c, p);
+    return cprd__fail(CPRD_INVALID_INPUT, "link cprd_more.c for a process by its pidfd");
 }
 
-/* Without an inode cprd may watch another process, which got the pid in between. */
-static void say_ended(const struct cprd__ticket *t, const struct process *p) {
-    struct pollfd one = {p->fd, POLLIN, 0};
-    if (!p->pid || p->inode || poll(&one, 1, 0) <= 0) return;
-    struct cprd__answer a;
-    struct cprd__call call = cprd__call("ended", t->name, NULL);
-    cprd__fields(&call, "generation U pid U", t->generation, p->pid);
-    cprd__request(t->c, &call, &a);
-}
-
-/* What save, prepare and confirm_next have in common; a new ticket has no token to say. */
-static int save(struct cprd__ticket *t, const char *verb, const cprd_state *s,
-                const struct cprd_save_options *options, struct cprd_saved *out) {
+/* A new claim has no token to say. */
+int cprd__save(cprd_claim *t, const char *verb, const cprd_state *s,
+               const struct cprd_save_options *options, struct cprd_saved *out) {
     struct cprd_save_options o = options ? *options : (struct cprd_save_options){.replace = 0};
-    struct process p = {.fd = o.after_exit == CPRD_AFTER_PROCESS ? o.process : -1};
+    struct cprd__process p = {.fd = o.after_exit == CPRD_AFTER_PROCESS ? o.process : -1};
     struct cprd__packed packed = {.fds = NULL};
     struct cprd__answer a;
-    int rc = check_owner(t->c);
-    if (!rc && (o.after_exit < CPRD_NOW || o.after_exit > CPRD_AFTER_PROCESS))
+    int rc = name_process(t->c, &p);
+    if (o.after_exit < CPRD_NOW || o.after_exit > CPRD_AFTER_PROCESS)
         rc = cprd__fail(CPRD_INVALID_INPUT, "after_exit of the save options is none that there is");
-    if (!rc && o.after_exit == CPRD_AFTER_PROCESS) rc = name_process(t->c, &p);
-    if (!rc) rc = pack(s, cprd__cookie_of(t->c), &packed);
+    if (!rc) rc = pack(s, t->c->cookie, &packed);
     if (!rc) {
         const char *after = o.after_exit == CPRD_AFTER_ME ? "peer" : p.pid ? "process" : "no";
         struct cprd__call call = cprd__call_of(t, verb, NULL);
-        cprd__fields(&call, "fds U bytes U parked U depth U ttl d pid u inode u",
+        cprd__fields(&call, "fds U bytes u parked u depth u after_exit s pid u inode u",
                      (uint64_t)packed.fd_count, packed.size, (uint64_t)packed.parked,
-                     (uint64_t)packed.depth, o.ttl, p.pid, p.inode);
-        cprd__fields(&call, "after_exit s if_exists s require s", after,
-                     o.replace ? "replace" : NULL, o.require_store ? "store" : NULL);
+                     (uint64_t)packed.depth, after, p.pid, p.inode);
+        cprd__fields(&call, "ttl d if_exists s require s", o.ttl, o.replace ? "replace" : NULL,
+                     o.require_store ? "store" : NULL);
         call.packed = &packed;
         rc = cprd__request(t->c, &call, &a);
     }
@@ -1108,24 +993,24 @@ static int save(struct cprd__ticket *t, const char *verb, const cprd_state *s,
     free(packed.fds);
     if (rc) return rc;
     cprd__set(t, &a);
-    say_ended(t, &p);
+    if (p.fd >= 0) cprd__say_ended(t, &p);
     if (out) *out = (struct cprd_saved){t->generation, t->stored};
     return CPRD_OK;
 }
 
 int cprd_save(cprd *c, const char *name, cprd_state *s, const struct cprd_save_options *options,
               struct cprd_saved *out) {
-    struct cprd__ticket t = {.c = c, .name = (char *)(uintptr_t)name, .over = 1};
-    return save(&t, "save", s, options, out);
+    cprd_claim t = {.c = c, .name = (char *)(uintptr_t)name, .over = 1};
+    return cprd__save(&t, "save", s, options, out);
 }
 
 int cprd_prepare(cprd *c, const char *name, cprd_state *s, const struct cprd_save_options *options,
                  cprd_prepared **out) {
     cprd_prepared *p = *out = calloc(1, sizeof *p);
     if (!p) return cprd__no_memory();
-    *p = (cprd_prepared){.bundle = -1, .stays = 1};
-    int rc = ticket_new(&p->ticket, c, name, 0);
-    if (!rc) rc = save(&p->ticket, "prepare", s, options, NULL);
+    int rc = claim_init(p, c, name, 0);
+    p->stays = 1;
+    if (!rc) rc = cprd__save(p, "prepare", s, options, NULL);
     if (!rc) return CPRD_OK;
     cprd_claim_close(p);
     *out = NULL;
@@ -1134,132 +1019,71 @@ int cprd_prepare(cprd *c, const char *name, cprd_state *s, const struct cprd_sav
 
 int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options,
               cprd_claim **out) {
-    struct cprd__answer a = {.fd = -1};
+    struct cprd__answer a;
     cprd_claim *claim = *out = calloc(1, sizeof *claim);
     if (!claim) return cprd__no_memory();
-    int rc = cprd__claim(&claim->ticket, c, "load", name, options, NULL, &a);
-    claim->bundle = rc ? -1 : a.fd; /* an error has none */
-    claim->attempts = a.attempts;
-    strcpy(claim->last_reject, a.last_reject);
-    if (!rc && a.fd < 0) rc = cprd__no_fd(&a);
-    else if (!rc) rc = (a.live && cprd__unpack_live ? cprd__unpack_live : cprd_unpack)(
-                           a.fd, &claim->state);
+    int rc = cprd__claim(claim, c, "load", name, options, NULL, &a);
+    if (!rc) {
+        int live = cprd__number(a.of, "live", 0) && cprd__unpack_live;
+        claim->bundle = a.fd;
+        if (a.fd < 0) rc = cprd__no_fd(&a);
+        else rc = (live ? cprd__unpack_live : cprd_unpack)(a.fd, &claim->state);
+    }
     if (!rc) return CPRD_OK;
-    cprd__give_back(&claim->ticket, rc);
+    rc = cprd__give_back(claim, rc);
     cprd_claim_close(claim);
     *out = NULL;
     return rc;
 }
 
 cprd_state *cprd_claim_state(cprd_claim *claim) { return claim->state; }
-uint64_t cprd_claim_generation(const cprd_claim *claim) { return claim->ticket.generation; }
+uint64_t cprd_claim_generation(const cprd_claim *claim) { return claim->generation; }
 uint64_t cprd_claim_attempts(const cprd_claim *claim) { return claim->attempts; }
 const char *cprd_claim_last_reject(const cprd_claim *claim) { return claim->last_reject; }
 
-int cprd_renew(cprd_claim *claim, double lease) {
-    struct cprd__answer a;
-    struct cprd__call call = cprd__call_of(&claim->ticket, "renew", NULL);
-    cprd__fields(&call, "lease d", lease);
-    return cprd__request(claim->ticket.c, &call, &a);
-}
-
 int cprd_begin(cprd_claim *claim, int process) {
-    struct cprd__ticket *t = &claim->ticket;
+    struct cprd__process p = {.fd = process};
     struct cprd__answer a;
-    struct process p = {.fd = process};
-    if (process >= 0 && name_process(t->c, &p)) return cprd__last.code;
+    if (name_process(claim->c, &p)) return cprd__last.code;
     if (process >= 0 && !p.pid)
         return cprd__fail(CPRD_INVALID_INPUT, "begin: the process that is to act has ended");
-    struct cprd__call call = cprd__call_of(t, "begin", NULL);
+    struct cprd__call call = cprd__call_of(claim, "begin", NULL);
     cprd__fields(&call, "pid u inode u", p.pid, p.inode);
-    int rc = cprd__request(t->c, &call, &a);
+    int rc = cprd__request(claim->c, &call, &a);
     if (!rc || rc == CPRD_UNAVAILABLE || rc == CPRD_TIMEOUT) claim->stays = 1; /* perhaps */
-    if (!rc) say_ended(t, &p);
+    if (!rc && process >= 0) cprd__say_ended(claim, &p);
     return rc;
 }
 
-/* As long as the bundle is there, what was taken and closed since stays open. */
-static int ended(cprd_claim *claim) {
-    claim->ticket.over = 1;
-    cprd__close_all(&claim->bundle, 1);
-    claim->bundle = -1;
-    return CPRD_OK;
+int cprd_commit(cprd_prepared *p, struct cprd_saved *out) {
+    int rc = cprd__end(p, "commit", NULL, CPRD_OK);
+    if (!rc && out) *out = (struct cprd_saved){p->generation, p->stored};
+    return rc;
 }
 
-static int end(cprd_claim *claim, const char *verb, const char *why, struct cprd_saved *out) {
-    struct cprd__answer a;
-    int rc = cprd__end(&claim->ticket, verb, why, CPRD_OK, &a);
-    if (!rc && out) *out = (struct cprd_saved){claim->ticket.generation, claim->ticket.stored};
-    return rc ? rc : ended(claim);
-}
-
-int cprd_commit(cprd_prepared *p, struct cprd_saved *out) { return end(p, "commit", NULL, out); }
-int cprd_abort(cprd_prepared *p) { return end(p, "abort", NULL, NULL); }
+int cprd_abort(cprd_prepared *p) { return cprd__end(p, "abort", NULL, CPRD_OK); }
 void cprd_prepared_free(cprd_prepared *p) { cprd_claim_close(p); }
-int cprd_confirm(cprd_claim *claim) { return end(claim, "confirm", NULL, NULL); }
-int cprd_reject(cprd_claim *claim, const char *why) { return end(claim, "reject", why, NULL); }
+int cprd_confirm(cprd_claim *claim) { return cprd__end(claim, "confirm", NULL, CPRD_OK); }
 
-int cprd_confirm_next(cprd_claim *claim, cprd_state *next, const struct cprd_save_options *options,
-                      struct cprd_saved *out) {
-    struct cprd__ticket *t = &claim->ticket;
-    if (t->over) return cprd__fail(CPRD_FENCED, "confirm: '%s' has ended already", t->name);
-    int rc = save(t, "confirm_next", next, options, out);
-    return rc ? rc : ended(claim);
+int cprd_reject(cprd_claim *claim, const char *why) {
+    return cprd__end(claim, "reject", why, CPRD_OK);
 }
 
 void cprd_claim_close(cprd_claim *claim) {
     if (!claim) return;
-    if (!claim->stays) cprd__give_back(&claim->ticket, CPRD_OK);
+    if (!claim->stays) cprd__give_back(claim, CPRD_OK);
     cprd__close_all(&claim->bundle, 1);
     cprd_state_free(claim->state);
-    cprd__close(&claim->ticket);
+    cprd__close(claim);
     free(claim);
 }
 
 int cprd_wait(cprd *c, const char *name, double seconds, uint64_t *generation) {
     struct cprd_load_options options = {.wait = seconds > 0.001 ? seconds : 0.001};
     struct cprd__answer a;
-    struct cprd__ticket t; /* a connection of its own is all that this has */
+    cprd_claim t; /* a connection of its own is all that this has */
     int rc = cprd__claim(&t, c, "wait", name, &options, NULL, &a);
-    if (!rc && generation) *generation = a.generation;
+    if (!rc && generation) *generation = t.generation;
     cprd__close(&t);
-    return rc;
-}
-
-static int forced(cprd *c, const char *verb, const char *name, int force) {
-    struct cprd__answer a;
-    struct cprd__call call = cprd__call(verb, name, NULL);
-    cprd__fields(&call, "force f", force);
-    return cprd__request(c, &call, &a);
-}
-
-int cprd_drop(cprd *c, const char *name, int force) { return forced(c, "drop", name, force); }
-int cprd_release(cprd *c, const char *name, int force) { return forced(c, "release", name, force); }
-
-int cprd_list(cprd *c, void (*each)(void *context, const struct cprd_row *row), void *context) {
-    struct cprd__answer a = {.more = 0};
-    int rc;
-    do {
-        struct cprd__bytes said = {0};
-        struct cprd__call call = cprd__call("list", NULL, NULL);
-        cprd__fields(&call, "after u", a.more);
-        call.rows = &said;
-        rc = cprd__request(c, &call, &a);
-        struct reader all = {said.at, said.at + said.size, said.failed || rc};
-        struct value holds = get(get(next(&all), "ok"), "holds");
-        struct reader r = {holds.data, holds.end, holds.kind != ARRAY};
-        while (!r.bad && holds.number--) {
-            char name[512], phase[32];
-            struct value row = next(&r);
-            text(row, "name", name, sizeof name);
-            text(row, "phase", phase, sizeof phase);
-            struct cprd_row told = {name, phase, number(row, "uid", 0),
-                                    number(row, "generation", 0), number(row, "fds", 0),
-                                    number(row, "bytes", 0)};
-            each(context, &told);
-            skip(&r, row);
-        }
-        free(said.at);
-    } while (!rc && a.more);
     return rc;
 }

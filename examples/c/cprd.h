@@ -1,5 +1,6 @@
-/* A client of cprd in C11, for Linux, without dependencies: compile cprd.c with your program, and
- * cprd_live.c for live holds.
+/* A client of cprd in C11, for Linux, without dependencies: compile cprd.c with your program; where
+ * a comment here says so, cprd_more.c; this and cprd_live_read.c to load live holds, and
+ * cprd_live.c to own them.
  *
  * A state is descriptors under keys (name, id), in order, and named sections of bytes. One process
  * saves a state under a name, another loads that state, whole, and confirms.
@@ -106,7 +107,7 @@ struct cprd_save_options { /* all 0: an error where the name is taken, for ever,
     int replace;
     double ttl;        /* seconds until the hold is dropped unless loaded; 0: none */
     int after_exit;    /* CPRD_NOW, CPRD_AFTER_ME (served after the end of this process), or ... */
-    int process;       /* ... CPRD_AFTER_PROCESS, whose pidfd this is; borrowed */
+    int process;       /* ... CPRD_AFTER_PROCESS (cprd_more.c), whose pidfd this is; borrowed */
     int require_store; /* LIMIT_EXCEEDED where cprd would keep the state in memory only */
 };
 enum { CPRD_NOW, CPRD_AFTER_ME, CPRD_AFTER_PROCESS };
@@ -132,28 +133,31 @@ struct cprd_load_options {
     uint64_t generation; /* that hold only, else FENCED; 0: any */
 };
 
-/* What a killed owner of a live hold left can be loaded, too, where cprd_live.c is linked; memory
- * comes as sections "memory.NAME". */
+/* What a killed owner of a live hold left can be loaded, too, where cprd_live_read.c is linked;
+ * memory comes as sections "memory.NAME". */
 int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options, cprd_claim **out);
 /* Owned by the claim. Descriptors and bytes that nobody took live until cprd_claim_close. */
 cprd_state *cprd_claim_state(cprd_claim *claim);
 uint64_t cprd_claim_generation(const cprd_claim *claim);
 uint64_t cprd_claim_attempts(const cprd_claim *claim); /* loads of the hold, this one included */
 const char *cprd_claim_last_reject(const cprd_claim *claim); /* why it was given back before */
-int cprd_renew(cprd_claim *claim, double lease); /* seconds; 0: as before */
-/* From now on this process, or that of the pidfd `process` (borrowed; -1: none), acts on the
- * state: without a confirm or reject the hold is in doubt, and served again by force only. */
+/* From now on this process, or that of the pidfd `process` (cprd_more.c; borrowed; -1: none), acts
+ * on the state: without a confirm or reject the hold is in doubt, and served by force only. */
 int cprd_begin(cprd_claim *claim, int process);
 int cprd_confirm(cprd_claim *claim); /* the hold is gone; the state is this program's */
-/* The hold is gone and `next` is held in its place, in one step. `replace` is not looked at. */
-int cprd_confirm_next(cprd_claim *claim, cprd_state *next, const struct cprd_save_options *options,
-                      struct cprd_saved *out);
 int cprd_reject(cprd_claim *claim, const char *why); /* held again, with the reason */
 /* Gives back what is neither confirmed, rejected nor begun, and closes what nobody took. */
 void cprd_claim_close(cprd_claim *claim);
 
 /* Waits until `name` could be loaded; claims nothing. Errors as of a load when the time is over. */
 int cprd_wait(cprd *c, const char *name, double seconds, uint64_t *generation);
+
+/* -- cprd_more.c ------------------------------------------------------------------------------- */
+
+int cprd_renew(cprd_claim *claim, double lease); /* seconds; 0: as before */
+/* The hold is gone and `next` is held in its place, in one step. `replace` is not looked at. */
+int cprd_confirm_next(cprd_claim *claim, cprd_state *next, const struct cprd_save_options *options,
+                      struct cprd_saved *out);
 int cprd_drop(cprd *c, const char *name, int force);
 int cprd_release(cprd *c, const char *name, int force);
 
@@ -162,7 +166,6 @@ struct cprd_row {
     uint64_t uid, generation, fds, bytes;
 };
 int cprd_list(cprd *c, void (*each)(void *context, const struct cprd_row *row), void *context);
-
 
 /* -- a live hold: cprd_live.c -------------------------------------------------------------------
  *
@@ -255,6 +258,9 @@ int cprd_unpack(int bundle, cprd_state **out);
 
 /* -- between cprd.c and cprd_live.c: not for programs ------------------------------------------ */
 #ifdef CPRD_INTERNAL
+#include <pthread.h>
+#include <sys/types.h>
+#include <sys/un.h>
 
 enum {
     CPRD__SCM_MAX = 253, /* descriptors of one message */
@@ -284,28 +290,22 @@ void cprd__put(struct cprd__bytes *b, const void *data, size_t size);
 void cprd__put_little(struct cprd__bytes *b, uint64_t value, int width);
 uint64_t cprd__little(const unsigned char *at, int width);
 
-struct cprd__key { /* the first member of what lies in a table */
-    struct cprd__key *chain;
+struct cprd__key { /* the first member of what has a key */
+    struct cprd__key *below[4]; /* of a tree of keys: by two more bits of their hashes */
     int space;
     int32_t id;
     size_t length;
-    char *name; /* and a NUL */
+    char *name; /* and a NUL, in a tree */
 };
-struct cprd__table {
-    struct cprd__key **slots;
-    size_t size, used;
-};
-int cprd__check_name(int space, const char *name, size_t length);
-/* Where the key is, or would be. The table has grown at least once. */
-struct cprd__key **cprd__slot(const struct cprd__table *t, int space, const char *name,
-                              size_t length, int32_t id);
-int cprd__grow(struct cprd__table *t); /* room for one more key */
+struct cprd__key cprd__key(int space, const void *name, size_t length, int32_t id);
+int cprd__check_name(const struct cprd__key *key);
+/* Where the key is, or would be, in the tree with the top *slot. */
+struct cprd__key **cprd__slot(struct cprd__key **slot, const struct cprd__key *key);
 
 /* One message. Returns 0 or an errno. At the limit in flight it is sent once more, with the soft
  * RLIMIT_NOFILE at the hard one. */
 int cprd__send(int sock, const void *data, size_t size, const int *fds, size_t count);
-/* One message. The caller owns fds[0..*count]; NULL: no descriptor is installed. `flags`: in, and
- * out MSG_CTRUNC, MSG_TRUNC. */
+/* One message. The caller owns fds[0..*count]. `flags`: in, and out MSG_CTRUNC, MSG_TRUNC. */
 long cprd__receive(int sock, void *data, size_t size, int *fds, size_t *count, int *flags);
 int cprd__pair(int *tx, int *rx);
 void cprd__close_all(const int *fds, size_t count);
@@ -328,53 +328,93 @@ struct cprd__packed { /* a state apart from the queue of the root */
     uint64_t size;
     int depth;
 };
+enum kind { /* of values of msgpack */
+    NIL = 'n', BAD = '-', NUMBER = 'u', FLOAT = 'f', DOUBLE = 'd',
+    TEXT = 't', BINARY = 'x', ARRAY = 'a', MAP = 'm'
+};
+struct value {
+    enum kind kind;
+    uint64_t number; /* of NUMBER, a boolean too; bits of DOUBLE; how many items, or bytes */
+    const unsigned char *data, *end; /* of text and binary; where items begin, and must end */
+};
+struct reader { /* trusts no length; no depth of what is read is a depth of calls */
+    const unsigned char *at, *end;
+    int bad;
+};
+/* The head of the next value; text and binary with their bytes. */
+struct value cprd__next(struct reader *r);
+void cprd__skip(struct reader *r, struct value v); /* what is in the last value */
+/* The value of a key in a map, or nil. What is not known is passed over. */
+struct value cprd__get(struct value map, const char *key);
+uint64_t cprd__number(struct value map, const char *key, uint64_t otherwise);
+void cprd__text(struct value map, const char *key, char *to, size_t room);
+
+struct cprd {
+    int sock;
+    pid_t owner;       /* not its forked children */
+    uint64_t connects; /* so often */
+    uint64_t id, pid;  /* of the last request; of this process, as cprd sees the process */
+    double timeout;
+    _Atomic uint64_t cookie; /* of the socket */
+    pthread_mutex_t lock;    /* threads take turns; of all above */
+    struct sockaddr_un address;
+};
 struct cprd__call { /* a request; cprd__request frees what the call has */
     struct cprd__bytes m;
     const char *verb;
-    unsigned count;
-    double wait; /* s; cprd lets the request wait so long */
-    const char *wait_as; /* the field for the time that is left, or NULL */
+    double wait; /* s; cprd lets the request wait so long: the value of the last field */
     const struct cprd__packed *packed;
-    struct cprd__bytes *rows; /* where the answer goes as it is, or NULL */
 };
 struct cprd__answer { /* `fd` is the reader's to close; -1: none */
-    struct cprd_error error;
     int fd, cut; /* cut: no room for a descriptor here */
-    uint64_t id, generation, attempts, version, more, found, live;
-    char kept[8], last_reject[1025];
-    unsigned char token[16];
+    struct value of; /* a map, of `bytes` */
+    unsigned char bytes[64 * 1024 + 1];
 };
-struct cprd__ticket { /* the right to speak for a hold */
+struct cprd_claim { /* or a prepared save, or what a live hold has: the right to speak for a hold */
     cprd *c;
     cprd *own; /* a connection for this alone, or NULL */
-    char *name;
-    uint64_t generation;
+    char *name, last_reject[1025];
+    uint64_t generation, attempts;
     unsigned char token[16], nonces[2][16]; /* of its two ends: the same words are one request */
-    int stored, over;
+    cprd_state *state;
+    int stored, over, bundle, stays; /* stays: its close gives nothing back */
 };
-/* A request about `name` (or NULL), or that of a ticket. `nonce` NULL: a new one. cprd__fields adds
- * more. */
-struct cprd__call cprd__call(const char *verb, const char *name, const void *nonce);
-struct cprd__call cprd__call_of(const struct cprd__ticket *t, const char *verb, const void *nonce);
+/* A request, about the hold of a claim (or NULL). `nonce` NULL: a new one. */
+struct cprd__call cprd__call_of(const cprd_claim *t, const char *verb, const void *nonce);
+/* Adds fields. `format` has for each a key and the type of an argument: "s" a text, "b" 16 bytes,
+ * "d" a double, "f" a flag, "n" what the flag is not (int), "u" a uint64_t. NULL and 0 are left
+ * out, so that the default counts; but for "U", a uint64_t that may be 0. */
 void cprd__fields(struct cprd__call *call, const char *format, ...);
 /* Sends a request, again where the connection is lost. Returns what cprd says, or UNAVAILABLE,
  * TIMEOUT. */
 int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a);
+void cprd__hang_up(cprd *c);
 uint64_t cprd__connects(cprd *c); /* the number of the connection; 0: cprd has ended it */
-uint64_t cprd__cookie_of(cprd *c);
 int cprd__no_fd(const struct cprd__answer *a); /* why an answer brought no descriptor */
-/* `load` or `live`. The ticket is to be closed in any case. */
-int cprd__claim(struct cprd__ticket *t, cprd *c, const char *verb, const char *name,
+/* `load`, `live` or `wait`. The claim is to be closed in any case. */
+int cprd__claim(cprd_claim *t, cprd *c, const char *verb, const char *name,
                 const struct cprd_load_options *options, const struct cprd__packed *packed,
                 struct cprd__answer *a);
-void cprd__set(struct cprd__ticket *t, const struct cprd__answer *a); /* what the answer gave */
+void cprd__set(cprd_claim *t, const struct cprd__answer *a); /* what the answer gave */
 /* commit, abort, confirm, reject. `cause`: the error for which this process cannot read a state. */
-int cprd__end(struct cprd__ticket *t, const char *verb, const char *why, int cause,
-              struct cprd__answer *a);
-int cprd__give_back(struct cprd__ticket *t, int cause); /* unless ended; returns `cause` */
-void cprd__close(struct cprd__ticket *t);
-/* As cprd_unpack, of a live hold; NULL where cprd_live.c is not linked. */
+int cprd__end(cprd_claim *t, const char *verb, const char *why, int cause);
+/* Unless ended. Returns `cause`; FENCED where the claim was over before: then for that reason. */
+int cprd__give_back(cprd_claim *t, int cause);
+/* save, prepare, confirm_next. */
+int cprd__save(cprd_claim *t, const char *verb, const cprd_state *s,
+               const struct cprd_save_options *options, struct cprd_saved *out);
+int cprd__ended(cprd_claim *claim); /* by a request that was answered */
+void cprd__close(cprd_claim *t);    /* what belongs to it alone; not the state, nor the bundle */
+/* As cprd_unpack, of a live hold; NULL where cprd_live_read.c is not linked. */
 __attribute__((weak)) int cprd__unpack_live(int bundle, cprd_state **out);
+
+struct cprd__process {
+    int fd;              /* a pidfd, or -1 */
+    uint64_t pid, inode; /* as cprd is told. pid 0: has ended; inode 0: before Linux 6.9 */
+};
+/* NULL where cprd_more.c is not linked. */
+__attribute__((weak)) int cprd__name_process(const cprd *c, struct cprd__process *p);
+__attribute__((weak)) void cprd__say_ended(const cprd_claim *t, const struct cprd__process *p);
 #endif
 
 #ifdef __cplusplus

@@ -18,10 +18,10 @@ import pytest
 
 from cprd.bundle.unpack import unpack
 from cprd.errors import CprdError
-from cprd.linux.rights import close_all
+from cprd.linux.rights import close_all, send
 from cprd.live import reader
 from cprd.live.queue import make_pair
-from cprd.live.records import FD, HEADER, ROOT, deletion, encode
+from cprd.live.records import CHANGE, FD, HEADER, ROOT, SAVE, SNAPSHOT, deletion, encode
 from tests.c.building import Programs
 from tests.c.conftest import Build
 from tests.support.patience import PATIENCE
@@ -159,6 +159,21 @@ def test_a_record_with_an_entry_that_cannot_be_closes_nothing(built: Build) -> N
     assert c_says(built("sanitized"), [rx.fileno()], True) == ["Damaged"]
     tx.close()
     rx.close()
+
+
+def test_what_a_segment_ended_before_a_snapshot_stays_away(built: Build) -> None:
+    """The key lies in another segment."""
+    key = (FD, b"c", 0)
+    root, kept, ended = make_pair(), make_pair(), make_pair()
+    send(kept[0], encode(CHANGE, 1, 1, 0, [(SAVE, 1, key, b"")], 1), [root[0].fileno()])
+    send(ended[0], encode(CHANGE, 1, 2, 0, [deletion(key)], 0), [])
+    send(ended[0], encode(SNAPSHOT, 1, 3, 1, [], 0), [])
+    ends = [kept[1].fileno(), ended[1].fileno()]
+    send(root[0], encode(ROOT, 1, 4, 0, [], 2, ids=(1, 2), part=(1, 1)), ends)
+    said = built("sanitized").run("", "found", str(root[1].fileno()), fds=(root[1].fileno(),))
+    for end in (*root, *kept, *ended):
+        end.close()
+    assert said == "ok\n"
 
 
 # -- a cprd that says anything -------------------------------------------------------------------

@@ -4,7 +4,10 @@ again, on another connection, with the same nonce, and everything is done once."
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,3 +208,34 @@ def test_a_killed_cprd_is_waited_for_and_asked_again(
     with daemon.connect() as connection:
         assert held(connection) == [("held", 0)]
         assert str(connection.list()[0]["generation"]) in said[0]
+
+
+@pytest.mark.parametrize("verb", ["load", "live"])
+def test_a_claim_that_ends_by_force_while_it_is_read_is_fenced_and_no_damage(
+    daemon: DaemonProcess, built: Build, verb: str
+) -> None:
+    """cprd empties the bundle of a hold that is dropped."""
+    reading, writing = os.pipe()
+    with daemon.connect() as connection:
+        state = cprd.State()
+        state.save_fd("old", 0, reading)
+        connection.save(NAME, state)
+        client = subprocess.Popen(
+            [built("pause").command, verb, NAME],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "CPRD_SOCKET": daemon.path, "CPRD_PAUSE": f"{verb}:answered"},
+        )
+        stops(client.pid)
+        connection.drop(NAME, force=True)
+        close_all([reading])
+        ended = select.poll()
+        ended.register(writing, 0)
+        assert ended.poll(PATIENCE * 1000)  # nobody has the reading end: the bundle is empty
+        os.kill(client.pid, signal.SIGCONT)
+        _, said = client.communicate(timeout=PATIENCE)
+    close_all([writing])
+    assert client.returncode == 1
+    assert said.startswith("cprd-c: Fenced: ")

@@ -45,7 +45,8 @@ def together(tmp_path_factory: pytest.TempPathFactory, built: Build) -> Together
             options = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE}", "-g", "-pthread"]
             if sanitizers:
                 options += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-            library = [SOURCE / "cprd.c", SOURCE / "cprd_live.c"]
+            parts = ("cprd", "cprd_more", "cprd_live", "cprd_live_read")
+            library = [SOURCE / f"{part}.c" for part in parts]
             if sanitizers == MEMORY:
                 library = [built("sanitized").place / "libcprd.a"]
             sources = map(str, [CHECKOUT / "tests/c/together.c", *library])
@@ -153,6 +154,17 @@ def test_what_ended_at_a_limit_stays_away(together: Together, killed: bool) -> N
     found.close()
     assert parked(root) > 5 if killed else parked(root) == 5
     root.close()
+
+
+def test_a_lock_of_a_file_that_is_kept_stays(together: Together) -> None:
+    root = Root()
+    ends = [root.tx.fileno(), root.rx.fileno()]
+    command = [together(MEMORY), "lock", *map(str, ends)]
+    done = subprocess.run(
+        command, pass_fds=ends, capture_output=True, text=True, timeout=patience(60), check=False
+    )
+    root.close()
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr
 
 
 # -- processes by pidfd ---------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from tests.support.patience import PATIENCE
 pytestmark = pytest.mark.xdist_group("c")
 
 
-MOST_LINES = {"cprd.c": 1265, "cprd_live.c": 937, "vmm.c": 99}
-"""Wanted: 900 for cprd.c, 500 for cprd_live.c."""
+MOST_LINES = {"cprd.c": 1089, "cprd_live.c": 495, "cprd_live_read.c": 435, "vmm.c": 99}
+"""Wanted: 900 for cprd.c."""
 
 
 def test_one_file_is_enough_for_saved_states(tmp_path: Path) -> None:
@@ -32,9 +32,10 @@ def test_one_file_is_enough_for_saved_states(tmp_path: Path) -> None:
     subprocess.run(["cc", *options, *sources, "-pthread"], check=True, timeout=PATIENCE)
 
 
-def test_the_library_is_a_header_and_two_files_in_lines_that_fit() -> None:
+def test_the_library_is_few_files_in_lines_that_fit() -> None:
     assert {path.name for path in SOURCE.glob("*.[ch]")} == {
-        *("cprd.h", "cprd.c", "cprd_live.c", "command.c", "vmm.c")
+        *("cprd.h", "cprd.c", "cprd_more.c", "cprd_live.h", "cprd_live.c", "cprd_live_read.c"),
+        *("command.c", "vmm.c"),
     }
     for path in SOURCE.glob("*.[ch]"):
         for number, line in enumerate(path.read_text().splitlines(), 1):

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "cprd.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -252,8 +253,8 @@ static void end_at_the_limit(int tx, int rx) {
     for (int n = 0; n < 200; n++) top = dup(event);
     struct rlimit limit = {(rlim_t)top + 1, (rlim_t)top + 1};
     CHECK(!setrlimit(RLIMIT_NOFILE, &limit));
-    while (dup(event) >= 0) continue;
     for (int n = 0; n < 395; n++) {
+        while (dup(event) >= 0) continue; /* whatever the delete before has let go of */
         int rc = cprd_live_delete_fd(live, "key", n * 17 % 400);
         CHECK(!rc || (rc == CPRD_LIMIT_EXCEEDED && strstr(cprd_last()->text, "change counts")));
     }
@@ -264,6 +265,38 @@ static void end_at_the_limit(int tx, int rx) {
     for (int fd = top; fd > top - 100; fd--) close(fd);
     CHECK(!cprd_live_settle(live) && cprd_live_kept(live) == 5);
     cprd_live_close(live);
+    close(event);
+}
+
+static int is_locked(int file) { /* for others */
+    pid_t child = fork();
+    int status;
+    if (!child) {
+        struct flock lock = {.l_type = F_WRLCK};
+        _exit(!fcntl(file, F_GETLK, &lock) && lock.l_type != F_UNLCK);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+/* A file that is kept, and locked: no close of a copy in this process ends the POSIX lock. */
+static void keep_a_lock(int tx, int rx) {
+    cprd_live *live;
+    struct flock lock = {.l_type = F_WRLCK};
+    int event = eventfd(0, EFD_CLOEXEC), file = open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    struct cprd_live_change changes[] = {{.op = CPRD_REPLACE_FD, .name = "file", .fd = file},
+                                         {.op = CPRD_REPLACE_FD, .name = "key", .fd = event},
+                                         {.op = CPRD_DELETE_FD, .name = "key", .id = 1}};
+    CHECK(!cprd_live_begin(tx, rx, 77, &live) && !fcntl(file, F_SETLK, &lock) && is_locked(file));
+    for (int n = 0; n < 300; n++) {
+        changes[2].id = n / 2 + 1;
+        CHECK(!cprd_live_save_fd(live, "key", n + 1000, event));
+        CHECK(!cprd_live_change(live, changes, 3));
+        CHECK(!cprd_live_delete_fd(live, "key", n / 2 + 1000));
+    }
+    CHECK(is_locked(file) && !cprd_live_delete_fd(live, "file", 0) && is_locked(file));
+    cprd_live_close(live);
+    close(file);
     close(event);
 }
 
@@ -282,6 +315,7 @@ int main(int argc, char **argv) {
     } else if (!strcmp(what, "changes") && argc == 5)
         change_often(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
     else if (!strcmp(what, "limit") && argc == 4) end_at_the_limit(atoi(argv[2]), atoi(argv[3]));
+    else if (!strcmp(what, "lock") && argc == 4) keep_a_lock(atoi(argv[2]), atoi(argv[3]));
     else return 2;
     puts("ok");
     return 0;
