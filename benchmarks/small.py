@@ -225,7 +225,7 @@ def rate(rounds: int) -> bool:
 def compiled(place: str) -> str:
     """small_client.c with the C client."""
     program, sources = os.path.join(place, "client"), os.path.join(HERE, "../examples/c")
-    parts = ("cprd", "cprd_more", "cprd_live", "cprd_live_read")
+    parts = ("cprd", "cprd_live")
     command = [os.environ.get("CC", "cc"), "-O2", "-I", sources, "-o", program]
     command += [os.path.join(sources, f"{part}.c") for part in parts]
     command += [os.path.join(HERE, "small_client.c"), "-lm", "-pthread"]

@@ -1,5 +1,5 @@
-/* States, bundles, requests. cprd.h says how to use them, docs/protocol.md and docs/bundle.md have
- * the bytes. */
+/* Requests, and what states (parts/state.c) and live holds share with these. cprd.h says how to use
+ * them, docs/protocol.md and docs/bundle.md have the bytes. */
 #define _GNU_SOURCE
 #define CPRD_INTERNAL
 #include "cprd.h"
@@ -21,6 +21,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -237,6 +238,17 @@ int cprd__is_sealed(int memfd) {
     return seals >= 0 && (seals & SEALS) == SEALS;
 }
 
+int cprd__fdinfo(int fd, const char *key, long *value) {
+    char path[64], info[1024] = "";
+    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file >= 0 && read(file, info, sizeof info - 1) < 0) *info = 0;
+    if (file >= 0) close(file);
+    const char *found = strstr(info, key);
+    *value = found ? strtol(found + strlen(key), NULL, 10) : 0;
+    return found != NULL;
+}
+
 int cprd__memfd(const char *name, const void *data, size_t size, int *out) {
     const char *label = strlen(name) < 250 ? name : "cprd-section"; /* has a limit of its own */
     size_t done = 0;
@@ -251,419 +263,7 @@ int cprd__memfd(const char *name, const void *data, size_t size, int *out) {
     return CPRD_LIMIT_EXCEEDED;
 }
 
-/* -- a state ----------------------------------------------------------------------------------- */
-
-struct item {
-    struct cprd__key key;
-    struct cprd_item known; /* to programs */
-    int owned;              /* the descriptor */
-    size_t place;           /* in the order of adding */
-    char text[];            /* data that is not mapped, and the name */
-};
-struct cprd_state {
-    struct cprd__key *keys;   /* the top of all */
-    struct cprd__bytes items; /* pointers, in order */
-    size_t sections;
-};
-
-static size_t count_of(const cprd_state *s) { return s->items.size / sizeof(struct item *); }
-static struct item **at(const cprd_state *s, size_t n) { return (struct item **)s->items.at + n; }
-
-cprd_state *cprd_state_new(void) { return calloc(1, sizeof(cprd_state)); }
-
-static void item_free(struct item *item) {
-    if (item->known.is_section && item->known.fd >= 0 && item->known.size)
-        munmap((void *)(uintptr_t)item->known.data, item->known.size);
-    if (item->owned) cprd__close_all(&item->known.fd, 1);
-    free(item);
-}
-
-void cprd_state_free(cprd_state *s) {
-    if (!s) return;
-    for (size_t n = 0; n < count_of(s); n++) item_free(*at(s, n));
-    free(s->items.at);
-    free(s);
-}
-
-/* All bytes of a memfd; privately, for no sealed one can be shared before Linux 6.7. */
-static int map(int memfd, const void **data, size_t *size) {
-    struct stat there = {.st_size = 0};
-    fstat(memfd, &there);
-    *size = (size_t)there.st_size;
-    *data = *size ? mmap(NULL, *size, PROT_READ, MAP_PRIVATE, memfd, 0) : NULL;
-    if (*data == MAP_FAILED) *size = 0;
-    return *data == MAP_FAILED ? cprd__no_memory() : CPRD_OK;
-}
-
-int cprd__add(cprd_state *s, const struct cprd__key *key, int fd, int owned, const void *data,
-              size_t size, int packed) {
-    int is_section = key->space == CPRD__SECTION;
-    if (cprd__check_name(key)) return cprd__last.code;
-    struct cprd__key **slot = cprd__slot(&s->keys, key);
-    struct item *old = (struct item *)*slot;
-    if (old && (owned || !is_section))
-        return cprd__fail(CPRD_INVALID_INPUT, "key (%s, %d) is used already", old->key.name,
-                          old->key.id);
-    struct item *item = calloc(1, sizeof *item + size + key->length + 1);
-    if (!item) return cprd__no_memory();
-    item->key = old ? old->key : *key; /* with all below */
-    item->key.name = memcpy(item->text + size, key->name, key->length);
-    item->known = (struct cprd_item){is_section, item->key.name, key->id, fd, packed != 0,
-                                     size ? memcpy(item->text, data, size) : item->text, size};
-    item->place = old ? old->place : count_of(s);
-    int rc = is_section && fd >= 0 ? map(fd, &item->known.data, &item->known.size) : CPRD_OK;
-    if (!rc && !old) cprd__put(&s->items, &item, sizeof item);
-    if (rc || s->items.failed) {
-        item_free(item);
-        return cprd__no_memory();
-    }
-    item->owned = owned;
-    *at(s, item->place) = item;
-    *slot = &item->key;
-    s->sections += !old && is_section;
-    if (old) item_free(old);
-    return CPRD_OK;
-}
-
-/* What a program adds; borrowed. */
-static int add(cprd_state *s, int space, const char *name, int32_t id, int fd, const void *data,
-               size_t size, int packed) {
-    struct cprd__key key = cprd__key(space, name, strlen(name), id);
-    return cprd__add(s, &key, fd, 0, data, size, packed);
-}
-
-int cprd_add_fd(cprd_state *s, const char *name, int32_t id, int fd) {
-    if (fcntl(fd, F_GETFD) >= 0) return add(s, CPRD__FD, name, id, fd, NULL, 0, 0);
-    return cprd__fail(CPRD_INVALID_INPUT, "fd %d of (%s, %d) is not open", fd, name, id);
-}
-
-int cprd_add_section(cprd_state *s, const char *name, const void *data, size_t size, int packed) {
-    return add(s, CPRD__SECTION, name, 0, -1, data, size, packed);
-}
-
-int cprd_add_memfd(cprd_state *s, const char *name, int memfd, int packed) {
-    if (cprd__is_sealed(memfd)) return add(s, CPRD__SECTION, name, 0, memfd, NULL, 0, packed);
-    return cprd__fail(CPRD_INVALID_INPUT, "section '%s': fd %d is no memfd with all four seals"
-                      " (F_SEAL_SEAL, SHRINK, GROW, WRITE)", name, memfd);
-}
-
-const struct cprd_item *cprd_item_at(const cprd_state *s, size_t index) {
-    return index < count_of(s) ? &(*at(s, index))->known : NULL;
-}
-
-static struct cprd_item *find(const cprd_state *s, int space, const char *name, int32_t id) {
-    struct cprd__key key = cprd__key(space, name, strlen(name), id), *top = s->keys;
-    struct item *item = (struct item *)*cprd__slot(&top, &key);
-    return item ? &item->known : NULL;
-}
-
-const struct cprd_item *cprd_find_section(const cprd_state *s, const char *name) {
-    return find(s, CPRD__SECTION, name, 0);
-}
-
-int cprd_find_fd(const cprd_state *s, const char *name, int32_t id) {
-    const struct cprd_item *item = find(s, CPRD__FD, name, id);
-    return item ? item->fd : -1;
-}
-
-int cprd_take_fd(cprd_state *s, const char *name, int32_t id) {
-    struct cprd_item *item = find(s, CPRD__FD, name, id);
-    int fd = item ? item->fd : -1;
-    if (item) item->fd = -1;
-    return fd;
-}
-
-/* -- msgpack: as much as cprd and bundles take ------------------------------------------------- */
-
-static void put_big(unsigned char *to, uint64_t value, int width) {
-    for (; width--; value >>= 8) to[width] = (unsigned char)value;
-}
-
-static void put_number(struct cprd__bytes *b, int type, uint64_t value, int width) {
-    unsigned char data[9] = {(unsigned char)type};
-    put_big(data + 1, value, width);
-    cprd__put(b, data, 1 + (size_t)width);
-}
-
-static void put_data(struct cprd__bytes *b, int type, const void *data, size_t size) {
-    put_number(b, type, size, 4);
-    cprd__put(b, data, size);
-}
-
-static void put_text(struct cprd__bytes *b, const char *s) { put_data(b, 0xdb, s, strlen(s)); }
-
-static uint64_t take(struct reader *r, int width) {
-    uint64_t value = 0;
-    if (r->end - r->at < width) r->bad = 1;
-    while (width-- && !r->bad) value = value << 8 | *r->at++;
-    return value;
-}
-
-/* The head of the next value; text and binary with their bytes. */
-struct value cprd__next(struct reader *r) {
-    static const char kinds[] = "n-uuxxx---fduuuuuuuu-----tttaamm"; /* of types from 0xc0 on */
-    static const char widths[] = "00001240004812481248000001242424";
-    unsigned type = (unsigned)take(r, 1), n = type & 31;
-    struct value v = {.kind = NUMBER, .number = (uint64_t)(int8_t)type};
-    if (type >= 0xc0 && type < 0xe0) {
-        v.kind = (enum kind)kinds[n];
-        v.number = take(r, widths[n] - '0');
-    } else if (type >= 0x80 && type < 0xc0) {
-        v.kind = type < 0x90 ? MAP : type < 0xa0 ? ARRAY : TEXT;
-        v.number = type < 0xa0 ? type & 15 : n;
-    }
-    if (type == 0xc3) v.number = 1;
-    v.data = r->at;
-    v.end = r->end;
-    if (v.kind == TEXT || v.kind == BINARY) {
-        r->bad |= (uint64_t)(r->end - r->at) < v.number;
-        r->at += r->bad ? 0 : v.number;
-    }
-    r->bad |= v.kind == BAD;
-    return r->bad ? (struct value){.kind = NIL} : v;
-}
-
-static int is(const struct value *v, const char *text) {
-    return v->kind == TEXT && v->number == strlen(text) && !memcmp(v->data, text, v->number);
-}
-
-/* All that is in `v`, which was read last. */
-void cprd__skip(struct reader *r, struct value v) {
-    for (uint64_t left = 1; left && !r->bad; left--) {
-        left += v.kind == MAP ? 2 * v.number : v.kind == ARRAY ? v.number : 0;
-        if (left > 1) v = cprd__next(r);
-    }
-}
-
-/* The value of a key in a map, or nil. What is not known is passed over. */
-struct value cprd__get(struct value map, const char *key) {
-    struct reader r = {map.data, map.end, map.kind != MAP};
-    while (!r.bad && map.number--) {
-        struct value name = cprd__next(&r), v = cprd__next(&r);
-        if (is(&name, key)) return v;
-        cprd__skip(&r, v);
-    }
-    return (struct value){.kind = NIL};
-}
-
-uint64_t cprd__number(struct value map, const char *key, uint64_t otherwise) {
-    struct value v = cprd__get(map, key);
-    return v.kind == NUMBER ? v.number : otherwise;
-}
-
-void cprd__text(struct value map, const char *key, char *to, size_t room) {
-    struct value v = cprd__get(map, key);
-    size_t size = v.kind != TEXT ? 0 : v.number < room ? v.number : room - 1;
-    if (size) memcpy(to, v.data, size);
-    to[size] = 0;
-}
-
-/* -- a bundle ---------------------------------------------------------------------------------- */
-
-static const char *const PARTS[] = {"sections", "ids", "names"}; /* of the manifest */
-
-static void make_header(unsigned char *header, int depth, size_t here, size_t total, uint64_t size,
-                        uint64_t index) {
-    struct cprd__bytes b = {header, 0, CPRD__HEADER, 0};
-    cprd__put(&b, depth ? "CPRB\1\0\2" : "CPRB\1\0\1", 7);
-    cprd__put_little(&b, (uint64_t)depth, 1);
-    cprd__put_little(&b, here, 4);
-    cprd__put_little(&b, total, 4);
-    cprd__put_little(&b, size, 8);
-    cprd__put_little(&b, index, 8);
-}
-
-/* `parts`: of the manifest: sections, ids, names. `ours`: the cookie of the connection. */
-static int pack_item(const struct cprd_item *item, uint64_t ours, struct cprd__packed *p,
-                     struct cprd__bytes *parts) {
-    int fd = item->fd;
-    if (item->is_section) {
-        if (fd < 0 && item->size > INLINE) {
-            if (cprd__memfd(item->name, item->data, item->size, &fd)) return cprd__last.code;
-            p->made[p->made_count++] = fd;
-        }
-        p->size += item->size;
-        put_number(parts, 0x94, 0, 0);
-        put_text(parts, item->name);
-        put_number(parts, item->packed, 0, 0);
-        put_number(parts, fd >= 0, 0, 0);
-        put_data(parts, 0xc6, item->data, fd < 0 ? item->size : 0);
-    } else {
-        if (fd < 0 || (ours && cprd__cookie(fd) == ours))
-            return cprd__fail(CPRD_INVALID_INPUT, "fd %d of (%s, %d) was taken, or is the"
-                              " connection to cprd itself", fd, item->name, item->id);
-        cprd__put(&parts[2], "", p->fd_count++ > 0); /* a NUL between */
-        cprd__put(&parts[2], item->name, strlen(item->name));
-        cprd__put_little(&parts[1], (uint32_t)item->id, 4);
-    }
-    if (fd >= 0) p->fds[p->parked++] = fd;
-    return CPRD_OK;
-}
-
-/* Queues of 253 descriptors each, in the place of these, until one message is enough. */
-static int pack_tree(struct cprd__packed *p) {
-    const size_t most = CPRD__SCM_MAX, total = p->parked;
-    for (size_t below = 1; p->parked > most; below *= most, p->depth++) { /* one has so many */
-        size_t above = 0;
-        if (p->depth == 2) return cprd__fail(CPRD_LIMIT_EXCEEDED, "too many descriptors");
-        for (size_t start = 0; start < p->parked; start += most, above++) {
-            size_t left = p->parked - start, here = left < most ? left : most;
-            size_t rest = total - start * below, under = here * below;
-            unsigned char header[CPRD__HEADER];
-            int tx = -1, rx = -1;
-            make_header(header, p->depth, here, under < rest ? under : rest, 0, above);
-            if (cprd__pair(&tx, &rx)) return cprd__last.code;
-            p->made[p->made_count++] = rx;
-            int error = cprd__send(tx, header, CPRD__HEADER, p->fds + start, here);
-            close(tx);
-            if (error) return cprd__explain(error);
-            cprd__point("pack:sent");
-            p->fds[above] = rx; /* what lay there is parked by now */
-        }
-        p->parked = above;
-    }
-    make_header(p->header, p->depth, p->parked, total, p->size, 0);
-    return CPRD_OK;
-}
-
-/* The manifest, memfds of sections, and the descriptors under keys, in a tree. */
-static int pack(const cprd_state *s, uint64_t ours, struct cprd__packed *p) {
-    struct cprd__bytes parts[4] = {{0}}, *manifest = &parts[3];
-    int rc = CPRD_OK;
-    *p = (struct cprd__packed){.fds = calloc(count_of(s) + 1, sizeof(int)), .parked = 1};
-    p->made = calloc(2 * count_of(s) + 2, sizeof(int));
-    if (!p->fds || !p->made) return cprd__no_memory();
-    for (int is_section = 1; is_section >= 0; is_section--)
-        for (size_t n = 0; n < count_of(s) && !rc; n++)
-            if ((*at(s, n))->known.is_section == is_section)
-                rc = pack_item(&(*at(s, n))->known, ours, p, parts);
-    put_number(manifest, 0x83, 0, 0);
-    for (int n = 0; n < 3; n++) {
-        put_text(manifest, PARTS[n]);
-        put_number(manifest, n ? 0xc6 : 0xdd, n ? parts[n].size : s->sections, 4);
-        cprd__put(manifest, parts[n].at, parts[n].size);
-        manifest->failed |= parts[n].failed;
-        free(parts[n].at);
-    }
-    if (!rc && manifest->failed) rc = cprd__no_memory();
-    if (!rc && (manifest->size > MAX_MANIFEST || s->sections > MAX_SECTIONS))
-        rc = cprd__fail(CPRD_LIMIT_EXCEEDED, "keys and small sections exceed %d bytes, or more than"
-                        " %d sections", MAX_MANIFEST, MAX_SECTIONS);
-    if (!rc) rc = cprd__memfd("cprd-manifest", manifest->at, manifest->size, &p->fds[0]);
-    if (!rc) p->made[p->made_count++] = p->fds[0];
-    free(manifest->at);
-    if (!rc) cprd__point("pack:manifest");
-    return rc ? rc : pack_tree(p);
-}
-
-static int damaged(const char *why) {
-    return cprd__fail(CPRD_DAMAGED, "the bundle is not whole: %s", why);
-}
-
-/* One node of a bundle, and all below; its descriptors are appended to `out`. `parent`: the depth
- * that the parent has; 0: the root. */
-static int peek_node(int sock, int parent, uint64_t index, struct cprd__bytes *out) {
-    unsigned char h[CPRD__HEADER + 1] = {0};
-    int fds[CPRD__SCM_MAX], flags = MSG_PEEK, off = -1, rc = CPRD_OK;
-    size_t count, used = 0, before = out->size;
-    setsockopt(sock, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof off);
-    long got = cprd__receive(sock, h, sizeof h, fds, &count, &flags);
-    size_t here = cprd__little(h + 8, 4), total = cprd__little(h + 12, 4);
-    int version = (int)cprd__little(h + 4, 2), depth = h[7];
-    if (got >= 6 && !memcmp(h, "CPRB", 4) && version != 1)
-        rc = cprd__fail(CPRD_BUSY, "a bundle of version %d; this program reads version 1 (with"
-                        " cprd_live.c 2, a live hold)", version);
-    else if (got != CPRD__HEADER || memcmp(h, "CPRB", 4) || cprd__waiting(sock) != CPRD__HEADER ||
-             depth > 2 || h[6] != (depth ? 2 : 1) || (depth ? total < here : total != here) ||
-             (parent && (depth != parent - 1 || cprd__little(h + 24, 8) != index)))
-        rc = damaged("a part has no header that makes sense");
-    else if (flags & MSG_CTRUNC) rc = cprd__no_room("to load (what is held stays held)");
-    else if (!here || count != here) rc = damaged("a part lacks what it says");
-    else rc = cprd__room_for(total + 8); /* and what a program opens next */
-    if (!rc && !depth) cprd__put(out, fds, count * sizeof *fds);
-    if (!rc && out->failed) rc = cprd__no_memory();
-    if (!rc && !depth) used = count;
-    for (; !rc && used < count; used++) {
-        rc = peek_node(fds[used], depth, used, out);
-        close(fds[used]);
-    }
-    if (!rc && out->size - before != total * sizeof *fds)
-        rc = damaged("it has other descriptors than it says");
-    cprd__close_all(fds + used, count - used);
-    return rc;
-}
-
-/* The array of sections. Of memfds, *fds is the next; -1 as soon as the state owns it. */
-static int read_sections(cprd_state *s, struct value list, int **fds, const int *end) {
-    struct reader r = {list.data, list.end, list.kind != ARRAY || list.number > MAX_SECTIONS};
-    for (; list.number && !r.bad; list.number--) {
-        struct value one = cprd__next(&r), name = cprd__next(&r), packed = cprd__next(&r);
-        struct value by = cprd__next(&r), data = cprd__next(&r);
-        int memfd = by.number && *fds < end ? **fds : -1;
-        if (one.kind != ARRAY || one.number != 4 || name.kind != TEXT || packed.kind != NUMBER ||
-            by.kind != NUMBER || data.kind != BINARY || (by.number && !cprd__is_sealed(memfd)))
-            break;
-        struct cprd__key key = cprd__key(CPRD__SECTION, name.data, name.number, 0);
-        size_t size = by.number ? 0 : data.number;
-        if (cprd__add(s, &key, memfd, 1, data.data, size, packed.number != 0))
-            return cprd__last.code;
-        if (by.number) *(*fds)++ = -1;
-    }
-    return list.number || r.bad ? damaged("its sections cannot be read") : CPRD_OK;
-}
-
-/* The state of the descriptors of a bundle, the manifest apart. */
-static int read_manifest(cprd_state *s, struct reader r, int *fds, const int *last) {
-    struct value map = cprd__next(&r), of[3] = {{.kind = ARRAY}, {.kind = NIL}, {.kind = NIL}};
-    if (map.kind != MAP || map.number > 16) r.bad = 1;
-    for (; map.number && !r.bad; map.number--) {
-        struct value part = cprd__next(&r), v = cprd__next(&r);
-        if (part.kind == ARRAY || part.kind == MAP) r.bad = 1;
-        if (part.kind == TEXT && !is_utf8(part.data, part.number)) r.bad = 1;
-        for (int n = 0; n < 3; n++)
-            if (is(&part, PARTS[n])) of[n] = v;
-        cprd__skip(&r, v); /* another one is of a later version */
-    }
-    const struct value ids = of[1], names = of[2];
-    if (r.bad || r.at != r.end) return damaged("the manifest cannot be read");
-    if (read_sections(s, of[0], &fds, last)) return cprd__last.code;
-    size_t left = (size_t)(last - fds);
-    if (names.kind != BINARY || ids.kind != BINARY || ids.number != 4 * left ||
-        (!left && names.number))
-        return damaged("the manifest names other descriptors than there are");
-    const char *name = (const char *)names.data, *end = name + names.number;
-    for (const unsigned char *id = ids.data; left; left--, id += 4) {
-        const char *nul = memchr(name, 0, (size_t)(end - name)), *stop = nul ? nul : end;
-        if (!nul != (left == 1)) return damaged("the manifest does not name all descriptors");
-        struct cprd__key key =
-            cprd__key(CPRD__FD, name, (size_t)(stop - name), (int32_t)cprd__little(id, 4));
-        if (cprd__add(s, &key, *fds, 1, NULL, 0, 0)) return cprd__last.code;
-        *fds++ = -1;
-        name = stop + 1;
-    }
-    return CPRD_OK;
-}
-
-int cprd_unpack(int bundle, cprd_state **out) {
-    struct cprd__bytes found = {0};
-    const void *data = NULL;
-    size_t size = 0;
-    cprd_state *s = cprd_state_new();
-    int rc = s ? peek_node(bundle, 0, 0, &found) : cprd__no_memory(), *fds = (int *)found.at;
-    size_t count = found.size / sizeof *fds;
-    cprd__point("load:peeked");
-    if (!rc && cprd__is_sealed(*fds)) rc = map(*fds, &data, &size);
-    if (!rc && (!size || size > MAX_MANIFEST)) rc = damaged("the manifest is not a sealed memfd");
-    struct reader r = {data, size ? (const unsigned char *)data + size : NULL, 0};
-    if (!rc) rc = read_manifest(s, r, fds + 1, fds + count);
-    if (rc == CPRD_INVALID_INPUT) rc = cprd__fail(CPRD_DAMAGED, "%s", cprd__last.text);
-    if (size) munmap((void *)(uintptr_t)data, size);
-    cprd__close_all(fds, count); /* what the state does not own */
-    free(found.at);
-    if (rc) cprd_state_free(s);
-    else *out = s;
-    return rc;
-}
+#include "parts/state.c"
 
 /* -- requests --------------------------------------------------------------------------------- */
 
@@ -678,7 +278,7 @@ static double now(void) {
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-void cprd__hang_up(cprd *c) {
+static void hang_up(cprd *c) {
     if (c->sock >= 0) close(c->sock);
     c->sock = -1;
 }
@@ -727,12 +327,12 @@ static int await(const cprd *c, double until) {
 
 /* The error that an answer is. */
 static int refused(const struct cprd__answer *a) {
-    struct value until = cprd__get(a->of, "until");
+    struct value until = get(a->of, "until");
     struct cprd_error said = {.code = CPRD_ERROR, .until = -1};
     char error[32];
-    cprd__text(a->of, "error", error, sizeof error);
-    cprd__text(a->of, "why", said.text, sizeof said.text);
-    cprd__text(a->of, "phase", said.phase, sizeof said.phase);
+    text(a->of, "error", error, sizeof error);
+    text(a->of, "why", said.text, sizeof said.text);
+    text(a->of, "phase", said.phase, sizeof said.phase);
     said.pid = (int64_t)cprd__number(a->of, "pid", UINT64_MAX);
     if (until.kind == DOUBLE) said.until = (union real){.bits = until.number}.value;
     if (until.kind == NUMBER) said.until = (double)until.number;
@@ -761,18 +361,18 @@ static int ask(cprd *c, struct cprd__call *call, double until, struct cprd__answ
         RAISED(got = cprd__receive(c->sock, a->bytes, sizeof a->bytes, fds, &count, &flags));
         if (got <= 0) return LOST;
         struct reader r = {a->bytes, a->bytes + got, (flags & MSG_TRUNC) != 0};
-        struct value all = cprd__next(&r), ok = cprd__get(all, "ok");
-        cprd__skip(&r, all);
+        struct value all = next(&r), ok = get(all, "ok");
+        skip(&r, all);
         a->of = ok.kind == MAP ? ok : all;
         a->cut = (flags & MSG_CTRUNC) != 0;
         a->fd = count ? fds[0] : -1;
         if (count) cprd__close_all(fds + 1, count - 1);
         uint64_t id = cprd__number(all, "id", c->id);
         if (!r.bad && id == c->id && ok.kind == MAP) return CPRD_OK;
-        if (!r.bad && id == c->id && cprd__get(all, "error").kind == TEXT) return refused(a);
+        if (!r.bad && id == c->id && get(all, "error").kind == TEXT) return refused(a);
         cprd__close_all(&a->fd, 1);
         if (!r.bad && id != c->id) continue; /* to a request given up */
-        cprd__hang_up(c);
+        hang_up(c);
         return cprd__fail(CPRD_PROTOCOL_ERROR, "an answer of cprd that cannot be read");
     }
 }
@@ -793,7 +393,7 @@ static int greet(cprd *c, double until, struct cprd__answer *a) {
     if (!rc && cprd__number(a->of, "version", 0) != VERSION)
         rc = cprd__fail(CPRD_PROTOCOL_ERROR, "cprd speaks another version of the protocol than"
                         " this program, which speaks %d", VERSION);
-    if (rc) cprd__hang_up(c);
+    if (rc) hang_up(c);
     c->cookie = cprd__cookie(c->sock);
     c->pid = rc ? 0 : cprd__number(a->of, "pid", 0);
     c->connects += !rc;
@@ -840,7 +440,7 @@ int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a) {
         if (!rc) away = 0;
         if (!rc && (call->m.size || call->m.failed))
             rc = (call->packed ? ask_parked : ask)(c, call, until, a);
-        if (rc == LOST) cprd__hang_up(c);
+        if (rc == LOST) hang_up(c);
         if (rc == LOST) cprd__fail(CPRD_UNAVAILABLE, "no answer: the connection is lost");
         if (!away) away = now();
         if ((rc != LOST && (rc != CPRD_UNAVAILABLE || !c->connects)) || now() >= until ||
@@ -854,6 +454,16 @@ int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a) {
 out:
     free(call->m.at);
     return rc;
+}
+
+uint64_t cprd__connects(cprd *c) {
+    char byte;
+    pthread_mutex_lock(&c->lock);
+    ssize_t got = recv(c->sock, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    if (!got || (got < 0 && errno != EAGAIN)) hang_up(c); /* cprd has ended */
+    uint64_t connects = c->sock < 0 ? 0 : c->connects;
+    pthread_mutex_unlock(&c->lock);
+    return connects;
 }
 
 int cprd_connect(const char *path, cprd **out) {
@@ -875,7 +485,7 @@ int cprd_connect(const char *path, cprd **out) {
 }
 
 void cprd_close(cprd *c) {
-    if (c) cprd__hang_up(c);
+    if (c) hang_up(c);
     free(c);
 }
 
@@ -896,12 +506,12 @@ static int claim_init(cprd_claim *t, cprd *c, const char *name, double wait) {
 }
 
 void cprd__set(cprd_claim *t, const struct cprd__answer *a) {
-    struct value token = cprd__get(a->of, "token");
+    struct value token = get(a->of, "token");
     char kept[8];
     t->generation = cprd__number(a->of, "generation", 0);
     t->attempts = cprd__number(a->of, "attempts", 0);
-    cprd__text(a->of, "last_reject", t->last_reject, sizeof t->last_reject);
-    cprd__text(a->of, "kept", kept, sizeof kept);
+    text(a->of, "last_reject", t->last_reject, sizeof t->last_reject);
+    text(a->of, "kept", kept, sizeof kept);
     t->stored = !strcmp(kept, "store");
     t->over = 0;
     if (token.kind == BINARY && token.number == 16) memcpy(t->token, token.data, 16);
@@ -928,6 +538,14 @@ void cprd__close(cprd_claim *t) {
     free(t->name);
 }
 
+/* As long as the bundle is there, what was taken and closed since stays open. */
+static int ended(cprd_claim *t) {
+    t->over = 1;
+    cprd__close_all(&t->bundle, 1);
+    t->bundle = -1;
+    return CPRD_OK;
+}
+
 int cprd__end(cprd_claim *t, const char *verb, const char *why, int cause) {
     if (t->over) return cprd__fail(CPRD_FENCED, "%s: '%s' has ended already", verb, t->name);
     int second = !strcmp(verb, "reject") || !strcmp(verb, "abort");
@@ -939,15 +557,7 @@ int cprd__end(cprd_claim *t, const char *verb, const char *why, int cause) {
     cprd__fields(&call, "why s damaged f attempt n", why ? cut : NULL, cause == CPRD_DAMAGED,
                  cause != CPRD_DAMAGED && cause != CPRD_OK);
     int rc = cprd__request(t->c, &call, &a);
-    return rc ? rc : cprd__ended(t);
-}
-
-/* As long as the bundle is there, what was taken and closed since stays open. */
-int cprd__ended(cprd_claim *t) {
-    t->over = 1;
-    cprd__close_all(&t->bundle, 1);
-    t->bundle = -1;
-    return CPRD_OK;
+    return rc ? rc : ended(t);
 }
 
 int cprd__give_back(cprd_claim *t, int cause) {
@@ -960,17 +570,42 @@ int cprd__give_back(cprd_claim *t, int cause) {
     return cause;
 }
 
-/* Before the request, unless there is no pidfd. */
-static int name_process(const cprd *c, struct cprd__process *p) {
-    if (p->fd < 0 || cprd__name_process) return p->fd < 0 ? CPRD_OK : cprd__name_process(c, p);
-    return cprd__fail(CPRD_INVALID_INPUT, "link cprd_more.c for a process by its pidfd");
+struct process {
+    int fd;              /* a pidfd, or -1 */
+    uint64_t pid, inode; /* as cprd is told. pid 0: has ended; inode 0: before Linux 6.9 */
+};
+
+static int name_process(const cprd *c, struct process *p) {
+    struct stat there;
+    struct statfs system;
+    long pid;
+    if (p->fd < 0) return CPRD_OK;
+    if (!cprd__fdinfo(p->fd, "\nPid:", &pid) || fstat(p->fd, &there) || fstatfs(p->fd, &system))
+        return cprd__fail(CPRD_INVALID_INPUT, "descriptor %d is not a pidfd", p->fd);
+    if (pid < 0) return CPRD_OK;
+    p->pid = (uint64_t)pid;
+    p->inode = system.f_type == 0x50494446 ? there.st_ino : 0; /* PID_FS_MAGIC */
+    if (c->owner != getpid()) return CPRD_OK; /* the request says so */
+    if (pid && c->pid == (uint64_t)getpid()) return CPRD_OK;
+    return cprd__fail(CPRD_LIMIT_EXCEEDED, "cprd lives in another pid namespace, and cannot tell"
+                      " which process that is: let that process connect by itself");
+}
+
+/* Without an inode cprd may watch another process, which got the pid in between. */
+static void say_ended(const cprd_claim *t, const struct process *p) {
+    struct pollfd one = {p->fd, POLLIN, 0};
+    if (!p->pid || p->inode || poll(&one, 1, 0) <= 0) return;
+    struct cprd__answer a;
+    struct cprd__call call = cprd__call_of(NULL, "ended", NULL);
+    cprd__fields(&call, "name s generation U pid U", t->name, t->generation, p->pid);
+    cprd__request(t->c, &call, &a);
 }
 
 /* A new claim has no token to say. */
-int cprd__save(cprd_claim *t, const char *verb, const cprd_state *s,
+static int save(cprd_claim *t, const char *verb, const cprd_state *s,
                const struct cprd_save_options *options, struct cprd_saved *out) {
     struct cprd_save_options o = options ? *options : (struct cprd_save_options){.replace = 0};
-    struct cprd__process p = {.fd = o.after_exit == CPRD_AFTER_PROCESS ? o.process : -1};
+    struct process p = {.fd = o.after_exit == CPRD_AFTER_PROCESS ? o.process : -1};
     struct cprd__packed packed = {.fds = NULL};
     struct cprd__answer a;
     int rc = name_process(t->c, &p);
@@ -993,7 +628,7 @@ int cprd__save(cprd_claim *t, const char *verb, const cprd_state *s,
     free(packed.fds);
     if (rc) return rc;
     cprd__set(t, &a);
-    if (p.fd >= 0) cprd__say_ended(t, &p);
+    say_ended(t, &p);
     if (out) *out = (struct cprd_saved){t->generation, t->stored};
     return CPRD_OK;
 }
@@ -1001,7 +636,7 @@ int cprd__save(cprd_claim *t, const char *verb, const cprd_state *s,
 int cprd_save(cprd *c, const char *name, cprd_state *s, const struct cprd_save_options *options,
               struct cprd_saved *out) {
     cprd_claim t = {.c = c, .name = (char *)(uintptr_t)name, .over = 1};
-    return cprd__save(&t, "save", s, options, out);
+    return save(&t, "save", s, options, out);
 }
 
 int cprd_prepare(cprd *c, const char *name, cprd_state *s, const struct cprd_save_options *options,
@@ -1010,7 +645,7 @@ int cprd_prepare(cprd *c, const char *name, cprd_state *s, const struct cprd_sav
     if (!p) return cprd__no_memory();
     int rc = claim_init(p, c, name, 0);
     p->stays = 1;
-    if (!rc) rc = cprd__save(p, "prepare", s, options, NULL);
+    if (!rc) rc = save(p, "prepare", s, options, NULL);
     if (!rc) return CPRD_OK;
     cprd_claim_close(p);
     *out = NULL;
@@ -1042,7 +677,7 @@ uint64_t cprd_claim_attempts(const cprd_claim *claim) { return claim->attempts; 
 const char *cprd_claim_last_reject(const cprd_claim *claim) { return claim->last_reject; }
 
 int cprd_begin(cprd_claim *claim, int process) {
-    struct cprd__process p = {.fd = process};
+    struct process p = {.fd = process};
     struct cprd__answer a;
     if (name_process(claim->c, &p)) return cprd__last.code;
     if (process >= 0 && !p.pid)
@@ -1051,7 +686,7 @@ int cprd_begin(cprd_claim *claim, int process) {
     cprd__fields(&call, "pid u inode u", p.pid, p.inode);
     int rc = cprd__request(claim->c, &call, &a);
     if (!rc || rc == CPRD_UNAVAILABLE || rc == CPRD_TIMEOUT) claim->stays = 1; /* perhaps */
-    if (!rc && process >= 0) cprd__say_ended(claim, &p);
+    if (!rc) say_ended(claim, &p);
     return rc;
 }
 
@@ -1086,4 +721,54 @@ int cprd_wait(cprd *c, const char *name, double seconds, uint64_t *generation) {
     if (!rc && generation) *generation = t.generation;
     cprd__close(&t);
     return rc;
+}
+
+int cprd_renew(cprd_claim *claim, double lease) {
+    struct cprd__answer a;
+    struct cprd__call call = cprd__call_of(claim, "renew", NULL);
+    cprd__fields(&call, "lease d", lease);
+    return cprd__request(claim->c, &call, &a);
+}
+
+int cprd_confirm_next(cprd_claim *claim, cprd_state *next, const struct cprd_save_options *options,
+                      struct cprd_saved *out) {
+    if (claim->over)
+        return cprd__fail(CPRD_FENCED, "confirm: '%s' has ended already", claim->name);
+    int rc = save(claim, "confirm_next", next, options, out);
+    return rc ? rc : ended(claim);
+}
+
+static int forced(cprd *c, const char *verb, const char *name, int force) {
+    struct cprd__answer a;
+    struct cprd__call call = cprd__call_of(NULL, verb, NULL);
+    cprd__fields(&call, "name s force f", name, force);
+    return cprd__request(c, &call, &a);
+}
+
+int cprd_drop(cprd *c, const char *name, int force) { return forced(c, "drop", name, force); }
+int cprd_release(cprd *c, const char *name, int force) { return forced(c, "release", name, force); }
+
+int cprd_list(cprd *c, void (*each)(void *context, const struct cprd_row *row), void *context) {
+    uint64_t more = 0;
+    do {
+        struct cprd__answer a;
+        struct cprd__call call = cprd__call_of(NULL, "list", NULL);
+        cprd__fields(&call, "after u", more);
+        if (cprd__request(c, &call, &a)) return cprd__last.code;
+        struct value holds = get(a.of, "holds");
+        struct reader r = {holds.data, holds.end, holds.kind != ARRAY};
+        for (; holds.number && !r.bad; holds.number--) {
+            char name[512], phase[32];
+            struct value row = next(&r);
+            text(row, "name", name, sizeof name);
+            text(row, "phase", phase, sizeof phase);
+            struct cprd_row told = {name, phase, cprd__number(row, "uid", 0),
+                                    cprd__number(row, "generation", 0),
+                                    cprd__number(row, "fds", 0), cprd__number(row, "bytes", 0)};
+            each(context, &told);
+            skip(&r, row);
+        }
+        more = cprd__number(a.of, "more", 0);
+    } while (more);
+    return CPRD_OK;
 }

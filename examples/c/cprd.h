@@ -1,6 +1,5 @@
-/* A client of cprd in C11, for Linux, without dependencies: compile cprd.c with your program; where
- * a comment here says so, cprd_more.c; this and cprd_live_read.c to load live holds, and
- * cprd_live.c to own them.
+/* A client of cprd in C11, for Linux, without dependencies: compile cprd.c with your program, and
+ * cprd_live.c for live holds. These include parts/.
  *
  * A state is descriptors under keys (name, id), in order, and named sections of bytes. One process
  * saves a state under a name, another loads that state, whole, and confirms.
@@ -107,7 +106,7 @@ struct cprd_save_options { /* all 0: an error where the name is taken, for ever,
     int replace;
     double ttl;        /* seconds until the hold is dropped unless loaded; 0: none */
     int after_exit;    /* CPRD_NOW, CPRD_AFTER_ME (served after the end of this process), or ... */
-    int process;       /* ... CPRD_AFTER_PROCESS (cprd_more.c), whose pidfd this is; borrowed */
+    int process;       /* ... CPRD_AFTER_PROCESS, whose pidfd this is; borrowed */
     int require_store; /* LIMIT_EXCEEDED where cprd would keep the state in memory only */
 };
 enum { CPRD_NOW, CPRD_AFTER_ME, CPRD_AFTER_PROCESS };
@@ -133,16 +132,16 @@ struct cprd_load_options {
     uint64_t generation; /* that hold only, else FENCED; 0: any */
 };
 
-/* What a killed owner of a live hold left can be loaded, too, where cprd_live_read.c is linked;
- * memory comes as sections "memory.NAME". */
+/* What a killed owner of a live hold left can be loaded, too, where cprd_live.c is linked; memory
+ * comes as sections "memory.NAME". */
 int cprd_load(cprd *c, const char *name, const struct cprd_load_options *options, cprd_claim **out);
 /* Owned by the claim. Descriptors and bytes that nobody took live until cprd_claim_close. */
 cprd_state *cprd_claim_state(cprd_claim *claim);
 uint64_t cprd_claim_generation(const cprd_claim *claim);
 uint64_t cprd_claim_attempts(const cprd_claim *claim); /* loads of the hold, this one included */
 const char *cprd_claim_last_reject(const cprd_claim *claim); /* why it was given back before */
-/* From now on this process, or that of the pidfd `process` (cprd_more.c; borrowed; -1: none), acts
- * on the state: without a confirm or reject the hold is in doubt, and served by force only. */
+/* From now on this process, or that of the pidfd `process` (borrowed; -1: none), acts on the
+ * state: without a confirm or reject the hold is in doubt, and served again by force only. */
 int cprd_begin(cprd_claim *claim, int process);
 int cprd_confirm(cprd_claim *claim); /* the hold is gone; the state is this program's */
 int cprd_reject(cprd_claim *claim, const char *why); /* held again, with the reason */
@@ -151,8 +150,6 @@ void cprd_claim_close(cprd_claim *claim);
 
 /* Waits until `name` could be loaded; claims nothing. Errors as of a load when the time is over. */
 int cprd_wait(cprd *c, const char *name, double seconds, uint64_t *generation);
-
-/* -- cprd_more.c ------------------------------------------------------------------------------- */
 
 int cprd_renew(cprd_claim *claim, double lease); /* seconds; 0: as before */
 /* The hold is gone and `next` is held in its place, in one step. `replace` is not looked at. */
@@ -337,17 +334,7 @@ struct value {
     uint64_t number; /* of NUMBER, a boolean too; bits of DOUBLE; how many items, or bytes */
     const unsigned char *data, *end; /* of text and binary; where items begin, and must end */
 };
-struct reader { /* trusts no length; no depth of what is read is a depth of calls */
-    const unsigned char *at, *end;
-    int bad;
-};
-/* The head of the next value; text and binary with their bytes. */
-struct value cprd__next(struct reader *r);
-void cprd__skip(struct reader *r, struct value v); /* what is in the last value */
-/* The value of a key in a map, or nil. What is not known is passed over. */
-struct value cprd__get(struct value map, const char *key);
 uint64_t cprd__number(struct value map, const char *key, uint64_t otherwise);
-void cprd__text(struct value map, const char *key, char *to, size_t room);
 
 struct cprd {
     int sock;
@@ -388,7 +375,6 @@ void cprd__fields(struct cprd__call *call, const char *format, ...);
 /* Sends a request, again where the connection is lost. Returns what cprd says, or UNAVAILABLE,
  * TIMEOUT. */
 int cprd__request(cprd *c, struct cprd__call *call, struct cprd__answer *a);
-void cprd__hang_up(cprd *c);
 uint64_t cprd__connects(cprd *c); /* the number of the connection; 0: cprd has ended it */
 int cprd__no_fd(const struct cprd__answer *a); /* why an answer brought no descriptor */
 /* `load`, `live` or `wait`. The claim is to be closed in any case. */
@@ -400,21 +386,9 @@ void cprd__set(cprd_claim *t, const struct cprd__answer *a); /* what the answer 
 int cprd__end(cprd_claim *t, const char *verb, const char *why, int cause);
 /* Unless ended. Returns `cause`; FENCED where the claim was over before: then for that reason. */
 int cprd__give_back(cprd_claim *t, int cause);
-/* save, prepare, confirm_next. */
-int cprd__save(cprd_claim *t, const char *verb, const cprd_state *s,
-               const struct cprd_save_options *options, struct cprd_saved *out);
-int cprd__ended(cprd_claim *claim); /* by a request that was answered */
-void cprd__close(cprd_claim *t);    /* what belongs to it alone; not the state, nor the bundle */
-/* As cprd_unpack, of a live hold; NULL where cprd_live_read.c is not linked. */
+void cprd__close(cprd_claim *t); /* what belongs to it alone; not the state, nor the bundle */
+/* As cprd_unpack, of a live hold; NULL where cprd_live.c is not linked. */
 __attribute__((weak)) int cprd__unpack_live(int bundle, cprd_state **out);
-
-struct cprd__process {
-    int fd;              /* a pidfd, or -1 */
-    uint64_t pid, inode; /* as cprd is told. pid 0: has ended; inode 0: before Linux 6.9 */
-};
-/* NULL where cprd_more.c is not linked. */
-__attribute__((weak)) int cprd__name_process(const cprd *c, struct cprd__process *p);
-__attribute__((weak)) void cprd__say_ended(const cprd_claim *t, const struct cprd__process *p);
 #endif
 
 #ifdef __cplusplus

@@ -1,13 +1,13 @@
 /* The owner of a live hold. cprd.h says how to use it, docs/bundle.md has the records.
  *
- * Keys lie in segments: queues that the root names. One segment is open, and filled until it has
- * all keys that a segment may have. A change is one record: a CHANGE in the open segment, where
+ * Keys lie in segments: queues that the root names. A change is one record: a CHANGE in a segment
  * that has room; or an ATTACH in the root, with fresh segments and all that ends. So deletions lie
  * in the root alone. A segment where something has become void is `dirty`: what counts there is
- * written to the open one, or to fresh ones, then the dirty one is drained as a whole. Until no
- * segment is dirty, keys that have ended stay in the table, and each rewritten root says so. */
+ * written anew, to its end or to other segments, then all before is drained. Until no segment is
+ * dirty, keys that have ended stay in the table, and each rewritten root says so again. */
 #define _GNU_SOURCE
-#include "cprd_live.h"
+#define CPRD_INTERNAL
+#include "cprd.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -18,6 +18,8 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#include "parts/live_read.c"
 
 #ifndef CPRD_SMALL
 #define CPRD_SMALL 0 /* 1, for tests: a few changes reach every step */
@@ -58,12 +60,12 @@ static void prepare(const struct segment *q) {
 static int send_record(cprd_live *l, struct segment *q, uint64_t part, struct entry *e,
                        size_t count) {
     struct cprd__bytes b = {0};
-    int fds[CPRD__SCM_MAX], full = !part && q->records >= MOST_RECORDS / 2;
+    int fds[CPRD__SCM_MAX], full = q->records >= (part ? MOST_RECORDS : MOST_RECORDS / 2);
     size_t fd_count = 0;
     for (size_t n = 0; n < count; n++)
         if (e[n].fd >= 0) fds[fd_count++] = e[n].fd;
     q->own = count ? e->own : 0;
-    cprd__encode(l, q, part, e, count, &b);
+    encode(l, q, part, e, count, &b);
     int error = b.failed ? ENOMEM : b.size > MOST ? EMSGSIZE : full ? EAGAIN : 0;
     if (!error) error = cprd__send(q->tx, b.at, b.size, fds, fd_count);
     free(b.at);
@@ -75,7 +77,7 @@ static int send_record(cprd_live *l, struct segment *q, uint64_t part, struct en
     q->ordinal++;
     q->bytes += b.size;
     if (++q->records >= (q->is_root ? ROOT_RECORDS : RECORDS) || q->bytes > 2 * MOST)
-        cprd__dirty(l, q);
+        make_dirty(l, q);
     for (size_t n = 0; n < count; n++) {
         e[n].seq = q->seq;
         e[n].segment = q->is_root ? NULL : q;
@@ -94,7 +96,7 @@ static int drain(cprd_live *l, struct segment *q, size_t count) {
 /* Void all records of the root by new ones, that name all segments, and each key that has ended,
  * unless nothing of it can lie anywhere. */
 static int write_root(cprd_live *l) {
-    if (!l->dirty) cprd__forget(l, DELETE);
+    if (!l->dirty) forget(l, DELETE);
     size_t before = l->root.records, count = 0;
     struct entry *e = calloc(l->count + l->used + 1, sizeof *e);
     int rc = e ? CPRD_OK : cprd__no_memory();
@@ -103,7 +105,7 @@ static int write_root(cprd_live *l) {
     for (const struct entry *k = l->known; k && !rc; k = k->next)
         if (k->op >= DELETE) e[count++] = *k;
     size_t parts = count ? (count + PART - 1) / PART : 1;
-    l->root.bytes = 0;
+    l->root.bytes = l->gone = 0;
     for (size_t part = 1, at = 0; part <= parts && !rc; part++, at += PART)
         rc = send_record(l, &l->root, part | parts << 16, e + at,
                          count - at < PART ? count - at : PART);
@@ -111,7 +113,6 @@ static int write_root(cprd_live *l) {
     if (!rc) rc = drain(l, &l->root, before);
     if (rc) return rc;
     l->root.dirty = 0;
-    l->gone = 0;
     return CPRD_OK;
 }
 
@@ -132,7 +133,7 @@ static int is_open(const struct segment *s) { return !s->dirty && s->tx >= 0 && 
 
 /* A segment with room for these; of a single key, the one where it lies. NULL: none. */
 static struct segment *place(cprd_live *l, const struct entry *e, size_t count) {
-    struct segment *s = count == 1 ? cprd__know(l, &e->key)->segment : NULL;
+    struct segment *s = count == 1 ? know(l, &e->key)->segment : NULL;
     if (e->own || group(e, count) < count) return NULL;
     if (s && is_open(s)) return s;
     for (s = l->segments; s && (s->count + count > KEYS || !is_open(s)); s = s->next) continue;
@@ -147,16 +148,16 @@ static int attach(cprd_live *l, struct entry *e, size_t count) {
     int rc = all ? CPRD_OK : cprd__no_memory();
     for (; !rc && (some = group(e + at, count - at)); at += some) {
         if (named == CPRD__SCM_MAX) rc = too_large();
-        else if (!(s = cprd__segment(l)) || cprd__pair(&s->tx, &s->rx)) rc = cprd__last.code;
+        else if (!(s = segment_new(l)) || cprd__pair(&s->tx, &s->rx)) rc = cprd__last.code;
         if (rc) break;
         prepare(s);
         all[named++] = (struct entry){.op = SEGMENT, .key.id = s->id, .fd = s->rx};
         rc = send_record(l, s, 0, e + at, some);
-        if (some < count && some <= KEYS / 2 && !s->own) cprd__dirty(l, s); /* for others */
+        if (some < count && some <= KEYS / 2 && !s->own) make_dirty(l, s); /* so joins others */
     }
     if (!rc) memcpy(all + named, e + at, (count - at) * sizeof *all);
     if (!rc) rc = send_record(l, &l->root, 0, all, named + count - at);
-    while (rc && l->segments != before) cprd__segment_free(l, l->segments);
+    while (rc && l->segments != before) segment_free(l, l->segments);
     free(all);
     return rc;
 }
@@ -164,35 +165,37 @@ static int attach(cprd_live *l, struct entry *e, size_t count) {
 /* Make the changes of entries, which are sorted by order(): by one record in `s`, or the root. */
 static int commit(cprd_live *l, struct segment *s, struct entry *e, size_t count) {
     int rc = s ? send_record(l, s, 0, e, count) : attach(l, e, count);
-    for (size_t n = 0; n < count && !rc; n++) cprd__note(l, &e[n]);
+    for (size_t n = 0; n < count && !rc; n++) note(l, &e[n]);
     return rc;
 }
 
-/* Write anew what counts in a dirty segment, into another one where that has room, and let go of
- * all that lay there. What this process put into a segment of its own is never copied: to close a
+/* Write anew what counts in a dirty segment, few keys to another one, and let go of all that lay
+ * there. What this process put into a segment of its own is never copied: to close a
  * copy of a file would end the POSIX locks of this process. */
 static int rewrite(cprd_live *l, struct segment *s) {
-    struct segment *to = NULL;
     struct peeked p = {0};
     size_t count = 0, before = s->records;
-    int rc = s->count ? cprd__peek(l, s, &p, 1) : CPRD_OK;
+    int rc = s->count ? peek(l, s, &p, 1) : CPRD_OK;
     for (size_t n = 0; n < p.count; n++) {
-        struct entry e = p.at[n], *k = e.counts ? cprd__know(l, &e.key) : NULL;
+        struct entry e = p.at[n], *k = e.counts ? know(l, &e.key) : NULL;
         if (!k || k->segment != s || k->seq != e.seq) continue;
         p.at[n] = p.at[count];
         p.at[count++] = e;
     }
     if (rc == CPRD_DAMAGED || (!rc && count != s->count)) rc = fenced(l, "its queue was changed");
-    if (s->tx < 0 || count <= KEYS / 2) to = count ? place(l, p.at, count) : NULL;
-    if (!rc && count) rc = commit(l, to || s->tx < 0 ? to : s, p.at, count);
-    cprd__let_go(&p); /* before the drain: so no close of a copy is the last one */
+    if (!rc && count) {
+        int stays = s->tx >= 0 && group(p.at, count) == count;
+        struct segment *to = stays && count > KEYS / 2 ? s : place(l, p.at, count);
+        rc = commit(l, to || !stays ? to : s, p.at, count);
+    }
+    let_go(&p); /* before the drain: so no close of a copy is the last one */
     if (!rc) rc = drain(l, s, before);
     if (rc) return rc;
     l->dirty--;
     s->dirty = 0;
     s->bytes = 0;
     l->gone += !s->count;
-    if (!s->count) cprd__segment_free(l, s);
+    if (!s->count) segment_free(l, s);
     return CPRD_OK;
 }
 
@@ -203,10 +206,10 @@ static int tidy(cprd_live *l) {
     for (struct segment *s = l->segments, *next; s && l->dirty && rc != CPRD_FENCED; s = next) {
         next = s->next;
         one = s->dirty ? rewrite(l, s) : CPRD_OK;
-        if (!one && l->root.dirty) one = write_root(l);
+        if (!one && !rc && l->root.dirty) one = write_root(l);
         rc = one ? one : rc;
     }
-    if (!l->dirty && l->used - l->kept > PART) cprd__forget(l, DELETE);
+    if (!l->dirty && l->used - l->kept > PART) forget(l, DELETE);
     if (!rc && (l->root.dirty || l->gone > 8 + l->count / 4)) rc = write_root(l);
     return rc;
 }
@@ -227,13 +230,13 @@ static int make_entry(cprd_live *l, const struct cprd_live_change *c, struct ent
                       size_t *owns) {
     static const int ops[] = {SAVE, SAVE, DELETE, RAW, DELETE + 1, DELETE + 2, MAPPED};
     struct stat there = {0};
-    int space = cprd__spaces[ops[c->op]], mark = 0;
+    int space = SPACES[ops[c->op]], mark = 0;
     socklen_t size = sizeof mark;
     int32_t id = space == CPRD__FD ? c->id : 0;
     *e = (struct entry){.key = cprd__key(space, c->name, strlen(c->name), id), .op = ops[c->op],
                         .fd = -1};
     if (cprd__check_name(&e->key)) return cprd__last.code;
-    struct entry *k = cprd__know(l, &e->key);
+    struct entry *k = know(l, &e->key);
     if (!k) return cprd__last.code;
     int is_kept = k->op < DELETE, is_new = c->op == CPRD_SAVE_FD;
     if ((is_kept && is_new) || k->change == l->changes)
@@ -302,10 +305,10 @@ int cprd_live_clear(cprd_live *l) {
     if (!rc) rc = drain(l, &l->root, before);
     if (rc) return rc;
     l->kept = l->owns = 0;
-    cprd__forget(l, 0);
+    forget(l, 0);
     while (l->segments && !rc) { /* for a forked child may have an end */
         rc = drain(l, l->segments, l->segments->records);
-        cprd__segment_free(l, l->segments);
+        segment_free(l, l->segments);
     }
     return rc;
 }
@@ -320,7 +323,7 @@ int cprd_live_memory(cprd_live *l, const char *name, size_t size, void **out) {
     struct entry *k = NULL;
     struct iovec made;
     *out = NULL;
-    if (guard(l) || cprd__check_name(&key) || !(k = cprd__know(l, &key)))
+    if (guard(l) || cprd__check_name(&key) || !(k = know(l, &key)))
         return cprd__last.code;
     if (!size || (k->op == MAPPED && k->map.iov_len != size))
         return cprd__fail(CPRD_INVALID_INPUT, "memory '%s' has another size than %zu", name, size);
@@ -329,10 +332,10 @@ int cprd_live_memory(cprd_live *l, const char *name, size_t size, void **out) {
     if (fd < 0 || ftruncate(fd, (off_t)size) ||
         fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
         rc = cprd__no_room("for memory");
-    if (!rc) rc = cprd__map(l, fd, size, &made);
+    if (!rc) rc = map(l, fd, size, &made);
     if (!rc) {
         rc = cprd_live_change(l, &one, 1);
-        k = cprd__know(l, &key);
+        k = know(l, &key);
         if (k && k->op == MAPPED) { /* it counts, also at a limit of what the change ended */
             *out = made.iov_base;
             k->map = made;
@@ -348,7 +351,7 @@ int cprd_live_memory(cprd_live *l, const char *name, size_t size, void **out) {
 static void live_free(cprd_live *l) {
     cprd__close_all((int[]){l->root.tx, l->root.rx}, 2);
     cprd__close(&l->ticket);
-    cprd__live_clean(l);
+    clean(l);
     free(l);
 }
 
@@ -361,7 +364,7 @@ static cprd_live *live_new(int tx, int rx, uint64_t hold) {
     *l = (cprd_live){.hold = hold, .owner = getpid()};
     l->root = (struct segment){.tx = tx, .rx = rx, .is_root = 1};
     l->packed = (struct cprd__packed){.fds = &l->root.rx, .parked = 1, .depth = 1};
-    memcpy(l->packed.header, cprd__live_head, CPRD__HEADER);
+    memcpy(l->packed.header, LIVE_HEAD, CPRD__HEADER);
     prepare(&l->root);
     return l;
 }
@@ -369,7 +372,7 @@ static cprd_live *live_new(int tx, int rx, uint64_t hold) {
 int cprd_live_take(int root, int tx, int rx, uint64_t hold, cprd_live **out) {
     cprd_live *l = *out = live_new(tx, rx, hold);
     int rc = l ? CPRD_OK : cprd__last.code;
-    if (!rc && root >= 0 && !(rc = cprd__read_hold(l, root))) rc = write_root(l);
+    if (!rc && root >= 0 && !(rc = read_hold(l, root))) rc = write_root(l);
     if (l && rc) live_free(l);
     if (rc) *out = NULL;
     return rc;
@@ -410,8 +413,8 @@ int cprd_live_open(cprd *c, const char *name, const struct cprd_load_options *op
         l->connects = cprd__connects(l->ticket.c);
         if (found && a.fd < 0) rc = cprd__no_fd(&a);
         else if (found && !live) rc = cprd_unpack(a.fd, &saved);
-        else if (found) rc = cprd__root_of(a.fd, &root);
-        if (root >= 0) rc = cprd__read_hold(l, root);
+        else if (found) rc = root_of(a.fd, &root);
+        if (root >= 0) rc = read_hold(l, root);
         if (!rc && found) rc = saved ? take_in(l, saved) : write_root(l);
         cprd__close_all((int[]){a.fd, root}, 2);
         if (rc) rc = cprd__give_back(&l->ticket, rc);

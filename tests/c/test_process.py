@@ -45,8 +45,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, built: Build) -> Together
             options = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE}", "-g", "-pthread"]
             if sanitizers:
                 options += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-            parts = ("cprd", "cprd_more", "cprd_live", "cprd_live_read")
-            library = [SOURCE / f"{part}.c" for part in parts]
+            library = [SOURCE / "cprd.c", SOURCE / "cprd_live.c"]
             if sanitizers == MEMORY:
                 library = [built("sanitized").place / "libcprd.a"]
             sources = map(str, [CHECKOUT / "tests/c/together.c", *library])

@@ -208,8 +208,19 @@ static void change_often(int tx, int rx, int changes) {
     cprd_live *live;
     char kept[2 * KEYS] = {0};
     int count = 0, event = eventfd(0, EFD_CLOEXEC);
+    struct cprd_live_change end = {.op = CPRD_DELETE_SECTION};
+    char large[4096] = {0}, name[16];
     srandom(1);
     CHECK(!cprd_live_begin(tx, rx, 77, &live));
+    for (int n = 0; n < 80; n++) { /* more bytes than a record, in a segment */
+        snprintf(name, sizeof name, "large%d", n % 40);
+        CHECK(!cprd_live_save_section(live, name, large, sizeof large, 0));
+    }
+    for (int n = 0; n < 40; n++) {
+        snprintf(name, sizeof name, "large%d", n);
+        end.name = name;
+        CHECK(!cprd_live_change(live, &end, 1));
+    }
     for (int n = 0; n < changes; n++) {
         int id = (int)(random() % (2 * KEYS)), other = (id + 1) % (2 * KEYS);
         struct cprd_live_change two[] = {{.op = CPRD_REPLACE_FD, .name = "key", .id = id},

@@ -1,10 +1,8 @@
-/* What a killed owner of a live hold left. A program that only loads needs no more than this
- * file, cprd_more.c and cprd.c. docs/bundle.md has the records.
+/* What a killed owner of a live hold left. Included by cprd_live.c. docs/bundle.md has the records.
  *
  * Whoever wrote the queues may be hostile: lengths come before contents, and no more is installed
  * than there is room for. */
-#define _GNU_SOURCE
-#include "cprd_live.h"
+#include "../cprd.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -17,9 +15,61 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { MOST_SEGMENTS = 131072 };
-const unsigned char cprd__live_head[CPRD__HEADER] = "CPRB\2\0\3\1\1\0\0\0\1";
-const signed char cprd__spaces[] = {-1, 0, 1, 1, 1, 1, 2, -1, 0, 1, 2, 3}; /* of ops */
+enum { CHANGE = 1, SNAPSHOT, ATTACH, ROOT }; /* kinds of records */
+enum { SAVE = 1, RAW, PACKED, RAW_MEMFD, PACKED_MEMFD, MAPPED, DELETE = 8, SEGMENT = 11 }; /* ops */
+enum {
+    HEADER = 40,         /* bytes of a record's */
+    MOST = 64 * 1024,    /* bytes of a record */
+    MOST_RECORDS = 1024, /* of a queue */
+    MOST_SEGMENTS = 131072
+};
+
+struct segment { /* a queue with keys; or the root */
+    struct segment *next;
+    int tx, rx;             /* tx -1: a predecessor's, where nobody can append */
+    int id, is_root, dirty; /* dirty: has something void, or more records than it needs */
+    int own;                /* copies of what lies here must not be closed in this process */
+    size_t count;           /* keys that count here */
+    uint64_t seq, ordinal;  /* of the last record; of the next */
+    size_t records, bytes;  /* in the queue; bytes: since it was rewritten */
+};
+struct entry { /* of a record; or what the table has of a key */
+    struct cprd__key key;
+    struct segment *segment;     /* where it lies; NULL: the root */
+    struct entry *next, *found;  /* all keys of the table; what a key is of, while read */
+    int op, fd, own, counts;     /* SEGMENT: one that a record of the root names, by key.id */
+    uint64_t birth, seq, change; /* the number of the last change: a key is in it once */
+    struct iovec value, map;
+};
+struct peeked { /* all records of a queue, in order */
+    struct entry *at;
+    size_t count, first, part; /* `first` entry of the last ROOT, of which there is up to `part` */
+    unsigned char *data;
+};
+struct cprd_live { /* what a hold has, and its owner */
+    struct cprd__key *keys; /* the top of all; ... */
+    struct entry *known;    /* ... the first */
+    size_t used;
+    struct segment root, *segments;
+    size_t count, dirty, gone; /* segments; gone: that the root still names */
+    size_t kept, owns;         /* keys; of these in segments of their own */
+    uint64_t hold, seq, birth;
+    int last_id;
+    cprd_state *state; /* that was found */
+    pid_t owner;       /* 0: reads only */
+    int over, takes;   /* FENCED; NOT_HELD: ended; BUSY: not confirmed. takes: what was saved */
+    uint64_t changes, connects; /* connects: of the connection by which cprd has the root */
+    struct iovec *maps;
+    size_t map_count;
+    cprd_claim ticket; /* c NULL: without cprd */
+    struct cprd__packed packed; /* the root, for cprd */
+};
+
+static inline int has_value(int op) { return op == RAW || op == PACKED; }
+static inline int carries(int op) { return op < DELETE && !has_value(op); }
+
+static const unsigned char LIVE_HEAD[CPRD__HEADER] = "CPRB\2\0\3\1\1\0\0\0\1";
+static const signed char SPACES[] = {-1, 0, 1, 1, 1, 1, 2, -1, 0, 1, 2, 3}; /* of ops */
 
 static int wrong(const char *what) {
     return cprd__fail(CPRD_DAMAGED, "a live hold with %s", what);
@@ -27,7 +77,8 @@ static int wrong(const char *what) {
 
 /* -- keys and segments ------------------------------------------------------------------------- */
 
-struct entry *cprd__know(cprd_live *l, const struct cprd__key *key) {
+/* What the table has of a key; of a new one, that it has ended. NULL: no memory. */
+static struct entry *know(cprd_live *l, const struct cprd__key *key) {
     struct cprd__key **slot = cprd__slot(&l->keys, key);
     struct entry *k = (struct entry *)*slot;
     if (k) return k;
@@ -57,7 +108,8 @@ static void take_out(struct cprd__key **slot) {
     *slot = instead;
 }
 
-void cprd__forget(cprd_live *l, int from) {
+/* Keys with this op or a higher one. */
+static void forget(cprd_live *l, int from) {
     for (struct entry **at = &l->known, *k; (k = *at);)
         if (k->op < from) at = &k->next;
         else {
@@ -68,18 +120,19 @@ void cprd__forget(cprd_live *l, int from) {
         }
 }
 
-void cprd__dirty(cprd_live *l, struct segment *s) {
+static void make_dirty(cprd_live *l, struct segment *s) {
     l->dirty += !s->dirty && !s->is_root;
     s->dirty = 1;
 }
 
-void cprd__note(cprd_live *l, const struct entry *e) {
-    struct entry *k = cprd__know(l, &e->key);
+/* What a record says of a known key. */
+static void note(cprd_live *l, const struct entry *e) {
+    struct entry *k = know(l, &e->key);
     if (k->op < DELETE) {
         l->kept--;
         l->owns -= (size_t)k->segment->own;
         k->segment->count--;
-        if (k->segment != e->segment || carries(k->op)) cprd__dirty(l, k->segment);
+        if (k->segment != e->segment || carries(k->op)) make_dirty(l, k->segment);
     }
     if (k->birth != e->birth) k->map = (struct iovec){NULL, 0};
     k->op = e->op;
@@ -92,7 +145,8 @@ void cprd__note(cprd_live *l, const struct entry *e) {
     k->segment->count++;
 }
 
-struct segment *cprd__segment(cprd_live *l) {
+/* One more, without its ends. NULL: no memory. */
+static struct segment *segment_new(cprd_live *l) {
     struct segment *s = calloc(1, sizeof *s);
     if (!s) cprd__no_memory();
     if (!s) return NULL;
@@ -101,7 +155,7 @@ struct segment *cprd__segment(cprd_live *l) {
     return l->segments = s;
 }
 
-void cprd__segment_free(cprd_live *l, struct segment *s) {
+static void segment_free(cprd_live *l, struct segment *s) {
     struct segment **at = &l->segments;
     while (*at != s) at = &(*at)->next;
     *at = s->next;
@@ -111,7 +165,8 @@ void cprd__segment_free(cprd_live *l, struct segment *s) {
     free(s);
 }
 
-int cprd__map(cprd_live *l, int fd, size_t size, struct iovec *out) {
+/* Until the hold is closed. */
+static int map(cprd_live *l, int fd, size_t size, struct iovec *out) {
     struct iovec *more = realloc(l->maps, (l->map_count + 1) * sizeof *more);
     l->maps = more ? more : l->maps;
     void *at = more ? mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) : MAP_FAILED;
@@ -122,9 +177,10 @@ int cprd__map(cprd_live *l, int fd, size_t size, struct iovec *out) {
     return CPRD_OK;
 }
 
-void cprd__live_clean(cprd_live *l) {
-    cprd__forget(l, 0);
-    while (l->segments) cprd__segment_free(l, l->segments);
+/* Frees all but root, ticket and the hold itself. */
+static void clean(cprd_live *l) {
+    forget(l, 0);
+    while (l->segments) segment_free(l, l->segments);
     for (size_t n = 0; n < l->map_count && l->owner == getpid(); n++)
         munmap(l->maps[n].iov_base, l->maps[n].iov_len);
     cprd_state_free(l->state);
@@ -136,7 +192,8 @@ void cprd__live_clean(cprd_live *l) {
 enum { KIND, OWN, BY, SEQ, ORDINAL, ENTRIES, FDS, SIZE, FIELDS }; /* of a header; BY: the hold */
 static const int WIDTHS[FIELDS] = {1, 1, 8, 8, 8, 2, 2, 4};
 
-void cprd__encode(const cprd_live *l, const struct segment *q, uint64_t part,
+/* A record of entries, segments first. `part`: of a ROOT, and 65536 times how many; else 0. */
+static void encode(const cprd_live *l, const struct segment *q, uint64_t part,
                   const struct entry *e, size_t count, struct cprd__bytes *b) {
     uint64_t fields[FIELDS] = {part ? ROOT : q->is_root ? ATTACH : CHANGE, (size_t)q->own, l->hold,
                                l->seq + 1, q->ordinal, count, 0, 0};
@@ -179,7 +236,7 @@ static uint64_t number(struct cursor *c, int width) {
     return c->bad ? 0 : cprd__little(at, width);
 }
 
-/* As cprd__encode wrote them. `named` of the entries are segments. */
+/* As encode wrote them. `named` of the entries are segments. */
 static int decode_entries(struct cursor *c, struct entry *e, size_t named, size_t count,
                           const int *fds, size_t fd_count) {
     size_t carried = named;
@@ -197,7 +254,7 @@ static int decode_entries(struct cursor *c, struct entry *e, size_t named, size_
         key->length = (size_t)((nul ? nul : c->end) - c->at);
         key->name = (char *)(uintptr_t)bytes(c, key->length);
         bytes(c, n + 1 < count);
-        key->space = e[n].op < SEGMENT ? cprd__spaces[e[n].op] : -1;
+        key->space = e[n].op < SEGMENT ? SPACES[e[n].op] : -1;
         c->bad |= key->space < 0 || e[n].birth >> 62 || (key->space != CPRD__FD && key->id) ||
                   cprd__check_name(key);
         if (carries(e[n].op) && carried++ < fd_count) e[n].fd = fds[carried - 1];
@@ -231,7 +288,7 @@ static int decode(cprd_live *l, struct segment *s, struct peeked *p, const unsig
     p->at = e;
     e += p->count;
     for (size_t n = 0; n < count; n++)
-        e[n] = (struct entry){.key = cprd__key(cprd__spaces[SEGMENT], "", 0, 0), .op = SEGMENT,
+        e[n] = (struct entry){.key = cprd__key(SPACES[SEGMENT], "", 0, 0), .op = SEGMENT,
                               .fd = n < named ? fds[n] : -1, .own = (int)f[OWN], .seq = f[SEQ],
                               .counts = !parted};
     int bad = !decode_entries(&c, e, named, count, fds, fd_count);
@@ -255,7 +312,7 @@ static int decode(cprd_live *l, struct segment *s, struct peeked *p, const unsig
     return CPRD_OK;
 }
 
-void cprd__let_go(struct peeked *p) {
+static void let_go(struct peeked *p) {
     for (size_t n = 0; n < p->count; n++) cprd__close_all(&p->at[n].fd, 1);
     free(p->at);
     free(p->data);
@@ -263,7 +320,7 @@ void cprd__let_go(struct peeked *p) {
 }
 
 /* Until it is in order: a stopped owner may go on, and drain what is void. */
-int cprd__peek(cprd_live *l, struct segment *s, struct peeked *p, int tries) {
+static int peek(cprd_live *l, struct segment *s, struct peeked *p, int tries) {
     int off = 0, before = -1, rc = CPRD_DAMAGED;
     while (rc == CPRD_DAMAGED && tries > 0) {
         int waiting = cprd__waiting(s->rx), total = 0;
@@ -289,7 +346,7 @@ int cprd__peek(cprd_live *l, struct segment *s, struct peeked *p, int tries) {
         }
         if (!rc && (total != waiting || cprd__waiting(s->rx) != waiting))
             rc = wrong("a queue that changes");
-        if (rc) cprd__let_go(p);
+        if (rc) let_go(p);
         else *s = seen;
     }
     off = -1;
@@ -316,14 +373,14 @@ static int shut(int rx, size_t *parked) {
 
 /* What a record says of a key, or of a segment: the highest seq counts. */
 static int offer(cprd_live *l, struct segment *s, struct entry *e) {
-    struct entry *k = e->counts ? cprd__know(l, &e->key) : NULL;
+    struct entry *k = e->counts ? know(l, &e->key) : NULL;
     if (e->counts && !k) return cprd__last.code;
     if (k && e->op == SEGMENT && k->found) return wrong("a segment twice");
     if (k && (!k->found || k->seq < e->seq)) {
         e->segment = s;
-        cprd__note(l, e);
+        note(l, e);
         k->found = e;
-    } else if (s && e->op < DELETE) cprd__dirty(l, s);
+    } else if (s && e->op < DELETE) make_dirty(l, s);
     if (e->birth > l->birth) l->birth = e->birth;
     return CPRD_OK;
 }
@@ -332,19 +389,19 @@ static int offer(cprd_live *l, struct segment *s, struct entry *e) {
 static int read_root(cprd_live *l, int root, size_t *parked) {
     struct segment top = {.rx = root, .is_root = 1}, *s = NULL;
     struct peeked p;
-    int rc = cprd__peek(l, &top, &p, 200);
+    int rc = peek(l, &top, &p, 200);
     for (size_t n = 0; n < p.count && !rc; n++) {
         struct entry *e = &p.at[n];
         rc = offer(l, NULL, e);
         if (rc || e->op != SEGMENT || !e->counts) continue;
-        if (!(s = cprd__segment(l))) rc = cprd__last.code;
+        if (!(s = segment_new(l))) rc = cprd__last.code;
         else {
             s->rx = e->fd;
             e->fd = -1;
         }
     }
-    cprd__forget(l, SEGMENT);
-    cprd__let_go(&p);
+    forget(l, SEGMENT);
+    let_go(&p);
     if (!rc && l->count > MOST_SEGMENTS) rc = wrong("too many segments");
     *parked += l->count;
     for (s = l->segments; s && !rc; s = s->next) rc = shut(s->rx, parked);
@@ -370,7 +427,7 @@ static int install(cprd_live *l, struct entry *e) {
             fstat(e->fd, &there) || !there.st_size)
             return wrong("memory that is no memfd of a fixed size");
         if (l->owner)
-            return cprd__map(l, e->fd, (size_t)there.st_size, &cprd__know(l, &key)->map);
+            return map(l, e->fd, (size_t)there.st_size, &know(l, &key)->map);
         key.space = CPRD__SECTION;
         key.length = (size_t)snprintf(name, sizeof name, "memory.%.*s", (int)key.length, key.name);
         key.name = name; /* too long, or there already: INVALID_INPUT, for that is no damage */
@@ -381,14 +438,16 @@ static int install(cprd_live *l, struct entry *e) {
     return rc;
 }
 
-int cprd__read_hold(cprd_live *l, int root) {
+/* What a killed owner left, into an empty hold: keys, segments, state; memory is mapped for an
+ * owner, else part of the state. */
+static int read_hold(cprd_live *l, int root) {
     size_t parked = 64, at = 0, count = 0;
     int rc = shut(root, &parked);
     if (!rc) rc = read_root(l, root, &parked);
     struct peeked *p = calloc(l->count + 1, sizeof *p);
     if (!rc && (!p || !(l->state = cprd_state_new()))) rc = cprd__no_memory();
     for (struct segment *s = l->segments; s && !rc; s = s->next, at++) {
-        rc = cprd__peek(l, s, &p[at], 200);
+        rc = peek(l, s, &p[at], 200);
         for (size_t n = 0; n < p[at].count && !rc; n++) rc = offer(l, s, &p[at].at[n]);
     }
     struct entry **all = calloc(l->kept + 1, sizeof *all);
@@ -397,7 +456,7 @@ int cprd__read_hold(cprd_live *l, int root) {
         if (k->op < DELETE) all[count++] = k->found;
     if (count) qsort(all, count, sizeof *all, by_birth);
     for (size_t n = 0; n < count && !rc; n++) rc = install(l, all[n]);
-    while (p && at--) cprd__let_go(&p[at]);
+    while (p && at--) let_go(&p[at]);
     free(all);
     free(p);
     return rc;
@@ -405,21 +464,22 @@ int cprd__read_hold(cprd_live *l, int root) {
 
 int cprd_live_read(int root, cprd_state **out) {
     cprd_live l = {0};
-    int rc = cprd__read_hold(&l, root);
+    int rc = read_hold(&l, root);
     if (!rc) *out = l.state;
     if (!rc) l.state = NULL;
-    cprd__live_clean(&l);
+    clean(&l);
     return rc;
 }
 
-int cprd__root_of(int bundle, int *root) {
+/* Of a bundle that is borrowed; *root is the caller's. */
+static int root_of(int bundle, int *root) {
     unsigned char head[CPRD__HEADER + 1];
     int fds[CPRD__SCM_MAX], flags = MSG_PEEK, off = -1, rc = CPRD_OK;
     size_t count;
     setsockopt(bundle, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof off);
     long got = cprd__receive(bundle, head, sizeof head, fds, &count, &flags);
     if (got > 0 && flags & MSG_CTRUNC) rc = cprd__no_room("to read a live hold with");
-    else if (got != CPRD__HEADER || memcmp(head, cprd__live_head, CPRD__HEADER) || count != 1)
+    else if (got != CPRD__HEADER || memcmp(head, LIVE_HEAD, CPRD__HEADER) || count != 1)
         rc = wrong("a bundle of something else");
     if (rc) cprd__close_all(fds, count);
     else *root = fds[0];
@@ -427,7 +487,7 @@ int cprd__root_of(int bundle, int *root) {
 }
 
 int cprd__unpack_live(int bundle, cprd_state **out) {
-    int root, rc = cprd__root_of(bundle, &root);
+    int root, rc = root_of(bundle, &root);
     if (rc) return rc;
     rc = cprd_live_read(root, out);
     cprd__close_all(&root, 1);
