@@ -15,8 +15,19 @@ from cprd.live.reader import read
 from tests.c.building import Programs
 from tests.c.conftest import Build
 from tests.c.owner import COwner
-from tests.live.owning import MIDDLE, SMALL, Child, Model, Op, Root, Things, fenced, seen_in
-from tests.live.test_sweep import AFTER, SCRIPTS, go_on, is_one_of, parked, states
+from tests.live.owning import (
+    MIDDLE,
+    SMALL,
+    Child,
+    Model,
+    Op,
+    Root,
+    Things,
+    fenced,
+    seen_in,
+    segments_of,
+)
+from tests.live.test_sweep import AFTER, BIG, SCRIPTS, go_on, is_one_of, parked, states
 
 pytestmark = [pytest.mark.usefixtures("nothing_leaks"), pytest.mark.xdist_group("c")]
 
@@ -224,6 +235,23 @@ def test_a_successor_of_an_owner_killed_over_a_large_change_rewrites_its_root(
         assert parked(new) == len(start.fds)
         root.close()
         new.close()
+
+
+def test_successors_name_no_empty_segments_of_their_predecessors(
+    things: Things, tmp_path: Path, built: Build
+) -> None:
+    script: list[Op] = [("save", "c", 0, 0), *[("section", "s", BIG), ("drop", "s")] * 6]
+    root = Root()
+    assert not COwner(built("plain"), things, root, script, tmp_path).run()
+    for _ in range(6):
+        new = Root()
+        assert not COwner(built("plain"), things, new, script, tmp_path, take=root.kept).run()
+        root.close()
+        root = new
+    segments = segments_of(root.kept)
+    root.close()
+    close_all(segments)
+    assert len(segments) <= 10
 
 
 def test_what_makes_no_sense_is_refused_and_a_fenced_owner_changes_nothing(

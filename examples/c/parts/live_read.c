@@ -319,7 +319,8 @@ static void let_go(struct peeked *p) {
     *p = (struct peeked){0};
 }
 
-/* Until it is in order: a stopped owner may go on, and drain what is void. */
+/* All records of a queue, with copies of their descriptors; consumes nothing. Tried until they are
+ * in order: a stopped owner may go on, and drain what is void. */
 static int peek(cprd_live *l, struct segment *s, struct peeked *p, int tries) {
     int off = 0, before = -1, rc = CPRD_DAMAGED;
     while (rc == CPRD_DAMAGED && tries > 0) {
@@ -449,6 +450,7 @@ static int read_hold(cprd_live *l, int root) {
     for (struct segment *s = l->segments; s && !rc; s = s->next, at++) {
         rc = peek(l, s, &p[at], 200);
         for (size_t n = 0; n < p[at].count && !rc; n++) rc = offer(l, s, &p[at].at[n]);
+        if (!s->count) make_dirty(l, s); /* is of no use */
     }
     struct entry **all = calloc(l->kept + 1, sizeof *all);
     if (!rc && !all) rc = cprd__no_memory();
