@@ -51,6 +51,7 @@ __all__ = [
     "CprVfioDevice",
     "Truncated",
     "VMStateError",
+    "clear",
     "delete_fd",
     "downgrade",
     "encode",
@@ -60,9 +61,11 @@ __all__ = [
     "receive",
     "save_fd",
     "state_close",
+    "state_form",
     "state_ioc",
     "state_load",
     "state_save",
+    "vfio_devices",
 ]
 
 MAGIC = 0x51435052
@@ -371,6 +374,16 @@ def fds() -> Iterator[tuple[str, int, int]]:
     return iter([(name, id, number) for (name, id), number in _own.fds.items()])
 
 
+def vfio_devices() -> list[CprVfioDevice]:
+    """The vfio devices of the process's own state, to read and to change in place."""
+    return _own.vfio_devices
+
+
+def state_form() -> Form:
+    """The form that state_load met; PLAIN before. The next state_save uses it."""
+    return _own.form
+
+
 def state_save(channel: Channel | socket.socket | int, form: Form | None = None) -> None:
     """Send the process's state and half-close, as QEMU does: by that the receiver knows the end.
 
@@ -401,6 +414,11 @@ def state_close() -> None:
     line, _own.channel = _own.channel, None
     if line is not None:
         line.close()
+
+
+def clear() -> None:
+    """Forget all records, and close what was loaded and never found. For tests: a QEMU exits."""
+    _own.forget()
 
 
 def _send(line: Channel, stream: Stream) -> None:

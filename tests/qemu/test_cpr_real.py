@@ -142,7 +142,7 @@ def transfer() -> Iterator[Any]:
 
         yield make
     cpr.state_close()
-    cpr._own.forget()
+    cpr.clear()
 
 
 def counter_in(ram: int) -> int:
