@@ -6,8 +6,8 @@
     cold        the same, each after 200 ms in which all slept: what a restart out of the blue meets
     rate        hand-overs a second of 16 clients against the echoes a second of 16 clients; beside
                 that the same with the C client, where cc is
-    floor       `one` on a daemon that makes cprd's system calls and nothing else (bare_daemon.py);
-                and the C client (examples/c) on cprd and on that daemon; wants cc
+    floor       `one` and `rate` on a daemon that makes cprd's system calls and nothing else
+                (bare_daemon.py); and the C client (examples/c) on both; wants cc
 
 Beside the clock, `one` shows CPU time of client and server: on a machine where others work, that
 says more. `rate` is bound by the CPU of the server where a machine has more than two CPUs.
@@ -187,13 +187,20 @@ def rate_in_c(program: str, path: str) -> float:
 
 
 def rate(rounds: int) -> bool:
+    what = "hand-overs a second, 16 clients / (echoes a second / 3)"
+    return _rate(rounds, private_cprd(), what, 0.35)
+
+
+def _rate(
+    rounds: int, daemon: AbstractContextManager[tuple[str, int]], what: str, bound: float
+) -> bool:
     ours: list[float] = []
     in_c: list[float] = []
     echoes: list[float] = []
     busy: list[float] = []
     with (
         tempfile.TemporaryDirectory(prefix="cprd-bench.") as place,
-        private_cprd() as (path, pid),
+        daemon as (path, pid),
         echo.server() as (echo_path, echo_pid),
     ):
         program = compiled(place) if shutil.which(os.environ.get("CC", "cc")) else None
@@ -213,9 +220,9 @@ def rate(rounds: int) -> bool:
         of_c = statistics.median(mine / (other / 3) for mine, other in pairs_in_c)
         detail += f"; with the C client {of_c:.2f}, {spread(in_c, 1, '')}"
     return verdict(
-        "hand-overs a second, 16 clients / (echoes a second / 3)",
+        what,
         ratio,
-        0.35,
+        bound,
         "",
         detail,
         at_least=True,
@@ -240,6 +247,7 @@ def floor(rounds: int) -> bool:
         "save, load and confirm without cprd's logic / three echoes",
         math.inf,
     )
+    _rate(rounds, bare_daemon(), "16 clients without cprd's logic / (echoes / 3)", 0.0)
     if shutil.which(os.environ.get("CC", "cc")) is None:
         print("floor: wants a C compiler")
         return True
