@@ -302,6 +302,15 @@ def test_slots_of_one_socket_and_of_two_lie_on_one_shelf(held: int, one_socket: 
         one.close()
 
 
+def all_end(pairs: dict[int, Pair], releasing: Releasing) -> None:
+    """Close shelves, which a cprd has left; all that lies there is let go of."""
+    close_all(end.detach() for ends in pairs.values() for end in ends)
+    deadline = time.monotonic() + PATIENCE
+    while releasing.blocked():
+        assert time.monotonic() < deadline, "not released"
+        releasing.collect()
+
+
 @pytest.mark.parametrize("middle", [(HELD_RECORD[:4] + b"\x09" + HELD_RECORD[5:], []), (b"?", [])])
 def test_a_slot_that_is_not_whole_is_kept_over_each_start(
     held: int, middle: tuple[bytes, list[int]]
@@ -325,11 +334,7 @@ def test_a_slot_that_is_not_whole_is_kept_over_each_start(
         check(kept.bundle)
         pairs = {one.number: (one.outlet.dup(), one.tx.dup()) for one in keeper.shelves()}
         keeper.close()
-    close_all(end.detach() for ends in pairs.values() for end in ends)
-    deadline = time.monotonic() + PATIENCE
-    while releasing.blocked():
-        assert time.monotonic() < deadline, "not released"
-        releasing.collect()
+    all_end(pairs, releasing)
 
 
 def test_slots_that_cannot_be_read_are_all_kept_whenever_they_come(held: int) -> None:
@@ -352,11 +357,7 @@ def test_slots_that_cannot_be_read_are_all_kept_whenever_they_come(held: int) ->
             check(fd)
         pairs = {one.number: (one.outlet.dup(), one.tx.dup()) for one in keeper.shelves()}
         keeper.close()
-    close_all(end.detach() for ends in pairs.values() for end in ends)
-    deadline = time.monotonic() + PATIENCE
-    while releasing.blocked():
-        assert time.monotonic() < deadline, "not released"
-        releasing.collect()
+    all_end(pairs, releasing)
 
 
 def test_a_held_hold_of_version_1_is_read() -> None:
