@@ -239,11 +239,11 @@ class _Manifest:
             self.faults.add(f"the manifest has {len(pairs)} parts; the limit is {MAX_PARTS}")
         parts: dict[str, Any] = {}
         for key, value in pairs:
-            name = key if isinstance(key, str) else f"{key!r:.100}"
+            name = key if isinstance(key, str) else _said(key, 100)
             if name is not key:
                 self.faults.add(f"the manifest has a part whose name is no string: {name}")
             if name in parts:
-                self.faults.add(f"the manifest has the part {key!r:.100} twice")
+                self.faults.add(f"the manifest has the part {_said(key, 100)} twice")
             parts[name] = value
         return parts
 
@@ -275,7 +275,7 @@ class _Manifest:
                 self.faults.add(f"section {number} is not an array of key, packed, memfd, data")
                 continue
             key, packed, memfd, data = section
-            what = f"section {key!r:.300}"
+            what = f"section {_said(key, 300)}"
             if not isinstance(key, str) or not 0 < len(key.encode("utf-8", "replace")) <= MAX_NAME:
                 self.faults.add(f"{what}: a key has 1 to {MAX_NAME} bytes of UTF-8")
             elif seen[key]:
@@ -284,7 +284,7 @@ class _Manifest:
                 seen[key] += 1
             for field, value in (("packed", packed), ("memfd", memfd)):
                 if not isinstance(value, int) or value not in (0, 1):
-                    self.faults.add(f"{what}: {field} is {value!r:.100}; 0 and 1 can be")
+                    self.faults.add(f"{what}: {field} is {_said(value, 100)}; 0 and 1 can be")
             self.sections += 1
             if memfd:
                 memfds += 1
@@ -354,3 +354,11 @@ class _Manifest:
                     self.faults.add(
                         f"the key ({name.decode('utf-8', 'replace')!r}, {id}) {count} times"
                     )
+
+
+def _said(value: object, most: int) -> str:
+    """At most so many letters of a value that may be deeper than Python's own stack."""
+    try:
+        return f"{value!r:.{most}}"
+    except RecursionError:
+        return f"a {type(value).__name__} of too many containers in each other"

@@ -86,6 +86,10 @@ def set_soft_limit(soft: int) -> None:
 UNSEEN = 512 << 20  # bytes that a process is taken to have mapped where nobody can tell
 
 _raised = _thread.RLock()
+# A forked child has no other threads: neither the lock of one may stay, nor the limit.
+os.register_at_fork(
+    before=_raised.acquire, after_in_parent=_raised.release, after_in_child=_raised.release
+)
 
 
 class hard_limit:

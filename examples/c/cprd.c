@@ -154,16 +154,34 @@ struct cprd__key **cprd__slot(struct cprd__key **slot, const struct cprd__key *k
 
 /* A program may have as many descriptors open as its soft limit allows. For the moment of an own
  * call the soft limit is the hard limit; threads share that moment. */
+static struct {
+    pthread_mutex_t lock;
+    struct rlimit usual;
+    int users;
+} raised = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
 static void raise_limit(int up) {
-    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    static struct rlimit usual;
-    static int users;
-    pthread_mutex_lock(&lock);
-    if (up && !users++) getrlimit(RLIMIT_NOFILE, &usual);
-    users -= !up;
-    struct rlimit limit = {up ? usual.rlim_max : usual.rlim_cur, usual.rlim_max};
-    if (users == up) setrlimit(RLIMIT_NOFILE, &limit);
-    pthread_mutex_unlock(&lock);
+    pthread_mutex_lock(&raised.lock);
+    if (up && !raised.users++) getrlimit(RLIMIT_NOFILE, &raised.usual);
+    raised.users -= !up;
+    struct rlimit limit = {up ? raised.usual.rlim_max : raised.usual.rlim_cur,
+                           raised.usual.rlim_max};
+    if (raised.users == up) setrlimit(RLIMIT_NOFILE, &limit);
+    pthread_mutex_unlock(&raised.lock);
+}
+
+/* A forked child has no other threads, which may be in such a moment. */
+static void before_fork(void) { pthread_mutex_lock(&raised.lock); }
+static void after_fork(void) { pthread_mutex_unlock(&raised.lock); }
+
+static void after_fork_in_child(void) {
+    if (raised.users) setrlimit(RLIMIT_NOFILE, &raised.usual);
+    raised.users = 0;
+    after_fork();
+}
+
+__attribute__((constructor)) static void look_at_forks(void) {
+    pthread_atfork(before_fork, after_fork, after_fork_in_child);
 }
 
 #define RAISED(call) (raise_limit(1), call, raise_limit(0))

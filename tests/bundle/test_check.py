@@ -111,6 +111,23 @@ def test_everything_is_said_at_once() -> None:
         assert fault in said, said
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "fault"),
+    [
+        ("81", "c0", "a part whose name is no string: a list of too many"),
+        ("81a873656374696f6e739194", "00c0c400", "section a list of too many"),
+        ("81a873656374696f6e739194a161", "00c400", "packed is a list of too many"),
+    ],
+)
+def test_what_is_deeper_than_any_stack_is_a_fault_as_others(
+    before: str, after: str, fault: str
+) -> None:
+    manifest = {"memfd": f"{before}{'91' * 1015}c0{after}", "sealed": True}
+    header = layout.HEADER.pack(layout.MAGIC, 1, layout.LEAF, 0, 1, 1, 0, 0)
+    said = checked({"queue": [{"hex": header.hex(), "carries": [manifest]}]})["wrong"]
+    assert any(fault in each for each in said), said
+
+
 def test_a_sending_end_that_is_open_and_a_wrong_count_are_found() -> None:
     inlet, outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     (small,) = [vector for vector in WHOLE if vector["name"] == "small"]

@@ -81,6 +81,12 @@ def test_a_forked_child_is_refused_and_its_parent_goes_on(
             assert bytes(claim.state["memory.m"])[:9] == b"parent's\0"
 
 
+def test_a_child_forked_beside_a_busy_thread_connects(
+    daemon: DaemonProcess, together: Together
+) -> None:
+    run(together(""), daemon.path, "fork-threads")
+
+
 def test_a_claim_goes_on_when_cprd_stood_still(
     new_daemon: DaemonProcess, together: Together
 ) -> None:

@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -311,10 +312,41 @@ static void keep_a_lock(int tx, int rx) {
     close(event);
 }
 
+static void *opens_sockets(void *running) {
+    cprd *c;
+    while (*(atomic_int *)running) CHECK(cprd_connect("/nowhere", &c) == CPRD_UNAVAILABLE);
+    return NULL;
+}
+
+/* A child connects, whatever another thread was in the midst of; and has the usual limit. */
+static void fork_beside_a_thread(void) {
+    atomic_int running = 1;
+    struct rlimit usual, childs;
+    pthread_t other;
+    cprd *c;
+    CHECK(!getrlimit(RLIMIT_NOFILE, &usual));
+    usual.rlim_cur = usual.rlim_max - 1;
+    CHECK(!setrlimit(RLIMIT_NOFILE, &usual));
+    CHECK(!pthread_create(&other, NULL, opens_sockets, &running));
+    for (int n = 0; n < 300; n++) {
+        pid_t child = fork();
+        if (!child) {
+            alarm(10);
+            CHECK(!cprd_connect(NULL, &c) && !getrlimit(RLIMIT_NOFILE, &childs));
+            CHECK(childs.rlim_cur == usual.rlim_cur);
+            _exit(0);
+        }
+        await_child(child);
+    }
+    running = 0;
+    CHECK(!pthread_join(other, NULL));
+}
+
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "";
     cprd *c;
     if (!strcmp(what, "fork")) fork_with_a_claim();
+    else if (!strcmp(what, "fork-threads")) fork_beside_a_thread();
     else if (!strcmp(what, "fork-live")) fork_with_a_live_hold();
     else if (!strcmp(what, "stopped")) wait_for_a_stopped_cprd();
     else if (!strcmp(what, "threads")) in_threads(saves_and_loads, NULL);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ import pytest
 
 from cprd import LimitExceeded
 from cprd.linux import nofile
+from tests.support.patience import PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +72,30 @@ def test_what_the_kernel_refuses_is_said() -> None:
     _, hard = nofile.limits()
     with pytest.raises(LimitExceeded, match=rf"cannot become {hard + 1} \(hard {hard}\)"):
         nofile.set_soft_limit(hard + 1)
+
+
+def test_a_child_forked_beside_a_thread_with_a_raised_limit_has_neither(
+    low: tuple[int, int],
+) -> None:
+    entered, never = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with nofile.hard_limit():
+            entered.set()
+            never.wait(0.2)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(PATIENCE)
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(5)
+            with nofile.hard_limit():
+                pass
+            os._exit(nofile.limits() != low)
+        finally:
+            os._exit(2)
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+    assert nofile.limits() == low
