@@ -80,7 +80,7 @@ def _plain(value: object) -> object:
         }
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).decode("utf-8", "backslashreplace")
     known = isinstance(value, str | int | None) or (isinstance(value, float) and isfinite(value))
     return value if known else str(value)

@@ -25,7 +25,7 @@ def is_mount(path: str) -> bool:
     """Whether something is mounted at `path` itself, as far as can be seen."""
     try:
         wanted = os.fsencode(os.path.realpath(path))
-        rows = proc.read("self", "mountinfo").splitlines()
+        rows = proc.read("self", "mountinfo").split(b"\n")[:-1]
         return any(_unescape(line.split(b" ", 5)[4]) == wanted for line in rows)
     except (OSError, IndexError, ValueError):
         return False
